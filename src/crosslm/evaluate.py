@@ -1,0 +1,81 @@
+"""What is measured, before and after (CrossLM, section 5.1)."""
+
+import statistics
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from crosslm.config import Config
+from crosslm.data import balanced_sample
+from crosslm.models.llm import LLM
+from crosslm.models.slm import SLM
+from crosslm.progress import Progress
+from crosslm.records import Examples, SyntheticSet
+from crosslm.seeding import seed_for
+from crosslm.task import Task
+
+NLU_CHUNK = 64
+
+
+def nlu_accuracy(llm: LLM, task: Task, examples: Examples, progress: Progress, detail: str) -> float:
+    """Share of texts that the LLM classifies right by the verbalizers (Eq. 1)."""
+    verbalizers = llm.check_verbalizers(task.labels, task.verbalizers, task.query("x").rstrip())
+    right = 0
+    with progress.stage("evaluate", f"LLM classifies, {detail}", len(examples), "texts") as advance:
+        for start in range(0, len(examples), NLU_CHUNK):
+            rows = examples.take(range(start, min(start + NLU_CHUNK, len(examples))))
+            queries = [task.query(text).rstrip() for text in rows.texts]
+            predicted = llm.classify(queries, verbalizers).argmax(dim=1)
+            right += int((predicted == torch.tensor(rows.labels)).sum())
+            advance(len(rows))
+    return right / len(examples)
+
+
+def nlu_rows(config: Config, test: Examples) -> Examples:
+    """The test rows that the LLM classifies: the same ones before and after."""
+    seed = seed_for(config.seed, "nlu rows")
+    return balanced_sample(test, config.evaluation.nlu_rows, len(config.task.labels), seed)
+
+
+def label_agreement(slm: SLM, synthetic: SyntheticSet) -> float:
+    """Share of synthetic texts whose intended label the classifier gives (NLG accuracy)."""
+    predicted = slm.predict_proba(synthetic.texts).argmax(dim=1)
+    return float((predicted == synthetic.labels).float().mean())
+
+
+def distinct_ngrams(texts: Iterable[str], n: int = 2) -> float:
+    """Different n-grams of words among all n-grams (distinct-n): falls when texts repeat themselves.
+
+    Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models",
+    NAACL 2016.
+    """
+    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def with_mean(accuracies: Mapping[str, float]) -> dict[str, float]:
+    """Each client's figure and their ``mean``, as in the paper's tables."""
+    return {**accuracies, "mean": statistics.fmean(accuracies.values())} if accuracies else {}
+
+
+def train_judge(folder: str, config: Config, held_out: Examples, progress: Progress) -> SLM | None:
+    """The independent judge: a classifier of held-out gold text that never serves as reward.
+
+    Returns:
+        None where no row is held out.
+    """
+    if not len(held_out):
+        return None
+    spec, fit = config.slm.models[0], config.evaluation.judge
+    judge = SLM.load(
+        folder,
+        config.task.labels,
+        config.slm.max_length,
+        seed_for(config.seed, "judge"),
+        spec.num_hidden_layers,
+        config.slm.freeze_embeddings,
+        config.device,
+    )
+    with progress.stage("train judge", "held-out text", len(held_out) * fit.epochs, "rows") as advance:
+        judge.fit(held_out, fit, seed_for(config.seed, "judge"), advance)
+    return judge

@@ -1,0 +1,1 @@
+"""Step 2: how an upload comes and a download goes."""

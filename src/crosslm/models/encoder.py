@@ -1,0 +1,32 @@
+"""The off-the-shelf sentence transformer of section 4.2, whose vectors measure diversity."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from crosslm.errors import ModelError
+
+
+class Encoder(Protocol):
+    """Turns texts into sentence vectors."""
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """``(texts, dimensions)``, on the CPU."""
+
+
+class SentenceEncoder:
+    """A sentence-transformers model."""
+
+    def __init__(self, folder: str, device: str = "cpu") -> None:
+        try:
+            self._model = SentenceTransformer(folder, device=device)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"selection.encoder {folder!r} cannot be loaded as a sentence transformer: {error}") from error
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """``(texts, dimensions)``, in fp32."""
+        vectors = self._model.encode(list(texts), batch_size=64, convert_to_tensor=True, show_progress_bar=False)
+        return torch.as_tensor(vectors).float().cpu()

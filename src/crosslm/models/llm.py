@@ -1,0 +1,333 @@
+"""The server's language model: writes text, scores text, classifies text, and can be trained.
+
+``reference`` is theta_old, the original model: with LoRA the adapter switched off, with full
+fine-tuning a frozen copy. Dropout is off throughout, so that before the first update the
+log-ratio of Eq. 5 and the divergence of Eq. 8 are exactly 0.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from crosslm.config import LLMConfig, SynthesisConfig
+from crosslm.errors import ConfigError, ModelError
+from crosslm.models.decoding import decode
+from crosslm.models.head import head_logps, head_scores
+
+SCORING_BATCH = 32
+PERPLEXITY_WINDOW = 256
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of each token of a batch of sequences, given the tokens before it.
+
+    All ``(batch, tokens - 1)``; the column j belongs to token j + 1, since the first token
+    (beginning of sequence) is given. Zero where ``mask`` is false.
+    """
+
+    logps: Tensor
+    reference_logps: Tensor
+    kl: Tensor
+    mask: Tensor
+    """True at every token but padding."""
+
+
+class LLM:
+    """A causal language model with its tokenizer and, for ``adapter = "lora"``, its adapter."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: LLMConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.model = model
+        self._frozen: Any = None
+        _check_head(model)
+        if config.adapter == "full":
+            self._frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        elif not isinstance(model, PeftModel):
+            self.model = get_peft_model(model, _lora_config(model, config))
+        self.model.eval()
+
+    @classmethod
+    def load(cls, folder: str, config: LLMConfig, seed: int, device: str = "cpu") -> "LLM":
+        """Load a model folder or hub id, with a new adapter whose first values come from the seed.
+
+        Raises:
+            ModelError: it cannot be loaded, or its head is not a plain matrix.
+        """
+        model, tokenizer = _load_pretrained(folder, config, device)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return cls(model, tokenizer, config)
+
+    @classmethod
+    def load_trained(cls, folder: str, trained: str, config: LLMConfig, device: str = "cpu") -> "LLM":
+        """Load what :meth:`save` wrote to ``trained``; ``folder`` is the original model."""
+        if config.adapter == "full":
+            original, tokenizer = _load_pretrained(folder, config, device)
+            llm = cls(_load_pretrained(trained, config, device)[0], tokenizer, config)
+            llm._frozen = original.eval().requires_grad_(False)
+            return llm
+        model, tokenizer = _load_pretrained(folder, config, device)
+        return cls(PeftModel.from_pretrained(model, trained, is_trainable=True), tokenizer, config)
+
+    def save(self, folder: str) -> None:
+        """Write the adapter (or, after full fine-tuning, the model) and the tokenizer."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._head().device
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """What an optimiser may change: the adapter, or everything."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the trainable parameters: tells whether an update changed anything."""
+        digest = hashlib.sha256()
+        for parameter in self.trainable_parameters():
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    # -- text and tokens ---------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, after the beginning-of-sequence token where the model has one."""
+        bos = self.tokenizer.bos_token_id
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids if bos is None else [bos, *ids]
+
+    def continuation_ids(self, prefix: str, words: str) -> tuple[int, ...]:
+        """Tokens that ``words``, after a space, add to ``prefix``."""
+        before, whole = self.encode(prefix), self.encode(f"{prefix} {words}")
+        if whole[: len(before)] == before:
+            return tuple(whole[len(before) :])
+        return tuple(self.tokenizer.encode(f" {words}", add_special_tokens=False))
+
+    def check_verbalizers(self, labels: Sequence[str], verbalizers: Sequence[str], prefix: str) -> list[tuple[int, ...]]:
+        """Token ids of each label's verbalizer (Eq. 1).
+
+        Raises:
+            ConfigError: a verbalizer has no token, or two start with the same one, so that the
+                next word could not tell the labels apart.
+        """
+        ids = [self.continuation_ids(prefix, words) for words in verbalizers]
+        seen: dict[int, str] = {}
+        for label, words, tokens in zip(labels, verbalizers, ids, strict=True):
+            if not tokens:
+                raise ConfigError(f"task.verbalizer.{label}: {words!r} has no token in this LLM's vocabulary")
+            if tokens[0] in seen:
+                raise ConfigError(
+                    f"task.verbalizer: {label!r} ({words!r}) and {seen[tokens[0]]!r} start with the same token "
+                    f"{self.tokenizer.decode([tokens[0]])!r}; choose words that differ from the first token on"
+                )
+            seen[tokens[0]] = label
+        return ids
+
+    # -- step 3 ------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        seeds: Sequence[int],
+        sampling: SynthesisConfig,
+        on_step: Callable[[int], None] = lambda _: None,
+    ) -> list[list[int]]:
+        """Sample ``x ~ P(.|M(y))`` (Eq. 3) for each prompt, given as tokens, with a seed of its own.
+
+        Returns:
+            The sampled tokens of each text, with the token that ended it: the end-of-sequence
+            token or the one that completed a stop string.
+        """
+        eos = self.model.generation_config.eos_token_id
+        ends = set(eos if isinstance(eos, list) else [eos]) | {self.tokenizer.eos_token_id}
+
+        def has_ended(tokens: list[int]) -> bool:
+            if tokens[-1] in ends:
+                return True
+            # a stop string that is now complete ends within the last tokens
+            tail = self.tokenizer.decode(tokens[-8:])
+            return any(stop in tail for stop in sampling.stop)
+
+        return decode(
+            self._causal().base_model, self._head(), self._causal().config, prompts, seeds, sampling, has_ended, on_step
+        )
+
+    # -- step 4 ------------------------------------------------------------------------------
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> TokenScores:
+        """Log-probabilities under this model and the reference, and the KL divergence (Eq. 5, 6, 8)."""
+        ids, attention = self._pad(sequences)
+        mask = attention[:, 1:].bool()
+        hidden = self._hidden(self._causal().base_model, ids, attention)[mask]
+        with torch.no_grad(), self._reference() as reference:
+            reference_hidden = self._hidden(reference.base_model, ids, attention)[mask]
+            reference_head = _head_weight(reference)
+        flat = head_scores(hidden, self._head(), ids[:, 1:][mask], reference_hidden, reference_head)
+        logps, reference_logps, kl = (_unflatten(values, mask) for values in flat)
+        return TokenScores(logps, reference_logps, kl, mask)
+
+    def logps(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Log-probability of each token given those before it (Eq. 6, 7), and the mask of tokens.
+
+        Returns:
+            Both ``(batch, tokens - 1)``, as in :class:`TokenScores`.
+        """
+        ids, attention = self._pad(sequences)
+        mask = attention[:, 1:].bool()
+        hidden = self._hidden(self._causal().base_model, ids, attention)[mask]
+        return _unflatten(head_logps(hidden, self._head(), ids[:, 1:][mask]), mask), mask
+
+    # -- what it knows -----------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def classify(self, queries: Sequence[str], verbalizer_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Class probabilities by the verbalizers (Eq. 1): ``p(y|x) = P(V(y)|M(x))``, normalised.
+
+        For a verbalizer of several tokens P is the product over its tokens.
+
+        Args:
+            queries: M(x) of each text.
+            verbalizer_ids: tokens of V(y) for each label.
+
+        Returns:
+            ``(texts, labels)``, rows sum to 1.
+        """
+        first = torch.tensor([ids[0] for ids in verbalizer_ids], device=self.device)
+        several = any(len(ids) > 1 for ids in verbalizer_ids)
+        order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
+        scores = torch.zeros(len(queries), len(verbalizer_ids))
+        for start in range(0, len(order), SCORING_BATCH):
+            rows = order[start : start + SCORING_BATCH]
+            encoded = [self.encode(queries[i]) for i in rows]
+            if several:
+                scores[rows] = self._verbalizer_logps(encoded, verbalizer_ids)
+            else:
+                # the normaliser over the vocabulary is the same for all labels, so it is left out
+                ids, attention = self._pad(encoded)
+                output = self._causal().base_model(input_ids=ids, attention_mask=attention, use_cache=False)
+                last = output.last_hidden_state[torch.arange(len(rows)), attention.sum(dim=1) - 1]
+                scores[rows] = (last @ self._head()[first].T).float().cpu()
+        return scores.softmax(dim=1)
+
+    def _verbalizer_logps(self, queries: list[list[int]], verbalizer_ids: Sequence[Sequence[int]]) -> Tensor:
+        """``log P(V(y)|M(x))``, ``(texts, labels)``."""
+        columns = []
+        for verbalizer in verbalizer_ids:
+            logps, _ = self.logps([[*query, *verbalizer] for query in queries])
+            places = [slice(len(query) - 1, len(query) - 1 + len(verbalizer)) for query in queries]
+            columns.append(torch.stack([row[place].sum() for row, place in zip(logps, places, strict=True)]))
+        return torch.stack(columns, dim=1).cpu()
+
+    @torch.inference_mode()
+    def perplexity(self, text: str, max_tokens: int) -> float:
+        """``exp`` of the mean negative log-likelihood of a token.
+
+        The text is cut into windows of 256 tokens, each read after a beginning-of-sequence token
+        (where the model has one) and nothing else; every token counts once.
+
+        Raises:
+            ValueError: the text has no token.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=False)[:max_tokens]
+        bos = self.tokenizer.bos_token_id
+        windows = [ids[start : start + PERPLEXITY_WINDOW] for start in range(0, len(ids), PERPLEXITY_WINDOW)]
+        if not windows:
+            raise ValueError("the text has no token")
+        total, count = 0.0, 0
+        for start in range(0, len(windows), 4):
+            batch = [window if bos is None else [bos, *window] for window in windows[start : start + 4]]
+            logps, mask = self.logps(batch)
+            total, count = total - float(logps.sum()), count + int(mask.sum())
+        return float(torch.tensor(total / count).exp())
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _causal(self) -> Any:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def _head(self) -> Tensor:
+        return _head_weight(self._causal())
+
+    @contextmanager
+    def _reference(self) -> Iterator[Any]:
+        """The original model, theta_old."""
+        if self._frozen is not None:
+            yield self._frozen
+        else:
+            with self.model.disable_adapter():
+                yield self._causal()
+
+    def _pad(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, both ``(batch, tokens)``, padded on the right."""
+        longest = max(len(sequence) for sequence in sequences)
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        attention = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+            attention[row, : len(sequence)] = 1
+        return ids.to(self.device), attention.to(self.device)
+
+    def _hidden(self, backbone: Any, ids: Tensor, attention: Tensor) -> Tensor:
+        """Hidden states that predict the next token, ``(batch, tokens - 1, hidden)``."""
+        output = backbone(input_ids=ids, attention_mask=attention, use_cache=False)
+        hidden: Tensor = output.last_hidden_state[:, :-1]
+        return hidden
+
+
+def _head_weight(model: Any) -> Tensor:
+    weight: Tensor = model.get_output_embeddings().weight
+    return weight
+
+
+def _unflatten(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def _lora_config(model: Any, config: LLMConfig) -> LoraConfig:
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _load_pretrained(folder: str, config: LLMConfig, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"llm.model {config.model!r} cannot be loaded: {error}\n"
+            "Give a folder written by save_pretrained, a hub id (with network), or package:MODULE for an installed package."
+        ) from error
+    return model.to(device), tokenizer
+
+
+def _check_head(model: Any) -> None:
+    """The logits must be ``hidden @ weight.T`` and nothing more, since that is what is computed."""
+    ids = torch.arange(4, device=model.device).unsqueeze(0)
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.inference_mode():
+        expected = causal(input_ids=ids, use_cache=False).logits
+        hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        actual = torch.nn.functional.linear(hidden, _head_weight(causal))
+    if not torch.allclose(expected.float(), actual.float(), rtol=1e-3, atol=1e-3):
+        raise ModelError(
+            f"{causal.config.model_type}: its head is not a plain matrix (a bias, a scale or a soft cap), "
+            "which crosslm does not support; GPT-2, Llama and Gemma 3 models work"
+        )

@@ -1,0 +1,286 @@
+"""A client's classifier: any ``AutoModelForSequenceClassification``."""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    get_linear_schedule_with_warmup,
+)
+
+from crosslm.config import FitConfig
+from crosslm.errors import ModelError, UploadError
+from crosslm.records import Examples, SlmState
+
+PREDICTION_BATCH = 64
+SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "bos_token", "eos_token")
+
+
+class SLM:
+    """A sequence classifier with its tokenizer and its label names."""
+
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.labels = tuple(labels)
+        self.max_length = max_length
+        self.model.eval()
+
+    @classmethod
+    def load(
+        cls,
+        folder: str,
+        labels: Sequence[str],
+        max_length: int,
+        seed: int,
+        num_hidden_layers: int | None = None,
+        freeze_embeddings: bool = False,
+        device: str = "cpu",
+    ) -> "SLM":
+        """A pretrained body with a new head whose first values come from the seed.
+
+        Args:
+            folder: model folder or hub id.
+            labels: class names, in the order of the outputs.
+            max_length: tokens of a text that are read.
+            seed: of the new head.
+            num_hidden_layers: keep only the lowest layers.
+            freeze_embeddings: do not train the embedding tables.
+            device: where the weights go.
+
+        Raises:
+            ModelError: it cannot be loaded as a sequence classifier, or has fewer layers.
+        """
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            if num_hidden_layers is not None:
+                _keep_layers(config, num_hidden_layers, folder)
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: index for index, label in enumerate(labels)}
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"SLM {folder!r} cannot be loaded as a sequence classifier: {error}\n"
+                "Give a folder written by save_pretrained, a hub id (with network), or package:MODULE."
+            ) from error
+        _set_padding(model, tokenizer)
+        if freeze_embeddings:
+            model.get_input_embeddings().requires_grad_(False)
+        return cls(model.to(device), tokenizer, labels, min(max_length, _longest(model, max_length)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def fit(
+        self,
+        examples: Examples,
+        config: FitConfig,
+        seed: int,
+        on_rows: Callable[[float], None] = lambda _: None,
+    ) -> dict[str, float]:
+        """Train by cross-entropy (step 1 on private text, step 5 on synthetic text).
+
+        Fixed epochs, or with ``config.patience`` until the loss on held-out rows has not fallen
+        for so many epochs; then the best epoch's weights are taken.
+
+        Args:
+            examples: rows to learn from; labels are indices into ``self.labels``.
+            config: how.
+            seed: of the order of rows, the held-out rows and dropout.
+            on_rows: told how many rows were trained on.
+
+        Returns:
+            ``loss`` of the last epoch, ``epochs`` run and, with patience, ``holdout_loss`` and
+            ``holdout_accuracy`` of the weights that were taken.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        order: list[int] = torch.randperm(len(examples), generator=generator).tolist()
+        held = round(config.holdout_fraction * len(order)) if config.patience else 0
+        training, holdout = examples.take(order[held:]), examples.take(order[:held])
+        rows = self._encode(training.texts)
+        optimizer, schedule = self._optimizer(config, len(rows))
+        metrics: dict[str, float] = {}
+        best: dict[str, Tensor] | None = None
+        waited = 0
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for epoch in range(config.epochs):
+                loss = self._epoch(rows, training.labels, config, generator, optimizer, schedule, on_rows)
+                metrics |= {"loss": loss, "epochs": float(epoch + 1)}
+                if not held:
+                    continue
+                holdout_loss, accuracy = self._holdout(holdout)
+                if holdout_loss < metrics.get("holdout_loss", torch.inf):
+                    metrics |= {"holdout_loss": holdout_loss, "holdout_accuracy": accuracy}
+                    best, waited = copy.deepcopy(self.model.state_dict()), 0
+                else:
+                    waited += 1
+                if waited >= config.patience:
+                    break
+        if best is not None:
+            self.model.load_state_dict(best)
+        self.model.eval()
+        return metrics
+
+    @torch.inference_mode()
+    def predict_proba(self, texts: Sequence[str]) -> Tensor:
+        """``S(.|x)`` of each text: ``(texts, labels)``, rows sum to 1, on the CPU."""
+        self.model.eval()
+        rows = self._encode(texts)
+        probabilities = torch.zeros(len(rows), len(self.labels))
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        for start in range(0, len(order), PREDICTION_BATCH):
+            batch = order[start : start + PREDICTION_BATCH]
+            logits = self.model(**self._pad([rows[row] for row in batch])).logits
+            probabilities[batch] = logits.float().softmax(dim=1).cpu()
+        return probabilities
+
+    def accuracy(self, examples: Examples) -> float:
+        """Share of rows whose most likely class is their label."""
+        predicted = self.predict_proba(examples.texts).argmax(dim=1)
+        return float((predicted == torch.tensor(examples.labels)).float().mean())
+
+    # -- as a value that travels, and as a folder --------------------------------------------
+
+    def to_state(self) -> SlmState:
+        """Everything another process needs to use it: architecture, tokenizer, labels, weights."""
+        tokenizer = {
+            "tokenizer.json": self.tokenizer.backend_tokenizer.to_str(),  # type: ignore[attr-defined]
+            "tokenizer_config.json": json.dumps(
+                {name: str(getattr(self.tokenizer, name)) for name in SPECIAL_TOKENS if getattr(self.tokenizer, name, None)}
+            ),
+        }
+        weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.model.state_dict().items()}
+        return SlmState(json.loads(self.model.config.to_json_string()), tokenizer, self.labels, self.max_length, weights)
+
+    @classmethod
+    def from_state(cls, state: SlmState, device: str = "cpu") -> "SLM":
+        """The classifier that :meth:`to_state` took apart. No code comes with it.
+
+        Raises:
+            UploadError: the architecture is unknown, or the weights do not fit it.
+        """
+        architecture = dict(state.architecture)
+        model_type = architecture.pop("model_type", None)
+        if "auto_map" in architecture:
+            raise UploadError("the SLM's architecture names code to load (auto_map), which is never done")
+        try:
+            config = AutoConfig.for_model(model_type, **architecture)
+            with torch.random.fork_rng():
+                model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            model.load_state_dict(state.weights, strict=True)
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=Tokenizer.from_str(state.tokenizer["tokenizer.json"]),
+                **json.loads(state.tokenizer["tokenizer_config.json"]),
+            )
+        except Exception as error:  # noqa: BLE001  whatever a foreign value makes transformers raise
+            raise UploadError(f"the SLM ({model_type}) cannot be rebuilt: {error}") from error
+        if model.config.num_labels != len(state.labels):
+            raise UploadError(f"the SLM has {model.config.num_labels} outputs but names the labels {list(state.labels)}")
+        return cls(model.to(device), tokenizer, state.labels, state.max_length)
+
+    def save(self, folder: str) -> None:
+        """Write a folder that ``AutoModelForSequenceClassification.from_pretrained`` loads."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.model_max_length = self.max_length
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def load_trained(cls, folder: str, device: str = "cpu") -> "SLM":
+        """Load what :meth:`save` wrote."""
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
+        return cls(model.to(device), tokenizer, labels, tokenizer.model_max_length)
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        rows: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        return rows
+
+    def _pad(self, rows: list[list[int]]) -> dict[str, Tensor]:
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), int(self.tokenizer.pad_token_id or 0))
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = 1
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+    def _optimizer(self, config: FitConfig, rows: int) -> tuple[torch.optim.Optimizer, Any]:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        steps = config.epochs * -(-rows // config.batch_size)
+        return optimizer, get_linear_schedule_with_warmup(optimizer, round(config.warmup_fraction * steps), steps)
+
+    def _epoch(
+        self,
+        rows: list[list[int]],
+        labels: list[int],
+        config: FitConfig,
+        generator: torch.Generator,
+        optimizer: torch.optim.Optimizer,
+        schedule: Any,
+        on_rows: Callable[[float], None],
+    ) -> float:
+        self.model.train()
+        order: list[int] = torch.randperm(len(rows), generator=generator).tolist()
+        total = 0.0
+        for start in range(0, len(order), config.batch_size):
+            batch = order[start : start + config.batch_size]
+            logits = self.model(**self._pad([rows[row] for row in batch])).logits
+            loss = cross_entropy(logits, torch.tensor([labels[row] for row in batch], device=self.device))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            total += float(loss.detach()) * len(batch)
+            on_rows(len(batch))
+        self.model.eval()
+        return total / len(order)
+
+    def _holdout(self, examples: Examples) -> tuple[float, float]:
+        probabilities = self.predict_proba(examples.texts)
+        labels = torch.tensor(examples.labels)
+        loss = float(-probabilities[torch.arange(len(labels)), labels].clamp_min(1e-9).log().mean())
+        return loss, float((probabilities.argmax(dim=1) == labels).float().mean())
+
+
+def _keep_layers(config: Any, layers: int, folder: str) -> None:
+    has = getattr(config, "num_hidden_layers", None)
+    if has is None or layers > has:
+        raise ModelError(f"SLM {folder!r} has {has} hidden layers; num_hidden_layers = {layers} cannot be kept")
+    config.num_hidden_layers = layers
+
+
+def _set_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Causal models that classify need to know which token is padding."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _longest(model: Any, otherwise: int) -> int:
+    return int(getattr(model.config, "max_position_embeddings", otherwise))

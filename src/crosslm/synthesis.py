@@ -1,0 +1,116 @@
+"""Step 3: the LLM writes labelled text from label prompts (CrossLM, section 4.2, Eq. 2 and 3)."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from crosslm.config import SynthesisConfig
+from crosslm.errors import ModelError
+from crosslm.models.llm import LLM
+from crosslm.records import SyntheticSet, SyntheticText
+from crosslm.seeding import seed_for
+from crosslm.task import Task
+
+SENTENCE_END = re.compile(r"[.!?]['\")\]]*(?=\s|$)")
+
+
+def draw_labels(count: int, num_classes: int, seed: int) -> list[int]:
+    """Labels to write texts for, Eq. 2: ``y ~ U(y_1, ..., y_c)``, independently."""
+    labels: list[int] = np.random.default_rng(seed).integers(num_classes, size=count).tolist()
+    return labels
+
+
+def clean(raw: str, finished: bool, stop: Sequence[str]) -> str:
+    """The text x in what was sampled: up to the first stop string, white space collapsed.
+
+    A text that reached the maximum length (``finished`` is false) is cut after its last sentence
+    end, and nothing is left of it if there is none.
+    """
+    text = raw
+    for string in stop:
+        text = text.split(string, 1)[0]
+    if not finished:
+        ends = [match.end() for match in SENTENCE_END.finditer(text)]
+        text = text[: ends[-1]] if ends else ""
+    return " ".join(text.split())
+
+
+def removal_reason(text: str, raw: str, prompt: str, finished: bool) -> str | None:
+    """Why a text cannot be used, or None.
+
+    ``empty``: no letter or digit before it ended. ``truncated``: it reached the maximum length
+    within its first sentence, so that nothing whole is left. ``echo``: it repeats the prompt.
+    """
+    if not any(character.isalnum() for character in text):
+        return "truncated" if not finished and raw.strip() else "empty"
+    words = " ".join(prompt.split()).strip(" \"':").lower()
+    return "echo" if words and words in text.lower() else None
+
+
+def synthesize(
+    llm: LLM,
+    task: Task,
+    sampling: SynthesisConfig,
+    count: int,
+    seed: int,
+    on_text: Callable[[float], None] = lambda _: None,
+) -> SyntheticSet:
+    """D^s of section 4.2: ``count`` texts with labels drawn by Eq. 2, each sampled by Eq. 3.
+
+    A text that has to be removed is drawn again for the same label, so that the labels stay
+    uniform; removed texts are counted by reason.
+
+    Args:
+        llm: the model that writes.
+        task: labels and prompts; a paraphrase is drawn uniformly for each text.
+        sampling: decoding, stop strings and the number of attempts.
+        count: texts wanted.
+        seed: everything random follows from it.
+        on_text: told how many texts were finished.
+
+    Raises:
+        ModelError: some texts could not be written in ``sampling.max_attempts`` attempts.
+    """
+    removed: Counter[str] = Counter()
+    tokens_generated = 0
+
+    def count_tokens(tokens: int) -> None:
+        nonlocal tokens_generated
+        tokens_generated += tokens
+
+    labels = draw_labels(count, len(task.labels), seed_for(seed, "labels"))
+    samples: list[SyntheticText | None] = [None] * count
+    for attempt in range(sampling.max_attempts):
+        wanted = [place for place in range(count) if samples[place] is None]
+        for start in range(0, len(wanted), sampling.batch_size):
+            batch = wanted[start : start + sampling.batch_size]
+            seeds = [seed_for(seed, "text", place, attempt) for place in batch]
+            prompts = [_draw_prompt(task, labels[place], text_seed) for place, text_seed in zip(batch, seeds, strict=True)]
+            encoded = [tuple(llm.encode(prompt)) for prompt in prompts]
+            written = llm.generate(encoded, seeds, sampling, count_tokens)
+            for place, text_seed, prompt, prompt_ids, tokens in zip(
+                batch, seeds, prompts, encoded, written, strict=True
+            ):
+                raw = llm.tokenizer.decode(tokens, skip_special_tokens=True)
+                finished = len(tokens) < sampling.max_new_tokens or any(stop in raw for stop in sampling.stop)
+                text = clean(raw, finished, sampling.stop)
+                reason = removal_reason(text, raw, prompt, finished)
+                if reason:
+                    removed[reason] += 1
+                    continue
+                samples[place] = SyntheticText(text, labels[place], prompt, prompt_ids, tuple(tokens), text_seed)
+                on_text(1)
+    complete = [sample for sample in samples if sample is not None]
+    if len(complete) < count:
+        raise ModelError(
+            f"{count - len(complete)} of {count} texts could not be written in {sampling.max_attempts} attempts each "
+            f"(removed: {dict(removed)}); look at task.prompt and synthesis.stop, or raise synthesis.max_new_tokens"
+        )
+    return SyntheticSet(complete, dict(removed), tokens_generated)
+
+
+def _draw_prompt(task: Task, label: int, text_seed: int) -> str:
+    """One of the label's prompts, each equally likely."""
+    return task.prompt(label, seed_for(text_seed, "paraphrase") % len(task.prompts[label]))
