@@ -185,8 +185,8 @@ class SynthesisConfig(Section):
     max_new_tokens: Positive = 40
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ('"', "\n")
     """A text ends before the first of these."""
-    batch_size: Positive = 64
-    max_attempts: Positive = 6
+    batch_size: Positive = 256
+    max_attempts: Positive = 10
     """A text that had to be removed is drawn again, at most so often in all."""
 
 

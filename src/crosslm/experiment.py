@@ -10,7 +10,7 @@ from typing import Any
 from crosslm import evaluate
 from crosslm.baselines import data_free_kd
 from crosslm.client import Client
-from crosslm.config import Config, SLMSpec
+from crosslm.config import Config, SLMSpec, load
 from crosslm.data import Split, find_file, load_split
 from crosslm.errors import CrosslmError, RunError, UploadError
 from crosslm.federation.exchange import serve
@@ -22,7 +22,7 @@ from crosslm.models.slm import SLM
 from crosslm.models.sources import check_model, model_folder, resolve_device
 from crosslm.progress import Display, Progress
 from crosslm.records import Download, SyntheticSet, Upload
-from crosslm.rundir import RunDir, versions
+from crosslm.rundir import CONFIG, RunDir, versions
 from crosslm.seeding import seed_for
 from crosslm.server import Server, StepRecord
 from crosslm.synthesis import synthesize
@@ -291,3 +291,40 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+
+
+def evaluate_run(run: RunDir, cache: Path, display: Display | None = None) -> dict[str, float]:
+    """Measure what a run folder holds: its classifiers and its LLM, on the test rows of its configuration.
+
+    Args:
+        run: a complete run.
+        cache: where converted models are kept.
+        display: shows progress.
+
+    Returns:
+        ``slm/accuracy/CLIENT``, ``llm/nlu_accuracy``, ``llm/nlg_accuracy`` by the returned SLMs on
+        newly written text and, where a text is configured, ``llm/perplexity``.
+
+    Raises:
+        CrosslmError: the run is not complete, or its data or models are gone.
+    """
+    clients = list(run.summary()["slm"]["crosslm"])
+    clients.remove("mean")
+    config = load(run.path / CONFIG)
+    config = config.model_copy(update={"device": resolve_device(config.device)})
+    progress, task, split = Progress(display), Task.from_config(config.task), load_split(config)
+    perplexity_text = _perplexity_text(config)
+    slms = {client: SLM.load_trained(str(run.path / "slm" / client), config.device) for client in clients}
+    measures = {f"slm/accuracy/{client}": slm.accuracy(split.tests[client]) for client, slm in slms.items()}
+    original = model_folder(config.llm.model, cache, progress.note)
+    llm = LLM.load_trained(original, str(run.path / "llm"), config.llm, config.device)
+    rows = evaluate.nlu_rows(config, split.test)
+    measures["llm/nlu_accuracy"] = evaluate.nlu_accuracy(llm, task, rows, progress, "again")
+    if perplexity_text is not None:
+        measures["llm/perplexity"] = llm.perplexity(perplexity_text, config.evaluation.perplexity_tokens)
+    count = config.evaluation.nlg_samples
+    with progress.stage("generate", "enhanced LLM", count, "texts") as advance:
+        texts = synthesize(llm, task, config.synthesis, count, seed_for(config.seed, "evaluate"), advance)
+    agreement = [evaluate.label_agreement(slm, texts) for slm in slms.values()]
+    measures["llm/nlg_accuracy"] = sum(agreement) / len(agreement)
+    return measures

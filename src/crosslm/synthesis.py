@@ -101,7 +101,7 @@ def synthesize(
                     removed[reason] += 1
                     continue
                 samples[place] = SyntheticText(text, labels[place], prompt, prompt_ids, tuple(tokens), text_seed)
-                on_text(1)
+            on_text(sum(samples[place] is not None for place in batch))
     complete = [sample for sample in samples if sample is not None]
     if len(complete) < count:
         raise ModelError(

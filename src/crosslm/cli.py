@@ -1,0 +1,152 @@
+"""The command line."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from crosslm import __version__
+from crosslm.config import Config, load, packaged
+from crosslm.errors import CrosslmError
+from crosslm.rundir import RunDir, next_free
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="A server's LLM and many clients' classifiers make each other better; no client's text leaves its silo.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+QUICK = (
+    "llm.samples=32",
+    "selection.pool=96",
+    "slm.private.epochs=4",
+    "evaluation.nlg_samples=48",
+    "evaluation.nlu_rows=80",
+    "evaluation.perplexity_tokens=1024",
+    "evaluation.judge.epochs=1",
+    "data.test_rows=200",
+    "data.judge_rows=800",
+    "synthesis.max_new_tokens=32",
+)
+
+ConfigArgument = Annotated[
+    str, typer.Argument(help="Path of a TOML file, or the name of a packaged one: " + ", ".join(packaged()) + ".")
+]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; may be given several times."),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", help="Folder for this run; must be new or empty. [default: runs/NAME-1, -2, ...]"),
+]
+CacheOption = Annotated[
+    str | None,
+    typer.Option("--cache-dir", help="Where converted models and demo data are kept. [default: $CROSSLM_CACHE or the user's cache]"),
+]
+DataDirOption = Annotated[
+    str | None, typer.Option("--data-dir", help="Folder that the data files are in; replaces data.dir.")
+]
+RunArgument = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    overrides: SetOption = [],  # noqa: B006  typer's way
+    output: OutputOption = None,
+    data_dir: DataDirOption = None,
+    cache_dir: CacheOption = None,
+) -> None:
+    """Run CrossLM and both baselines, with all clients in this process."""
+    _run(load(config, tuple(overrides), data_dir), output, cache_dir)
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="A few minutes: less text, less training, no lasting gain to expect.")] = False,
+    overrides: SetOption = [],  # noqa: B006
+    output: OutputOption = None,
+    cache_dir: CacheOption = None,
+) -> None:
+    """Run the packaged demo: four real silos (tweets, products, films, editorials), real weights."""
+    from crosslm.demo import prepare_data
+    from crosslm.models.sources import cache_folder
+
+    folder = prepare_data(cache_folder(cache_dir), lambda message: console.print(message, highlight=False))
+    _run(load("demo", (*(QUICK if quick else ()), *overrides), str(folder)), output, cache_dir)
+
+
+@app.command()
+def evaluate(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")], cache_dir: CacheOption = None) -> None:
+    """Measure a run's classifiers and LLM again, from the files in its folder."""
+    _quiet_libraries()
+    from crosslm.display import display_for
+    from crosslm.experiment import evaluate_run
+    from crosslm.models.sources import cache_folder
+
+    measures = evaluate_run(RunDir.open(run_folder), cache_folder(cache_dir), display_for(console))
+    for name, value in measures.items():
+        console.print(f"{name:<28} {value:.4f}", highlight=False)
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]) -> None:
+    """Print a run's tables."""
+    from crosslm.report import closing
+
+    console.print(closing(RunDir.open(run_folder).summary()))
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        console.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+def _run(config: Config, output: Path | None, cache_dir: str | None) -> None:
+    _quiet_libraries()
+    from crosslm.display import display_for
+    from crosslm.experiment import run_local
+    from crosslm.models.sources import cache_folder
+    from crosslm.report import closing
+
+    folder = output or next_free(Path("runs"), config.name)
+    summary = run_local(config, folder, cache_folder(cache_dir), display_for(console))
+    console.print(closing(summary))
+    console.print(f"Everything is in {folder} (summary.json, synthetic/, slm/, llm/).", highlight=False, soft_wrap=True)
+
+
+def _quiet_libraries() -> None:
+    """What transformers says about a new head or a loading bar is not news to our users."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|huggingface_hub)\..*")
+
+
+def main() -> None:
+    """Run a command; a :class:`CrosslmError` is printed and ends with exit code 2."""
+    try:
+        app()
+    except CrosslmError as error:
+        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The fast head against the plain one, values and gradients."""
+
+import pytest
+import torch
+
+from crosslm.algorithm.losses import token_kl
+from crosslm.models import head
+
+TOKENS, HIDDEN = 7, 6
+
+
+@pytest.fixture(params=[50, 5000], ids=["one block", "several blocks"])
+def tensors(request):
+    generator = torch.Generator().manual_seed(0)
+    hidden, reference = (torch.randn(TOKENS, HIDDEN, generator=generator) for _ in range(2))
+    weight, reference_weight = (torch.randn(request.param, HIDDEN, generator=generator) for _ in range(2))
+    targets = torch.randint(request.param, (TOKENS,), generator=generator)
+    return hidden.requires_grad_(), weight, targets, reference, reference_weight
+
+
+def plain(hidden, weight, targets, reference, reference_weight):
+    logits, reference_logits = hidden @ weight.T, reference @ reference_weight.T
+    pick = targets.unsqueeze(1)
+    return (
+        logits.log_softmax(1).gather(1, pick).squeeze(1),
+        reference_logits.log_softmax(1).gather(1, pick).squeeze(1),
+        token_kl(logits, reference_logits),
+    )
+
+
+def loss(logps, kl):
+    coefficients = torch.linspace(-1, 2, TOKENS)
+    return (logps * coefficients).sum() + (kl * coefficients.flip(0)).sum()
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])
+def test_scores_and_gradients_are_the_plain_ones(tensors, trainable, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 2 * len(tensors[1]))
+    tensors[1].requires_grad_(trainable)
+    expected = plain(*tensors)
+    inputs = [tensors[0], tensors[1]] if trainable else [tensors[0]]
+    expected_gradients = torch.autograd.grad(loss(expected[0], expected[2]), inputs)
+    actual = head.head_scores(*tensors)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+    gradients = torch.autograd.grad(loss(actual[0], actual[2]), inputs)
+    for one, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])
+def test_logps_and_gradients_are_the_plain_ones(tensors, trainable):
+    hidden, weight, targets, *_ = tensors
+    weight.requires_grad_(trainable)
+    expected = (hidden @ weight.T).log_softmax(1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    actual = head.head_logps(hidden, weight, targets)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+    (one,) = torch.autograd.grad((actual * targets).sum(), [hidden])
+    (other,) = torch.autograd.grad((expected * targets).sum(), [hidden])
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-2)
+
+
+def test_large_logits_do_not_overflow(tensors):
+    hidden, weight, targets, reference, reference_weight = tensors
+    logps, reference_logps, kl = head.head_scores(hidden * 100, weight * 10, targets, reference * 100, reference_weight * 10)
+    for values in (logps, reference_logps, kl):
+        assert values.isfinite().all()
+
+
+def test_logits_in_blocks_are_the_plain_ones(tensors):
+    hidden, weight, *_ = tensors
+    torch.testing.assert_close(head.head_logits(hidden, weight), hidden @ weight.T)
+
+
+def test_no_gradient_is_kept_without_need(tensors):
+    with torch.no_grad():
+        assert not any(values.requires_grad for values in head.head_scores(*tensors))

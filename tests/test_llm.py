@@ -1,0 +1,208 @@
+"""The LLM wrapper on a tiny model of each family."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_llm
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from crosslm.config import LLMConfig, SynthesisConfig
+from crosslm.errors import ConfigError, ModelError
+from crosslm.models.llm import LLM
+
+FAMILIES = ("gpt2", "llama", "gemma3")
+TEXTS = ["a good film and a kind one.", "a bad day.", "a sour book and a cold room."]
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def plain_logps(model, ids):
+    logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
+
+
+def disturb(llm):
+    """Give the adapter (or the model) values that matter."""
+    with torch.no_grad():
+        for number, parameter in enumerate(llm.trainable_parameters()):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_log_ratio_and_divergence_are_zero_before_the_first_update(models, family, adapter):
+    llm = tiny_llm(models, family, adapter=adapter)
+    scores = llm.score([llm.encode(text) for text in TEXTS])
+    assert (scores.logps - scores.reference_logps).abs().max() < 1e-6
+    assert scores.kl.abs().max() < 1e-6
+    assert scores.logps.min() < -1  # and not because nothing was computed
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_scores_are_those_of_the_plain_models(models, family, adapter):
+    llm = tiny_llm(models, family, adapter=adapter)
+    disturb(llm)
+    original = AutoModelForCausalLM.from_pretrained(models / family).eval()
+    sequences = [llm.encode(text) for text in TEXTS]
+    scores = llm.score(sequences)
+    logps, mask = llm.logps(sequences)
+    for row, ids in enumerate(sequences):
+        with torch.no_grad():
+            now, before = plain_logps(llm.model, ids), plain_logps(original, ids)
+        width = len(ids) - 1
+        assert scores.mask[row].sum() == mask[row].sum() == width
+        torch.testing.assert_close(scores.logps[row, :width], now, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logps[row, :width], now, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(scores.reference_logps[row, :width], before, atol=1e-4, rtol=1e-4)
+        assert (scores.logps[row, width:] == 0).all()
+        assert scores.kl[row, :width].min() > 0
+
+
+def test_gradients_reach_the_adapter_and_nothing_else(models, family):
+    llm = tiny_llm(models, family)
+    scores = llm.score([llm.encode(text) for text in TEXTS])
+    (scores.logps.sum() + scores.kl.sum()).backward()
+    touched = {name for name, parameter in llm.model.named_parameters() if parameter.grad is not None}
+    assert touched
+    assert all("lora_" in name for name in touched)
+    adapted = {name for name in touched if "lora_A" in name}
+    assert len(adapted) == 2 * (4 if family == "gpt2" else 7)  # every linear layer of both blocks
+
+
+def test_full_fine_tuning_trains_everything_and_keeps_the_original(models, family):
+    llm = tiny_llm(models, family, adapter="full")
+    before = copy.deepcopy(llm._frozen.state_dict())
+    optimizer = torch.optim.SGD(llm.trainable_parameters(), lr=0.1)
+    scores = llm.score([llm.encode(text) for text in TEXTS])
+    (-scores.logps.sum() + scores.kl.sum()).backward()
+    assert all(parameter.grad is not None for parameter in llm.model.parameters())
+    optimizer.step()
+    assert all(torch.equal(value, llm._frozen.state_dict()[name]) for name, value in before.items())
+    assert llm.score([llm.encode(TEXTS[0])]).kl.max() > 0
+
+
+def test_the_head_gradient_of_full_fine_tuning_is_the_plain_one(models, family):
+    llm, ids = tiny_llm(models, family, adapter="full"), None
+    ids = llm.encode(TEXTS[0])
+    plain = copy.deepcopy(llm.model)
+    plain_logps(plain, ids).sum().backward()
+    llm.logps([ids])[0].sum().backward()
+    for one, other in zip(llm.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_eq_1_single_token_verbalizers_by_the_definition(models, family):
+    llm = tiny_llm(models, family)
+    disturb(llm)
+    verbalizers = [llm.encode(" bad")[1:][:1], llm.encode(" good")[1:][:1]]
+    queries = [f"{text} This is" for text in TEXTS]
+    probabilities = llm.classify(queries, verbalizers)
+    for row, query in enumerate(queries):
+        with torch.no_grad():
+            likelihood = llm.model(input_ids=torch.tensor([llm.encode(query)])).logits[0, -1].softmax(-1)
+        chosen = likelihood[[verbalizer[0] for verbalizer in verbalizers]]
+        torch.testing.assert_close(probabilities[row], chosen / chosen.sum(), atol=1e-5, rtol=1e-4)
+
+
+def test_eq_1_multi_token_verbalizers_by_the_definition(models, family):
+    llm = tiny_llm(models, family)
+    verbalizers = [llm.encode(" a bad one")[1:], llm.encode(" good")[1:]]
+    assert len(verbalizers[0]) > 1
+    query = llm.encode("a film. This is")
+    with torch.no_grad():
+        likelihood = torch.stack(
+            [plain_logps(llm.model, [*query, *words])[len(query) - 1 :].sum().exp() for words in verbalizers]
+        )
+    actual = llm.classify(["a film. This is"], verbalizers)[0]
+    torch.testing.assert_close(actual, likelihood / likelihood.sum(), atol=1e-5, rtol=1e-4)
+
+
+def test_perplexity_by_the_definition(models, family):
+    llm = tiny_llm(models, family)
+    text = "a good film and a bad day. " * 4
+    with torch.no_grad():
+        expected = (-plain_logps(llm.model, llm.encode(text))).mean().exp()
+    assert llm.perplexity(text, 1000) == pytest.approx(float(expected), rel=1e-3)
+    with pytest.raises(ValueError, match="no token"):
+        llm.perplexity("", 10)
+
+
+def test_what_is_sampled_does_not_depend_on_the_rows_beside_it(models, family):
+    llm = tiny_llm(models, family)
+    sampling = SynthesisConfig(max_new_tokens=10)
+    prompts = [tuple(llm.encode(prompt)) for prompt in ('Write a good text: "', 'A text: "', 'Write a good text: "')]
+    together = llm.generate(prompts, [1, 2, 3], sampling)
+    alone = [llm.generate([prompt], [seed], sampling)[0] for prompt, seed in zip(prompts, (1, 2, 3), strict=True)]
+    assert together == alone
+    assert together[0] != together[2]
+
+
+def test_greedy_sampling_is_the_plain_models_argmax(models, family):
+    llm = tiny_llm(models, family)
+    ids = llm.encode('Write a good text: "')
+    (sampled,) = llm.generate([tuple(ids)], [0], SynthesisConfig(top_k=1, max_new_tokens=6))
+    for token in sampled:
+        with torch.no_grad():
+            assert token == int(llm.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)
+
+
+def test_sampling_ends_at_a_stop_string_and_counts_its_tokens(models, family):
+    llm = tiny_llm(models, family)
+    prompt, steps = tuple(llm.encode("a")), []
+    sampling = SynthesisConfig(max_new_tokens=40, stop=("o", "e"))
+    written = llm.generate([prompt] * 8, range(8), sampling, steps.append)
+    assert sum(steps) == sum(map(len, written))
+    for tokens in written:
+        text = llm.tokenizer.decode(tokens[:-1], skip_special_tokens=True)
+        assert "o" not in text
+        assert "e" not in text
+    assert any(len(tokens) < 40 for tokens in written)
+
+
+def test_the_adapter_loads_with_peft_and_gives_the_same_scores(models, family, tmp_path):
+    llm = tiny_llm(models, family)
+    disturb(llm)
+    llm.save(str(tmp_path))
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models / family), tmp_path).eval()
+    ids = llm.encode(TEXTS[0])
+    with torch.no_grad():
+        torch.testing.assert_close(plain_logps(loaded, ids), plain_logps(llm.model, ids))
+    again = LLM.load_trained(str(models / family), str(tmp_path), llm.config)
+    assert again.fingerprint() == llm.fingerprint()
+
+
+def test_a_fully_trained_model_loads_again_with_its_original(models, family, tmp_path):
+    llm = tiny_llm(models, family, adapter="full")
+    disturb(llm)
+    llm.save(str(tmp_path))
+    again = LLM.load_trained(str(models / family), str(tmp_path), llm.config)
+    ids = [llm.encode(TEXTS[0])]
+    torch.testing.assert_close(again.score(ids).kl, llm.score(ids).kl)
+
+
+def test_the_same_seed_gives_the_same_adapter(models):
+    assert tiny_llm(models, "gpt2").fingerprint() == tiny_llm(models, "gpt2").fingerprint()
+
+
+def test_verbalizers_that_start_alike_are_refused(models):
+    llm = tiny_llm(models, "gpt2")
+    with pytest.raises(ConfigError, match=r"'b' \('good film'\) and 'a' start with the same token"):
+        llm.check_verbalizers(["a", "b"], ["good", "good film"], "This is")
+    assert [len(ids) > 0 for ids in llm.check_verbalizers(["a", "b"], ["good", "bad"], "This is")] == [True, True]
+
+
+def test_a_head_that_is_not_a_plain_matrix_is_refused(models):
+    model = AutoModelForCausalLM.from_pretrained(models / "gemma3")
+    model.config.final_logit_softcapping = 0.01
+    with pytest.raises(ModelError, match="not a plain matrix"):
+        LLM(model, None, LLMConfig(model="gemma3"))
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        LLM.load(str(tmp_path), LLMConfig(model="nothing"), 0)

@@ -1,0 +1,122 @@
+"""The in-process engine and the loop: order, failures, several arrivals."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crosslm.client import Client
+from crosslm.config import FitConfig
+from crosslm.errors import UploadError
+from crosslm.federation.exchange import serve
+from crosslm.federation.local import LocalExchange, arrival_order
+from crosslm.models.slm import SLM
+from crosslm.records import Download, Examples
+from crosslm.server import StepRecord
+
+LABELS = ("bad", "good")
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**32))
+def test_every_client_arrives_as_often_as_it_shall(clients, times, seed):
+    ids = [f"client-{number}" for number in range(clients)]
+    order = arrival_order(ids, times, seed)
+    assert Counter(order) == dict.fromkeys(ids, times)
+    assert order == arrival_order(ids, times, seed)
+
+
+def test_the_order_comes_from_the_seed():
+    ids = list("abcd")
+    assert len({tuple(arrival_order(ids, 1, seed)) for seed in range(60)}) > 10
+
+
+class EchoServer:
+    """Returns what it is given, and refuses the uploads of one client."""
+
+    def __init__(self, refused=""):
+        self.refused, self.served = refused, []
+
+    def step(self, upload):
+        if upload.client_id == self.refused:
+            raise UploadError(f"{upload.client_id}: no")
+        self.served.append(upload.client_id)
+        return Download(upload.client_id, upload.client_round, len(self.served), {}, upload.slm), StepRecord()
+
+
+class Notes:
+    def __init__(self):
+        self.lines = []
+
+    def uploaded(self, upload):
+        self.lines.append(("uploaded", upload.client_id, upload.client_round))
+
+    def served(self, upload, download, record):
+        self.lines.append(("served", upload.client_id, download.step))
+
+    def refused(self, upload, error):
+        self.lines.append(("refused", upload.client_id, str(error)))
+
+
+@pytest.fixture
+def clients(models):
+    examples = Examples(["a good film.", "a bad day."] * 4, [1, 0] * 4)
+    return [
+        Client(name, examples, SLM.load(str(models / kind), LABELS, 32, 0), FitConfig(epochs=1), 0)
+        for name, kind in (("north", "bert"), ("south", "distilbert"), ("west", "bert"))
+    ]
+
+
+def run(clients, server, participations=1, seed=0):
+    failures = []
+    exchange = LocalExchange(clients, participations, seed, lambda who, error: failures.append((who, str(error))))
+    notes = Notes()
+    serve(exchange, server, notes, exchange.exhausted)
+    return exchange, notes.lines, failures
+
+
+def test_one_slm_an_arrival_in_the_seeds_order(clients):
+    server = EchoServer()
+    exchange, lines, failures = run(clients, server, participations=2, seed=5)
+    assert server.served == arrival_order(["north", "south", "west"], 2, 5)
+    assert [line[1] for line in lines if line[0] == "uploaded"] == server.served
+    assert Counter(line[2] for line in lines if line[0] == "uploaded") == {0: 3, 1: 3}
+    assert not failures
+    assert all(exchange.bytes_up[name] > 10_000 for name in ("north", "south", "west"))
+    assert all(exchange.bytes_down[name] > 10_000 for name in ("north", "south", "west"))
+
+
+def test_what_is_returned_is_installed_and_trained_on_next_time(clients, monkeypatch):
+    before = clients[0].slm
+    run(clients, EchoServer())
+    assert clients[0].slm is not before
+    assert clients[0].rounds == 1
+
+
+def test_a_client_that_fails_delays_nobody(clients, monkeypatch):
+    def fail():
+        raise MemoryError("no memory at this silo")
+
+    monkeypatch.setattr(clients[1], "train", fail)
+    server = EchoServer()
+    _, _, failures = run(clients, server)
+    assert sorted(server.served) == ["north", "west"]
+    assert failures == [("south", "no memory at this silo")]
+
+
+def test_a_client_that_cannot_install_is_reported(clients, monkeypatch):
+    def fail(download):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(clients[2], "install", fail)
+    server = EchoServer()
+    _, _, failures = run(clients, server)
+    assert len(server.served) == 3
+    assert failures == [("west", "disk full")]
+
+
+def test_an_upload_that_cannot_be_used_delays_nobody(clients):
+    server = EchoServer(refused="north")
+    _, lines, _ = run(clients, server)
+    assert sorted(server.served) == ["south", "west"]
+    assert ("refused", "north", "north: no") in lines

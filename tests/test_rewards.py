@@ -1,0 +1,34 @@
+"""Eq. 4, and the correction by the training prior."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crosslm.algorithm.rewards import correct_prior, label_rewards
+
+
+def test_eq_4_by_hand():
+    probabilities = torch.tensor([[0.9, 0.1], [0.25, 0.75], [0.5, 0.5]])
+    rewards = label_rewards(probabilities, torch.tensor([0, 0, 1]))
+    torch.testing.assert_close(rewards, torch.tensor([0.8, -0.5, 0.0]))
+
+
+def test_eq_4_refuses_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match="must be"):
+        label_rewards(torch.zeros(3, 2), torch.zeros(4, dtype=torch.long))
+
+
+def test_prior_correction_by_hand():
+    # 98 and 0 rows: smoothed shares 99/100 and 1/100
+    corrected = correct_prior(torch.tensor([[0.99, 0.01], [0.5, 0.5]]), torch.tensor([98, 0]))
+    torch.testing.assert_close(corrected, torch.tensor([[0.5, 0.5], [0.01, 0.99]]))
+
+
+@given(st.lists(st.integers(0, 1000), min_size=2, max_size=5), st.integers(0, 2**32 - 1))
+def test_prior_correction_gives_probabilities_and_does_nothing_when_balanced(counts, seed):
+    probabilities = torch.rand(4, len(counts), generator=torch.Generator().manual_seed(seed)).softmax(1)
+    corrected = correct_prior(probabilities, torch.tensor(counts))
+    torch.testing.assert_close(corrected.sum(1), torch.ones(4))
+    balanced = correct_prior(probabilities, torch.full((len(counts),), 7))
+    torch.testing.assert_close(balanced, probabilities)

@@ -1,0 +1,64 @@
+"""Eq. 10, the score, and the best alpha %."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crosslm.algorithm.selection import diversity, quality_diversity_scores, select_top
+
+
+def test_eq_10_by_hand():
+    # lengths must not matter; 60 degrees between the first two, 90 between first and third
+    vectors = torch.tensor([[2.0, 0.0], [0.5, math.sqrt(3) / 2], [0.0, 7.0]])
+    expected = torch.tensor([1 - 0.5, 1 - math.sqrt(3) / 2, 1 - math.sqrt(3) / 2])
+    torch.testing.assert_close(diversity(vectors), expected)
+
+
+@given(st.integers(2, 40), st.integers(1, 50), st.integers(0, 2**32 - 1))
+def test_eq_10_in_blocks_is_the_plain_definition(count, block, seed):
+    vectors = torch.randn(count, 5, generator=torch.Generator().manual_seed(seed))
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
+    similarity = unit @ unit.T
+    similarity.fill_diagonal_(-torch.inf)
+    plain = 1 - similarity.amax(dim=1)
+    actual = diversity(vectors, block)
+    torch.testing.assert_close(actual, plain, atol=1e-5, rtol=0)
+    assert (actual >= -1e-6).all()
+    assert (actual <= 2 + 1e-6).all()
+
+
+def test_a_duplicate_has_no_diversity():
+    assert diversity(torch.tensor([[1.0, 2.0], [1.0, 0.0], [1.0, 2.0]]))[[0, 2]].abs().max() < 1e-6
+
+
+def test_score_by_hand():
+    scores = quality_diversity_scores(torch.tensor([0.8, -0.5]), torch.tensor([0.5, 0.2]))
+    torch.testing.assert_close(scores, torch.tensor([0.4, -0.1]))
+
+
+def test_among_negative_rewards_the_near_duplicate_wins_as_written_and_drop_prevents_it():
+    rewards, diversities = torch.tensor([0.2, -0.9, -0.9, -0.9]), torch.tensor([0.5, 0.9, 0.01, 0.5])
+    scores = quality_diversity_scores(rewards, diversities)
+    assert select_top(scores, 0.5).tolist() == [0, 2]
+    assert select_top(scores, 0.5, rewards, "drop").tolist() == [0]
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=200), st.floats(0.01, 1))
+def test_top_alpha_keeps_the_best_and_rounds_up(scores, fraction):
+    kept = select_top(torch.tensor(scores), fraction).tolist()
+    assert len(kept) == math.ceil(round(fraction * len(scores), 9))
+    left = [score for place, score in enumerate(torch.tensor(scores).tolist()) if place not in kept]
+    assert not left or min(torch.tensor(scores)[kept].tolist()) >= max(left)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(30, 3), (31, 4), (10, 1)])
+def test_top_alpha_is_not_rounded_up_by_floating_point(count, expected):
+    assert len(select_top(torch.arange(float(count)), 0.1)) == expected
+
+
+def test_drop_needs_rewards():
+    with pytest.raises(ValueError, match="needs the rewards"):
+        select_top(torch.ones(4), 0.5, nonpositive_rewards="drop")

@@ -1,0 +1,189 @@
+"""One step of the server: Eq. 4 to 10 put together."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import BAD, GOOD, sentences, tiny_llm
+
+from crosslm.algorithm.losses import token_kl
+from crosslm.client import Client
+from crosslm.config import Config, SelectionConfig
+from crosslm.errors import ModelError, UploadError
+from crosslm.models.encoder import SentenceEncoder
+from crosslm.models.slm import SLM
+from crosslm.records import Examples, SyntheticSet
+from crosslm.server import Server, receive_slm, select, slm_rewards
+from crosslm.synthesis import synthesize
+
+EXAMPLES = Examples(sentences(BAD, 20) + sentences(GOOD, 20), [0] * 20 + [1] * 20)
+
+
+@pytest.fixture(params=["gpt2", "llama", "gemma3"])
+def family(request):
+    return request.param
+
+
+def server_for(config, task, models, family="gpt2", **llm_changes):
+    config = Config.model_validate({**config.model_dump(), "llm": {**config.llm.model_dump(), **llm_changes}})
+    llm = tiny_llm(models, family, **{name: value for name, value in config.llm.model_dump().items() if name != "model"})
+    return Server(config, task, llm, SentenceEncoder(str(models / "encoder")))
+
+
+@pytest.fixture
+def upload(models, config, task):
+    slm = SLM.load(str(models / "bert"), task.labels, 32, 0)
+    return Client("north", EXAMPLES, slm, config.slm.private, 0).train()
+
+
+def test_a_step_does_all_of_section_4(models, config, task, upload, family):
+    server = server_for(config, task, models, family)
+    before = server.llm.fingerprint()
+    base = {name: value.clone() for name, value in server.llm.model.state_dict().items() if "lora_" not in name}
+    download, record = server.step(upload)
+    assert server.llm.fingerprint() != before
+    after = server.llm.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in base.items())
+    assert (download.client_id, download.client_round, download.step) == ("north", 0, 1)
+    changed = [not torch.equal(value, upload.slm.weights[name]) for name, value in download.slm.weights.items()]
+    assert any(changed)
+    (drafts, rewards), *rest = record.drafts
+    assert (len(drafts.samples), rest, len(record.updates)) == (8, [], 2)
+    assert rewards.abs().max() <= 1
+    assert record.updates[0]["log_ratio"] == pytest.approx(0, abs=1e-5)
+    assert record.updates[0]["kl_loss"] == pytest.approx(0, abs=1e-5)
+    assert record.updates[1]["kl_loss"] > 0
+    assert len(record.receipts) == len(record.pool.samples) == 12
+    assert record.tokens_generated >= drafts.tokens_generated + record.pool.tokens_generated
+    kept = [receipt for receipt in record.receipts if receipt.kept]
+    assert len(kept) == download.metrics["selected"] <= 6
+    assert all(receipt.reward > 0 for receipt in kept)  # recommended
+
+
+def test_a_step_can_be_repeated(models, config, task, upload):
+    first, _ = server_for(config, task, models).step(upload)
+    second, _ = server_for(config, task, models).step(upload)
+    assert all(torch.equal(value, second.slm.weights[name]) for name, value in first.slm.weights.items())
+
+
+def test_full_fine_tuning_takes_the_same_step(models, config, task, upload, family):
+    server = server_for(config, task, models, family, adapter="full", learning_rate=1e-4)
+    _, record = server.step(upload)
+    assert record.updates[0]["kl_loss"] == pytest.approx(0, abs=1e-5)
+    assert record.updates[1]["kl_loss"] > 0
+
+
+def plain_objective(server, drafts, rewards, statements):
+    """Eq. 5 to 9 with whole logits and no batch, in the words of the paper."""
+    model, total = server.llm.model, 0.0
+    for place, sample in enumerate(drafts.samples):
+        ids = torch.tensor([[*sample.prompt_ids, *sample.completion_ids]])
+        logits = model(input_ids=ids).logits[0, :-1]
+        with torch.no_grad(), model.disable_adapter():
+            reference_logits = model(input_ids=ids).logits[0, :-1]
+        logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
+        reference_logps = reference_logits.log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
+        stated = torch.tensor([statements[place]])
+        stated_logits = model(input_ids=stated).logits[0, :-1]
+        stated_logps = stated_logits.log_softmax(-1).gather(1, stated[0, 1:, None]).sum()
+        x = slice(len(sample.prompt_ids) - 1, None)
+        kl = token_kl(logits[x], reference_logits[x]).sum()
+        total = total - rewards[place] * (logps - reference_logps) - 0.1 * stated_logps + 0.05 * kl
+    return total / len(drafts.samples)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 16])
+def test_the_gradient_is_that_of_the_plain_equations(models, config, task, family, micro_batch_size):
+    server = server_for(config, task, models, family, micro_batch_size=micro_batch_size)
+    with torch.no_grad():
+        for number, parameter in enumerate(server.llm.trainable_parameters()):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    drafts = synthesize(server.llm, task, config.synthesis, 7, 1)
+    rewards = torch.linspace(-1, 1, 7)
+    statements = server._statements(drafts, 0)
+    plain = plain_objective(server, drafts, rewards, statements)
+    expected = torch.autograd.grad(plain, server.llm.trainable_parameters())
+    loss = 0.0
+    for start in range(0, 7, micro_batch_size):
+        rows = list(range(7))[start : start + micro_batch_size]
+        loss += server._backward(drafts, rewards, statements, rows, 7)["loss"]
+    assert loss == pytest.approx(float(plain.detach()), rel=1e-4)
+    for parameter, gradient in zip(server.llm.trainable_parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-3)
+
+
+def test_mean_over_tokens_is_a_different_update(models, config, task, upload):
+    by_sum, _ = server_for(config, task, models).step(upload)
+    server = server_for(config, task, models, token_reduction="mean")
+    by_mean, record = server.step(upload)
+    assert not all(torch.equal(value, by_mean.slm.weights[name]) for name, value in by_sum.slm.weights.items())
+    per_token = record.updates[0]["language_modeling_loss"]
+    assert 1 < per_token < 10  # nats a token, not a text
+
+
+def test_rewarded_texts_become_likelier_and_punished_ones_less(models, config, task):
+    server = server_for(config, task, models, gamma_language_modeling=0.0, learning_rate=3e-3)
+    drafts = synthesize(server.llm, task, config.synthesis, 8, 1)
+    rewards = torch.tensor([1.0, -1.0] * 4)
+
+    def logps():
+        with torch.no_grad():
+            return server.llm.logps([[*s.prompt_ids, *s.completion_ids] for s in drafts.samples])[0].sum(1)
+
+    before = logps()
+    for _ in range(5):
+        server.update_llm(drafts, rewards, 0)
+    change = logps() - before
+    assert change[::2].mean() > 0 > change[1::2].mean()
+
+
+def test_an_update_that_does_nothing_is_an_error(models, config, task):
+    server = server_for(config, task, models, gamma_language_modeling=0.0, gamma_kl=0.0)
+    drafts = synthesize(server.llm, task, config.synthesis, 4, 1)
+    with pytest.raises(ModelError, match="changed nothing"):
+        server.update_llm(drafts, torch.zeros(4), 0)
+
+
+def test_an_update_that_is_not_finite_is_an_error(models, config, task):
+    server = server_for(config, task, models)
+    drafts = synthesize(server.llm, task, config.synthesis, 4, 1)
+    before = server.llm.fingerprint()
+    with pytest.raises(ModelError, match="not finite"):
+        server.update_llm(drafts, torch.full((4,), torch.nan), 0)
+    assert server.llm.fingerprint() == before
+
+
+def test_rewards_are_eq_4_of_the_uploaded_slm_and_can_be_corrected(models, config, task, upload):
+    slm = receive_slm(upload, task, "cpu")
+    drafts = SyntheticSet(synthesize(tiny_llm(models, "gpt2"), task, config.synthesis, 6, 1).samples)
+    probabilities = slm.predict_proba(drafts.texts)
+    plain = slm_rewards(slm, drafts, upload, config.reward.model_copy(update={"correct_prior": False}))
+    expected = torch.tensor([2 * float(probabilities[i, y]) - 1 for i, y in enumerate(drafts.labels.tolist())])
+    torch.testing.assert_close(plain, expected)
+    skewed = dataclasses.replace(upload, class_counts=(3, 95))
+    corrected = slm_rewards(slm, drafts, skewed, config.reward.model_copy(update={"correct_prior": True}))
+    is_bad = drafts.labels == 0  # the label that is rare at the client is rewarded more
+    assert (corrected[is_bad] > plain[is_bad]).all()
+    assert (corrected[~is_bad] < plain[~is_bad]).all()
+
+
+def test_labels_in_another_order_are_refused(models, config, task, upload):
+    turned = dataclasses.replace(upload, slm=dataclasses.replace(upload.slm, labels=("good", "bad")))
+    with pytest.raises(UploadError, match=r"north: its labels are \['good', 'bad'\], the task's are \['bad', 'good'\]"):
+        server_for(config, task, models).step(turned)
+
+
+class TableEncoder:
+    def encode(self, texts):
+        return torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+
+
+def test_receipts_say_why(models, task, config):
+    pool = SyntheticSet(synthesize(tiny_llm(models, "gpt2"), task, config.synthesis, 4, 1).samples)
+    rewards = torch.tensor([0.9, 0.9, 0.5, -0.5])
+    receipts, kept = select(pool, rewards, TableEncoder(), SelectionConfig(fraction=0.5))
+    assert kept == [2, 0]  # 0.5 * (1 - .71) first; the two duplicates tie at 0 and the earlier one is taken
+    assert [receipt.kept for receipt in receipts] == [True, False, True, False]
+    assert [receipt.rank for receipt in receipts] == [2, 3, 1, 4]
+    assert receipts[0].diversity == pytest.approx(0, abs=1e-6)
+    assert receipts[2].score == pytest.approx(0.5 * (1 - 0.5**0.5), abs=1e-6)

@@ -1,0 +1,118 @@
+"""The classifier on tiny models of several architectures."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import BAD, GOOD, sentences
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from crosslm.config import FitConfig
+from crosslm.errors import ModelError, UploadError
+from crosslm.models.slm import SLM
+from crosslm.records import Examples
+
+LABELS = ("bad", "good")
+EXAMPLES = Examples(sentences(BAD) + sentences(GOOD), [0] * 40 + [1] * 40)
+FIT = FitConfig(epochs=8, batch_size=8, learning_rate=3e-3)
+
+
+@pytest.fixture(params=["bert", "distilbert", "gpt2"])
+def slm(models, request):
+    return SLM.load(str(models / request.param), LABELS, 32, seed=0)
+
+
+def test_training_teaches_and_follows_the_seed(slm, models):
+    before = slm.accuracy(EXAMPLES)
+    rows = []
+    metrics = slm.fit(EXAMPLES, FIT, 1, rows.append)
+    assert slm.accuracy(EXAMPLES) > max(before, 0.9)
+    assert metrics["epochs"] == 8
+    assert sum(rows) == 8 * 80
+    again = SLM.load(slm.model.config._name_or_path, LABELS, 32, seed=0)
+    again.fit(EXAMPLES, FIT, 1)
+    torch.testing.assert_close(again.predict_proba(EXAMPLES.texts), slm.predict_proba(EXAMPLES.texts))
+
+
+def test_probabilities_do_not_depend_on_the_batch(slm):
+    texts = ["a good film.", "a bad day and a cold room and a poor book.", "x"]
+    together = slm.predict_proba(texts)
+    torch.testing.assert_close(together.sum(1), torch.ones(3))
+    alone = torch.cat([slm.predict_proba([text]) for text in texts])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_patience_takes_the_best_epoch_back(slm):
+    contradictory = Examples(EXAMPLES.texts, [0, 1] * 40)
+    metrics = slm.fit(contradictory, FitConfig(epochs=30, learning_rate=1e-2, patience=1, holdout_fraction=0.25), 0)
+    assert metrics["epochs"] < 30
+    held = torch.randperm(80, generator=torch.Generator().manual_seed(0))[:20].tolist()
+    assert slm.accuracy(contradictory.take(held)) == pytest.approx(metrics["holdout_accuracy"])
+
+
+def test_the_state_is_the_same_classifier(slm):
+    slm.fit(EXAMPLES, FitConfig(epochs=1), 1)
+    again = SLM.from_state(slm.to_state())
+    assert again.labels == LABELS
+    assert again.max_length == slm.max_length
+    torch.testing.assert_close(again.predict_proba(EXAMPLES.texts), slm.predict_proba(EXAMPLES.texts))
+    # and can be trained on like the original
+    torch.testing.assert_close(
+        torch.tensor(list(again.fit(EXAMPLES, FIT, 2).values())), torch.tensor(list(slm.fit(EXAMPLES, FIT, 2).values()))
+    )
+
+
+def test_the_saved_folder_loads_with_transformers(slm, tmp_path):
+    slm.fit(EXAMPLES, FitConfig(epochs=1), 1)
+    slm.save(str(tmp_path))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert model.config.id2label == dict(enumerate(LABELS))
+    tokens = AutoTokenizer.from_pretrained(tmp_path)(["a good film."], return_tensors="pt")
+    tokens.pop("token_type_ids", None)
+    with torch.no_grad():
+        expected = model(**tokens).logits.softmax(1)
+    torch.testing.assert_close(slm.predict_proba(["a good film."]), expected, atol=1e-5, rtol=1e-5)
+    assert SLM.load_trained(str(tmp_path)).max_length == slm.max_length
+
+
+def test_layers_can_be_left_out_and_embeddings_frozen(models):
+    slm = SLM.load(str(models / "bert"), LABELS, 32, 0, num_hidden_layers=1, freeze_embeddings=True)
+    table = slm.model.get_input_embeddings().weight.clone()
+    slm.fit(EXAMPLES, FitConfig(epochs=1), 1)
+    assert slm.model.config.num_hidden_layers == 1
+    assert torch.equal(slm.model.get_input_embeddings().weight, table)
+    with pytest.raises(ModelError, match="has 2 hidden layers; num_hidden_layers = 5"):
+        SLM.load(str(models / "bert"), LABELS, 32, 0, num_hidden_layers=5)
+
+
+def test_training_does_not_disturb_the_random_state_of_others(models):
+    slm = SLM.load(str(models / "bert"), LABELS, 32, 0)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    slm.fit(EXAMPLES, FitConfig(epochs=1), 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def broken(state, **changes):
+    return dataclasses.replace(state, **changes)
+
+
+def test_a_state_that_cannot_be_is_refused(models):
+    state = SLM.load(str(models / "bert"), LABELS, 32, 0).to_state()
+    cases = {
+        "cannot be rebuilt": broken(state, architecture={**state.architecture, "model_type": "no such"}),
+        "auto_map": broken(state, architecture={**state.architecture, "auto_map": {"AutoModel": "evil.py"}}),
+        "Missing key": broken(state, weights=dict(list(state.weights.items())[1:])),
+        "size mismatch": broken(state, weights={name: value[:1] for name, value in state.weights.items()}),
+        "names the labels": broken(state, labels=("a", "b", "c")),
+        "cannot be rebuilt: ": broken(state, tokenizer={**state.tokenizer, "tokenizer.json": "{}"}),
+    }
+    for message, bad in cases.items():
+        with pytest.raises(UploadError, match=message):
+            SLM.from_state(bad)
+
+
+def test_a_folder_that_is_no_classifier_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="cannot be loaded as a sequence classifier"):
+        SLM.load(str(tmp_path), LABELS, 32, 0)

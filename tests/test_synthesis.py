@@ -1,0 +1,92 @@
+"""Step 3: Eq. 2 and 3, and what is removed."""
+
+from collections import Counter
+
+import pytest
+from conftest import tiny_llm
+
+from crosslm.config import SynthesisConfig
+from crosslm.errors import ModelError
+from crosslm.synthesis import clean, draw_labels, removal_reason, synthesize
+
+SAMPLING = SynthesisConfig(max_new_tokens=12, max_attempts=100)
+
+
+def test_eq_2_labels_are_uniform_and_follow_the_seed():
+    counts = Counter(draw_labels(30_000, 3, seed=1))
+    assert set(counts) == {0, 1, 2}
+    assert all(abs(count - 10_000) < 400 for count in counts.values())  # five standard deviations
+    assert draw_labels(50, 3, 1) == draw_labels(50, 3, 1) != draw_labels(50, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("raw", "finished", "expected"),
+    [
+        ('A good film." and more', True, "A good film."),
+        ("two\nlines", True, "two"),
+        ("  much   space ", True, "much space"),
+        ("One sentence. Another that never", False, "One sentence."),
+        ("Really?! Yes (truly.) and", False, "Really?! Yes (truly.)"),
+        ("it cost 3.50 and", False, ""),
+        ("no end at all", False, ""),
+    ],
+)
+def test_clean(raw, finished, expected):
+    assert clean(raw, finished, ('"', "\n")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "raw", "finished", "expected"),
+    [
+        ("A film.", "A film.", True, None),
+        ("", '"', True, "empty"),
+        ("...", '..."', True, "empty"),
+        ("", "no end at all", False, "truncated"),
+        ("", "   ", False, "empty"),
+        ("Write a good text: yes", "Write a good text: yes", True, "echo"),
+    ],
+)
+def test_removal_reason(text, raw, finished, expected):
+    assert removal_reason(text, raw, 'Write a good text: "', finished) == expected
+
+
+def test_synthesize_gives_what_was_asked_and_can_be_repeated(models, task):
+    llm = tiny_llm(models, "gpt2")
+    texts = []
+    one = synthesize(llm, task, SAMPLING, 20, 7, texts.append)
+    assert one == synthesize(llm, task, SAMPLING, 20, 7)
+    assert one != synthesize(llm, task, SAMPLING, 20, 8)
+    assert len(one.samples) == sum(texts) == 20
+    assert one.labels.tolist() == draw_labels_of(one)
+    assert one.tokens_generated >= sum(len(sample.completion_ids) for sample in one.samples)
+    for sample in one.samples:
+        assert sample.prompt in task.prompts[sample.label]
+        assert sample.prompt_ids == tuple(llm.encode(sample.prompt))
+        raw = llm.tokenizer.decode(sample.completion_ids, skip_special_tokens=True)
+        assert "".join(raw.split()).startswith("".join(sample.text.split()))
+        # the seed of a sample is enough to write it again
+        assert [list(sample.completion_ids)] == llm.generate([sample.prompt_ids], [sample.seed], SAMPLING)
+
+
+def draw_labels_of(synthetic):
+    return [sample.label for sample in synthetic.samples]
+
+
+def test_paraphrases_are_drawn_uniformly(models, task):
+    synthetic = synthesize(tiny_llm(models, "gpt2"), task, SAMPLING, 200, 3)
+    counts = Counter(sample.prompt for sample in synthetic.samples)
+    one, other = task.prompts[1]
+    assert abs(counts[one] - counts[other]) < 50
+
+
+def test_removed_texts_are_counted_and_written_again(models, task):
+    # almost every text of an untrained model reaches the maximum length within a sentence
+    synthetic = synthesize(tiny_llm(models, "gpt2"), task, SAMPLING, 20, 1)
+    assert synthetic.removed["truncated"] > 0
+    assert len(synthetic.samples) == 20
+
+
+def test_a_model_that_cannot_write_ends_with_the_reasons(models, task):
+    hopeless = SynthesisConfig(max_new_tokens=1, max_attempts=2, stop=(" ",))
+    with pytest.raises(ModelError, match=r"of 20 texts could not be written in 2 attempts each \(removed: .*task.prompt"):
+        synthesize(tiny_llm(models, "gpt2"), task, hopeless, 20, 1)
