@@ -1,0 +1,156 @@
+"""The configuration: what is refused and how it is said, presets, overrides, and the way back to TOML."""
+
+import copy
+import tomllib
+
+import pytest
+import tomli_w
+from pydantic import ValidationError
+
+from crosslm.config import PRESETS, Config, load, packaged
+from crosslm.errors import ConfigError
+
+
+@pytest.fixture
+def write(tmp_path, settings):
+    """Write the settings, changed by a function, and give the path."""
+
+    def written(change=lambda tables: None):
+        tables = copy.deepcopy(settings)
+        change(tables)
+        path = tmp_path / "own.toml"
+        path.write_text(tomli_w.dumps(tables))
+        return path
+
+    return written
+
+
+def test_what_is_dumped_loads_as_the_same_configuration(write, tmp_path):
+    config = load(write())
+    again = tmp_path / "again.toml"
+    again.write_text(config.dump())
+    assert load(again) == config
+
+
+@pytest.mark.parametrize("name", packaged())
+def test_every_packaged_configuration_is_valid_and_goes_round(name, tmp_path):
+    config = load(name)
+    path = tmp_path / "again.toml"
+    path.write_text(config.dump())
+    assert load(path) == config
+    assert config.task.labels
+
+
+def test_the_configurations_of_the_issue_are_there():
+    assert {"demo", "sst2", "imdb", "ag_news", "yahoo_answers", "paper_sst2"} <= set(packaged())
+    paper = load("paper_sst2")
+    assert paper.llm.model == "openai-community/gpt2-large"
+    assert [spec.model.split("/")[1] for spec in paper.slm.models] == ["bert-base-uncased", "distilbert-base-uncased"]
+
+
+def test_the_paper_preset_is_the_paper(write):
+    config = load(write(lambda tables: tables.update(preset="paper", llm={"model": "x"}, selection={})))
+    assert (config.llm.gamma_generation, config.llm.gamma_language_modeling, config.llm.gamma_kl) == (1, 0.1, 0.05)
+    assert config.selection.fraction == 0.25
+    assert config.selection.nonpositive_rewards == "keep"
+    assert not config.reward.correct_prior
+    assert config.llm.token_reduction == "sum"
+    assert PRESETS["paper"] == {}
+
+
+def test_recommended_is_the_default_and_the_file_goes_over_it(write):
+    assert load(write()).reward.correct_prior
+    assert load(write()).selection.nonpositive_rewards == "drop"
+    assert not load(write(lambda tables: tables.update(reward={"correct_prior": False}))).reward.correct_prior
+
+
+def test_overrides_are_toml_or_else_text(write):
+    config = load(write(), ("llm.samples=3", "synthesis.stop=['x']", "name=other", "selection.nonpositive_rewards=keep"))
+    assert (config.llm.samples, config.synthesis.stop, config.name) == (3, ("x",), "other")
+    assert config.selection.nonpositive_rewards == "keep"
+
+
+def test_the_data_folder_is_relative_to_the_file_or_given(write, tmp_path):
+    path = write(lambda tables: tables["data"].update(dir="there"))
+    assert load(path).data.dir == str(tmp_path / "there")
+    assert load(path, data_dir=str(tmp_path / "elsewhere")).data.dir == str(tmp_path / "elsewhere")
+
+
+def test_a_checked_configuration_cannot_be_changed(config):
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 4
+
+
+def put(section, key, value):
+    return lambda tables: tables[section].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("llm", "learning_rat", 1), r"own.toml: unknown key llm.learning_rat; did you mean 'learning_rate'\?"),
+        (put("llm", "zzz", 1), r"unknown key llm.zzz; known keys: adapter, batch_size"),
+        (lambda tables: tables["slm"]["private"].update(epoch=2), r"slm.private.epoch; did you mean 'epochs'\?"),
+        (lambda tables: tables["slm"]["models"][0].update(modle="x"), r"unknown key slm.models.0.modle; did you mean 'model'"),
+        (lambda tables: tables.update(tusk={}), r"unknown key tusk; did you mean 'task'\?"),
+        (lambda tables: tables.update(preset="papr"), r"preset: .*'paper' or 'recommended'.*did you mean 'paper'\?"),
+        (put("selection", "fraction", 0), r"selection.fraction: .*greater than 0, found 0"),
+        (put("selection", "fraction", 1.5), r"selection.fraction: .*less than or equal to 1, found 1.5"),
+        (put("llm", "samples", "many"), r"llm.samples: .*valid integer.*found 'many'"),
+        (lambda tables: tables["llm"].pop("model"), r"llm.model is missing"),
+        (lambda tables: tables["task"]["verbalizer"].pop("bad"), r"task: verbalizer is missing for the label\(s\) \['bad'\]"),
+        (lambda tables: tables["task"]["prompt"].pop("good"), r"task: prompt is missing for the label\(s\) \['good'\]"),
+        (lambda tables: tables["task"]["statement"].update(fair="x"), r"task: statement names \['fair'\], which are not"),
+        (put("task", "labels", ["bad", "bad"]), r"task: labels must differ"),
+        (put("task", "query", "no place"), r"task: query must contain \{text\} exactly once"),
+        (lambda tables: tables["data"].pop("test"), r"data: test must name a file"),
+        (lambda tables: tables["data"].pop("train"), r"either data.train .* or a \[\[clients\]\] table"),
+        (lambda tables: tables.update(clients=[{"id": "a", "train": "x"}]), r"either data.train"),
+        (lambda tables: tables.update(name="../up"), r"name: .*pattern"),
+        (put("llm", "learning_rate", float("nan")), r"llm.learning_rate: .*finite"),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_is_allowed(write, change, message):
+    with pytest.raises(ConfigError, match=message):
+        load(write(change))
+
+
+def test_all_errors_are_told_at_once(write):
+    def change(tables):
+        tables["llm"]["samples"] = 0
+        tables["selection"]["poool"] = 3
+
+    with pytest.raises(ConfigError) as caught:
+        load(write(change))
+    assert "llm.samples" in str(caught.value)
+    assert "selection.poool" in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["llm.samples", "=3", "llm.", "name.x=1"])
+def test_an_override_that_cannot_be_is_refused(write, override):
+    with pytest.raises(ConfigError, match="--set"):
+        load(write(), (override,))
+
+
+def test_a_file_that_is_not_there_or_not_toml_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="the packaged ones are .*demo"):
+        load("no such thing")
+    (tmp_path / "broken.toml").write_text("a = = b")
+    with pytest.raises(ConfigError, match="not a TOML file"):
+        load(tmp_path / "broken.toml")
+
+
+def test_clients_must_have_different_ids(write):
+    def change(tables):
+        tables["data"].pop("train")
+        tables["clients"] = [{"id": "a", "train": "x.csv"}, {"id": "a", "train": "y.csv"}]
+
+    with pytest.raises(ConfigError, match=r"different ids, found \['a', 'a'\]"):
+        load(write(change))
+
+
+def test_the_dump_holds_every_field(config):
+    tables = tomllib.loads(config.dump())
+    assert tables["llm"]["gamma_kl"] == 0.05
+    assert set(tables["llm"]) == set(type(config.llm).model_fields)
+    assert Config.model_validate(tables) == config

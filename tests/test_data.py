@@ -1,0 +1,167 @@
+"""Labelled text from files, and its split."""
+
+import gzip
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crosslm.config import Config, DataConfig
+from crosslm.data import balanced_sample, dirichlet_split, load_examples, load_split
+from crosslm.errors import DataError
+from crosslm.records import Examples
+
+LABELS = ("bad", "good")
+ROWS = [("a good day", "good"), ('said "bad", twice', "bad"), ("über", "good")]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return DataConfig(dir=str(tmp_path), test="x")
+
+
+def as_csv(rows):
+    return "text,label\n" + "".join('"{}",{}\n'.format(text.replace('"', '""'), label) for text, label in rows)
+
+
+def as_jsonl(rows):
+    return "".join(json.dumps({"label": label, "text": text}) + "\n" for text, label in rows)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.csv.gz", "x.jsonl", "x.jsonl.gz"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, data, name):
+    text = as_csv(ROWS) if ".csv" in name else as_jsonl(ROWS)
+    content = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    loaded = load_examples(name, data, LABELS)
+    assert loaded.examples == Examples([text for text, _ in ROWS], [1, 0, 1])
+    assert not loaded.warnings()
+
+
+def test_a_name_also_finds_its_gz(tmp_path, data):
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(as_csv(ROWS).encode()))
+    assert len(load_examples("x.csv", data, LABELS).examples) == 3
+
+
+def test_a_byte_order_mark_and_other_columns_do_no_harm(tmp_path):
+    (tmp_path / "x.csv").write_text("id,note,sentiment\n1,fine,good\n", encoding="utf-8-sig")
+    data = DataConfig(dir=str(tmp_path), test="x", text_column="note", label_column="sentiment")
+    assert load_examples("x.csv", data, LABELS).examples == Examples(["fine"], [1])
+
+
+def test_rows_without_text_or_not_utf8_are_left_out_counted_and_named(tmp_path, data):
+    lines = [b"text,label", b"fine,good", b",good", b"caf\xe9,bad", b'"  ",bad', b"poor,bad"]
+    (tmp_path / "x.csv").write_bytes(b"\n".join(lines) + b"\n")
+    loaded = load_examples("x.csv", data, LABELS)
+    assert loaded.examples == Examples(["fine", "poor"], [1, 0])
+    empty, broken = loaded.warnings()
+    assert empty.endswith("x.csv: 2 rows (2, 4) left out: no text")
+    assert broken.endswith("x.csv: 1 row (3) left out: not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", "text,lable\na,good\n", r"x.csv: no column 'label'; its columns are: text, lable"),
+        ("x.csv", "text,label\na,fair\n", r"x.csv: row 1 has the label 'fair'; the task's labels are \['bad', 'good'\]"),
+        ("x.jsonl", '{"text": "a"}\n', r"x.jsonl: row 1 has no column 'label'; its columns are: text"),
+        ("x.jsonl", "{text}\n", r"x.jsonl: line 1 is not JSON"),
+        ("x.jsonl", "[1]\n", r"x.jsonl: line 1 must be an object"),
+        ("x.txt", "a", r"x.txt: must be .csv"),
+    ],
+)
+def test_what_is_wrong_is_named_with_file_and_row(tmp_path, data, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_examples(name, data, LABELS)
+
+
+def test_a_missing_file_says_where_to_set_the_folder(data):
+    with pytest.raises(DataError, match="none.csv: no such file; set data.dir or --data-dir"):
+        load_examples("none.csv", data, LABELS)
+
+
+def test_a_hub_dataset_by_the_same_way_from_a_local_folder(tmp_path, data):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.csv").write_text(as_csv(ROWS))
+    loaded = load_examples(f"hf:{folder}:train", data, LABELS)
+    assert loaded.examples.labels == [1, 0, 1]
+    with pytest.raises(DataError, match="must look like hf:DATASET:SPLIT"):
+        load_examples("hf:glue", data, LABELS)
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_examples("hf:nobody/nothing:train", data, LABELS)
+
+
+def test_numbered_labels_of_a_hub_dataset_are_named_by_its_features(data, monkeypatch):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])})
+    table = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, 0]}, features=features)
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or table)
+    assert load_examples("hf:owner/name/config:test", data, LABELS).examples == Examples(["x", "y"], [1, 0])
+    assert asked == [("owner/name", "config", "test")]
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=8, max_size=300),
+    st.integers(1, 6),
+    st.floats(0.05, 100),
+    st.one_of(st.none(), st.integers(1, 50)),
+    st.integers(0, 2**32),
+)
+def test_the_split_gives_everyone_as_many_rows_and_no_row_twice(labels, clients, alpha, rows, seed):
+    parts = dirichlet_split(labels, clients, alpha, rows, seed)
+    share = len(labels) // clients
+    assert [len(part) for part in parts] == [share if rows is None else min(rows, share)] * clients
+    everything = [row for part in parts for row in part]
+    assert len(set(everything)) == len(everything)
+    assert parts == dirichlet_split(labels, clients, alpha, rows, seed)
+
+
+def test_alpha_decides_the_skew():
+    labels = [0, 1] * 2000
+
+    def shares(alpha):
+        return [sum(labels[row] for row in part) / len(part) for part in dirichlet_split(labels, 4, alpha, 200, 3)]
+
+    assert all(share < 0.05 or share > 0.95 for share in shares(0.01))
+    assert all(0.4 < share < 0.6 for share in shares(10_000))
+
+
+def test_a_balanced_sample_has_as_many_of_each():
+    examples = Examples([str(i) for i in range(100)], [0] * 90 + [1] * 10)
+    assert balanced_sample(examples, 10, 2, 0).class_counts(2) == [5, 5]
+    assert balanced_sample(examples, 40, 2, 0).class_counts(2) == [30, 10]
+    assert balanced_sample(examples, None, 2, 0) is examples
+
+
+def test_no_row_serves_two_purposes(config):
+    split = load_split(config)
+    parts = [*split.private.values(), split.judge]
+    # the corpus has some equal sentences, so rows are told apart by how often each occurs
+    together = sorted(text for part in parts for text in part.texts)
+    everything = load_examples("train.csv", config.data, config.task.labels).examples
+    assert len(together) <= len(everything)
+    assert not set(split.private["client-0"].texts) - set(everything.texts)
+    assert len(split.judge) == 10
+
+
+def test_clients_with_their_own_files(settings, data_folder):
+    settings["data"].pop("train")
+    settings["clients"] = [{"id": "a", "train": "train.csv", "test": "test.csv"}, {"id": "b", "train": "test.csv"}]
+    split = load_split(Config.model_validate(settings))
+    assert (len(split.private["a"]), len(split.private["b"]), len(split.judge)) == (60, 20, 0)
+
+
+def test_an_empty_silo_is_refused_and_one_of_a_single_class_warned_of(settings, data_folder):
+    settings["data"].pop("train")
+    settings["clients"] = [{"id": "a", "train": "one.csv"}]
+    (data_folder / "one.csv").write_text("text,label\nx,good\ny,good\n")
+    split = load_split(Config.model_validate(settings))
+    assert split.warnings == ["client a: all 2 rows are 'good'; its classifier can learn nothing else"]
+    (data_folder / "one.csv").write_text("text,label\n")
+    with pytest.raises(DataError, match="client a: no usable training rows"):
+        load_split(Config.model_validate(settings))

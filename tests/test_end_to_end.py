@@ -1,0 +1,229 @@
+"""A whole run on tiny models: every artefact, every figure, and the commands that read them."""
+
+import json
+import tomllib
+
+import pytest
+import tomli_w
+from conftest import TASK
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+
+from crosslm import cli, experiment
+from crosslm.config import Config, load
+from crosslm.experiment import run_local
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command as a shell would; gives the exit code and both outputs."""
+
+    def called(*arguments):
+        monkeypatch.setattr("sys.argv", ["crosslm", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    monkeypatch.setattr(cli, "console", cli.Console(width=100))
+    return called
+
+
+@pytest.fixture
+def config_file(settings, tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(tomli_w.dumps(settings))
+    return path
+
+
+def numbers(summary):
+    """What must be equal in two runs: all but times and sizes of memory."""
+    return {name: value for name, value in summary.items() if name not in ("seconds", "peak_memory_bytes")}
+
+
+def test_a_run_leaves_everything_that_is_promised(command, config_file, settings, models, tmp_path):
+    folder = tmp_path / "run"
+    code, out, err = command("run", config_file, "--output", folder)
+    assert (code, err) == (0, "")
+    for words in ("Standalone", "Data-free KD", "CrossLM", "client-0", "client-1", "mean", "perplexity", "update LLM"):
+        assert words in out
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"task", "preset", "seed", "versions", "seconds", "slm", "llm", "tokens_generated"} <= set(summary)
+    for method in ("standalone", "data_free_kd", "crosslm"):
+        values = summary["slm"][method]
+        assert set(values) == {"client-0", "client-1", "mean"}
+        assert values["mean"] == pytest.approx((values["client-0"] + values["client-1"]) / 2)
+        assert all(0 <= value <= 1 for value in values.values())
+    for measure in ("nlu_accuracy", "nlg_accuracy", "nlg_judge_accuracy", "perplexity"):
+        assert set(summary["llm"][measure]) == {"before", "after"}
+    assert summary["llm"]["perplexity"]["before"] != summary["llm"]["perplexity"]["after"]
+    assert {"generate", "update LLM", "select", "train judge", "total"} <= set(summary["seconds"])
+    assert summary["tokens_generated"] > 0
+
+    config = load(folder / "config.toml")
+    assert config == load(config_file).model_copy(update={"device": "cpu"})
+
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kinds = [event["event"] for event in events]
+    assert [kinds.count(kind) for kind in ("upload", "update", "step", "llm")] == [2, 4, 2, 2]
+    upload = next(event for event in events if event["event"] == "upload")
+    assert sum(upload["class_counts"]) == 25
+    assert upload["bytes"] == sum(tensor["bytes"] for tensor in upload["tensors"].values())
+
+    pool = [json.loads(line) for line in (folder / "synthetic" / "step-0001-pool.jsonl").read_text().splitlines()]
+    assert len(pool) == 12
+    assert sorted(row["rank"] for row in pool) == list(range(1, 13))
+    assert {"text", "label", "prompt", "seed", "reward", "diversity", "score", "rank", "kept", "completion_ids"} <= set(pool[0])
+    for row in pool:
+        assert row["score"] == pytest.approx(row["reward"] * row["diversity"], abs=1e-6)
+        assert row["label"] in TASK["labels"]
+        assert not row["kept"] or row["rank"] <= 6
+
+    classify = pipeline("text-classification", model=str(folder / "slm" / "client-0"), device="cpu")
+    assert classify("a good film.")[0]["label"] in TASK["labels"]
+    types = {AutoModelForSequenceClassification.from_pretrained(folder / "slm" / c).config.model_type for c in ("client-0", "client-1")}
+    assert types <= {"bert", "distilbert"}
+    original = AutoModelForCausalLM.from_pretrained(models / "gpt2")
+    adapter = PeftModel.from_pretrained(original, folder / "llm")
+    assert any(parameter.abs().max() > 0 for name, parameter in adapter.named_parameters() if "lora_B" in name)
+
+    # the commands that read a run
+    code, out, _ = command("report", folder)
+    assert code == 0
+    assert f"{summary['slm']['crosslm']['mean']:.3f}" in out
+    code, out, _ = command("evaluate", folder)
+    assert code == 0
+    again = dict(line.split() for line in out.splitlines() if line.startswith(("slm/", "llm/")))
+    assert float(again["slm/accuracy/client-0"]) == pytest.approx(summary["slm"]["crosslm"]["client-0"], abs=1e-4)
+    assert float(again["llm/nlu_accuracy"]) == pytest.approx(summary["llm"]["nlu_accuracy"]["after"], abs=1e-4)
+    assert float(again["llm/perplexity"]) == pytest.approx(summary["llm"]["perplexity"]["after"], rel=1e-3)
+
+    # its configuration is enough to repeat it
+    repeated = run_local(config, tmp_path / "again", tmp_path)
+    assert numbers(repeated) == numbers(summary)
+
+    # and nothing is written over
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    code, _, err = command("run", config_file, "--output", folder)
+    assert code == 2
+    assert "holds another run already and nothing is written over; choose another --output" in err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("family", "adapter", "preset"), [("gemma3", "lora", "paper"), ("llama", "full", "recommended")]
+)
+def test_other_families_presets_and_full_fine_tuning(settings, models, tmp_path, family, adapter, preset):
+    settings["llm"] |= {"model": str(models / family), "adapter": adapter}
+    settings |= {"preset": preset, "federation": {"participations": 2}}
+    config = Config.model_validate(settings)
+    summary = run_local(config, tmp_path / "run", tmp_path)
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rounds = [(event["client_id"], event["client_round"]) for event in events if event["event"] == "upload"]
+    assert sorted(rounds) == [("client-0", 0), ("client-0", 1), ("client-1", 0), ("client-1", 1)]
+    assert summary["preset"] == preset
+    measures = experiment.evaluate_run(experiment.RunDir(tmp_path / "run"), tmp_path)
+    assert measures["llm/nlu_accuracy"] == pytest.approx(summary["llm"]["nlu_accuracy"]["after"])
+
+
+def test_a_client_that_fails_is_an_event_of_the_run(config, tmp_path, monkeypatch):
+    train = experiment.Client.train
+
+    def fails(client):
+        if client.id == "client-1":
+            raise MemoryError("silo out of memory")
+        return train(client)
+
+    monkeypatch.setattr(experiment.Client, "train", fails)
+    summary = run_local(config, tmp_path / "run", tmp_path)
+    assert set(summary["slm"]["crosslm"]) == {"client-0", "mean"}
+    assert "MemoryError: silo out of memory" in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def broken(tables, change):
+    change(tables)
+    return tomli_w.dumps(tables)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["llm"].update(model="/no/such/model"), "llm.model = '/no/such/model': no such model folder"),
+        (lambda t: t["llm"].update(model="package:nothing"), "package:nothing is not a package that crosslm has a checksum for"),
+        (lambda t: t["slm"].update(models=[{"model": "./none"}]), "slm.models = './none': no such model folder"),
+        (lambda t: t["selection"].update(encoder="./none"), "selection.encoder = './none': no such model folder"),
+        (lambda t: t["data"].update(train="none.csv"), "none.csv: no such file"),
+        (lambda t: t["data"].update(text_column="body"), "no column 'body'; its columns are: text, label"),
+        (lambda t: t["evaluation"].update(perplexity_text="none.txt"), "none.txt: no such file"),
+        (lambda t: t.update(device="cuda:99"), "device 'cuda:99' cannot be used"),
+        (lambda t: t["llm"].update(sample=3), "unknown key llm.sample; did you mean 'samples'?"),
+        (lambda t: t["task"]["verbalizer"].pop("good"), "verbalizer is missing for the label(s) ['good']"),
+    ],
+)
+def test_bad_input_ends_with_code_2_before_anything_is_written_or_loaded(
+    command, settings, tmp_path, monkeypatch, change, message
+):
+    def loaded(*arguments, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(experiment.LLM, "load", loaded)
+    monkeypatch.setattr(experiment.SLM, "load", loaded)
+    path = tmp_path / "bad.toml"
+    path.write_text(broken(settings, change))
+    code, out, err = command("run", path, "--output", tmp_path / "run")
+    assert code == 2, out
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_that_the_next_word_cannot_tell_apart_end_with_code_2(command, settings, tmp_path):
+    settings["task"]["verbalizer"] = {"bad": "good day", "good": "good"}
+    path = tmp_path / "bad.toml"
+    path.write_text(tomli_w.dumps(settings))
+    code, _, err = command("run", path, "--output", tmp_path / "run")
+    assert code == 2
+    assert "start with the same token" in err
+
+
+def test_a_silo_of_one_class_is_warned_of_and_goes_on(command, settings, data_folder, tmp_path):
+    (data_folder / "one.csv").write_text("text,label\n" + "a good film.,good\n" * 12)
+    settings["data"].pop("train")
+    settings["clients"] = [{"id": "a", "train": "one.csv"}, {"id": "b", "train": "train.csv"}]
+    path = tmp_path / "one.toml"
+    path.write_text(tomli_w.dumps(settings))
+    code, out, _ = command("run", path, "--output", tmp_path / "run")
+    assert code == 0
+    assert "warning: client a: all 12 rows are 'good'" in out
+
+
+@pytest.mark.parametrize("name", ["report", "evaluate"])
+def test_a_folder_that_is_no_run_ends_with_code_2(command, tmp_path, name):
+    code, _, err = command(name, tmp_path)
+    assert code == 2
+    assert "not a run folder" in err
+    (tmp_path / "config.toml").write_text("")
+    code, _, err = command(name, tmp_path)
+    assert code == 2
+    assert "the run is not complete" in err
+
+
+@pytest.mark.parametrize("name", ["run", "demo", "evaluate", "report"])
+def test_help_is_complete(command, name):
+    code, out, _ = command(name, "--help")
+    assert code == 0
+    options = {"run": ("--set", "--output", "--data-dir", "--cache-dir"), "demo": ("--quick", "--set", "--output", "--cache-dir")}
+    for option in (*options.get(name, ()), "--help"):
+        assert option in out
+
+
+def test_without_an_output_the_next_free_folder_is_taken(command, config_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tiny-1").mkdir(parents=True)
+    code, out, _ = command("run", config_file, "--set", "llm.samples=4", "--set", "selection.pool=6")
+    assert code == 0
+    assert tomllib.loads((tmp_path / "runs" / "tiny-2" / "config.toml").read_text())["llm"]["samples"] == 4
+    assert "runs/tiny-2" in out
