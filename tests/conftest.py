@@ -47,10 +47,19 @@ THINGS = ["story", "film", "song", "meal", "room", "day", "walk", "book"]
 
 
 def sentences(words: list[str], count: int = 40) -> list[str]:
-    return [f"a {words[i % 8]} {THINGS[(i * 3 + i // 8) % 8]} and a {words[(i * 5 + 1) % 8]} one." for i in range(count)]
+    return [
+        f"a {words[i % 8]} {THINGS[(i * 3 + i // 8) % 8]} and a {words[(i * 5 + 1) % 8]} one." for i in range(count)
+    ]
 
 
-CORPUS = [*sentences(GOOD), *sentences(BAD), "This is good.", "This is bad.", 'Write a good text: "', 'Write a bad text: "']
+CORPUS = [
+    *sentences(GOOD),
+    *sentences(BAD),
+    "This is good.",
+    "This is bad.",
+    'Write a good text: "',
+    'Write a bad text: "',
+]
 
 
 def _bpe() -> PreTrainedTokenizerFast:
@@ -58,7 +67,10 @@ def _bpe() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<bos>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=["<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
@@ -72,7 +84,13 @@ def _words() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    names = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 

@@ -65,7 +65,9 @@ def test_recommended_is_the_default_and_the_file_goes_over_it(write):
 
 
 def test_overrides_are_toml_or_else_text(write):
-    config = load(write(), ("llm.samples=3", "synthesis.stop=['x']", "name=other", "selection.nonpositive_rewards=keep"))
+    config = load(
+        write(), ("llm.samples=3", "synthesis.stop=['x']", "name=other", "selection.nonpositive_rewards=keep")
+    )
     assert (config.llm.samples, config.synthesis.stop, config.name) == (3, ("x",), "other")
     assert config.selection.nonpositive_rewards == "keep"
 
@@ -91,16 +93,25 @@ def put(section, key, value):
         (put("llm", "learning_rat", 1), r"own.toml: unknown key llm.learning_rat; did you mean 'learning_rate'\?"),
         (put("llm", "zzz", 1), r"unknown key llm.zzz; known keys: adapter, batch_size"),
         (lambda tables: tables["slm"]["private"].update(epoch=2), r"slm.private.epoch; did you mean 'epochs'\?"),
-        (lambda tables: tables["slm"]["models"][0].update(modle="x"), r"unknown key slm.models.0.modle; did you mean 'model'"),
+        (
+            lambda tables: tables["slm"]["models"][0].update(modle="x"),
+            r"unknown key slm.models.0.modle; did you mean 'model'",
+        ),
         (lambda tables: tables.update(tusk={}), r"unknown key tusk; did you mean 'task'\?"),
         (lambda tables: tables.update(preset="papr"), r"preset: .*'paper' or 'recommended'.*did you mean 'paper'\?"),
         (put("selection", "fraction", 0), r"selection.fraction: .*greater than 0, found 0"),
         (put("selection", "fraction", 1.5), r"selection.fraction: .*less than or equal to 1, found 1.5"),
         (put("llm", "samples", "many"), r"llm.samples: .*valid integer.*found 'many'"),
         (lambda tables: tables["llm"].pop("model"), r"llm.model is missing"),
-        (lambda tables: tables["task"]["verbalizer"].pop("bad"), r"task: verbalizer is missing for the label\(s\) \['bad'\]"),
+        (
+            lambda tables: tables["task"]["verbalizer"].pop("bad"),
+            r"task: verbalizer is missing for the label\(s\) \['bad'\]",
+        ),
         (lambda tables: tables["task"]["prompt"].pop("good"), r"task: prompt is missing for the label\(s\) \['good'\]"),
-        (lambda tables: tables["task"]["statement"].update(fair="x"), r"task: statement names \['fair'\], which are not"),
+        (
+            lambda tables: tables["task"]["statement"].update(fair="x"),
+            r"task: statement names \['fair'\], which are not",
+        ),
         (put("task", "labels", ["bad", "bad"]), r"task: labels must differ"),
         (put("task", "query", "no place"), r"task: query must contain \{text\} exactly once"),
         (lambda tables: tables["data"].pop("test"), r"data: test must name a file"),
@@ -133,7 +144,7 @@ def test_an_override_that_cannot_be_is_refused(write, override):
 
 
 def test_a_file_that_is_not_there_or_not_toml_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="the packaged ones are .*demo"):
+    with pytest.raises(ConfigError, match=r"the packaged ones are .*demo"):
         load("no such thing")
     (tmp_path / "broken.toml").write_text("a = = b")
     with pytest.raises(ConfigError, match="not a TOML file"):

@@ -64,7 +64,11 @@ def test_rows_without_text_or_not_utf8_are_left_out_counted_and_named(tmp_path, 
     ("name", "content", "message"),
     [
         ("x.csv", "text,lable\na,good\n", r"x.csv: no column 'label'; its columns are: text, lable"),
-        ("x.csv", "text,label\na,fair\n", r"x.csv: row 1 has the label 'fair'; the task's labels are \['bad', 'good'\]"),
+        (
+            "x.csv",
+            "text,label\na,fair\n",
+            r"x.csv: row 1 has the label 'fair'; the task's labels are \['bad', 'good'\]",
+        ),
         ("x.jsonl", '{"text": "a"}\n', r"x.jsonl: row 1 has no column 'label'; its columns are: text"),
         ("x.jsonl", "{text}\n", r"x.jsonl: line 1 is not JSON"),
         ("x.jsonl", "[1]\n", r"x.jsonl: line 1 must be an object"),
@@ -78,7 +82,7 @@ def test_what_is_wrong_is_named_with_file_and_row(tmp_path, data, name, content,
 
 
 def test_a_missing_file_says_where_to_set_the_folder(data):
-    with pytest.raises(DataError, match="none.csv: no such file; set data.dir or --data-dir"):
+    with pytest.raises(DataError, match=r"none\.csv: no such file; set data.dir or --data-dir"):
         load_examples("none.csv", data, LABELS)
 
 
@@ -97,7 +101,9 @@ def test_a_hub_dataset_by_the_same_way_from_a_local_folder(tmp_path, data):
 def test_numbered_labels_of_a_hub_dataset_are_named_by_its_features(data, monkeypatch):
     import datasets
 
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
     table = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, 0]}, features=features)
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or table)

@@ -77,7 +77,9 @@ def test_a_run_leaves_everything_that_is_promised(command, config_file, settings
     pool = [json.loads(line) for line in (folder / "synthetic" / "step-0001-pool.jsonl").read_text().splitlines()]
     assert len(pool) == 12
     assert sorted(row["rank"] for row in pool) == list(range(1, 13))
-    assert {"text", "label", "prompt", "seed", "reward", "diversity", "score", "rank", "kept", "completion_ids"} <= set(pool[0])
+    assert {"text", "label", "prompt", "seed", "reward", "diversity", "score", "rank", "kept", "completion_ids"} <= set(
+        pool[0]
+    )
     for row in pool:
         assert row["score"] == pytest.approx(row["reward"] * row["diversity"], abs=1e-6)
         assert row["label"] in TASK["labels"]
@@ -85,7 +87,10 @@ def test_a_run_leaves_everything_that_is_promised(command, config_file, settings
 
     classify = pipeline("text-classification", model=str(folder / "slm" / "client-0"), device="cpu")
     assert classify("a good film.")[0]["label"] in TASK["labels"]
-    types = {AutoModelForSequenceClassification.from_pretrained(folder / "slm" / c).config.model_type for c in ("client-0", "client-1")}
+    types = {
+        AutoModelForSequenceClassification.from_pretrained(folder / "slm" / c).config.model_type
+        for c in ("client-0", "client-1")
+    }
     assert types <= {"bert", "distilbert"}
     original = AutoModelForCausalLM.from_pretrained(models / "gpt2")
     adapter = PeftModel.from_pretrained(original, folder / "llm")
@@ -153,7 +158,10 @@ def broken(tables, change):
     ("change", "message"),
     [
         (lambda t: t["llm"].update(model="/no/such/model"), "llm.model = '/no/such/model': no such model folder"),
-        (lambda t: t["llm"].update(model="package:nothing"), "package:nothing is not a package that crosslm has a checksum for"),
+        (
+            lambda t: t["llm"].update(model="package:nothing"),
+            "package:nothing is not a package that crosslm has a checksum for",
+        ),
         (lambda t: t["slm"].update(models=[{"model": "./none"}]), "slm.models = './none': no such model folder"),
         (lambda t: t["selection"].update(encoder="./none"), "selection.encoder = './none': no such model folder"),
         (lambda t: t["data"].update(train="none.csv"), "none.csv: no such file"),
@@ -215,7 +223,10 @@ def test_a_folder_that_is_no_run_ends_with_code_2(command, tmp_path, name):
 def test_help_is_complete(command, name):
     code, out, _ = command(name, "--help")
     assert code == 0
-    options = {"run": ("--set", "--output", "--data-dir", "--cache-dir"), "demo": ("--quick", "--set", "--output", "--cache-dir")}
+    options = {
+        "run": ("--set", "--output", "--data-dir", "--cache-dir"),
+        "demo": ("--quick", "--set", "--output", "--cache-dir"),
+    }
     for option in (*options.get(name, ()), "--help"):
         assert option in out
 

@@ -62,7 +62,9 @@ def test_logps_and_gradients_are_the_plain_ones(tensors, trainable):
 
 def test_large_logits_do_not_overflow(tensors):
     hidden, weight, targets, reference, reference_weight = tensors
-    logps, reference_logps, kl = head.head_scores(hidden * 100, weight * 10, targets, reference * 100, reference_weight * 10)
+    logps, reference_logps, kl = head.head_scores(
+        hidden * 100, weight * 10, targets, reference * 100, reference_weight * 10
+    )
     for values in (logps, reference_logps, kl):
         assert values.isfinite().all()
 

@@ -1,5 +1,6 @@
 """Uploads and downloads as bytes."""
 
+import contextlib
 import struct
 
 import pytest
@@ -57,10 +58,8 @@ def test_a_changed_or_cut_upload_is_refused_or_read_but_never_breaks(place, valu
     data = bytearray(encode(UPLOAD))
     data[place % len(data)] = value
     for changed in (bytes(data), bytes(data[:place])):
-        try:
+        with contextlib.suppress(UploadError):
             decode_upload(changed)
-        except UploadError:
-            pass
 
 
 def test_the_kinds_are_not_mixed_up():

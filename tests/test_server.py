@@ -26,7 +26,9 @@ def family(request):
 
 def server_for(config, task, models, family="gpt2", **llm_changes):
     config = Config.model_validate({**config.model_dump(), "llm": {**config.llm.model_dump(), **llm_changes}})
-    llm = tiny_llm(models, family, **{name: value for name, value in config.llm.model_dump().items() if name != "model"})
+    llm = tiny_llm(
+        models, family, **{name: value for name, value in config.llm.model_dump().items() if name != "model"}
+    )
     return Server(config, task, llm, SentenceEncoder(str(models / "encoder")))
 
 

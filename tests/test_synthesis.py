@@ -88,5 +88,7 @@ def test_removed_texts_are_counted_and_written_again(models, task):
 
 def test_a_model_that_cannot_write_ends_with_the_reasons(models, task):
     hopeless = SynthesisConfig(max_new_tokens=1, max_attempts=2, stop=(" ",))
-    with pytest.raises(ModelError, match=r"of 20 texts could not be written in 2 attempts each \(removed: .*task.prompt"):
+    with pytest.raises(
+        ModelError, match=r"of 20 texts could not be written in 2 attempts each \(removed: .*task.prompt"
+    ):
         synthesize(tiny_llm(models, "gpt2"), task, hopeless, 20, 1)

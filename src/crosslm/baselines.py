@@ -5,11 +5,11 @@ The other baseline, Standalone, is the SLM as its client uploads it first.
 
 from crosslm.config import Config
 from crosslm.models.encoder import Encoder
+from crosslm.models.slm import SLM
 from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, Upload
 from crosslm.seeding import seed_for
 from crosslm.server import receive_slm, select, slm_rewards
-from crosslm.models.slm import SLM
 from crosslm.task import Task
 
 

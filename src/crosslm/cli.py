@@ -51,7 +51,10 @@ OutputOption = Annotated[
 ]
 CacheOption = Annotated[
     str | None,
-    typer.Option("--cache-dir", help="Where converted models and demo data are kept. [default: $CROSSLM_CACHE or the user's cache]"),
+    typer.Option(
+        "--cache-dir",
+        help="Where converted models and demo data are kept. [default: $CROSSLM_CACHE or the user's cache]",
+    ),
 ]
 DataDirOption = Annotated[
     str | None, typer.Option("--data-dir", help="Folder that the data files are in; replaces data.dir.")
@@ -73,7 +76,9 @@ def run(
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="A few minutes: less text, less training, no lasting gain to expect.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few minutes: less text, less training, no lasting gain to expect.")
+    ] = False,
     overrides: SetOption = [],  # noqa: B006
     output: OutputOption = None,
     cache_dir: CacheOption = None,
@@ -87,7 +92,10 @@ def demo(
 
 
 @app.command()
-def evaluate(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")], cache_dir: CacheOption = None) -> None:
+def evaluate(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    cache_dir: CacheOption = None,
+) -> None:
     """Measure a run's classifiers and LLM again, from the files in its folder."""
     _quiet_libraries()
     from crosslm.display import display_for

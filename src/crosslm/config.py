@@ -258,7 +258,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _one_source_of_clients(self) -> Self:
         if bool(self.clients) == bool(self.data.train):
-            raise ValueError("give either data.train (split among data.num_clients) or a [[clients]] table for each silo")
+            raise ValueError(
+                "give either data.train (split among data.num_clients) or a [[clients]] table for each silo"
+            )
         ids = [client.id for client in self.clients]
         if len(set(ids)) != len(ids):
             raise ValueError(f"clients must have different ids, found {ids}")
@@ -289,7 +291,9 @@ def load(source: str | Path, overrides: tuple[str, ...] = (), data_dir: str | No
     """
     path = packaged().get(str(source), Path(source))
     if not path.is_file():
-        raise ConfigError(f"no configuration {str(source)!r}: not a file, and the packaged ones are {', '.join(packaged())}")
+        raise ConfigError(
+            f"no configuration {str(source)!r}: not a file, and the packaged ones are {', '.join(packaged())}"
+        )
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -94,7 +94,9 @@ def load_split(config: Config) -> Split:
             raise DataError(f"client {name}: no usable training rows")
         if sum(count > 0 for count in counts) == 1:
             only = labels[int(np.argmax(counts))]
-            warnings.append(f"client {name}: all {len(examples)} rows are {only!r}; its classifier can learn nothing else")
+            warnings.append(
+                f"client {name}: all {len(examples)} rows are {only!r}; its classifier can learn nothing else"
+            )
     if not len(test):
         raise DataError(f"{data.test}: no usable test rows")
     return Split(private, tests, test, judge, warnings)
@@ -183,17 +185,14 @@ def balanced_sample(examples: Examples, rows: int | None, num_classes: int, seed
         return examples
     order = np.random.default_rng(seed).permutation(len(examples)).tolist()
     by_label = [[row for row in order if examples.labels[row] == label] for label in range(num_classes)]
-    in_turn = [
-        queue[place] for place in range(max(map(len, by_label))) for queue in by_label if place < len(queue)
-    ]
+    in_turn = [queue[place] for place in range(max(map(len, by_label))) for queue in by_label if place < len(queue)]
     return examples.take(in_turn[:rows])
 
 
 def _file_rows(name: str, data: DataConfig) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
     path = find_file(name, data)
-    opened = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-    with opened as file:
-        text = file.read().decode("utf-8-sig", errors="surrogateescape")
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    text = content.decode("utf-8-sig", errors="surrogateescape")
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))

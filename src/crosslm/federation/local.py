@@ -47,7 +47,7 @@ class LocalExchange:
             data = encode(self._clients[client_id].train())
             self.bytes_up[client_id] += len(data)
             return decode_upload(data)
-        except Exception as error:  # a client's failure is an event of the run, not its end
+        except Exception as error:  # noqa: BLE001  a client's failure is an event of the run, not its end
             self._on_failure(client_id, error)
             return None
 
@@ -57,5 +57,5 @@ class LocalExchange:
         self.bytes_down[download.client_id] += len(data)
         try:
             self._clients[download.client_id].install(decode_download(data))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             self._on_failure(download.client_id, error)

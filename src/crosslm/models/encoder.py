@@ -24,7 +24,9 @@ class SentenceEncoder:
         try:
             self._model = SentenceTransformer(folder, device=device)
         except (OSError, ValueError) as error:
-            raise ModelError(f"selection.encoder {folder!r} cannot be loaded as a sentence transformer: {error}") from error
+            raise ModelError(
+                f"selection.encoder {folder!r} cannot be loaded as a sentence transformer: {error}"
+            ) from error
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """``(texts, dimensions)``, in fp32."""

@@ -92,7 +92,8 @@ class _OnlineSoftmax:
 
 
 def _target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return torch.linalg.vecdot(hidden, weight[targets]).float().unsqueeze(1)
+    logits: Tensor = torch.linalg.vecdot(hidden, weight[targets]).float().unsqueeze(1)
+    return logits
 
 
 class _FrozenHeadLogps(torch.autograd.Function):
@@ -111,7 +112,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
         return (_target_logits(hidden, weight, targets) - softmax.normaliser()).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_logps.unsqueeze(1), None, None
 
@@ -156,7 +157,7 @@ class _FrozenHeadScores(torch.autograd.Function):
         return logps, reference_logps, kl
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_logps: Tensor, _: Tensor, grad_kl: Tensor
     ) -> tuple[Tensor, None, None, None, None]:
         logps_gradient, kl_gradient = ctx.saved_tensors

@@ -116,7 +116,9 @@ class LLM:
             return tuple(whole[len(before) :])
         return tuple(self.tokenizer.encode(f" {words}", add_special_tokens=False))
 
-    def check_verbalizers(self, labels: Sequence[str], verbalizers: Sequence[str], prefix: str) -> list[tuple[int, ...]]:
+    def check_verbalizers(
+        self, labels: Sequence[str], verbalizers: Sequence[str], prefix: str
+    ) -> list[tuple[int, ...]]:
         """Token ids of each label's verbalizer (Eq. 1).
 
         Raises:
@@ -313,7 +315,7 @@ def _load_pretrained(folder: str, config: LLMConfig, device: str) -> tuple[Any, 
     except (OSError, ValueError) as error:
         raise ModelError(
             f"llm.model {config.model!r} cannot be loaded: {error}\n"
-            "Give a folder written by save_pretrained, a hub id (with network), or package:MODULE for an installed package."
+            "Give a folder written by save_pretrained, a hub id (with network), or package:MODULE."
         ) from error
     return model.to(device), tokenizer
 

@@ -29,9 +29,7 @@ SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_toke
 class SLM:
     """A sequence classifier with its tokenizer and its label names."""
 
-    def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.labels = tuple(labels)
@@ -86,7 +84,8 @@ class SLM:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def fit(
         self,
@@ -162,13 +161,19 @@ class SLM:
     def to_state(self) -> SlmState:
         """Everything another process needs to use it: architecture, tokenizer, labels, weights."""
         tokenizer = {
-            "tokenizer.json": self.tokenizer.backend_tokenizer.to_str(),  # type: ignore[attr-defined]
+            "tokenizer.json": self.tokenizer.backend_tokenizer.to_str(),
             "tokenizer_config.json": json.dumps(
-                {name: str(getattr(self.tokenizer, name)) for name in SPECIAL_TOKENS if getattr(self.tokenizer, name, None)}
+                {
+                    name: str(getattr(self.tokenizer, name))
+                    for name in SPECIAL_TOKENS
+                    if getattr(self.tokenizer, name, None)
+                }
             ),
         }
         weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.model.state_dict().items()}
-        return SlmState(json.loads(self.model.config.to_json_string()), tokenizer, self.labels, self.max_length, weights)
+        return SlmState(
+            json.loads(self.model.config.to_json_string()), tokenizer, self.labels, self.max_length, weights
+        )
 
     @classmethod
     def from_state(cls, state: SlmState, device: str = "cpu") -> "SLM":
@@ -190,10 +195,12 @@ class SLM:
                 tokenizer_object=Tokenizer.from_str(state.tokenizer["tokenizer.json"]),
                 **json.loads(state.tokenizer["tokenizer_config.json"]),
             )
-        except Exception as error:  # noqa: BLE001  whatever a foreign value makes transformers raise
+        except Exception as error:
             raise UploadError(f"the SLM ({model_type}) cannot be rebuilt: {error}") from error
         if model.config.num_labels != len(state.labels):
-            raise UploadError(f"the SLM has {model.config.num_labels} outputs but names the labels {list(state.labels)}")
+            raise UploadError(
+                f"the SLM has {model.config.num_labels} outputs but names the labels {list(state.labels)}"
+            )
         return cls(model.to(device), tokenizer, state.labels, state.max_length)
 
     def save(self, folder: str) -> None:

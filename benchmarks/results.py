@@ -1,0 +1,173 @@
+"""Keep a run's figures as small JSON, and write the tables of the documents from what is kept.
+
+    python benchmarks/results.py record RUN NAME   # benchmarks/results/NAME.json
+    python benchmarks/results.py render            # docs/results.md and the table in README.md
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from crosslm.report import llm_table, slm_table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- demo table, written by benchmarks/results.py -->", "<!-- end of demo table -->"
+
+
+def machine() -> str:
+    """What the figures were taken on, in words."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    return f"{os.cpu_count()} cores ({names[0] if names else platform.processor()}), {platform.system()}, no GPU used"
+
+
+def provenance() -> dict[str, str]:
+    """Commit, machine and date."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {"commit": commit.stdout.strip(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+
+
+def keep(name: str, figures: dict) -> None:
+    """Write one result."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def record(run: Path, name: str, commit: str | None) -> None:
+    """Keep a run's summary and its steps."""
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    origin = provenance() | ({"commit": commit} if commit else {})
+    keep(name, {**origin, "summary": json.loads((run / "summary.json").read_text()), "steps": steps})
+
+
+def as_text(result: dict) -> str:
+    """A run's two tables as they stand at its end."""
+    console = Console(file=io.StringIO(), width=90, color_system=None)
+    console.print(slm_table(result["summary"]))
+    console.print(llm_table(result["summary"]))
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def run_section(name: str, result: dict) -> list[str]:
+    """One run in results.md."""
+    summary = result["summary"]
+    minutes, peak = summary["seconds"]["total"] / 60, summary["peak_memory_bytes"] / 2**30
+    lines = [
+        f"## {name}",
+        "",
+        f"One seed ({summary['seed']}), {max(summary['test_rows'].values())} test rows a client; "
+        f"the judge is right on {summary['judge_accuracy']:.3f} of them. Commit `{result['commit'][:10]}`, "
+        f"{result['date']}, {result['machine']}; {minutes:.0f} min, peak {peak:.1f} GiB, "
+        f"{summary['tokens_generated']:,} tokens generated.",
+        "",
+        "```text",
+        as_text(result),
+        "```",
+        "",
+        "| arrival | client | mean reward of its pool | judge, pool | judge, selected | selected |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for step in result["steps"]:
+        lines.append(
+            f"| {step['step']} | {step['client']} | {step['reward/pool']:+.2f} | {step['judge/pool']:.3f} "
+            f"| {step['judge/selected']:.3f} | {step['selected']:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def choices_section(result: dict) -> list[str]:
+    """The measurements behind the presets."""
+    lines = [
+        "## What each field of the presets does (SST-2)",
+        "",
+        f"Commit `{result['commit'][:10]}`, {result['date']}, {result['machine']}. One seed.",
+        "",
+        "**Selection and reward (step 5).** The same uploaded SLMs and the same pools (from the run with the paper's "
+        "preset); only what is selected differs. Accuracy of each client's SLM on the test rows after training on it, and "
+        "the judge's agreement with the labels of the selected texts.",
+        "",
+    ]
+    clients = list(result["selection"])
+    lines += [
+        "| `nonpositive_rewards` | `correct_prior` | " + " | ".join(clients) + " | mean | judge, selected |",
+        "| --- | --- |" + " --- |" * (len(clients) + 2),
+    ]
+    for variant in next(iter(result["selection"].values()))["variants"]:
+        rows = [result["selection"][client]["variants"][variant] for client in clients]
+        values = [row["accuracy"] for row in rows]
+        judged = sum(row["judge"] for row in rows) / len(rows)
+        first, second = variant.split(",")
+        cells = " | ".join(f"{value:.3f}" for value in values)
+        lines.append(f"| {first} | {second} | {cells} | {sum(values) / len(values):.3f} | {judged:.3f} |")
+    standalone = [result["selection"][client]["standalone"] for client in clients]
+    cells = " | ".join(f"{value:.3f}" for value in standalone)
+    lines += [f"| before | | {cells} | {sum(standalone) / len(standalone):.3f} | |", ""]
+    lines += [
+        "**Sum or mean over tokens (step 4).** One update of the original LLM from the same texts and rewards; then what "
+        "it writes and how it classifies.",
+        "",
+        "| `llm.token_reduction` | NLG accuracy (judge) | NLU accuracy | distinct-2 |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, row in result["reduction"].items():
+        lines.append(f"| {name} | {row['judge']:.3f} | {row['nlu']:.3f} | {row['distinct_2']:.3f} |")
+    return [*lines, ""]
+
+
+NAMES = {"demo": "The demo, preset recommended", "sst2-paper": "SST-2, preset paper", "sst2-recommended": "SST-2, preset recommended"}
+
+
+def documents() -> dict[Path, str]:
+    """What results.md and README.md must hold."""
+    lines = [
+        "# Results",
+        "",
+        "Written by `python benchmarks/results.py render` from `benchmarks/results/`; not edited by hand.",
+        "Gemma 3 270M as the LLM, MiniLM with 6 and 3 layers as SLMs. One seed each and a few hundred test rows: "
+        "differences of a few points are noise. The settings are those of the packaged configurations.",
+        "",
+    ]
+    loaded = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    for name, title in NAMES.items():
+        if name in loaded:
+            lines += run_section(title, loaded[name])
+    if "preset-choices" in loaded:
+        lines += choices_section(loaded["preset-choices"])
+    remarks = RESULTS / "remarks.md"
+    if remarks.exists():
+        lines.append(remarks.read_text().rstrip())
+    readme = (ROOT / "README.md").read_text()
+    table = f"\n```text\n{as_text(loaded['demo'])}\n```\n" if "demo" in loaded else ""
+    before, rest = readme.split(START)
+    readme = before + START + "\n" + table + END + rest.split(END)[1]
+    return {ROOT / "docs" / "results.md": "\n".join(lines).rstrip() + "\n", ROOT / "README.md": readme}
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record")
+    recording.add_argument("run", type=Path)
+    recording.add_argument("name")
+    recording.add_argument("--commit", help="the commit that the run was made with, if not HEAD")
+    commands.add_parser("render")
+    arguments = parser.parse_args()
+    if arguments.command == "record":
+        record(arguments.run, arguments.name, arguments.commit)
+    else:
+        for path, text in documents().items():
+            path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

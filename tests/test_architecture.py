@@ -1,0 +1,110 @@
+"""The import contract of the design, and other rules that a reader relies on."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "crosslm"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# who may import whom: a module may import from its own layer's earlier names and all lower layers
+LAYERS = [
+    {"errors", "seeding", "progress"},
+    {"config"},
+    {"task", "records"},
+    {"algorithm.rewards", "algorithm.losses", "algorithm.selection"},
+    {"data", "demo", "models.sources", "models.encoder", "models.head"},
+    {"models.decoding"},
+    {"models.llm", "models.slm"},
+    {"synthesis", "client"},
+    {"server", "evaluate", "rundir"},
+    {"baselines", "federation.exchange", "federation.messages"},
+    {"federation.local"},
+    {"experiment"},
+    {"report", "display"},
+    {"cli"},
+]
+
+
+def module_name(path):
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+
+
+def imports(path):
+    """Every module that a file names in an import, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield str(node.module)
+
+
+def layer_of(name):
+    return next((number for number, layer in enumerate(LAYERS) if name in layer), None)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py"], ids=module_name)
+def test_imports_point_downwards(path):
+    here = layer_of(module_name(path))
+    assert here is not None, f"{module_name(path)} has no place in LAYERS"
+    for name in imports(path):
+        if name.startswith("crosslm."):
+            there = layer_of(name.removeprefix("crosslm."))
+            assert there is not None, name
+            assert there < here, f"{module_name(path)} imports {name}, which is not below it"
+
+
+def test_the_algorithm_is_pure():
+    for path in (SOURCE / "algorithm").glob("*.py"):
+        assert set(imports(path)) <= {"torch", "math", "typing"}, path
+
+
+def test_configuration_and_task_need_no_torch():
+    for name in ("config", "task", "errors", "seeding", "progress"):
+        assert not any(module.split(".")[0] in ("torch", "transformers") for module in imports(SOURCE / f"{name}.py"))
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [
+        ("flwr", {"federation.flower.server_app", "federation.flower.client_app"}),
+        ("datasets", {"data"}),
+        ("peft", {"models.llm"}),
+        ("sentence_transformers", {"models.encoder"}),
+        ("typer", {"cli"}),
+        ("subprocess", {"demo"}),
+    ],
+)
+def test_a_library_is_used_in_its_place_only(library, allowed):
+    users = {module_name(path) for path in FILES if any(name.split(".")[0] == library for name in imports(path))}
+    assert users <= allowed
+
+
+def test_nothing_trusts_what_it_loads():
+    for path in FILES:
+        text = path.read_text()
+        for words in ("pickle", "torch.load(", "trust_remote_code=True", "shell=True", "eval("):
+            found = [line for line in text.splitlines() if words in line and ".eval(" not in line and "No pickle" not in line]
+            assert not found, (path, found)
+
+
+def test_files_are_written_by_their_writers_only():
+    writers = {"rundir", "demo", "models.sources", "models.llm", "models.slm"}
+    for path in FILES:
+        if re.search(r"write_text\(|write_bytes\(|\.open\(\"[wa]|save_pretrained\(", path.read_text()):
+            assert module_name(path) in writers, path
+
+
+def test_no_place_of_one_machine_is_in_the_project():
+    for path in [*FILES, *SOURCE.rglob("*.toml"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "Makefile"]:
+        assert not re.search(r"(?<![\w.])/(home|Users|root|work|tmp|opt)/", path.read_text()), path
+
+
+def test_the_library_does_not_print():
+    for path in FILES:
+        if module_name(path) not in ("cli", "display", "report"):
+            assert not re.search(r"\bprint\(", path.read_text()), path

