@@ -29,13 +29,17 @@ from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, model_folder, resolve_device
 from crosslm.progress import Progress
-from crosslm.records import SyntheticSet, SyntheticText
+from crosslm.records import SyntheticSet, SyntheticText, Upload
 from crosslm.seeding import seed_for
 from crosslm.server import Server, receive_slm, select, slm_rewards
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 
-VARIANTS = {f"{keep_or_drop},{str(corrected).lower()}": (keep_or_drop, corrected) for keep_or_drop in ("keep", "drop") for corrected in (False, True)}
+VARIANTS = {
+    f"{keep_or_drop},{str(corrected).lower()}": (keep_or_drop, corrected)
+    for keep_or_drop in ("keep", "drop")
+    for corrected in (False, True)
+}
 NAME = "preset-choices"
 
 
@@ -67,7 +71,9 @@ class Bench:
         self.cache = cache_folder()
         self.split = load_split(self.config)
         self.specs = client_specs(self.config, list(self.split.private))
-        self.judge = evaluate.train_judge(self.folder(self.config.slm.models[0].model), self.config, self.split.judge, Progress())
+        self.judge = evaluate.train_judge(
+            self.folder(self.config.slm.models[0].model), self.config, self.split.judge, Progress()
+        )
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         self.pools = {step["client"]: f"step-{step['step']:04}-pool" for step in steps if step["event"] == "step"}
 
@@ -75,12 +81,17 @@ class Bench:
         """Where a model is."""
         return model_folder(name, self.cache)
 
-    def upload(self, client_id: str):
+    def upload(self, client_id: str) -> Upload:
         """What this client uploaded first: the same seed gives the same."""
         spec, slm = self.specs[client_id], self.config.slm
         seed = seed_for(self.config.seed, "head", client_id)
         model = SLM.load(
-            self.folder(spec.model), self.task.labels, slm.max_length, seed, spec.num_hidden_layers, slm.freeze_embeddings
+            self.folder(spec.model),
+            self.task.labels,
+            slm.max_length,
+            seed,
+            spec.num_hidden_layers,
+            slm.freeze_embeddings,
         )
         return Client(client_id, self.split.private[client_id], model, slm.private, self.config.seed).train()
 
@@ -99,7 +110,11 @@ class Bench:
             _, kept = select(pool, rewards, encoder, choice)
             slm.fit(pool.examples(kept), self.config.slm.synthetic, seed_for(self.config.seed, "choices"))
             agreement = evaluate.label_agreement(self.judge, SyntheticSet([pool.samples[place] for place in kept]))
-            cells[name] = {"accuracy": slm.accuracy(self.split.tests[client_id]), "judge": agreement, "selected": len(kept)}
+            cells[name] = {
+                "accuracy": slm.accuracy(self.split.tests[client_id]),
+                "judge": agreement,
+                "selected": len(kept),
+            }
         return {"standalone": standalone, "counts": list(upload.class_counts), "variants": cells}
 
     def reduction(self, reduction: str, client_id: str) -> dict:
@@ -108,10 +123,14 @@ class Bench:
         config = self.config.model_copy(update={"llm": llm_config})
         llm = LLM.load(self.folder(llm_config.model), llm_config, seed_for(config.seed, "llm"))
         upload = self.upload(client_id)
-        drafts = SyntheticSet(read_texts(self.run / "synthetic" / "base.jsonl", self.task).samples[: llm_config.samples])
+        drafts = SyntheticSet(
+            read_texts(self.run / "synthetic" / "base.jsonl", self.task).samples[: llm_config.samples]
+        )
         rewards = slm_rewards(receive_slm(upload, self.task, "cpu"), drafts, upload, config.reward)
         Server(config, self.task, llm, SimpleNamespace()).update_llm(drafts, rewards, config.seed)
-        texts = synthesize(llm, self.task, config.synthesis, config.evaluation.nlg_samples, seed_for(config.seed, "choices"))
+        texts = synthesize(
+            llm, self.task, config.synthesis, config.evaluation.nlg_samples, seed_for(config.seed, "choices")
+        )
         rows = evaluate.nlu_rows(config, self.split.test)
         return {
             "judge": evaluate.label_agreement(self.judge, texts),

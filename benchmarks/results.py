@@ -1,7 +1,7 @@
 """Keep a run's figures as small JSON, and write the tables of the documents from what is kept.
 
-    python benchmarks/results.py record RUN NAME   # benchmarks/results/NAME.json
-    python benchmarks/results.py render            # docs/results.md and the table in README.md
+python benchmarks/results.py record RUN NAME   # benchmarks/results/NAME.json
+python benchmarks/results.py render            # docs/results.md and the table in README.md
 """
 
 import argparse
@@ -25,7 +25,11 @@ START, END = "<!-- demo table, written by benchmarks/results.py -->", "<!-- end 
 def machine() -> str:
     """What the figures were taken on, in words."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
     return f"{os.cpu_count()} cores ({names[0] if names else platform.processor()}), {platform.system()}, no GPU used"
 
 
@@ -92,7 +96,8 @@ def choices_section(result: dict) -> list[str]:
         f"Commit `{result['commit'][:10]}`, {result['date']}, {result['machine']}. One seed.",
         "",
         "**Selection and reward (step 5).** The same uploaded SLMs and the same pools (from the run with the paper's "
-        "preset); only what is selected differs. Accuracy of each client's SLM on the test rows after training on it, and "
+        "preset); only what is selected differs. Accuracy of each client's SLM on the test rows after training on "
+        "it, and "
         "the judge's agreement with the labels of the selected texts.",
         "",
     ]
@@ -112,8 +117,8 @@ def choices_section(result: dict) -> list[str]:
     cells = " | ".join(f"{value:.3f}" for value in standalone)
     lines += [f"| before | | {cells} | {sum(standalone) / len(standalone):.3f} | |", ""]
     lines += [
-        "**Sum or mean over tokens (step 4).** One update of the original LLM from the same texts and rewards; then what "
-        "it writes and how it classifies.",
+        "**Sum or mean over tokens (step 4).** One update of the original LLM from the same texts and rewards; then "
+        "what it writes and how it classifies.",
         "",
         "| `llm.token_reduction` | NLG accuracy (judge) | NLU accuracy | distinct-2 |",
         "| --- | --- | --- | --- |",
@@ -123,7 +128,11 @@ def choices_section(result: dict) -> list[str]:
     return [*lines, ""]
 
 
-NAMES = {"demo": "The demo, preset recommended", "sst2-paper": "SST-2, preset paper", "sst2-recommended": "SST-2, preset recommended"}
+NAMES = {
+    "demo": "The demo, preset recommended",
+    "sst2-paper": "SST-2, preset paper",
+    "sst2-recommended": "SST-2, preset recommended",
+}
 
 
 def documents() -> dict[Path, str]:

@@ -1,5 +1,6 @@
 """Tiny models of every family, made from a configuration, saved, and loaded through the real code."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -62,17 +63,20 @@ CORPUS = [
 ]
 
 
+README_WORDS = ["This is routine or urgent, negative or positive."] * 5
+
+
 def _bpe() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=700,
         special_tokens=["<bos>", "<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator([*CORPUS, *README_WORDS], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
 
 
@@ -153,7 +157,7 @@ def settings(models: Path, data_folder: Path) -> dict:
     return {
         "name": "tiny",
         "device": "cpu",
-        "task": TASK,
+        "task": copy.deepcopy(TASK),
         "data": {
             "dir": str(data_folder),
             "train": "train.csv",

@@ -64,6 +64,11 @@ def test_recommended_is_the_default_and_the_file_goes_over_it(write):
     assert not load(write(lambda tables: tables.update(reward={"correct_prior": False}))).reward.correct_prior
 
 
+def test_the_preset_holds_for_a_configuration_made_in_python_too(settings):
+    assert Config.model_validate(settings).reward.correct_prior
+    assert not Config.model_validate({**settings, "preset": "paper"}).reward.correct_prior
+
+
 def test_overrides_are_toml_or_else_text(write):
     config = load(
         write(), ("llm.samples=3", "synthesis.stop=['x']", "name=other", "selection.nonpositive_rewards=keep")

@@ -203,8 +203,8 @@ def test_a_silo_of_one_class_is_warned_of_and_goes_on(command, settings, data_fo
     settings["clients"] = [{"id": "a", "train": "one.csv"}, {"id": "b", "train": "train.csv"}]
     path = tmp_path / "one.toml"
     path.write_text(tomli_w.dumps(settings))
-    code, out, _ = command("run", path, "--output", tmp_path / "run")
-    assert code == 0
+    code, out, err = command("run", path, "--output", tmp_path / "run")
+    assert code == 0, err
     assert "warning: client a: all 12 rows are 'good'" in out
 
 
@@ -234,7 +234,7 @@ def test_help_is_complete(command, name):
 def test_without_an_output_the_next_free_folder_is_taken(command, config_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "tiny-1").mkdir(parents=True)
-    code, out, _ = command("run", config_file, "--set", "llm.samples=4", "--set", "selection.pool=6")
-    assert code == 0
+    code, out, err = command("run", config_file, "--set", "llm.samples=4", "--set", "selection.pool=6")
+    assert code == 0, err
     assert tomllib.loads((tmp_path / "runs" / "tiny-2" / "config.toml").read_text())["llm"]["samples"] == 4
     assert "runs/tiny-2" in out

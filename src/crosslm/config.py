@@ -255,6 +255,12 @@ class Config(Section):
     federation: FederationConfig = FederationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _under_what_is_given_lies_the_preset(cls, given: Any) -> Any:
+        preset = given.get("preset", cls.model_fields["preset"].default) if isinstance(given, dict) else None
+        return _merged(PRESETS[preset], given) if isinstance(preset, str) and preset in PRESETS else given
+
     @model_validator(mode="after")
     def _one_source_of_clients(self) -> Self:
         if bool(self.clients) == bool(self.data.train):
@@ -300,9 +306,6 @@ def load(source: str | Path, overrides: tuple[str, ...] = (), data_dir: str | No
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
     for override in overrides:
         _set(given, override)
-    preset = given.get("preset", "recommended")
-    if isinstance(preset, str) and preset in PRESETS:
-        given = _merged(PRESETS[preset], given)
     if data_dir is not None:
         given.setdefault("data", {})["dir"] = str(Path(data_dir).absolute())
     elif isinstance(given.get("data"), dict):

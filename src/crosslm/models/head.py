@@ -11,6 +11,7 @@ head (full fine-tuning) takes the plain way in chunks of tokens that are recompu
 pass. ``tests/test_head.py`` holds both against the plain version.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def head_scores(
     """
     if weight.requires_grad:
         return _plain_scores_in_chunks(hidden, weight, targets, reference_hidden, reference_weight)
-    scores: tuple[Tensor, Tensor, Tensor] = _FrozenHeadScores.apply(
+    scores: tuple[Tensor, Tensor, Tensor] = _frozen_head_scores(
         hidden, weight, targets, reference_hidden, reference_weight
     )
     return scores
@@ -53,7 +54,7 @@ def head_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if weight.requires_grad:
         parts = _chunks(len(targets), len(weight))
         return torch.cat([_recomputed(_plain_logps, hidden[part], weight, targets[part]) for part in parts])
-    logps: Tensor = _FrozenHeadLogps.apply(hidden, weight, targets)
+    logps: Tensor = _frozen_head_logps(hidden, weight, targets)
     return logps
 
 
@@ -157,12 +158,15 @@ class _FrozenHeadScores(torch.autograd.Function):
         return logps, reference_logps, kl
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_logps: Tensor, _: Tensor, grad_kl: Tensor
-    ) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_logps: Tensor, _: Tensor, grad_kl: Tensor) -> tuple[Tensor, None, None, None, None]:
         logps_gradient, kl_gradient = ctx.saved_tensors
         gradient = logps_gradient * grad_logps.unsqueeze(1) + kl_gradient * grad_kl.unsqueeze(1)
         return gradient, None, None, None, None
+
+
+# torch leaves the type of apply open
+_frozen_head_logps: Callable[..., Tensor] = _FrozenHeadLogps.apply
+_frozen_head_scores: Callable[..., tuple[Tensor, Tensor, Tensor]] = _FrozenHeadScores.apply
 
 
 def _plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -237,15 +237,17 @@ class LLM:
     def perplexity(self, text: str, max_tokens: int) -> float:
         """``exp`` of the mean negative log-likelihood of a token.
 
-        The text is cut into windows of 256 tokens, each read after a beginning-of-sequence token
-        (where the model has one) and nothing else; every token counts once.
+        The text is cut into windows of 256 tokens (fewer if the model reads fewer), each read after
+        a beginning-of-sequence token (where the model has one) and nothing else; every token counts
+        once.
 
         Raises:
             ValueError: the text has no token.
         """
         ids = self.tokenizer.encode(text, add_special_tokens=False)[:max_tokens]
         bos = self.tokenizer.bos_token_id
-        windows = [ids[start : start + PERPLEXITY_WINDOW] for start in range(0, len(ids), PERPLEXITY_WINDOW)]
+        size = min(PERPLEXITY_WINDOW, self._causal().config.max_position_embeddings - 1)
+        windows = [ids[start : start + size] for start in range(0, len(ids), size)]
         if not windows:
             raise ValueError("the text has no token")
         total, count = 0.0, 0
