@@ -48,6 +48,7 @@ def test_a_run_leaves_everything_that_is_promised(command, config_file, settings
     folder = tmp_path / "run"
     code, out, err = command("run", config_file, "--output", folder)
     assert (code, err) == (0, "")
+    assert "client client-0: 25 rows (bad " in out
     for words in ("Standalone", "Data-free KD", "CrossLM", "client-0", "client-1", "mean", "perplexity", "update LLM"):
         assert words in out
 
@@ -162,6 +163,7 @@ def broken(tables, change):
             lambda t: t["llm"].update(model="package:nothing"),
             "package:nothing is not a package that crosslm has a checksum for",
         ),
+        (lambda t: t["llm"].update(model="nobody/no-such-model"), "llm.model = 'nobody/no-such-model': not on the hub"),
         (lambda t: t["slm"].update(models=[{"model": "./none"}]), "slm.models = './none': no such model folder"),
         (lambda t: t["selection"].update(encoder="./none"), "selection.encoder = './none': no such model folder"),
         (lambda t: t["data"].update(train="none.csv"), "none.csv: no such file"),
@@ -195,6 +197,7 @@ def test_labels_that_the_next_word_cannot_tell_apart_end_with_code_2(command, se
     code, _, err = command("run", path, "--output", tmp_path / "run")
     assert code == 2
     assert "start with the same token" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_silo_of_one_class_is_warned_of_and_goes_on(command, settings, data_folder, tmp_path):

@@ -1,6 +1,7 @@
 """The LLM wrapper on a tiny model of each family."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.errors import ConfigError, ModelError
-from crosslm.models.llm import LLM
+from crosslm.models.llm import LLM, verbalizer_ids
 
 FAMILIES = ("gpt2", "llama", "gemma3")
 TEXTS = ["a good film and a kind one.", "a bad day.", "a sour book and a cold room."]
@@ -189,11 +190,15 @@ def test_the_same_seed_gives_the_same_adapter(models):
     assert tiny_llm(models, "gpt2").fingerprint() == tiny_llm(models, "gpt2").fingerprint()
 
 
-def test_verbalizers_that_start_alike_are_refused(models):
-    llm = tiny_llm(models, "gpt2")
-    with pytest.raises(ConfigError, match=r"'b' \('good film'\) and 'a' start with the same token"):
-        llm.check_verbalizers(["a", "b"], ["good", "good film"], "This is")
-    assert [len(ids) > 0 for ids in llm.check_verbalizers(["a", "b"], ["good", "bad"], "This is")] == [True, True]
+def test_verbalizers_that_start_alike_are_refused(models, family, task):
+    tokenizer = tiny_llm(models, family).tokenizer
+    alike = dataclasses.replace(task, verbalizers=("good", "good film"))
+    with pytest.raises(
+        ConfigError, match=r"'good' \('good film'\) and 'bad' \('good'\)|'good film'.* start with the same"
+    ):
+        verbalizer_ids(tokenizer, alike)
+    found = verbalizer_ids(tokenizer, task)
+    assert [tokenizer.decode(ids) for ids in found] == [" bad", " good"]
 
 
 def test_a_head_that_is_not_a_plain_matrix_is_refused(models):

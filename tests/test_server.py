@@ -202,3 +202,21 @@ def test_selection_can_be_balanced_over_the_labels_and_without_bad_texts(models,
     assert len(kept) == 2
     assert 2 in kept
     assert select(pool, rewards.neg(), encoder, both)[1] == []
+
+
+def test_an_llm_that_is_not_its_original_at_the_first_update_is_an_error(models, task, config):
+    server = server_for(config, task, models)
+    with torch.no_grad():
+        for parameter in server.llm.trainable_parameters():
+            parameter.add_(0.1)
+    drafts = synthesize(server.llm, task, config.synthesis, 4, 1)
+    with pytest.raises(ModelError, match="before the first update the LLM differs from its original"):
+        server.update_llm(drafts, torch.ones(4), 0)
+
+
+def test_a_parameter_that_gradients_do_not_reach_is_an_error(models, task, config):
+    server = server_for(config, task, models)
+    drafts = synthesize(server.llm, task, config.synthesis, 4, 1)
+    server.llm.model.register_parameter("forgotten", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(ModelError, match="gradients reached"):
+        server.update_llm(drafts, torch.ones(4), 0)

@@ -7,7 +7,7 @@ import torch
 
 from crosslm.config import Config
 from crosslm.data import balanced_sample
-from crosslm.models.llm import LLM
+from crosslm.models.llm import LLM, verbalizer_ids
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
 from crosslm.records import Examples, SyntheticSet
@@ -19,12 +19,12 @@ NLU_CHUNK = 64
 
 def nlu_accuracy(llm: LLM, task: Task, examples: Examples, progress: Progress, detail: str) -> float:
     """Share of texts that the LLM classifies right by the verbalizers (Eq. 1)."""
-    verbalizers = llm.check_verbalizers(task.labels, task.verbalizers, task.query("x").rstrip())
+    verbalizers = verbalizer_ids(llm.tokenizer, task)
     right = 0
     with progress.stage("evaluate", f"LLM classifies, {detail}", len(examples), "texts") as advance:
         for start in range(0, len(examples), NLU_CHUNK):
             rows = examples.take(range(start, min(start + NLU_CHUNK, len(examples))))
-            queries = [task.query(text).rstrip() for text in rows.texts]
+            queries = [task.query(text) for text in rows.texts]
             predicted = llm.classify(queries, verbalizers).argmax(dim=1)
             right += int((predicted == torch.tensor(rows.labels)).sum())
             advance(len(rows))

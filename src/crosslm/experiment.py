@@ -17,11 +17,11 @@ from crosslm.federation.exchange import serve
 from crosslm.federation.local import LocalExchange
 from crosslm.federation.messages import describe
 from crosslm.models.encoder import SentenceEncoder
-from crosslm.models.llm import LLM
+from crosslm.models.llm import LLM, load_tokenizer, verbalizer_ids
 from crosslm.models.slm import SLM
 from crosslm.models.sources import check_model, model_folder, resolve_device
 from crosslm.progress import Display, Progress
-from crosslm.records import Download, SyntheticSet, Upload
+from crosslm.records import Download, Examples, SyntheticSet, Upload
 from crosslm.rundir import CONFIG, RunDir, versions
 from crosslm.seeding import seed_for
 from crosslm.server import Server, StepRecord
@@ -55,10 +55,15 @@ def run_local(config: Config, output: Path, cache: Path, display: Display | None
     specs = client_specs(config, list(split.private))
     check_models(config, specs)
     perplexity_text = _perplexity_text(config)
+    RunDir.check_free(output)
+    llm_folder = model_folder(config.llm.model, cache, progress.note)
+    verbalizer_ids(load_tokenizer(llm_folder, config.llm.model), Task.from_config(config.task))
     run = RunDir.create(output, config)
     for warning in split.warnings:
         progress.note(f"warning: {warning}")
         run.event("warning", message=warning)
+    for client_id, examples in split.private.items():
+        progress.note(f"client {client_id}: {class_report(examples, config)}; {describe_spec(specs[client_id])}")
     return _Run(config, split, specs, perplexity_text, run, cache, progress).execute()
 
 
@@ -74,6 +79,18 @@ def client_specs(config: Config, client_ids: list[str]) -> dict[str, SLMSpec]:
             draw = seed_for(config.seed, "architecture", client_id) % len(config.slm.models)
             specs[client_id] = config.slm.models[draw]
     return specs
+
+
+def class_report(examples: Examples, config: Config) -> str:
+    """How many rows of each label a client has, in words."""
+    labels = config.task.labels
+    counts = zip(labels, examples.class_counts(len(labels)), strict=True)
+    return f"{len(examples)} rows (" + ", ".join(f"{label} {count}" for label, count in counts) + ")"
+
+
+def describe_spec(spec: SLMSpec) -> str:
+    """An architecture in words."""
+    return spec.model + (f", lowest {spec.num_hidden_layers} layers" if spec.num_hidden_layers else "")
 
 
 def check_models(config: Config, specs: dict[str, SLMSpec]) -> None:
@@ -120,8 +137,6 @@ class _Run:
         started = time.perf_counter()
         config, run, progress = self.config, self.run, self.progress
         self.llm = LLM.load(self._folder(config.llm.model), config.llm, seed_for(config.seed, "llm"), config.device)
-        # a verbalizer that cannot work ends the run here, before anything is trained
-        self.llm.check_verbalizers(self.task.labels, self.task.verbalizers, self.task.query("x").rstrip())
         self.encoder = SentenceEncoder(self._folder(config.selection.encoder), config.device)
         self.judge = evaluate.train_judge(self._folder(config.slm.models[0].model), config, self.split.judge, progress)
         judge_accuracy = self.judge.accuracy(self.split.test) if self.judge else None

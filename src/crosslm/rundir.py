@@ -25,6 +25,17 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Find out that a new run may be written here.
+
+        Raises:
+            RunError: the folder holds something already.
+        """
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            what = "another run" if (path / CONFIG).exists() else "other files"
+            raise RunError(f"{path}: holds {what} already and nothing is written over; choose another --output")
+
     @classmethod
     def create(cls, path: Path, config: Config) -> "RunDir":
         """A new run folder with the resolved configuration in it.
@@ -32,9 +43,7 @@ class RunDir:
         Raises:
             RunError: the folder holds something already, or cannot be written.
         """
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            what = "another run" if (path / CONFIG).exists() else "other files"
-            raise RunError(f"{path}: holds {what} already and nothing is written over; choose another --output")
+        cls.check_free(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)

@@ -112,6 +112,8 @@ class Server:
                     share = self._backward(drafts, rewards, statements, rows, len(batch))
                     parts = {name: parts.get(name, 0.0) + value for name, value in share.items()}
                     advance(len(rows))
+                if not self.optimizer.state:  # nothing has been updated yet
+                    check_first_update(parts, self.llm)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.llm.max_grad_norm)
                 parts["gradient_norm"] = float(norm)
                 if not all(torch.isfinite(torch.tensor(value)) for value in parts.values()):
@@ -162,6 +164,28 @@ class Server:
     def _synthesize(self, detail: str, count: int, seed: int) -> SyntheticSet:
         with self.progress.stage("generate", detail, count, "texts") as advance:
             return synthesize(self.llm, self.task, self.config.synthesis, count, seed, advance)
+
+
+def check_first_update(parts: dict[str, float], llm: LLM) -> None:
+    """Guards against training that silently does nothing, or something else.
+
+    Before the first update the LLM is the original: log-ratio and divergence are 0. And gradients
+    have reached all that is trained and nothing that is frozen.
+
+    Raises:
+        ModelError: it is not so.
+    """
+    # sums over a text of some 50 tokens: the kernels' rounding in fp32, or in bf16
+    tolerance = 1e-2 if llm.config.dtype == "float32" else 2.0
+    if max(abs(parts["log_ratio"]), abs(parts["kl_loss"])) > tolerance:
+        raise ModelError(
+            f"before the first update the LLM differs from its original: log-ratio {parts['log_ratio']:.4f}, "
+            f"KL {parts['kl_loss']:.4f}; both must be 0. Is an adapter loaded twice, or dropout on?"
+        )
+    reached = {name for name, parameter in llm.model.named_parameters() if parameter.grad is not None}
+    trained = {name for name, parameter in llm.model.named_parameters() if parameter.requires_grad}
+    if reached != trained:
+        raise ModelError(f"gradients reached {len(reached)} parameters, but {len(trained)} are trained")
 
 
 def receive_slm(upload: Upload, task: Task, device: str) -> SLM:

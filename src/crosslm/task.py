@@ -27,8 +27,8 @@ class Task:
         )
 
     def query(self, text: str) -> str:
-        """M(x) of Eq. 1: the text wrapped so that the verbalizer comes next."""
-        return self.query_template.replace("{text}", text)
+        """M(x) of Eq. 1: the text wrapped so that a space and the verbalizer come next."""
+        return self.query_template.replace("{text}", text).rstrip()
 
     def prompt(self, label: int, paraphrase: int) -> str:
         """M(y) of Eq. 3: what the LLM is given to write a text of this label."""

@@ -22,6 +22,7 @@ from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.errors import ConfigError, ModelError
 from crosslm.models.decoding import decode
 from crosslm.models.head import head_logps, head_scores
+from crosslm.task import Task
 
 SCORING_BATCH = 32
 PERPLEXITY_WINDOW = 256
@@ -105,38 +106,7 @@ class LLM:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, after the beginning-of-sequence token where the model has one."""
-        bos = self.tokenizer.bos_token_id
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids if bos is None else [bos, *ids]
-
-    def continuation_ids(self, prefix: str, words: str) -> tuple[int, ...]:
-        """Tokens that ``words``, after a space, add to ``prefix``."""
-        before, whole = self.encode(prefix), self.encode(f"{prefix} {words}")
-        if whole[: len(before)] == before:
-            return tuple(whole[len(before) :])
-        return tuple(self.tokenizer.encode(f" {words}", add_special_tokens=False))
-
-    def check_verbalizers(
-        self, labels: Sequence[str], verbalizers: Sequence[str], prefix: str
-    ) -> list[tuple[int, ...]]:
-        """Token ids of each label's verbalizer (Eq. 1).
-
-        Raises:
-            ConfigError: a verbalizer has no token, or two start with the same one, so that the
-                next word could not tell the labels apart.
-        """
-        ids = [self.continuation_ids(prefix, words) for words in verbalizers]
-        seen: dict[int, str] = {}
-        for label, words, tokens in zip(labels, verbalizers, ids, strict=True):
-            if not tokens:
-                raise ConfigError(f"task.verbalizer.{label}: {words!r} has no token in this LLM's vocabulary")
-            if tokens[0] in seen:
-                raise ConfigError(
-                    f"task.verbalizer: {label!r} ({words!r}) and {seen[tokens[0]]!r} start with the same token "
-                    f"{self.tokenizer.decode([tokens[0]])!r}; choose words that differ from the first token on"
-                )
-            seen[tokens[0]] = label
-        return ids
+        return encode(self.tokenizer, text)
 
     # -- step 3 ------------------------------------------------------------------------------
 
@@ -291,6 +261,52 @@ class LLM:
         return hidden
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text, after the beginning-of-sequence token where the model has one."""
+    bos = tokenizer.bos_token_id
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids if bos is None else [bos, *ids]
+
+
+def verbalizer_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[tuple[int, ...]]:
+    """Token ids of each label's verbalizer (Eq. 1): what it adds, after a space, to the query.
+
+    Raises:
+        ConfigError: a verbalizer has no token, or two start with the same one, so that the next
+            word could not tell the labels apart.
+    """
+    prefix = task.query("x")
+    before = encode(tokenizer, prefix)
+    found: list[tuple[int, ...]] = []
+    for label, words in zip(task.labels, task.verbalizers, strict=True):
+        whole = encode(tokenizer, f"{prefix} {words}")
+        joined = whole[: len(before)] == before
+        ids = whole[len(before) :] if joined else tokenizer.encode(f" {words}", add_special_tokens=False)
+        if not ids:
+            raise ConfigError(f"task.verbalizer.{label}: {words!r} has no token in this LLM's vocabulary")
+        for other, other_ids in zip(task.labels, found, strict=False):
+            if other_ids[0] == ids[0]:
+                raise ConfigError(
+                    f"task.verbalizer: {label!r} ({words!r}) and {other!r} start with the same token "
+                    f"{tokenizer.decode([ids[0]])!r}; choose words that differ from the first token on"
+                )
+        found.append(tuple(ids))
+    return found
+
+
+def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
+    """The LLM's tokenizer alone, which is enough to check a task.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"llm.model {name!r}: its tokenizer cannot be loaded: {error}") from error
+    return tokenizer
+
+
 def _head_weight(model: Any) -> Tensor:
     weight: Tensor = model.get_output_embeddings().weight
     return weight
@@ -313,13 +329,12 @@ def _lora_config(model: Any, config: LLMConfig) -> LoraConfig:
 def _load_pretrained(folder: str, config: LLMConfig, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"llm.model {config.model!r} cannot be loaded: {error}\n"
             "Give a folder written by save_pretrained, a hub id (with network), or package:MODULE."
         ) from error
-    return model.to(device), tokenizer
+    return model.to(device), load_tokenizer(folder, config.model)
 
 
 def _check_head(model: Any) -> None:

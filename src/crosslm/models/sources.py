@@ -16,7 +16,7 @@ from pathlib import Path
 
 import platformdirs
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from crosslm.errors import ConfigError, ModelError
 
@@ -95,6 +95,8 @@ def check_model(name: str, key: str) -> None:
             f"{key} = {name!r}: no such model folder (a config.json must be in it); "
             f"give a folder, a hub id, or package:MODULE with one of {', '.join(PACKAGES)}"
         )
+    elif not _looks_like_a_path(name):
+        _check_hub_id(name, key)
 
 
 def model_folder(name: str, cache: Path, on_news: Callable[[str], None] = lambda _: None) -> str:
@@ -162,6 +164,17 @@ def _check_sha256(path: Path, expected: str) -> None:
             f"{path}: its SHA-256 is {found}, not the pinned {expected}; "
             "the package is damaged or has been changed: uninstall it and install it again"
         )
+
+
+def _check_hub_id(name: str, key: str) -> None:
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{key} = {name!r}: not on the hub, or the hub cannot be reached and it is not in its cache; "
+            "get it where there is network (hf download), copy its folder here and name that, "
+            f"or use package:MODULE with one of {', '.join(PACKAGES)}"
+        ) from error
 
 
 def _looks_like_a_path(name: str) -> bool:
