@@ -101,10 +101,10 @@ class Bench:
         pool = read_texts(self.run / "synthetic" / f"{self.pools[client_id]}.jsonl", self.task)
         vectors = SentenceEncoder(self.folder(self.config.selection.encoder)).encode(pool.texts)
         encoder = SimpleNamespace(encode=lambda texts: vectors)
-        standalone = receive_slm(upload, self.task, "cpu").accuracy(self.split.tests[client_id])
+        standalone = receive_slm(upload, self.task, self.config).accuracy(self.split.tests[client_id])
         cells = {}
         for name, (nonpositive, corrected) in VARIANTS.items():
-            slm = receive_slm(upload, self.task, "cpu")
+            slm = receive_slm(upload, self.task, self.config)
             rewards = slm_rewards(slm, pool, upload, self.config.reward.model_copy(update={"correct_prior": corrected}))
             choice = self.config.selection.model_copy(update={"nonpositive_rewards": nonpositive})
             _, kept = select(pool, rewards, encoder, choice)
@@ -126,7 +126,7 @@ class Bench:
         drafts = SyntheticSet(
             read_texts(self.run / "synthetic" / "base.jsonl", self.task).samples[: llm_config.samples]
         )
-        rewards = slm_rewards(receive_slm(upload, self.task, "cpu"), drafts, upload, config.reward)
+        rewards = slm_rewards(receive_slm(upload, self.task, self.config), drafts, upload, config.reward)
         Server(config, self.task, llm, SimpleNamespace()).update_llm(drafts, rewards, config.seed)
         texts = synthesize(
             llm, self.task, config.synthesis, config.evaluation.nlg_samples, seed_for(config.seed, "choices")

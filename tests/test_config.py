@@ -152,7 +152,7 @@ def test_a_file_that_is_not_there_or_not_toml_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"the packaged ones are .*demo"):
         load("no such thing")
     (tmp_path / "broken.toml").write_text("a = = b")
-    with pytest.raises(ConfigError, match="not a TOML file"):
+    with pytest.raises(ConfigError, match="cannot be read as a TOML file"):
         load(tmp_path / "broken.toml")
 
 
@@ -162,6 +162,23 @@ def test_clients_must_have_different_ids(write):
         tables["clients"] = [{"id": "a", "train": "x.csv"}, {"id": "a", "train": "y.csv"}]
 
     with pytest.raises(ConfigError, match=r"different ids, found \['a', 'a'\]"):
+        load(write(change))
+
+
+@pytest.mark.parametrize(
+    ("client", "message"),
+    [
+        ({"id": "mean", "train": "x.csv"}, "id must not be 'mean'"),
+        ({"id": "a", "train": "x.csv", "num_hidden_layers": 2}, "num_hidden_layers needs a model"),
+        ({"id": "a/b", "train": "x.csv"}, "clients.0.id"),
+    ],
+)
+def test_a_client_that_cannot_be_is_refused(write, client, message):
+    def change(tables):
+        tables["data"].pop("train")
+        tables["clients"] = [client]
+
+    with pytest.raises(ConfigError, match=message):
         load(write(change))
 
 

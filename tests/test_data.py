@@ -73,6 +73,8 @@ def test_rows_without_text_or_not_utf8_are_left_out_counted_and_named(tmp_path, 
         ("x.jsonl", "{text}\n", r"x.jsonl: line 1 is not JSON"),
         ("x.jsonl", "[1]\n", r"x.jsonl: line 1 must be an object"),
         ("x.txt", "a", r"x.txt: must be .csv"),
+        ("x.csv.gz", "not gzip", r"x.csv.gz: cannot be read"),
+        ("x.csv", 'text,label\n"' + "a" * 200_000 + ",good\n", r"x.csv: line \d+ is not CSV"),
     ],
 )
 def test_what_is_wrong_is_named_with_file_and_row(tmp_path, data, name, content, message):
@@ -171,3 +173,14 @@ def test_an_empty_silo_is_refused_and_one_of_a_single_class_warned_of(settings, 
     (data_folder / "one.csv").write_text("text,label\n")
     with pytest.raises(DataError, match="client a: no usable training rows"):
         load_split(Config.model_validate(settings))
+
+
+def test_too_few_rows_for_judge_and_clients_names_the_field(config):
+    data = config.data.model_copy(update={"judge_rows": 59})
+    with pytest.raises(DataError, match=r"train.csv: has 60 usable rows; data.judge_rows = 59"):
+        load_split(config.model_copy(update={"data": data}))
+
+
+def test_line_separators_within_json_text_do_no_harm(tmp_path, data):
+    (tmp_path / "x.jsonl").write_text('{"text": "a\u2028b", "label": "good"}\n', encoding="utf-8")
+    assert load_examples("x.jsonl", data, LABELS).examples == Examples(["a b"], [1])

@@ -66,7 +66,7 @@ def test_a_run_leaves_everything_that_is_promised(command, config_file, settings
     assert summary["tokens_generated"] > 0
 
     config = load(folder / "config.toml")
-    assert config == load(config_file).model_copy(update={"device": "cpu"})
+    assert config == load(config_file)
 
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kinds = [event["event"] for event in events]
@@ -169,6 +169,8 @@ def broken(tables, change):
         (lambda t: t["data"].update(train="none.csv"), "none.csv: no such file"),
         (lambda t: t["data"].update(text_column="body"), "no column 'body'; its columns are: text, label"),
         (lambda t: t["evaluation"].update(perplexity_text="none.txt"), "none.txt: no such file"),
+        (lambda t: t["evaluation"].update(perplexity_text="empty.txt"), "empty.txt: has no text"),
+        (lambda t: t["slm"]["models"][0].update(num_hidden_layers=9), "has 2 hidden layers; num_hidden_layers = 9"),
         (lambda t: t.update(device="cuda:99"), "device 'cuda:99' cannot be used"),
         (lambda t: t["llm"].update(sample=3), "unknown key llm.sample; did you mean 'samples'?"),
         (lambda t: t["task"]["verbalizer"].pop("good"), "verbalizer is missing for the label(s) ['good']"),
@@ -183,6 +185,8 @@ def test_bad_input_ends_with_code_2_before_anything_is_written_or_loaded(
     monkeypatch.setattr(experiment.LLM, "load", loaded)
     monkeypatch.setattr(experiment.SLM, "load", loaded)
     path = tmp_path / "bad.toml"
+    (tmp_path / "data" / "empty.txt").write_text(" ")
+    settings["slm"]["models"] = settings["slm"]["models"][:1]
     path.write_text(broken(settings, change))
     code, out, err = command("run", path, "--output", tmp_path / "run")
     assert code == 2, out
@@ -241,3 +245,48 @@ def test_without_an_output_the_next_free_folder_is_taken(command, config_file, t
     assert code == 0, err
     assert tomllib.loads((tmp_path / "runs" / "tiny-2" / "config.toml").read_text())["llm"]["samples"] == 4
     assert "runs/tiny-2" in out
+
+
+def test_an_upload_that_cannot_be_used_is_an_event_of_the_run(config, tmp_path, monkeypatch):
+    train = experiment.Client.train
+
+    def damaged(client):
+        upload = train(client)
+        if client.id == "client-1":
+            for weight in upload.slm.weights.values():
+                if weight.is_floating_point():
+                    weight.fill_(float("nan"))
+        return upload
+
+    monkeypatch.setattr(experiment.Client, "train", damaged)
+    summary = run_local(config, tmp_path / "run", tmp_path)
+    assert set(summary["slm"]["crosslm"]) == {"client-0", "mean"}
+    assert "client client-1: its weight" in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_without_judge_and_text_the_measures_are_there_and_empty(settings, tmp_path):
+    settings["data"]["judge_rows"] = 0
+    settings["evaluation"].pop("perplexity_text")
+    summary = run_local(Config.model_validate(settings), tmp_path / "run", tmp_path)
+    for name in ("nlg_judge_accuracy", "perplexity"):
+        assert summary["llm"][name] == {"before": None, "after": None}
+
+
+def test_a_damaged_run_ends_with_code_2(command, config_file, tmp_path):
+    folder = tmp_path / "run"
+    assert command("run", config_file, "--output", folder)[0] == 0
+    (folder / "llm" / "adapter_config.json").unlink()
+    code, _, err = command("evaluate", folder)
+    assert code == 2
+    assert "the adapter cannot be loaded" in err
+    (folder / "summary.json").write_text("{")
+    code, _, err = command("report", folder)
+    assert code == 2
+    assert "summary.json: damaged" in err
+
+
+def test_a_folder_that_cannot_be_written_ends_with_code_2(command, config_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = command("run", config_file, "--output", tmp_path / "file" / "run")
+    assert code == 2
+    assert "cannot be written" in err

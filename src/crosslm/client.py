@@ -34,4 +34,6 @@ class Client:
 
     def install(self, download: Download) -> None:
         """Step 5: use the enhanced SLM from now on."""
+        frozen = not self.slm.model.get_input_embeddings().weight.requires_grad
         self.slm = SLM.from_state(download.slm, str(self.slm.device))
+        self.slm.freeze_embeddings(frozen)

@@ -76,6 +76,14 @@ class ClientConfig(Section):
     num_hidden_layers: Positive | None = None
     """Keep only the lowest layers of ``model``: a smaller architecture from the same weights."""
 
+    @model_validator(mode="after")
+    def _layers_of_a_model(self) -> Self:
+        if self.num_hidden_layers is not None and self.model is None:
+            raise ValueError("num_hidden_layers needs a model of the client's own")
+        if self.id == "mean":
+            raise ValueError("id must not be 'mean', which is what the mean over clients is called")
+        return self
+
 
 class DataConfig(Section):
     """Where the labelled texts are. Either one ``train`` file that is split, or ``clients``."""
@@ -187,7 +195,7 @@ class SynthesisConfig(Section):
     """A text ends before the first of these."""
     batch_size: Positive = 256
     max_attempts: Positive = 10
-    """A text that had to be removed is drawn again, at most so often in all."""
+    """A text that had to be removed is drawn again, eight candidates at a time; at most so many times in all."""
 
 
 class SelectionConfig(Section):
@@ -306,14 +314,15 @@ def load(source: str | Path, overrides: tuple[str, ...] = (), data_dir: str | No
         )
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as a TOML file: {error}") from error
     for override in overrides:
         _set(given, override)
     if data_dir is not None:
-        given.setdefault("data", {})["dir"] = str(Path(data_dir).absolute())
+        given = _merged(given, {"data": {"dir": str(Path(data_dir).expanduser().absolute())}})
     elif isinstance(given.get("data"), dict):
-        given["data"]["dir"] = str((path.parent / str(given["data"].get("dir", "."))).absolute())
+        folder = Path(str(given["data"].get("dir", "."))).expanduser()
+        given["data"]["dir"] = str((path.parent / folder).absolute())
     try:
         return Config.model_validate(given)
     except ValidationError as error:

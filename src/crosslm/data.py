@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,11 @@ def load_split(config: Config) -> Split:
     else:
         everything = rows(str(data.train))
         if not data.judge:
+            if len(everything) - data.judge_rows < data.num_clients:
+                raise DataError(
+                    f"{data.train}: has {len(everything)} usable rows; data.judge_rows = {data.judge_rows} of them are "
+                    f"held out for the judge, which leaves too few for {data.num_clients} clients; set data.judge_rows"
+                )
             order = np.random.default_rng(seed_for(config.seed, "judge")).permutation(len(everything)).tolist()
             judge = everything.take(order[: data.judge_rows])
             everything = everything.take(order[data.judge_rows :])
@@ -191,23 +197,49 @@ def balanced_sample(examples: Examples, rows: int | None, num_classes: int, seed
 
 def _file_rows(name: str, data: DataConfig) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
     path = find_file(name, data)
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    text = content.decode("utf-8-sig", errors="surrogateescape")
+    text = read_text(path)
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        header = reader.fieldnames or []
+        header = _csv_header(path, reader)
         for column in (data.text_column, data.label_column):
             if column not in header:
                 raise DataError(f"{path}: no column {column!r}; its columns are: {', '.join(header)}")
-        return str(path), ((number, row) for number, row in enumerate(reader, start=1))
+        return str(path), _csv_rows(path, reader)
     if kind == ".jsonl":
         return str(path), _json_rows(path, text)
     raise DataError(f"{path}: must be .csv, .csv.gz, .jsonl or .jsonl.gz")
 
 
+def read_text(path: Path) -> str:
+    """A file's text, unpacked if it is gzipped; bytes that are not UTF-8 become lone surrogates.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig", "surrogateescape")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _csv_header(path: Path, reader: "csv.DictReader[str]") -> list[str]:
+    try:
+        return list(reader.fieldnames or [])
+    except csv.Error as error:
+        raise DataError(f"{path}: line 1 is not CSV: {error}") from error
+
+
+def _csv_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        yield from enumerate(reader, start=1)
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num} is not CSV (an unclosed quote?): {error}") from error
+
+
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -266,7 +298,7 @@ def _hub_parts(dataset: str) -> tuple[str, str | None]:
 
 
 def _is_broken(value: str) -> bool:
-    return any("\udc80" <= character <= "\udcff" for character in value)
+    return any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _counted(rows: list[int]) -> str:

@@ -38,7 +38,7 @@ class BarDisplay:
 
     def note(self, message: str) -> None:
         """Show a line of news."""
-        self._console.print(message, highlight=False)
+        self._console.print(message, highlight=False, markup=False)
 
 
 class PlainDisplay:

@@ -15,16 +15,20 @@ from crosslm.seeding import seed_for
 from crosslm.task import Task
 
 NLU_CHUNK = 64
+NLU_TOKENS = 256  # of a text; with the query well inside the 1,024 of GPT-2
 
 
 def nlu_accuracy(llm: LLM, task: Task, examples: Examples, progress: Progress, detail: str) -> float:
-    """Share of texts that the LLM classifies right by the verbalizers (Eq. 1)."""
+    """Share of texts that the LLM classifies right by the verbalizers (Eq. 1).
+
+    Of each text the first 256 tokens are read.
+    """
     verbalizers = verbalizer_ids(llm.tokenizer, task)
     right = 0
     with progress.stage("evaluate", f"LLM classifies, {detail}", len(examples), "texts") as advance:
         for start in range(0, len(examples), NLU_CHUNK):
             rows = examples.take(range(start, min(start + NLU_CHUNK, len(examples))))
-            queries = [task.query(text) for text in rows.texts]
+            queries = [task.query(llm.shorten(text, NLU_TOKENS)) for text in rows.texts]
             predicted = llm.classify(queries, verbalizers).argmax(dim=1)
             right += int((predicted == torch.tensor(rows.labels)).sum())
             advance(len(rows))

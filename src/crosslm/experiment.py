@@ -11,22 +11,24 @@ from crosslm import evaluate
 from crosslm.baselines import data_free_kd
 from crosslm.client import Client
 from crosslm.config import Config, SLMSpec, load
-from crosslm.data import Split, find_file, load_split
-from crosslm.errors import CrosslmError, RunError, UploadError
+from crosslm.data import Split, find_file, load_split, read_text
+from crosslm.errors import CrosslmError, DataError, ModelError, RunError, UploadError
 from crosslm.federation.exchange import serve
 from crosslm.federation.local import LocalExchange
 from crosslm.federation.messages import describe
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM, load_tokenizer, verbalizer_ids
-from crosslm.models.slm import SLM
+from crosslm.models.slm import SLM, check_layers
 from crosslm.models.sources import check_model, model_folder, resolve_device
 from crosslm.progress import Display, Progress
 from crosslm.records import Download, Examples, SyntheticSet, Upload
 from crosslm.rundir import CONFIG, RunDir, versions
 from crosslm.seeding import seed_for
-from crosslm.server import Server, StepRecord
+from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
+
+LLM_MEASURES = ("nlu_accuracy", "nlg_accuracy", "nlg_judge_accuracy", "distinct_2", "perplexity")
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +51,18 @@ def run_local(config: Config, output: Path, cache: Path, display: Display | None
     Raises:
         CrosslmError: the input is wrong, or no client could be served.
     """
-    config = config.model_copy(update={"device": resolve_device(config.device)})
+    given, config = config, config.model_copy(update={"device": resolve_device(config.device)})
     progress = Progress(display)
     split = load_split(config)
     specs = client_specs(config, list(split.private))
     check_models(config, specs)
     perplexity_text = _perplexity_text(config)
     RunDir.check_free(output)
+    for client_id, spec in specs.items():
+        check_layers(model_folder(spec.model, cache, progress.note), spec.num_hidden_layers, f"client {client_id}")
     llm_folder = model_folder(config.llm.model, cache, progress.note)
     verbalizer_ids(load_tokenizer(llm_folder, config.llm.model), Task.from_config(config.task))
-    run = RunDir.create(output, config)
+    run = RunDir.create(output, given)
     for warning in split.warnings:
         progress.note(f"warning: {warning}")
         run.event("warning", message=warning)
@@ -169,7 +173,7 @@ class _Run:
             "seconds": {name: round(value, 2) for name, value in progress.seconds.items()}
             | {"total": round(time.perf_counter() - started, 2)},
             "slm": {method: evaluate.with_mean(values) for method, values in self.accuracy.items()},
-            "llm": {name: {"before": before[name], "after": after[name]} for name in before},
+            "llm": {name: {"before": before.get(name), "after": after.get(name)} for name in LLM_MEASURES},
             "tokens_generated": self.tokens_generated,
             "texts_removed": self.removed,
             "judge_accuracy": judge_accuracy,
@@ -196,7 +200,7 @@ class _Run:
         self.run.event("upload", **describe(upload))
         if who in self.standalone:
             return
-        slm = SLM.from_state(upload.slm, self.config.device)
+        slm = receive_slm(upload, self.task, self.config)
         self.standalone[who] = slm
         self.accuracy["standalone"][who] = slm.accuracy(self.split.tests[who])
         pool = SyntheticSet(self.base_pool.samples[: self.config.selection.pool])
@@ -233,6 +237,11 @@ class _Run:
             ),
         }
         self.run.event("step", step=step, client=who, **measures, **download.metrics)
+        wanted = self.config.selection.fraction * len(record.receipts)
+        if len(kept) < wanted / 2:
+            message = f"client {who}: only {len(kept)} of {wanted:.0f} texts could be selected; its SLM learned little"
+            self.run.event("warning", message=message)
+            self.progress.note(f"warning: {message}")
         self.progress.note(
             f"step {step}: {who} {measures['slm/standalone']:.3f} -> {measures['slm/accuracy']:.3f} "
             f"(data-free KD {measures['slm/data_free_kd']:.3f}), mean reward of its pool {measures['reward/pool']:+.2f}"
@@ -306,7 +315,11 @@ class _Run:
 def _perplexity_text(config: Config) -> str | None:
     if config.evaluation.perplexity_text is None:
         return None
-    return find_file(config.evaluation.perplexity_text, config.data).read_text(encoding="utf-8", errors="replace")
+    path = find_file(config.evaluation.perplexity_text, config.data)
+    text = read_text(path)
+    if not text.strip():
+        raise DataError(f"{path}: has no text; evaluation.perplexity_text must name a file with text")
+    return text
 
 
 def peak_memory_bytes() -> int:
@@ -336,7 +349,10 @@ def evaluate_run(run: RunDir, cache: Path, display: Display | None = None) -> di
     config = config.model_copy(update={"device": resolve_device(config.device)})
     progress, task, split = Progress(display), Task.from_config(config.task), load_split(config)
     perplexity_text = _perplexity_text(config)
-    slms = {client: SLM.load_trained(str(run.path / "slm" / client), config.device) for client in clients}
+    try:
+        slms = {client: SLM.load_trained(str(run.path / "slm" / client), config.device) for client in clients}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{run.path / 'slm'}: a classifier cannot be loaded: {error}") from error
     measures = {f"slm/accuracy/{client}": slm.accuracy(split.tests[client]) for client, slm in slms.items()}
     original = model_folder(config.llm.model, cache, progress.note)
     llm = LLM.load_trained(original, str(run.path / "llm"), config.llm, config.device)

@@ -43,8 +43,8 @@ def llm_table(summary: Mapping[str, Any]) -> Table:
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
     for key, title in LLM_MEASURES.items():
-        if key in summary["llm"]:
-            before, after = (summary["llm"][key][moment] for moment in ("before", "after"))
+        before, after = (summary["llm"].get(key, {}).get(moment) for moment in ("before", "after"))
+        if before is not None and after is not None:
             digits = 2 if key == "perplexity" else 3
             table.add_row(title, f"{before:.{digits}f}", f"{after:.{digits}f}", f"{after - before:+.{digits}f}")
     return table

@@ -83,7 +83,9 @@ class RunDir:
     def events(self) -> list[dict[str, Any]]:
         """Everything that happened so far."""
         path = self.path / METRICS
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return (
+            [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+        )
 
     def save_synthetic(
         self,
@@ -126,7 +128,10 @@ class RunDir:
         path = self.path / SUMMARY
         if not path.is_file():
             raise RunError(f"{self.path}: the run is not complete (it has no {SUMMARY})")
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path}: damaged: {error}") from error
         return loaded
 
 

@@ -60,7 +60,7 @@ class Server:
             ModelError: the LLM could not write texts, or the update changed nothing.
         """
         config, record, who = self.config, StepRecord(), upload.client_id
-        slm = receive_slm(upload, self.task, config.device)  # step 2: it arrived
+        slm = receive_slm(upload, self.task, config)  # step 2: it arrived
 
         for iteration in range(config.llm.iterations):
             seed = seed_for(config.seed, "server", self.steps, iteration)
@@ -77,7 +77,8 @@ class Server:
             advance(1)
         rows = len(kept) * config.slm.synthetic.epochs
         with self.progress.stage("train SLM on synthetic text", who, rows, "rows") as advance:
-            fitted = slm.fit(record.pool.examples(kept), config.slm.synthetic, seed, advance) if kept else {}
+            texts, fit_seed = record.pool.examples(kept), step_5_seed(config, upload)
+            fitted = slm.fit(texts, config.slm.synthetic, fit_seed, advance) if kept else {}
 
         self.steps += 1
         metrics = {"selected": float(len(kept)), **{f"fit/{name}": value for name, value in fitted.items()}}
@@ -188,18 +189,31 @@ def check_first_update(parts: dict[str, float], llm: LLM) -> None:
         raise ModelError(f"gradients reached {len(reached)} parameters, but {len(trained)} are trained")
 
 
-def receive_slm(upload: Upload, task: Task, device: str) -> SLM:
-    """The classifier in an upload, with its label names checked and its outputs in the task's order.
+def receive_slm(upload: Upload, task: Task, config: Config) -> SLM:
+    """The classifier in an upload, checked against the task.
 
     Raises:
-        UploadError: the labels are not the task's.
+        UploadError: the labels are not the task's, the class counts cannot be, a weight is not
+            finite, or the classifier cannot be rebuilt.
     """
+    who = f"client {upload.client_id}"
     if upload.slm.labels != task.labels:
         raise UploadError(
-            f"client {upload.client_id}: its labels are {list(upload.slm.labels)}, the task's are {list(task.labels)}, "
-            "in this order"
+            f"{who}: its labels are {list(upload.slm.labels)}, the task's are {list(task.labels)}, in this order"
         )
-    return SLM.from_state(upload.slm, device)
+    if len(upload.class_counts) != len(task.labels) or min(upload.class_counts) < 0:
+        raise UploadError(f"{who}: its class counts are {list(upload.class_counts)}; one for each label is needed")
+    for name, weight in upload.slm.weights.items():
+        if not weight.isfinite().all():
+            raise UploadError(f"{who}: its weight {name} is not finite")
+    slm = SLM.from_state(upload.slm, config.device)
+    slm.freeze_embeddings(config.slm.freeze_embeddings)
+    return slm
+
+
+def step_5_seed(config: Config, upload: Upload) -> int:
+    """Seed of the SLM's training on synthetic text: the same for CrossLM and Data-free KD."""
+    return seed_for(config.seed, "synthetic", upload.client_id, upload.client_round)
 
 
 def slm_rewards(slm: SLM, drafts: SyntheticSet, upload: Upload, config: RewardConfig) -> Tensor:

