@@ -35,10 +35,13 @@ from crosslm.server import Server, receive_slm, select, slm_rewards
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 
+# name: correct_prior, nonpositive_rewards, class_balance
 VARIANTS = {
-    f"{keep_or_drop},{str(corrected).lower()}": (keep_or_drop, corrected)
-    for keep_or_drop in ("keep", "drop")
-    for corrected in (False, True)
+    "paper": (False, "keep", False),
+    "correct_prior": (True, "keep", False),
+    "nonpositive_rewards = drop": (False, "drop", False),
+    "class_balance": (False, "keep", True),
+    "all three (recommended)": (True, "drop", True),
 }
 NAME = "preset-choices"
 
@@ -103,10 +106,12 @@ class Bench:
         encoder = SimpleNamespace(encode=lambda texts: vectors)
         standalone = receive_slm(upload, self.task, self.config).accuracy(self.split.tests[client_id])
         cells = {}
-        for name, (nonpositive, corrected) in VARIANTS.items():
+        for name, (corrected, nonpositive, balanced) in VARIANTS.items():
             slm = receive_slm(upload, self.task, self.config)
             rewards = slm_rewards(slm, pool, upload, self.config.reward.model_copy(update={"correct_prior": corrected}))
-            choice = self.config.selection.model_copy(update={"nonpositive_rewards": nonpositive})
+            choice = self.config.selection.model_copy(
+                update={"nonpositive_rewards": nonpositive, "class_balance": balanced}
+            )
             _, kept = select(pool, rewards, encoder, choice)
             slm.fit(pool.examples(kept), self.config.slm.synthetic, seed_for(self.config.seed, "choices"))
             agreement = evaluate.label_agreement(self.judge, SyntheticSet([pool.samples[place] for place in kept]))
@@ -145,12 +150,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--cells", default="selection,reduction", help="which parts to run")
+    parser.add_argument("--clients", type=int, default=100, help="at most so many clients")
     arguments = parser.parse_args()
     path = RESULTS / f"{NAME}.json"
     figures = json.loads(path.read_text()) if path.exists() else {**provenance(), "selection": {}, "reduction": {}}
     bench = Bench(arguments.run)
     torch.manual_seed(0)
-    clients = list(bench.pools)
+    clients = list(bench.pools)[: arguments.clients]
     cells = [("selection", client) for client in clients] + [("reduction", name) for name in ("sum", "mean")]
     for part, name in cells:
         if part not in arguments.cells or name in figures[part]:

@@ -103,19 +103,21 @@ def choices_section(result: dict) -> list[str]:
     ]
     clients = list(result["selection"])
     lines += [
-        "| `nonpositive_rewards` | `correct_prior` | " + " | ".join(clients) + " | mean | judge, selected |",
-        "| --- | --- |" + " --- |" * (len(clients) + 2),
+        "| what differs from preset paper | " + " | ".join(clients) + " | mean | judge, selected | selected |",
+        "| --- |" + " --- |" * (len(clients) + 3),
     ]
     for variant in next(iter(result["selection"].values()))["variants"]:
         rows = [result["selection"][client]["variants"][variant] for client in clients]
         values = [row["accuracy"] for row in rows]
         judged = sum(row["judge"] for row in rows) / len(rows)
-        first, second = variant.split(",")
         cells = " | ".join(f"{value:.3f}" for value in values)
-        lines.append(f"| {first} | {second} | {cells} | {sum(values) / len(values):.3f} | {judged:.3f} |")
+        selected = " + ".join(str(row["selected"]) for row in rows)
+        lines.append(f"| {variant} | {cells} | {sum(values) / len(values):.3f} | {judged:.3f} | {selected} |")
     standalone = [result["selection"][client]["standalone"] for client in clients]
     cells = " | ".join(f"{value:.3f}" for value in standalone)
-    lines += [f"| before | | {cells} | {sum(standalone) / len(standalone):.3f} | |", ""]
+    lines += [f"| before (Standalone) | {cells} | {sum(standalone) / len(standalone):.3f} | | |", ""]
+    if not result["reduction"]:
+        return lines
     lines += [
         "**Sum or mean over tokens (step 4).** One update of the original LLM from the same texts and rewards; then "
         "what it writes and how it classifies.",

@@ -1,6 +1,7 @@
 """The documents name what exists."""
 
 import importlib
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -76,3 +77,11 @@ def test_version_is_the_same_everywhere():
     assert f"version: {crosslm.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert f"## {crosslm.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"] == ["version"]
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    for path, text in results.documents().items():
+        assert path.read_text() == text, f"{path.name}: run python benchmarks/results.py render"
