@@ -46,7 +46,7 @@ def test_demo_quick_with_real_weights(tmp_path, monkeypatch, capsys):
     cli.app(standalone_mode=False)
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary["slm"]["crosslm"]) == {*SILOS, "mean"}
-    assert summary["llm"]["perplexity"]["before"] < 200  # an untrained model would be near 262,144
+    assert summary["llm"]["perplexity"]["before"] < 2000  # an untrained model would be near 262,144
     updates = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"update"' in line]
     assert updates[0]["log_ratio"] == pytest.approx(0, abs=1e-3)
     assert updates[0]["kl_loss"] == pytest.approx(0, abs=1e-3)
