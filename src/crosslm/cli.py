@@ -26,16 +26,16 @@ console = Console()
 errors = Console(stderr=True)
 
 QUICK = (
-    "llm.samples=32",
-    "selection.pool=96",
-    "slm.private.epochs=4",
-    "evaluation.nlg_samples=48",
-    "evaluation.nlu_rows=80",
+    "llm.samples=16",
+    "selection.pool=48",
+    "slm.private.epochs=3",
+    "evaluation.nlg_samples=32",
+    "evaluation.nlu_rows=60",
     "evaluation.perplexity_tokens=1024",
     "evaluation.judge.epochs=1",
-    "data.test_rows=200",
-    "data.judge_rows=800",
-    "synthesis.max_new_tokens=32",
+    "data.test_rows=120",
+    "data.judge_rows=400",
+    "synthesis.max_new_tokens=24",
 )
 
 ConfigArgument = Annotated[
