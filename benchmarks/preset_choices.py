@@ -150,13 +150,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--cells", default="selection,reduction", help="which parts to run")
-    parser.add_argument("--clients", type=int, default=100, help="at most so many clients")
+    parser.add_argument("--clients", help="only these clients, with commas between; all if not given")
     arguments = parser.parse_args()
     path = RESULTS / f"{NAME}.json"
     figures = json.loads(path.read_text()) if path.exists() else {**provenance(), "selection": {}, "reduction": {}}
     bench = Bench(arguments.run)
     torch.manual_seed(0)
-    clients = list(bench.pools)[: arguments.clients]
+    clients = arguments.clients.split(",") if arguments.clients else list(bench.pools)
     cells = [("selection", client) for client in clients] + [("reduction", name) for name in ("sum", "mean")]
     for part, name in cells:
         if part not in arguments.cells or name in figures[part]:
