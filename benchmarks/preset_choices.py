@@ -41,7 +41,7 @@ VARIANTS = {
     "correct_prior": (True, "keep", False),
     "nonpositive_rewards = drop": (False, "drop", False),
     "class_balance": (False, "keep", True),
-    "all three (recommended)": (True, "drop", True),
+    "all three": (True, "drop", True),
 }
 NAME = "preset-choices"
 

@@ -54,13 +54,14 @@ def test_the_paper_preset_is_the_paper(write):
     assert config.selection.fraction == 0.25
     assert config.selection.nonpositive_rewards == "keep"
     assert not config.reward.correct_prior
+    assert not config.selection.class_balance
     assert config.llm.token_reduction == "sum"
     assert PRESETS["paper"] == {}
 
 
 def test_recommended_is_the_default_and_the_file_goes_over_it(write):
     assert load(write()).reward.correct_prior
-    assert load(write()).selection.nonpositive_rewards == "drop"
+    assert load(write()).selection.class_balance
     assert not load(write(lambda tables: tables.update(reward={"correct_prior": False}))).reward.correct_prior
 
 
@@ -71,10 +72,10 @@ def test_the_preset_holds_for_a_configuration_made_in_python_too(settings):
 
 def test_overrides_are_toml_or_else_text(write):
     config = load(
-        write(), ("llm.samples=3", "synthesis.stop=['x']", "name=other", "selection.nonpositive_rewards=keep")
+        write(), ("llm.samples=3", "synthesis.stop=['x']", "name=other", "selection.nonpositive_rewards=drop")
     )
     assert (config.llm.samples, config.synthesis.stop, config.name) == (3, ("x",), "other")
-    assert config.selection.nonpositive_rewards == "keep"
+    assert config.selection.nonpositive_rewards == "drop"
 
 
 def test_the_data_folder_is_relative_to_the_file_or_given(write, tmp_path):

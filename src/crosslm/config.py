@@ -242,7 +242,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},
     "recommended": {
         "reward": {"correct_prior": True},
-        "selection": {"nonpositive_rewards": "drop", "class_balance": True},
+        "selection": {"class_balance": True},
     },
 }
 """What each preset sets; the file and ``--set`` go over it. Measured in ``docs/results.md``."""
