@@ -77,7 +77,7 @@ def run(
 @app.command()
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="A few minutes: less text, less training, no lasting gain to expect.")
+        bool, typer.Option("--quick", help="The same steps on far less text, to see them run; no gain to expect.")
     ] = False,
     overrides: SetOption = [],  # noqa: B006
     output: OutputOption = None,
