@@ -59,7 +59,6 @@ CacheOption = Annotated[
 DataDirOption = Annotated[
     str | None, typer.Option("--data-dir", help="Folder that the data files are in; replaces data.dir.")
 ]
-RunArgument = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 
 
 @app.command()
