@@ -9,7 +9,7 @@ from conftest import TASK
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
-from crosslm import cli, experiment
+from crosslm import cli, experiment, reevaluate
 from crosslm.config import Config, load
 from crosslm.experiment import run_local
 
@@ -132,7 +132,7 @@ def test_other_families_presets_and_full_fine_tuning(settings, models, tmp_path,
     rounds = [(event["client_id"], event["client_round"]) for event in events if event["event"] == "upload"]
     assert sorted(rounds) == [("client-0", 0), ("client-0", 1), ("client-1", 0), ("client-1", 1)]
     assert summary["preset"] == preset
-    measures = experiment.evaluate_run(experiment.RunDir(tmp_path / "run"), tmp_path)
+    measures = reevaluate.evaluate_run(reevaluate.RunDir(tmp_path / "run"), tmp_path)
     assert measures["llm/nlu_accuracy"] == pytest.approx(summary["llm"]["nlu_accuracy"]["after"])
 
 

@@ -98,12 +98,44 @@ def evaluate(
     """Measure a run's classifiers and LLM again, from the files in its folder."""
     _quiet_libraries()
     from crosslm.display import display_for
-    from crosslm.experiment import evaluate_run
     from crosslm.models.sources import cache_folder
+    from crosslm.reevaluate import evaluate_run
 
     measures = evaluate_run(RunDir.open(run_folder), cache_folder(cache_dir), display_for(console))
     for name, value in measures.items():
         console.print(f"{name:<28} {value:.4f}", highlight=False)
+
+
+@app.command("prepare-model")
+def prepare_model(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or package:MODULE.")],
+    texts: Annotated[
+        list[Path],
+        typer.Option(
+            "--trim-vocabulary",
+            metavar="TEXT",
+            help="Text file whose words the model must keep, best a few megabytes of the kind that it is to write; "
+            "may be given several times. Every other text can still be read, in more tokens.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Folder to write the model to; must be new or empty.")],
+    cache_dir: CacheOption = None,
+) -> None:
+    """Write a copy of a language model with fewer tokens, which is faster; use it as llm.model."""
+    _quiet_libraries()
+    from crosslm.data import readable_lines
+    from crosslm.models.sources import cache_folder, model_folder
+    from crosslm.models.vocabulary import trim_vocabulary
+
+    lines = [line for path in texts for line in readable_lines(path)]
+    folder = model_folder(model, cache_folder(cache_dir), lambda message: console.print(message, highlight=False))
+    done = trim_vocabulary(folder, lines, output)
+    console.print(
+        f"{output}: {done.tokens_after:,} of {done.tokens_before:,} tokens, "
+        f"{done.parameters_after:,} of {done.parameters_before:,} parameters",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

@@ -155,6 +155,10 @@ class LLMConfig(Section):
     """The server's model and its update (Eq. 5 to 9)."""
 
     model: str
+    vocabulary_texts: tuple[str, ...] = ()
+    """Text files in ``data.dir``, or ``package:MODULE`` for the words of a tokenizer. The vocabulary
+    is trimmed to what these need (and single bytes), which is faster; empty: the whole vocabulary.
+    They must be texts that the server may see."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     adapter: Literal["lora", "full"] = "lora"
     """``lora``: theta_old is the adapter switched off. ``full``: theta_old is a frozen copy."""

@@ -224,6 +224,18 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
+def readable_lines(path: Path) -> list[str]:
+    """Lines of a text file, those that are not UTF-8 left out.
+
+    Raises:
+        DataError: it cannot be read, or has no text.
+    """
+    lines = [line for line in read_text(path).splitlines() if line.strip() and not _is_broken(line)]
+    if not lines:
+        raise DataError(f"{path}: has no text")
+    return lines
+
+
 def _csv_header(path: Path, reader: "csv.DictReader[str]") -> list[str]:
     try:
         return list(reader.fieldnames or [])

@@ -7,8 +7,9 @@ import torch
 
 from crosslm.config import Config
 from crosslm.data import balanced_sample
-from crosslm.models.llm import LLM, verbalizer_ids
+from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
+from crosslm.models.tokens import verbalizer_ids
 from crosslm.progress import Progress
 from crosslm.records import Examples, SyntheticSet
 from crosslm.seeding import seed_for

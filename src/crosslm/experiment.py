@@ -4,25 +4,28 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from crosslm import evaluate
 from crosslm.baselines import data_free_kd
 from crosslm.client import Client
-from crosslm.config import Config, SLMSpec, load
-from crosslm.data import Split, find_file, load_split, read_text
-from crosslm.errors import CrosslmError, DataError, ModelError, RunError, UploadError
+from crosslm.config import Config, SLMSpec
+from crosslm.data import Split, find_file, load_split, read_text, readable_lines
+from crosslm.errors import CrosslmError, DataError, RunError, UploadError
 from crosslm.federation.exchange import serve
 from crosslm.federation.local import LocalExchange
 from crosslm.federation.messages import describe
 from crosslm.models.encoder import SentenceEncoder
-from crosslm.models.llm import LLM, load_tokenizer, verbalizer_ids
+from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM, check_layers
-from crosslm.models.sources import check_model, model_folder, resolve_device
+from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
+from crosslm.models.tokens import load_tokenizer, verbalizer_ids
+from crosslm.models.vocabulary import cached_trim, tokenizer_words
 from crosslm.progress import Display, Progress
 from crosslm.records import Download, Examples, SyntheticSet, Upload
-from crosslm.rundir import CONFIG, RunDir, versions
+from crosslm.rundir import RunDir, versions
 from crosslm.seeding import seed_for
 from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.synthesis import synthesize
@@ -56,11 +59,11 @@ def run_local(config: Config, output: Path, cache: Path, display: Display | None
     split = load_split(config)
     specs = client_specs(config, list(split.private))
     check_models(config, specs)
-    perplexity_text = _perplexity_text(config)
+    perplexity_text = perplexity_text_of(config)
     RunDir.check_free(output)
     for client_id, spec in specs.items():
         check_layers(model_folder(spec.model, cache, progress.note), spec.num_hidden_layers, f"client {client_id}")
-    llm_folder = model_folder(config.llm.model, cache, progress.note)
+    llm_folder = original_llm(config, cache, progress.note)
     verbalizer_ids(load_tokenizer(llm_folder, config.llm.model), Task.from_config(config.task))
     run = RunDir.create(output, given)
     for warning in split.warnings:
@@ -68,7 +71,7 @@ def run_local(config: Config, output: Path, cache: Path, display: Display | None
         run.event("warning", message=warning)
     for client_id, examples in split.private.items():
         progress.note(f"client {client_id}: {class_report(examples, config)}; {describe_spec(specs[client_id])}")
-    return _Run(config, split, specs, perplexity_text, run, cache, progress).execute()
+    return _Run(config, split, specs, perplexity_text, llm_folder, run, cache, progress).execute()
 
 
 def client_specs(config: Config, client_ids: list[str]) -> dict[str, SLMSpec]:
@@ -111,6 +114,22 @@ def check_models(config: Config, specs: dict[str, SLMSpec]) -> None:
         check_model(spec.model, f"clients.{client_id}.model")
 
 
+def original_llm(config: Config, cache: Path, on_news: Callable[[str], None]) -> str:
+    """Folder or hub id of theta_old: ``llm.model``, trimmed if ``llm.vocabulary_texts`` are named.
+
+    Raises:
+        CrosslmError: a text is not there, or the model is not, or its vocabulary cannot be trimmed.
+    """
+    texts: list[str] = []
+    for name in config.llm.vocabulary_texts:
+        if name.startswith(PREFIX):
+            texts += tokenizer_words(model_folder(name, cache, on_news))
+        else:
+            texts += readable_lines(find_file(name, config.data))
+    folder = model_folder(config.llm.model, cache, on_news)
+    return cached_trim(folder, texts, cache, on_news) if texts else folder
+
+
 class _Run:
     """The state of one run; also the journal that the loop reports to."""
 
@@ -120,12 +139,13 @@ class _Run:
         split: Split,
         specs: dict[str, SLMSpec],
         perplexity_text: str | None,
+        llm_folder: str,
         run: RunDir,
         cache: Path,
         progress: Progress,
     ) -> None:
         self.config, self.split, self.specs = config, split, specs
-        self.perplexity_text = perplexity_text
+        self.perplexity_text, self.llm_folder = perplexity_text, llm_folder
         self.run, self.progress = run, progress
         self.task = Task.from_config(config.task)
         self.nlu_rows = evaluate.nlu_rows(config, split.test)
@@ -140,7 +160,7 @@ class _Run:
         """Measure, run the federation, measure again, and write it all down."""
         started = time.perf_counter()
         config, run, progress = self.config, self.run, self.progress
-        self.llm = LLM.load(self._folder(config.llm.model), config.llm, seed_for(config.seed, "llm"), config.device)
+        self.llm = LLM.load(self.llm_folder, config.llm, seed_for(config.seed, "llm"), config.device)
         self.encoder = SentenceEncoder(self._folder(config.selection.encoder), config.device)
         self.judge = evaluate.train_judge(self._folder(config.slm.models[0].model), config, self.split.judge, progress)
         judge_accuracy = self.judge.accuracy(self.split.test) if self.judge else None
@@ -312,7 +332,12 @@ class _Run:
         return measures
 
 
-def _perplexity_text(config: Config) -> str | None:
+def perplexity_text_of(config: Config) -> str | None:
+    """The text of ``evaluation.perplexity_text``, if one is named.
+
+    Raises:
+        DataError: the file is not there, or has no text.
+    """
     if config.evaluation.perplexity_text is None:
         return None
     path = find_file(config.evaluation.perplexity_text, config.data)
@@ -326,43 +351,3 @@ def peak_memory_bytes() -> int:
     """Largest resident size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def evaluate_run(run: RunDir, cache: Path, display: Display | None = None) -> dict[str, float]:
-    """Measure what a run folder holds: its classifiers and its LLM, on the test rows of its configuration.
-
-    Args:
-        run: a complete run.
-        cache: where converted models are kept.
-        display: shows progress.
-
-    Returns:
-        ``slm/accuracy/CLIENT``, ``llm/nlu_accuracy``, ``llm/nlg_accuracy`` by the returned SLMs on
-        newly written text and, where a text is configured, ``llm/perplexity``.
-
-    Raises:
-        CrosslmError: the run is not complete, or its data or models are gone.
-    """
-    clients = list(run.summary()["slm"]["crosslm"])
-    clients.remove("mean")
-    config = load(run.path / CONFIG)
-    config = config.model_copy(update={"device": resolve_device(config.device)})
-    progress, task, split = Progress(display), Task.from_config(config.task), load_split(config)
-    perplexity_text = _perplexity_text(config)
-    try:
-        slms = {client: SLM.load_trained(str(run.path / "slm" / client), config.device) for client in clients}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{run.path / 'slm'}: a classifier cannot be loaded: {error}") from error
-    measures = {f"slm/accuracy/{client}": slm.accuracy(split.tests[client]) for client, slm in slms.items()}
-    original = model_folder(config.llm.model, cache, progress.note)
-    llm = LLM.load_trained(original, str(run.path / "llm"), config.llm, config.device)
-    rows = evaluate.nlu_rows(config, split.test)
-    measures["llm/nlu_accuracy"] = evaluate.nlu_accuracy(llm, task, rows, progress, "again")
-    if perplexity_text is not None:
-        measures["llm/perplexity"] = llm.perplexity(perplexity_text, config.evaluation.perplexity_tokens)
-    count = config.evaluation.nlg_samples
-    with progress.stage("generate", "enhanced LLM", count, "texts") as advance:
-        texts = synthesize(llm, task, config.synthesis, count, seed_for(config.seed, "evaluate"), advance)
-    agreement = [evaluate.label_agreement(slm, texts) for slm in slms.values()]
-    measures["llm/nlg_accuracy"] = sum(agreement) / len(agreement)
-    return measures

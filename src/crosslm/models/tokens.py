@@ -1,0 +1,52 @@
+"""Texts and verbalizers as tokens of the LLM; needs its tokenizer and not its weights."""
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from crosslm.errors import ConfigError, ModelError
+from crosslm.task import Task
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text, after the beginning-of-sequence token where the model has one."""
+    bos = tokenizer.bos_token_id
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids if bos is None else [bos, *ids]
+
+
+def verbalizer_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[tuple[int, ...]]:
+    """Token ids of each label's verbalizer (Eq. 1): what it adds, after a space, to the query.
+
+    Raises:
+        ConfigError: a verbalizer has no token, or two start with the same one, so that the next
+            word could not tell the labels apart.
+    """
+    prefix = task.query("x")
+    before = encode(tokenizer, prefix)
+    found: list[tuple[int, ...]] = []
+    for label, words in zip(task.labels, task.verbalizers, strict=True):
+        whole = encode(tokenizer, f"{prefix} {words}")
+        joined = whole[: len(before)] == before
+        ids = whole[len(before) :] if joined else tokenizer.encode(f" {words}", add_special_tokens=False)
+        if not ids:
+            raise ConfigError(f"task.verbalizer.{label}: {words!r} has no token in this LLM's vocabulary")
+        for other, other_ids in zip(task.labels, found, strict=False):
+            if other_ids[0] == ids[0]:
+                raise ConfigError(
+                    f"task.verbalizer: {label!r} ({words!r}) and {other!r} start with the same token "
+                    f"{tokenizer.decode([ids[0]])!r}; choose words that differ from the first token on"
+                )
+        found.append(tuple(ids))
+    return found
+
+
+def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
+    """The LLM's tokenizer alone, which is enough to check a task.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"llm.model {name!r}: its tokenizer cannot be loaded: {error}") from error
+    return tokenizer

@@ -1,0 +1,201 @@
+"""A language model with fewer tokens: those that some texts need, and enough to write any other.
+
+Most of a large vocabulary is never used by a task in one language, but the head and its softmax are
+computed over all of it. What is written here is an ordinary model folder. Adapters trained on it fit
+the whole model, since LoRA touches neither the embedding nor the head.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from crosslm.errors import ModelError
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "decoder_start_token_id")
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """What :func:`trim_vocabulary` did."""
+
+    tokens_before: int
+    tokens_after: int
+    parameters_before: int
+    parameters_after: int
+
+
+def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
+    """Write a copy of a model that knows only the tokens that ``texts`` need.
+
+    Kept are the tokens of the texts, the tokens that they are merged from, every special token that
+    the model names, white space, and all single bytes, so that every other text can still be
+    encoded, in more tokens. The texts themselves are encoded as before.
+
+    Args:
+        folder: model folder or hub id, with a byte-pair tokenizer.
+        texts: what the model is to read and write.
+        output: folder to create.
+
+    Raises:
+        ModelError: the folder is there already, the model cannot be loaded, its tokenizer is not of
+            the byte-pair kind or cannot write every text by bytes, or the texts are empty.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ModelError(f"{output}: is there already; name a new folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder!r} cannot be loaded as a language model: {error}") from error
+    before = len(model.get_input_embeddings().weight), model.num_parameters()
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = _tokens_to_keep(description, tokenizer, model, texts)
+    _cut_rows(model, kept)
+    _renumber_special_tokens(model, kept)
+
+    work = output.with_name(output.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    (work / "tokenizer.json").write_text(json.dumps(_cut_tokenizer(description, kept), ensure_ascii=False), "utf-8")
+    if output.exists():
+        output.rmdir()
+    work.rename(output)  # last, so that a folder that exists is whole
+    return Trimmed(before[0], len(kept), before[1], model.num_parameters())
+
+
+def cached_trim(folder: str, texts: list[str], cache: Path, on_news: Callable[[str], None]) -> str:
+    """:func:`trim_vocabulary` into the cache, once for the same model and texts; the folder."""
+    key = hashlib.sha256("\n".join([str(Path(folder).absolute()), *texts]).encode()).hexdigest()[:12]
+    output = cache / "models" / f"{Path(folder).name}-trimmed-{key}"
+    if not (output / "config.json").is_file():
+        on_news(f"Trimming the vocabulary of {Path(folder).name} once into {output} (about half a minute)")
+        trim_vocabulary(folder, texts, output)
+    return str(output)
+
+
+def tokenizer_words(folder: str) -> list[str]:
+    """The English words in a tokenizer's vocabulary, in the forms that a text may have.
+
+    After a space or at the start, with a small or a capital letter.
+    """
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    words = sorted(token for token in vocabulary if token.isascii() and token.isalpha() and len(token) > 1)
+    return [form for word in words for form in (word, f" {word}", word.capitalize(), f" {word.capitalize()}")]
+
+
+def _tokens_to_keep(
+    description: dict[str, Any], tokenizer: PreTrainedTokenizerBase, model: Any, texts: Iterable[str]
+) -> list[int]:
+    """Ids of the tokens to keep, ascending; a token's place in it becomes its new id."""
+    bpe = description["model"]
+    if bpe["type"] != "BPE":
+        raise ModelError(
+            f"the tokenizer is of the kind {bpe['type']}; only byte-pair (BPE) vocabularies can be trimmed"
+        )
+    vocabulary: dict[str, int] = bpe["vocab"]
+    names = {index: token for token, index in vocabulary.items()}
+    used: set[int] = set()
+    for text in texts:
+        used.update(tokenizer.encode(text, add_special_tokens=False))
+    if not used:
+        raise ModelError("the texts whose tokens are to be kept are empty")
+    ranks = {merge: rank for rank, merge in enumerate(map(_pair, bpe["merges"]))}
+    needed = {part for index in used if index in names for part in _parts(names[index], ranks)}
+    alphabet = _alphabet(vocabulary, bool(bpe.get("byte_fallback")))
+    kept = used | {vocabulary[part] for part in needed | alphabet if part in vocabulary}
+    kept |= set(tokenizer.all_special_ids) | _special_ids(model)
+    kept |= {token["id"] for token in description["added_tokens"] if token["content"].isspace()}
+    return sorted(index for index in kept if index < len(model.get_input_embeddings().weight))
+
+
+def _alphabet(vocabulary: dict[str, int], byte_fallback: bool) -> set[str]:
+    """The tokens from which every text can be made."""
+    of_bytes = {f"<0x{byte:02X}>" for byte in range(256)} if byte_fallback else _byte_characters()
+    missing = of_bytes - vocabulary.keys()
+    if missing:
+        raise ModelError(
+            f"the tokenizer has no token for {len(missing)} of the 256 bytes, so texts with other characters "
+            "could not be encoded after trimming; only vocabularies that fall back to bytes can be trimmed"
+        )
+    return of_bytes | {token for token in vocabulary if len(token) == 1 and (token.isascii() or token == "▁")}
+
+
+def _byte_characters() -> set[str]:
+    """The characters that stand for the 256 bytes in byte-level vocabularies (Radford et al. 2019)."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return set(ByteLevel.alphabet())
+
+
+def _parts(token: str, ranks: dict[tuple[str, str], int]) -> set[str]:
+    """A token and all that byte-pair encoding makes on the way to it.
+
+    In a text the same merges lead to it, in the same order: a merge across its edge would have made
+    it part of another token. So these parts are all that its encoding needs.
+    """
+    pieces, made = list(token), {token, *token}
+    while len(pieces) > 1:
+        rank, place = min(
+            (ranks.get((left, right), len(ranks)), place) for place, (left, right) in enumerate(pairwise(pieces))
+        )
+        if rank == len(ranks):  # never made by merging: taken whole by the tokenizer, or not at all
+            break
+        pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
+        made.add(pieces[place])
+    return made
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _cut_tokenizer(description: dict[str, Any], kept: list[int]) -> dict[str, Any]:
+    """The tokenizer's description with the kept tokens alone, renumbered."""
+    new = {old: index for index, old in enumerate(kept)}
+    bpe = description["model"]
+    vocabulary = {token: new[old] for token, old in bpe["vocab"].items() if old in new}
+    merges = [merge for merge in bpe["merges"] if {*_pair(merge), "".join(_pair(merge))} <= vocabulary.keys()]
+    added = [{**token, "id": new[token["id"]]} for token in description["added_tokens"] if token["id"] in new]
+    cut = {**description, "model": {**bpe, "vocab": vocabulary, "merges": merges}, "added_tokens": added}
+    post: dict[str, Any] = json.loads(json.dumps(cut["post_processor"] or {}))
+    for processor in [post, *post.get("processors", [])]:
+        for token in processor.get("special_tokens", {}).values():
+            token["ids"] = [new[old] for old in token["ids"]]
+    return {**cut, "post_processor": post or None}
+
+
+def _cut_rows(model: Any, kept: list[int]) -> None:
+    rows = torch.tensor(kept)
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if len(embedding.weight) != len(kept):  # not yet cut: with tied weights both are one
+            embedding.weight = torch.nn.Parameter(embedding.weight.detach()[rows].clone())
+    model.config.vocab_size = len(kept)
+    model.tie_weights()
+
+
+def _special_ids(model: Any) -> set[int]:
+    found: set[int] = set()
+    for config in (model.config, model.generation_config):
+        for name in SPECIAL_IDS:
+            value = getattr(config, name, None)
+            found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return found
+
+
+def _renumber_special_tokens(model: Any, kept: list[int]) -> None:
+    new = {old: index for index, old in enumerate(kept)}
+    for config in (model.config, model.generation_config):
+        for name in SPECIAL_IDS:
+            value = getattr(config, name, None)
+            if value is not None:
+                setattr(config, name, [new[old] for old in value] if isinstance(value, list) else new[value])

@@ -1,0 +1,180 @@
+"""Trimming: the texts are encoded as before, every other text still can be, and nothing else changes."""
+
+import json
+
+import pytest
+import torch
+from conftest import CORPUS
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from crosslm.config import Config, LLMConfig
+from crosslm.errors import DataError, ModelError
+from crosslm.experiment import original_llm
+from crosslm.models.llm import LLM
+from crosslm.models.vocabulary import tokenizer_words, trim_vocabulary
+
+TEXTS = CORPUS[:10]
+FAMILIES = ("gpt2", "llama", "gemma3", "bytefallback")
+
+
+def like_gemma(folder):
+    """A tokenizer of Gemma's kind: a space becomes a mark, unknown characters become bytes."""
+    tokenizer = Tokenizer(BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    # the trainer knows bytes as added tokens only; in Gemma's vocabulary they are ordinary ones
+    described = json.loads(tokenizer.to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < 4]
+    tokenizer = Tokenizer.from_str(json.dumps(described))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    wide = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(fast), tie_word_embeddings=False, **wide, **ids)).save_pretrained(
+        folder
+    )
+
+
+@pytest.fixture(scope="module")
+def trimmed(models, tmp_path_factory):
+    """For each family the whole model's folder and the trimmed one's."""
+    root = tmp_path_factory.mktemp("trimmed")
+    like_gemma(root / "whole-bytefallback")
+    folders = {family: (models / family, root / family) for family in FAMILIES[:3]}
+    folders["bytefallback"] = (root / "whole-bytefallback", root / "bytefallback")
+    for whole, cut in folders.values():
+        done = trim_vocabulary(str(whole), TEXTS, cut)
+        assert done.tokens_after < done.tokens_before
+        assert done.parameters_after < done.parameters_before
+    return folders
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_texts_are_encoded_as_before(trimmed, family):
+    whole, cut = (AutoTokenizer.from_pretrained(folder) for folder in trimmed[family])
+    for text in TEXTS:
+        before = whole.convert_ids_to_tokens(whole.encode(text))
+        assert cut.convert_ids_to_tokens(cut.encode(text)) == before
+    assert cut.eos_token == whole.eos_token
+    assert cut.bos_token == whole.bos_token
+    assert max(cut.get_vocab().values()) == len(cut) - 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(text=st.text(max_size=40))
+def test_every_text_can_still_be_encoded(trimmed, family, text):
+    tokenizer = cached_tokenizer(trimmed[family][1])
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if family == "bytefallback":
+        text = text.replace("▁", " ")  # such a tokenizer cannot tell them apart
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+TOKENIZERS = {}
+
+
+def cached_tokenizer(folder):
+    if folder not in TOKENIZERS:
+        TOKENIZERS[folder] = AutoTokenizer.from_pretrained(folder)
+    return TOKENIZERS[folder]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_logits_are_the_whole_models(trimmed, family):
+    whole_folder, cut_folder = trimmed[family]
+    whole, cut = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in trimmed[family])
+    names = cached_tokenizer(cut_folder).get_vocab()
+    old = torch.tensor([cached_tokenizer(whole_folder).get_vocab()[name] for name in sorted(names, key=names.get)])
+    ids = torch.tensor([cached_tokenizer(cut_folder).encode(TEXTS[0])])
+    with torch.no_grad():
+        expected = whole(input_ids=old[ids]).logits[..., old]
+        torch.testing.assert_close(cut(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        new, before = getattr(cut.generation_config, name), getattr(whole.generation_config, name)
+        assert (new is None and before is None) or int(old[new]) == before
+
+
+def test_an_adapter_trained_on_it_fits_the_whole_model(trimmed, tmp_path):
+    whole_folder, cut_folder = trimmed["gemma3"]
+    llm = LLM.load(str(cut_folder), LLMConfig(model="gemma3", lora_rank=4), seed=0)
+    optimizer = torch.optim.SGD(llm.trainable_parameters(), lr=1.0)
+    for _ in range(2):
+        logps, _ = llm.logps([llm.encode(text) for text in TEXTS])
+        optimizer.zero_grad()
+        (-logps.mean()).backward()
+        optimizer.step()
+    llm.save(str(tmp_path / "adapter"))
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(whole_folder), str(tmp_path / "adapter"))
+    ids = torch.tensor([[0, *cached_tokenizer(whole_folder).encode(TEXTS[0])]])
+    with torch.no_grad():
+        old = adapted.get_base_model().base_model(ids).last_hidden_state
+        new = llm.model.get_base_model().base_model(torch.tensor([llm.encode(TEXTS[0])])).last_hidden_state
+        with adapted.disable_adapter():
+            plain = adapted.get_base_model().base_model(ids).last_hidden_state
+    torch.testing.assert_close(old, new, atol=1e-5, rtol=1e-5)
+    assert (plain - new).abs().max() > 1e-3  # the adapter does something
+
+
+def test_a_run_trims_once_into_the_cache(settings, models, tmp_path):
+    settings["llm"]["vocabulary_texts"] = ["plain.txt"]
+    config, news = Config.model_validate(settings), []
+    folder = original_llm(config, tmp_path, news.append)
+    assert len(news) == 1
+    assert len(AutoTokenizer.from_pretrained(folder)) < 400
+    assert original_llm(config, tmp_path, pytest.fail) == folder
+    whole = config.model_copy(update={"llm": config.llm.model_copy(update={"vocabulary_texts": ()})})
+    assert original_llm(whole, tmp_path, pytest.fail) == str(models / "gpt2")
+
+
+def test_words_of_a_tokenizer_come_in_every_form(models):
+    words = tokenizer_words(str(models / "bert"))
+    assert {"good", " good", "Good", " Good"} <= set(words)
+    assert "[CLS]" not in words
+    assert "." not in words
+
+
+def test_bad_input(models, settings, tmp_path):
+    with pytest.raises(ModelError, match="WordLevel; only byte-pair"):
+        trim_vocabulary(str(models / "encoder"), TEXTS, tmp_path / "new")
+    with pytest.raises(ModelError, match="are empty"):
+        trim_vocabulary(str(models / "gpt2"), [], tmp_path / "new")
+    with pytest.raises(ModelError, match="cannot be loaded as a language model"):
+        trim_vocabulary(str(tmp_path / "nothing"), TEXTS, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    with pytest.raises(ModelError, match="is there already"):
+        trim_vocabulary(str(models / "gpt2"), TEXTS, tmp_path / "full")
+    settings["llm"]["vocabulary_texts"] = ["missing.txt"]
+    with pytest.raises(DataError, match=r"missing\.txt: no such file"):
+        original_llm(Config.model_validate(settings), tmp_path, pytest.fail)
+
+
+def test_a_vocabulary_without_bytes_is_refused(models, tmp_path):
+    tokenizer = Tokenizer(BPE())
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=100, show_progress=False))
+    AutoModelForCausalLM.from_pretrained(models / "gpt2").save_pretrained(tmp_path / "whole")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "whole")
+    with pytest.raises(ModelError, match="of the 256 bytes"):
+        trim_vocabulary(str(tmp_path / "whole"), TEXTS, tmp_path / "new")
+
+
+def test_generation_and_update_work_on_it(trimmed):
+    from crosslm.config import SynthesisConfig
+
+    llm = LLM.load(str(trimmed["llama"][1]), LLMConfig(model="llama", lora_rank=4), seed=0)
+    prompts = [tuple(llm.encode("Write a good text:"))] * 2
+    texts = llm.generate(prompts, [0, 1], SynthesisConfig(max_new_tokens=5))
+    assert all(0 < len(text) <= 5 for text in texts)
