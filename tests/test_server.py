@@ -170,10 +170,35 @@ def test_rewards_are_eq_4_of_the_uploaded_slm_and_can_be_corrected(models, confi
     assert (corrected[~is_bad] < plain[~is_bad]).all()
 
 
-def test_labels_in_another_order_are_refused(models, config, task, upload):
-    turned = dataclasses.replace(upload, slm=dataclasses.replace(upload.slm, labels=("good", "bad")))
-    with pytest.raises(UploadError, match=r"north: its labels are \['good', 'bad'\], the task's are \['bad', 'good'\]"):
-        server_for(config, task, models).step(turned)
+def test_labels_are_mapped_by_name(models, config, task, upload):
+    """The same classifier with its outputs, labels and counts in the other order is served the same."""
+    skewed = dataclasses.replace(upload, class_counts=(3, 95))
+    weights = {
+        name: weight.flip(0) if name.startswith("classifier.") else weight
+        for name, weight in upload.slm.weights.items()
+    }
+    state = dataclasses.replace(upload.slm, labels=("good", "bad"), weights=weights)
+    turned = dataclasses.replace(skewed, slm=state, class_counts=(95, 3))
+    downloads = []
+    for each in (skewed, turned):
+        download, record = server_for(config, task, models).step(each)
+        slm = SLM.from_state(download.slm)
+        slm.order_labels(task.labels)
+        downloads.append((download, slm.predict_proba(record.pool.texts), record.receipts))
+    (first, probabilities, receipts), (second, turned_probabilities, turned_receipts) = downloads
+    assert first.slm.labels == ("bad", "good")
+    assert second.slm.labels == ("good", "bad")
+    assert [receipt.kept for receipt in receipts] == [receipt.kept for receipt in turned_receipts]
+    torch.testing.assert_close(probabilities, turned_probabilities, atol=1e-4, rtol=1e-4)
+    assert (probabilities[:, 0] - probabilities[:, 1]).abs().max() > 1e-3
+
+
+def test_other_labels_are_refused(models, config, task, upload):
+    other = dataclasses.replace(upload, slm=dataclasses.replace(upload.slm, labels=("good", "poor")))
+    with pytest.raises(
+        UploadError, match=r"north: its labels are \['good', 'poor'\], the task's are \['bad', 'good'\]"
+    ):
+        server_for(config, task, models).step(other)
 
 
 class TableEncoder:

@@ -231,6 +231,7 @@ class _Run:
         """Keep what the step wrote, and measure the SLM that goes back."""
         who, step = upload.client_id, download.step
         slm = SLM.from_state(download.slm, self.config.device)
+        slm.order_labels(self.task.labels)
         self.accuracy["crosslm"][who] = slm.accuracy(self.split.tests[who])
         for iteration, (drafts, rewards) in enumerate(record.drafts):
             self.run.save_synthetic(f"step-{step:04}-drafts-{iteration}", self.task.labels, drafts, rewards)

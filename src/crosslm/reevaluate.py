@@ -40,6 +40,8 @@ def evaluate_run(run: RunDir, cache: Path, display: Display | None = None) -> di
     perplexity_text = perplexity_text_of(config)
     try:
         slms = {client: SLM.load_trained(str(run.path / "slm" / client), config.device) for client in clients}
+        for slm in slms.values():
+            slm.order_labels(task.labels)
     except (OSError, ValueError) as error:
         raise ModelError(f"{run.path / 'slm'}: a classifier cannot be loaded: {error}") from error
     measures = {f"slm/accuracy/{client}": slm.accuracy(split.tests[client]) for client, slm in slms.items()}

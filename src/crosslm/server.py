@@ -190,23 +190,22 @@ def check_first_update(parts: dict[str, float], llm: LLM) -> None:
 
 
 def receive_slm(upload: Upload, task: Task, config: Config) -> SLM:
-    """The classifier in an upload, checked against the task.
+    """The classifier in an upload, checked against the task, whose order of labels it takes on.
 
     Raises:
         UploadError: the labels are not the task's, the class counts cannot be, a weight is not
             finite, or the classifier cannot be rebuilt.
     """
     who = f"client {upload.client_id}"
-    if upload.slm.labels != task.labels:
-        raise UploadError(
-            f"{who}: its labels are {list(upload.slm.labels)}, the task's are {list(task.labels)}, in this order"
-        )
+    if sorted(upload.slm.labels) != sorted(task.labels):
+        raise UploadError(f"{who}: its labels are {list(upload.slm.labels)}, the task's are {list(task.labels)}")
     if len(upload.class_counts) != len(task.labels) or min(upload.class_counts) < 0:
         raise UploadError(f"{who}: its class counts are {list(upload.class_counts)}; one for each label is needed")
     for name, weight in upload.slm.weights.items():
         if not weight.isfinite().all():
             raise UploadError(f"{who}: its weight {name} is not finite")
     slm = SLM.from_state(upload.slm, config.device)
+    slm.order_labels(task.labels)
     slm.freeze_embeddings(config.slm.freeze_embeddings)
     return slm
 
@@ -220,7 +219,8 @@ def slm_rewards(slm: SLM, drafts: SyntheticSet, upload: Upload, config: RewardCo
     """Reward of each text by the uploaded SLM, ``(texts,)`` (Eq. 4)."""
     probabilities = slm.predict_proba(drafts.texts)
     if config.correct_prior:
-        probabilities = correct_prior(probabilities, torch.tensor(upload.class_counts))
+        counts = dict(zip(upload.slm.labels, upload.class_counts, strict=True))
+        probabilities = correct_prior(probabilities, torch.tensor([counts[label] for label in slm.labels]))
     return label_rewards(probabilities, drafts.labels)
 
 

@@ -34,6 +34,7 @@ class SLM:
         self.tokenizer = tokenizer
         self.labels = tuple(labels)
         self.max_length = max_length
+        self._outputs = list(range(len(self.labels)))  # which output each of the labels is
         self.model.eval()
 
     @classmethod
@@ -86,6 +87,17 @@ class SLM:
         """Where the weights are."""
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    def order_labels(self, labels: Sequence[str]) -> None:
+        """Speak of the labels in this order from now on; the model's outputs stay in theirs.
+
+        Raises:
+            ValueError: they are not this classifier's labels.
+        """
+        if sorted(labels) != sorted(self.labels):
+            raise ValueError(f"its labels are {list(self.labels)}, not {list(labels)}")
+        self._outputs = [self._outputs[self.labels.index(label)] for label in labels]
+        self.labels = tuple(labels)
 
     def freeze_embeddings(self, frozen: bool) -> None:
         """Whether training leaves the embedding table as it is."""
@@ -153,7 +165,7 @@ class SLM:
             batch = order[start : start + PREDICTION_BATCH]
             logits = self.model(**self._pad([rows[row] for row in batch])).logits
             probabilities[batch] = logits.float().softmax(dim=1).cpu()
-        return probabilities
+        return probabilities[:, self._outputs]
 
     def accuracy(self, examples: Examples) -> float:
         """Share of rows whose most likely class is their label."""
@@ -175,9 +187,8 @@ class SLM:
             ),
         }
         weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.model.state_dict().items()}
-        return SlmState(
-            json.loads(self.model.config.to_json_string()), tokenizer, self.labels, self.max_length, weights
-        )
+        labels = tuple(self.labels[self._outputs.index(output)] for output in range(len(self.labels)))
+        return SlmState(json.loads(self.model.config.to_json_string()), tokenizer, labels, self.max_length, weights)
 
     @classmethod
     def from_state(cls, state: SlmState, device: str = "cpu") -> "SLM":
@@ -260,7 +271,9 @@ class SLM:
         for start in range(0, len(order), config.batch_size):
             batch = order[start : start + config.batch_size]
             logits = self.model(**self._pad([rows[row] for row in batch])).logits
-            loss = cross_entropy(logits, torch.tensor([labels[row] for row in batch], device=self.device))
+            loss = cross_entropy(
+                logits, torch.tensor([self._outputs[labels[row]] for row in batch], device=self.device)
+            )
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
