@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosslm.algorithm.selection import diversity, quality_diversity_scores, select_top
+from crosslm.algorithm.selection import approximate_diversity, diversity, quality_diversity_scores, select_top
 
 
 def test_eq_10_by_hand():
@@ -28,6 +28,27 @@ def test_eq_10_in_blocks_is_the_plain_definition(count, block, seed):
     torch.testing.assert_close(actual, plain, atol=1e-5, rtol=0)
     assert (actual >= -1e-6).all()
     assert (actual <= 2 + 1e-6).all()
+
+
+def test_the_approximation_that_searches_every_cell_is_exact():
+    vectors = torch.randn(150, 6, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(approximate_diversity(vectors, probes=12), diversity(vectors))
+
+
+def test_the_approximation_is_never_too_small_and_mostly_exact():
+    generator = torch.Generator().manual_seed(2)
+    topics = torch.randn(40, 16, generator=generator)
+    vectors = topics[torch.randint(40, (2000,), generator=generator)] + 0.3 * torch.randn(2000, 16, generator=generator)
+    exact, approximate = diversity(vectors), approximate_diversity(vectors, probes=8)
+    assert (approximate >= exact - 1e-6).all()
+    assert ((approximate - exact).abs() < 1e-6).float().mean() > 0.95
+    assert (approximate_diversity(vectors, probes=1) > exact + 1e-6).any()  # fewer cells find less
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_approximation_of_few_texts(count):
+    vectors = torch.randn(count, 4, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(approximate_diversity(vectors), diversity(vectors))
 
 
 def test_a_duplicate_has_no_diversity():

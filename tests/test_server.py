@@ -7,12 +7,14 @@ import torch
 from conftest import BAD, GOOD, sentences, tiny_llm
 
 from crosslm.algorithm.losses import token_kl
+from crosslm.algorithm.rewards import leave_one_out_advantages
 from crosslm.client import Client
 from crosslm.config import Config, SelectionConfig
 from crosslm.errors import ModelError, UploadError
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
 from crosslm.records import Examples, SyntheticSet
+from crosslm.seeding import seed_for
 from crosslm.server import Server, receive_slm, select, slm_rewards
 from crosslm.synthesis import synthesize
 
@@ -154,6 +156,35 @@ def test_an_update_that_is_not_finite_is_an_error(models, config, task):
     with pytest.raises(ModelError, match="not finite"):
         server.update_llm(drafts, torch.full((4,), torch.nan), 0)
     assert server.llm.fingerprint() == before
+
+
+def test_the_baseline_takes_the_place_of_the_reward_in_eq_5(models, config, task, upload):
+    """The recorded rewards stay those of Eq. 4; the loss sees the advantages."""
+    updates = {}
+    for baseline in ("none", "leave_one_out"):
+        reward = config.reward.model_copy(update={"baseline": baseline})
+        server = server_for(config.model_copy(update={"reward": reward}), task, models, batch_size=8)
+        _, record = server.step(upload)
+        ((drafts, rewards),) = record.drafts
+        updates[baseline] = (drafts, rewards, record.updates[0])
+        weights = rewards if baseline == "none" else leave_one_out_advantages(rewards, drafts.labels)
+        again = server_for(config, task, models, batch_size=8)
+        expected = again.update_llm(drafts, weights, seed_for(config.seed, "server", 0, 0))
+        assert record.updates == expected
+    (_, plain, first), (_, kept, second) = updates.values()
+    torch.testing.assert_close(plain, kept)
+    assert first["gradient_norm"] != pytest.approx(second["gradient_norm"], rel=1e-3)
+
+
+def test_the_returned_slm_can_keep_some_of_what_came(models, config, task, upload):
+    weights = []
+    for share in (1.0, 0.5):
+        slm_config = config.slm.model_copy(update={"interpolation": share})
+        download, _ = server_for(config.model_copy(update={"slm": slm_config}), task, models).step(upload)
+        weights.append(download.slm.weights)
+    for name, came in upload.slm.weights.items():
+        if came.is_floating_point():
+            torch.testing.assert_close(weights[1][name], (weights[0][name] + came) / 2)
 
 
 def test_rewards_are_eq_4_of_the_uploaded_slm_and_can_be_corrected(models, config, task, upload):

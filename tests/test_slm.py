@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from crosslm.config import FitConfig
 from crosslm.errors import ModelError, UploadError
-from crosslm.models.slm import SLM
+from crosslm.models.slm import SLM, _batches
 from crosslm.records import Examples
 
 LABELS = ("bad", "good")
@@ -32,6 +32,27 @@ def test_training_teaches_and_follows_the_seed(slm, models):
     again = SLM.load(slm.model.config._name_or_path, LABELS, 32, seed=0)
     again.fit(EXAMPLES, FIT, 1)
     torch.testing.assert_close(again.predict_proba(EXAMPLES.texts), slm.predict_proba(EXAMPLES.texts))
+
+
+def test_every_row_comes_once_among_rows_of_like_length():
+    rows = [[0] * (1 + (7 * place) % 29) for place in range(203)]
+    batches = _batches(rows, 8, torch.Generator().manual_seed(0))
+    assert sorted(row for batch in batches for row in batch) == list(range(203))
+    assert max(map(len, batches)) == 8
+    padding = sum(max(len(rows[row]) for row in batch) * len(batch) for batch in batches) / sum(map(len, rows))
+    assert padding < 1.3  # 1.8 in random order
+    assert batches != _batches(rows, 8, torch.Generator().manual_seed(1))
+
+
+def test_weights_can_be_moved_back_by_hand(slm):
+    before = slm.to_state().weights
+    slm.fit(EXAMPLES, FitConfig(epochs=1, learning_rate=1e-2), seed=0)
+    after = slm.to_state().weights
+    slm.interpolate(before, 0.25)
+    for name, weight in slm.to_state().weights.items():
+        expected = 0.25 * after[name] + 0.75 * before[name] if weight.is_floating_point() else after[name]
+        torch.testing.assert_close(weight, expected)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_probabilities_do_not_depend_on_the_batch(slm):

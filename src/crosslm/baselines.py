@@ -8,7 +8,7 @@ from crosslm.models.encoder import Encoder
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, Upload
-from crosslm.server import receive_slm, select, slm_rewards, step_5_seed
+from crosslm.server import receive_slm, select, slm_rewards, train_on_synthetic
 from crosslm.task import Task
 
 
@@ -28,8 +28,5 @@ def data_free_kd(
     slm = receive_slm(upload, task, config)
     rewards = slm_rewards(slm, pool, upload, config.reward)
     _, kept = select(pool, rewards, encoder, config.selection)
-    rows = len(kept) * config.slm.synthetic.epochs
-    with progress.stage("train SLM on synthetic text", f"{upload.client_id}, data-free KD", rows, "rows") as advance:
-        if kept:
-            slm.fit(pool.examples(kept), config.slm.synthetic, step_5_seed(config, upload), advance)
+    train_on_synthetic(slm, pool.examples(kept), upload, config, progress, f"{upload.client_id}, data-free KD")
     return slm

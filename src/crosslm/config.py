@@ -149,6 +149,9 @@ class SLMConfig(Section):
     """Step 1: training on the private rows."""
     synthetic: FitConfig = FitConfig(epochs=3, learning_rate=3e-5)
     """Step 5: training on the selected synthetic rows."""
+    interpolation: Fraction = 1.0
+    """Share of step 5's weights in the SLM that goes back, the rest being those that came (ours,
+    after Wortsman et al. 2022); 1 is the paper's."""
 
 
 class LLMConfig(Section):
@@ -183,6 +186,10 @@ class LLMConfig(Section):
 class RewardConfig(Section):
     """The SLM's feedback (Eq. 4)."""
 
+    baseline: Literal["none", "leave_one_out"] = "none"
+    """``leave_one_out``: in Eq. 5 take from each reward the mean reward of the other texts of its
+    label (ours, after Ahmadian et al. 2024), so that the LLM learns from what is better than usual
+    and stops when all is good."""
     correct_prior: bool = False
     """Divide the SLM's probabilities by its training class shares first: a classifier trained on
     90 % positives rewards everything positive."""

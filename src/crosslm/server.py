@@ -6,15 +6,21 @@ import torch
 from torch import Tensor
 
 from crosslm.algorithm.losses import generation_loss, kl_loss, language_modeling_loss, objective, sequence_logps
-from crosslm.algorithm.rewards import correct_prior, label_rewards
-from crosslm.algorithm.selection import diversity, quality_diversity_scores, select_top
+from crosslm.algorithm.rewards import correct_prior, label_rewards, leave_one_out_advantages
+from crosslm.algorithm.selection import (
+    EXACT_TEXTS,
+    approximate_diversity,
+    diversity,
+    quality_diversity_scores,
+    select_top,
+)
 from crosslm.config import Config, RewardConfig, SelectionConfig
 from crosslm.errors import ModelError, UploadError
 from crosslm.models.encoder import Encoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
-from crosslm.records import Download, Receipt, SyntheticSet, Upload
+from crosslm.records import Download, Examples, Receipt, SyntheticSet, Upload
 from crosslm.seeding import seed_for
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
@@ -66,7 +72,8 @@ class Server:
             seed = seed_for(config.seed, "server", self.steps, iteration)
             drafts = self._synthesize(f"{who}: texts to learn from", config.llm.samples, seed)  # step 3: Eq. 2-3
             rewards = slm_rewards(slm, drafts, upload, config.reward)  # step 4: Eq. 4
-            record.updates += self.update_llm(drafts, rewards, seed, who)  # step 4: Eq. 5-9
+            advantages = self._advantages(drafts, rewards)
+            record.updates += self.update_llm(drafts, advantages, seed, who)  # step 4: Eq. 5-9
             record.drafts.append((drafts, rewards))
 
         seed = seed_for(config.seed, "server", self.steps, "pool")
@@ -75,10 +82,7 @@ class Server:
             rewards = slm_rewards(slm, record.pool, upload, config.reward)
             record.receipts, kept = select(record.pool, rewards, self.encoder, config.selection)  # Eq. 10
             advance(1)
-        rows = len(kept) * config.slm.synthetic.epochs
-        with self.progress.stage("train SLM on synthetic text", who, rows, "rows") as advance:
-            texts, fit_seed = record.pool.examples(kept), step_5_seed(config, upload)
-            fitted = slm.fit(texts, config.slm.synthetic, fit_seed, advance) if kept else {}
+        fitted = train_on_synthetic(slm, record.pool.examples(kept), upload, config, self.progress, who)
 
         self.steps += 1
         metrics = {"selected": float(len(kept)), **{f"fit/{name}": value for name, value in fitted.items()}}
@@ -89,7 +93,7 @@ class Server:
 
         Args:
             drafts: texts of this LLM.
-            rewards: ``(texts,)``, Eq. 4.
+            rewards: ``(texts,)``, Eq. 4, or advantages in its place.
             seed: of the order of the batches and of the paraphrases of M'(y).
             who: whose SLM gave the rewards, for the display.
 
@@ -162,6 +166,12 @@ class Server:
             statements.append(self.llm.encode(self.task.stated(sample.text, sample.label, paraphrase)))
         return statements
 
+    def _advantages(self, drafts: SyntheticSet, rewards: Tensor) -> Tensor:
+        """What weighs each text in Eq. 5: its reward, or what it has more than its like."""
+        if self.config.reward.baseline == "none":
+            return rewards
+        return leave_one_out_advantages(rewards, drafts.labels)
+
     def _synthesize(self, detail: str, count: int, seed: int) -> SyntheticSet:
         with self.progress.stage("generate", detail, count, "texts") as advance:
             return synthesize(self.llm, self.task, self.config.synthesis, count, seed, advance)
@@ -210,9 +220,24 @@ def receive_slm(upload: Upload, task: Task, config: Config) -> SLM:
     return slm
 
 
-def step_5_seed(config: Config, upload: Upload) -> int:
-    """Seed of the SLM's training on synthetic text: the same for CrossLM and Data-free KD."""
-    return seed_for(config.seed, "synthetic", upload.client_id, upload.client_round)
+def train_on_synthetic(
+    slm: SLM, texts: Examples, upload: Upload, config: Config, progress: Progress, detail: str
+) -> dict[str, float]:
+    """Step 5's training, the same for CrossLM and Data-free KD.
+
+    Returns:
+        What :meth:`SLM.fit` returns; nothing if there is no text.
+    """
+    with progress.stage(
+        "train SLM on synthetic text", detail, len(texts) * config.slm.synthetic.epochs, "rows"
+    ) as advance:
+        if not len(texts):
+            return {}
+        seed = seed_for(config.seed, "synthetic", upload.client_id, upload.client_round)
+        metrics = slm.fit(texts, config.slm.synthetic, seed, advance)
+        if config.slm.interpolation < 1:
+            slm.interpolate(upload.slm.weights, config.slm.interpolation)
+        return metrics
 
 
 def slm_rewards(slm: SLM, drafts: SyntheticSet, upload: Upload, config: RewardConfig) -> Tensor:
@@ -232,7 +257,8 @@ def select(
     Returns:
         A receipt for each text, and the places of those kept, best first.
     """
-    diversities = diversity(encoder.encode(pool.texts))
+    vectors = encoder.encode(pool.texts)
+    diversities = diversity(vectors) if len(vectors) <= EXACT_TEXTS else approximate_diversity(vectors)
     scores = quality_diversity_scores(rewards, diversities)
     labels = pool.labels if config.class_balance else None
     kept: list[int] = select_top(scores, config.fraction, rewards, config.nonpositive_rewards, labels).tolist()

@@ -26,6 +26,25 @@ def label_rewards(probabilities: Tensor, labels: Tensor) -> Tensor:
     return 2 * probabilities.gather(1, labels.unsqueeze(1)).squeeze(1) - 1
 
 
+def leave_one_out_advantages(rewards: Tensor, labels: Tensor) -> Tensor:
+    """What takes the place of r in Eq. 5 with ``reward.baseline = "leave_one_out"`` (ours).
+
+    ``a_j = r_j - mean of r_k over the other texts k of the same label``: the baseline of Ahmadian et
+    al. 2024 (RLOO). Its expected gradient is that of r, since the baseline does not depend on x_j.
+
+    Args:
+        rewards: ``(texts,)``, Eq. 4.
+        labels: ``(texts,)``, the intended labels.
+
+    Returns:
+        ``(texts,)``; 0 for a text that is the only one of its label.
+    """
+    same = (labels.unsqueeze(0) == labels.unsqueeze(1)).to(rewards)
+    others = same.sum(dim=1) - 1
+    mean = (same @ rewards - rewards) / others.clamp_min(1)
+    return torch.where(others > 0, rewards - mean, torch.zeros_like(rewards))
+
+
 def correct_prior(probabilities: Tensor, class_counts: Tensor) -> Tensor:
     """Class probabilities as if the classifier had been trained on balanced classes.
 

@@ -8,28 +8,87 @@ from torch import Tensor
 
 NonpositiveRewards = Literal["keep", "drop"]
 
+EXACT_TEXTS = 200_000
+"""Pools up to this size are compared pair by pair."""
+
 
 def diversity(vectors: Tensor, block: int = 1024) -> Tensor:
     """Diversity of each text, Eq. 10: ``D_j = 1 - max_{k != j} cos(v_j, v_k)``.
 
-    Exact. The similarities are computed in blocks, so memory grows with ``block * texts`` and
-    not with the square of the number of texts.
+    Exact. The similarities are computed in square blocks, each pair of texts once, so memory grows
+    with the number of texts and not with its square.
 
     Args:
         vectors: ``(texts, dimensions)``, sentence vectors of any length but zero.
-        block: rows compared at a time.
+        block: texts on a side of a block.
 
     Returns:
         ``(texts,)``, in [0, 2]; 0 for an exact duplicate. A text without any other has 1 + 1 = 2.
     """
     unit = torch.nn.functional.normalize(vectors.float(), dim=1)
-    nearest = torch.full((len(unit),), -1.0, dtype=unit.dtype, device=unit.device)
-    for start in range(0, len(unit), block):
-        similarity = unit[start : start + block] @ unit.T
-        rows = torch.arange(len(similarity), device=unit.device)
-        similarity[rows, rows + start] = -1.0  # k != j
-        nearest[start : start + block] = similarity.amax(dim=1)
+    parts = unit.split(block)
+    nearest = list(unit.new_full((len(unit),), -1.0).split(block))
+    for row, part in enumerate(parts):
+        for column in range(row, len(parts)):
+            similarity = part @ parts[column].T
+            if row == column:
+                similarity.fill_diagonal_(-1.0)  # k != j
+            else:
+                nearest[column] = torch.maximum(nearest[column], similarity.amax(dim=0))
+            nearest[row] = torch.maximum(nearest[row], similarity.amax(dim=1))
+    return 1 - torch.cat(nearest).clamp(-1.0, 1.0)
+
+
+def approximate_diversity(vectors: Tensor, probes: int = 32, seed: int = 0) -> Tensor:
+    """Eq. 10 for pools too large for all pairs: the nearest text is looked for among likely ones only.
+
+    The texts are put into ``sqrt(texts)`` cells by k-means on the sphere; each is compared with the
+    texts of the ``probes`` cells whose centres are nearest to it (the inverted file of Sivic and
+    Zisserman 2003). D is never smaller than the exact one, and equal wherever the nearest text was
+    found; ``benchmarks/selection.py`` measures how often. Memory grows as the number of texts.
+
+    Args:
+        vectors: ``(texts, dimensions)``.
+        probes: cells searched for each text; more find more and take longer.
+        seed: of the first centres.
+
+    Returns:
+        ``(texts,)``, as :func:`diversity`.
+    """
+    unit = torch.nn.functional.normalize(vectors.float(), dim=1)
+    centres = _cell_centres(unit, max(1, math.isqrt(len(unit))), seed)
+    probes = min(probes, len(centres))
+    searched = torch.cat([(part @ centres.T).topk(probes, dim=1).indices.int() for part in unit.split(4096)])
+    members = _grouped(searched[:, 0], len(centres))  # every text lives in its nearest cell
+    seekers = _grouped(searched.flatten(), len(centres))
+    nearest = unit.new_full((len(unit),), -1.0)
+    for residents, places in zip(members, seekers, strict=True):
+        if not len(residents):
+            continue
+        for asking in (places // probes).split(8192):
+            similarity = unit[asking] @ unit[residents].T
+            similarity.masked_fill_(asking.unsqueeze(1) == residents.unsqueeze(0), -1.0)  # k != j
+            nearest[asking] = torch.maximum(nearest[asking], similarity.amax(dim=1))
     return 1 - nearest.clamp(-1.0, 1.0)
+
+
+def _cell_centres(unit: Tensor, cells: int, seed: int) -> Tensor:
+    """k-means on the sphere, over a sample of 64 texts a cell."""
+    order = torch.randperm(len(unit), generator=torch.Generator().manual_seed(seed)).to(unit.device)
+    sample, centres = unit[order[: 64 * cells]], unit[order[:cells]]
+    for _ in range(4):
+        nearest = torch.cat([(part @ centres.T).argmax(dim=1) for part in sample.split(4096)])
+        sums = torch.zeros_like(centres).index_add_(0, nearest, sample)
+        lengths = sums.norm(dim=1, keepdim=True)
+        centres = torch.where(lengths > 0, sums / lengths.clamp_min(1e-12), centres)
+    return centres
+
+
+def _grouped(cells: Tensor, count: int) -> tuple[Tensor, ...]:
+    """For each cell the places that hold it."""
+    order = torch.argsort(cells, stable=True)
+    groups: tuple[Tensor, ...] = order.split(torch.bincount(cells, minlength=count).tolist())
+    return groups
 
 
 def quality_diversity_scores(rewards: Tensor, diversities: Tensor) -> Tensor:

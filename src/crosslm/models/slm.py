@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from crosslm.errors import ModelError, UploadError
 from crosslm.records import Examples, SlmState
 
 PREDICTION_BATCH = 64
+WINDOW = 8  # batches whose rows are sorted by length together
 SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "bos_token", "eos_token")
 
 
@@ -154,6 +155,19 @@ class SLM:
         self.model.eval()
         return metrics
 
+    def interpolate(self, earlier: Mapping[str, Tensor], share: float) -> None:
+        """Move the weights back towards earlier ones: ``share * now + (1 - share) * earlier``.
+
+        Wortsman et al., "Robust fine-tuning of zero-shot models", 2022.
+
+        Args:
+            earlier: weights of the same model by name, as in :class:`SlmState`.
+            share: of the weights as they are now, in (0, 1].
+        """
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.lerp_(earlier[name].to(parameter), 1 - share)
+
     @torch.inference_mode()
     def predict_proba(self, texts: Sequence[str]) -> Tensor:
         """``S(.|x)`` of each text: ``(texts, labels)``, rows sum to 1, on the CPU."""
@@ -266,10 +280,8 @@ class SLM:
         on_rows: Callable[[float], None],
     ) -> float:
         self.model.train()
-        order: list[int] = torch.randperm(len(rows), generator=generator).tolist()
         total = 0.0
-        for start in range(0, len(order), config.batch_size):
-            batch = order[start : start + config.batch_size]
+        for batch in _batches(rows, config.batch_size, generator):
             logits = self.model(**self._pad([rows[row] for row in batch])).logits
             loss = cross_entropy(
                 logits, torch.tensor([self._outputs[labels[row]] for row in batch], device=self.device)
@@ -282,13 +294,23 @@ class SLM:
             total += float(loss.detach()) * len(batch)
             on_rows(len(batch))
         self.model.eval()
-        return total / len(order)
+        return total / len(rows)
 
     def _holdout(self, examples: Examples) -> tuple[float, float]:
         probabilities = self.predict_proba(examples.texts)
         labels = torch.tensor(examples.labels)
         loss = float(-probabilities[torch.arange(len(labels)), labels].clamp_min(1e-9).log().mean())
         return loss, float((probabilities.argmax(dim=1) == labels).float().mean())
+
+
+def _batches(rows: list[list[int]], size: int, generator: torch.Generator) -> list[list[int]]:
+    """Every row once, in random batches; rows of like length meet, so that little is padding."""
+    order: list[int] = torch.randperm(len(rows), generator=generator).tolist()
+    batches: list[list[int]] = []
+    for start in range(0, len(order), WINDOW * size):
+        window = sorted(order[start : start + WINDOW * size], key=lambda row: len(rows[row]))
+        batches += [window[first : first + size] for first in range(0, len(window), size)]
+    return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def check_layers(folder: str, layers: int | None, who: str) -> None:

@@ -1,0 +1,96 @@
+"""What the benchmarks share: timing two sides in turn, memory of a process of its own, and the last line.
+
+A time here is a ratio's half: both sides run in the same process group on the same machine, in turn, so that a machine
+that is slow for a while is slow for both. Memory is the largest resident size of a separate process.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from results import RESULTS, provenance
+
+
+def arguments(description: str, **more: dict) -> argparse.Namespace:
+    """The options that every script has, and its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--quick", action="store_true", help="less work, to see that it runs (under two minutes)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--keep", action="store_true", help="write the figures to benchmarks/results/")
+    for name, options in more.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+    return parser.parse_args()
+
+
+def in_turn(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each repeat of each side; every side runs once before, unmeasured.
+
+    A side that returns a float has measured itself: it returns its seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(-1, repeats):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            own = side()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repeat >= 0:
+                seconds[name].append(own if isinstance(own, float) else time.perf_counter() - started)
+    return seconds
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+        "repeats": len(values),
+    }
+
+
+def ratio(over: list[float], under: list[float]) -> float:
+    """Median over repeats of ``over / under``, each pair taken one after the other."""
+    return round(statistics.median(a / b for a, b in zip(over, under, strict=True)), 2)
+
+
+def matrix_rate(device: str = "cpu", size: int = 2048) -> float:
+    """Floating-point operations a second of a large fp32 matrix product: the best of eight."""
+    left, right = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    best = min(in_turn({"product": lambda: left @ right}, 8)["product"])
+    return 2 * size**3 / best
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_of(script: str, *options: str) -> int:
+    """Largest resident size of another run of a script, which prints it as its last word."""
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def finish(name: str, figures: dict, options: argparse.Namespace) -> None:
+    """Print the figures as the last line; write them where asked."""
+    figures = {**provenance(), "threads": torch.get_num_threads(), "quick": options.quick, **figures}
+    if options.device != "cpu":
+        figures["machine"] = torch.cuda.get_device_name()
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if options.keep:
+        suffix = "" if options.device == "cpu" else f"-{options.device}"
+        (RESULTS / f"performance-{name}{suffix}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures))

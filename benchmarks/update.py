@@ -1,0 +1,183 @@
+"""One pass of the LLM's update (Eq. 5 to 9): ``Server.update_llm`` against the plain way.
+
+The plain way has a second model as reference, three forward passes with all logits, ``log_softmax`` over the vocabulary
+and autograd; it is what the equations say, line by line. Both train LoRA adapters that start the same on the same texts
+and rewards in the same batches. Memory is the largest resident size of a process that does nothing but one side.
+
+Checked: the parts of the loss of the first and the last batch agree.
+"""
+
+import argparse
+import sys
+from types import SimpleNamespace
+
+import torch
+from generation import demo_config, demo_llm
+from measure import arguments, finish, in_turn, peak_memory, peak_of, ratio, spread
+from transformers import AutoModelForCausalLM
+
+from crosslm.algorithm.losses import token_kl
+from crosslm.experiment import original_llm
+from crosslm.models.llm import LLM
+from crosslm.models.sources import cache_folder
+from crosslm.records import SyntheticSet
+from crosslm.server import Server, _batches_of_like_length
+from crosslm.synthesis import synthesize
+from crosslm.task import Task
+
+SEED = 0
+
+
+def drafts_and_rewards(llm: LLM, count: int) -> tuple[SyntheticSet, torch.Tensor]:
+    """Texts of the original LLM, and rewards from a seed."""
+    config = demo_config(False)
+    drafts = synthesize(llm, Task.from_config(config.task), config.synthesis, count, SEED)
+    return drafts, 2 * torch.rand(count, generator=torch.Generator().manual_seed(SEED)) - 1
+
+
+def server_for(llm: LLM) -> Server:
+    """A server around this LLM; selection is not needed."""
+    config = demo_config(False)
+    return Server(config, Task.from_config(config.task), llm, SimpleNamespace())
+
+
+def reset(llm: LLM, start: dict[str, torch.Tensor]) -> None:
+    """The adapter as it was."""
+    with torch.no_grad():
+        for name, parameter in llm.model.named_parameters():
+            if name in start:
+                parameter.copy_(start[name])
+
+
+class Plain:
+    """The plain way, with the same optimiser, batches and clipping."""
+
+    def __init__(self, llm: LLM, folder: str) -> None:
+        self.server = server_for(llm)
+        self.model = llm.model
+        self.reference = AutoModelForCausalLM.from_pretrained(folder).to(llm.device).eval().requires_grad_(False)
+
+    def logits(self, model: object, sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All logits that predict a token, the tokens, and which of them are no padding."""
+        ids, attention = self.server.llm._pad(sequences)
+        logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1].float()
+        return logits, ids[:, 1:], attention[:, 1:].bool()
+
+    def update(self, drafts: SyntheticSet, rewards: torch.Tensor) -> list[dict[str, float]]:
+        """One pass over the drafts."""
+        server, config = self.server, self.server.config.llm
+        parameters = server.llm.trainable_parameters()
+        statements = server._statements(drafts, SEED)
+        log = []
+        for batch in _batches_of_like_length(drafts, config.batch_size, SEED):
+            server.optimizer.zero_grad()
+            samples = [drafts.samples[row] for row in batch]
+            sequences = [[*sample.prompt_ids, *sample.completion_ids] for sample in samples]
+            logits, targets, mask = self.logits(self.model, sequences)
+            with torch.no_grad():
+                reference_logits, _, _ = self.logits(self.reference, sequences)
+            logps = torch.log_softmax(logits, -1).gather(2, targets.unsqueeze(2)).squeeze(2)
+            reference_logps = torch.log_softmax(reference_logits, -1).gather(2, targets.unsqueeze(2)).squeeze(2)
+            stated_logits, stated, stated_mask = self.logits(self.model, [statements[row] for row in batch])
+            stated_logps = torch.log_softmax(stated_logits, -1).gather(2, stated.unsqueeze(2)).squeeze(2)
+            prompts = torch.tensor([len(sample.prompt_ids) for sample in samples]).unsqueeze(1)
+            is_x = mask & (torch.arange(1, mask.shape[1] + 1).unsqueeze(0) >= prompts).to(mask.device)
+            ratio_of = ((logps - reference_logps) * mask).sum(1)
+            generation = -(rewards[batch].to(logps) * ratio_of).mean()
+            modeling = -(stated_logps * stated_mask).sum(1).mean()
+            kl = (token_kl(logits, reference_logits) * is_x).sum(1).mean()
+            loss = (
+                config.gamma_generation * generation + config.gamma_language_modeling * modeling + config.gamma_kl * kl
+            )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            server.optimizer.step()
+            log.append({"loss": float(loss), "generation_loss": float(generation), "kl_loss": float(kl)})
+        return log
+
+
+def folder(vocabulary: bool) -> str:
+    """Where the demo's LLM is."""
+    return original_llm(demo_config(vocabulary), cache_folder(), print)
+
+
+def side_memory(side: str, count: int, vocabulary: bool) -> int:
+    """Peak of a process that only does this side."""
+    return peak_of(__file__, "--only", side, "--count", str(count), *(["--trimmed"] if vocabulary else []))
+
+
+def only(side: str, count: int, vocabulary: bool) -> None:
+    """Do one side once, and print the peak."""
+    llm = demo_llm(vocabulary, "cpu")
+    drafts, rewards = drafts_and_rewards(llm, count)
+    if side == "plain":
+        Plain(llm, folder(vocabulary)).update(drafts, rewards)
+    elif side == "ours":
+        server_for(llm).update_llm(drafts, rewards, SEED)
+    print(peak_memory())
+
+
+def compare(vocabulary: bool, count: int, repeats: int, device: str) -> dict:
+    """Time and results of both sides on one model."""
+    llm = demo_llm(vocabulary, device)
+    start = {n: p.detach().clone() for n, p in llm.model.named_parameters() if p.requires_grad}
+    drafts, rewards = drafts_and_rewards(llm, count)
+    logs: dict[str, list] = {}
+
+    plain = Plain(llm, folder(vocabulary))
+
+    def run_plain() -> None:
+        reset(llm, start)
+        plain.server = server_for(llm)
+        logs["plain"] = plain.update(drafts, rewards)
+
+    def run_ours() -> None:
+        reset(llm, start)
+        logs["ours"] = server_for(llm).update_llm(drafts, rewards, SEED)
+
+    seconds = in_turn({"plain": run_plain, "ours": run_ours}, repeats)
+    differences = [
+        abs(mine[key] - its[key]) / max(1.0, abs(its[key]))
+        for mine, its in zip(logs["ours"], logs["plain"], strict=True)
+        for key in its
+    ]
+    return {
+        "ratio": ratio(seconds["plain"], seconds["ours"]),
+        "samples_per_second": {side: spread([count / second for second in values]) for side, values in seconds.items()},
+        "largest_relative_difference": float(f"{max(differences):.2g}"),
+        "losses": {side: [round(part["loss"], 3) for part in log] for side, log in logs.items()},
+    }
+
+
+def main() -> None:
+    """Measure the whole and the trimmed vocabulary."""
+    if "--only" in sys.argv:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--only")
+        parser.add_argument("--count", type=int)
+        parser.add_argument("--trimmed", action="store_true")
+        options = parser.parse_args()
+        only(options.only, options.count, options.trimmed)
+        return
+    options = arguments(__doc__)
+    count, repeats = (16, 1) if options.quick else (64, 3)
+    whole = compare(False, count, repeats, options.device)
+    trimmed = compare(True, count, repeats, options.device)
+    figures = {
+        "ratio_vs_plain": whole["ratio"],
+        "ratio_vs_plain_trimmed": trimmed["ratio"],
+        "texts": count,
+        "whole": whole,
+        "trimmed": trimmed,
+    }
+    if options.device == "cpu":
+        base, plain, ours = (side_memory(side, count, False) for side in ("none", "plain", "ours"))
+        figures |= {
+            "memory_ratio_vs_plain": round(ours / plain, 3),
+            "peak_bytes": {"model alone": base, "plain": plain, "ours": ours},
+        }
+    finish("update", figures, options)
+
+
+if __name__ == "__main__":
+    main()
