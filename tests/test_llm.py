@@ -35,6 +35,21 @@ def disturb(llm):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
 
 
+def test_generation_leaves_the_weights_and_the_adapter_exactly_as_they_are(models, family):
+    llm = tiny_llm(models, family)
+    disturb(llm)
+    before = {name: value.clone() for name, value in llm.model.state_dict().items()}
+    sequences = [llm.encode(text) for text in TEXTS]
+    scores = llm.score(sequences)
+    llm.generate([tuple(sequences[0])], [0], SynthesisConfig(max_new_tokens=4))
+    assert all(torch.equal(value, before[name]) for name, value in llm.model.state_dict().items())
+    again = llm.score(sequences)
+    torch.testing.assert_close(scores.logps, again.logps, atol=0, rtol=0)
+    torch.testing.assert_close(scores.kl, again.kl, atol=0, rtol=0)
+    assert scores.kl.abs().max() > 1e-3  # the adapter is on again
+    assert any(parameter.requires_grad for parameter in llm.model.parameters())
+
+
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_log_ratio_and_divergence_are_zero_before_the_first_update(models, family, adapter):
     llm = tiny_llm(models, family, adapter=adapter)
@@ -145,6 +160,7 @@ def test_what_is_sampled_does_not_depend_on_the_rows_beside_it(models, family):
 
 def test_greedy_sampling_is_the_plain_models_argmax(models, family):
     llm = tiny_llm(models, family)
+    disturb(llm)
     ids = llm.encode('Write a good text: "')
     (sampled,) = llm.generate([tuple(ids)], [0], SynthesisConfig(top_k=1, max_new_tokens=6))
     for token in sampled:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +25,7 @@ from crosslm.models.decoding import decode
 from crosslm.models.head import head_logps, head_scores
 from crosslm.models.tokens import encode, load_tokenizer
 
+ADAPTER = "default"  # peft's name for the only adapter
 SCORING_BATCH = 32
 PERPLEXITY_WINDOW = 256
 
@@ -142,9 +144,9 @@ class LLM:
             tail = self.tokenizer.decode(tokens[-8:])
             return any(stop in tail for stop in sampling.stop)
 
-        return decode(
-            self._causal().base_model, self._head(), self._causal().config, prompts, seeds, sampling, has_ended, on_step
-        )
+        with self._merged():
+            backbone, config = self._causal().base_model, self._causal().config
+            return decode(backbone, self._head(), config, prompts, seeds, sampling, has_ended, on_step)
 
     # -- step 4 ------------------------------------------------------------------------------
 
@@ -250,6 +252,28 @@ class LLM:
 
     def _head(self) -> Tensor:
         return _head_weight(self._causal())
+
+    @contextmanager
+    def _merged(self) -> Iterator[None]:
+        """The adapter added into the weights for a while: fewer products, which pays at few tokens a pass.
+
+        The weights themselves are kept and put back, since subtracting the adapter again would leave
+        rounding errors in them. On the CPU only: elsewhere memory is too scarce for a second copy.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        if not layers or self.device.type != "cpu":
+            yield
+            return
+        weights = [layer.get_base_layer().weight for layer in layers]
+        originals = [weight.data for weight in weights]
+        try:
+            with torch.no_grad(), self.model.disable_adapter():
+                for layer, weight in zip(layers, weights, strict=True):
+                    weight.data = weight.data + layer.get_delta_weight(ADAPTER)
+                yield
+        finally:
+            for weight, original in zip(weights, originals, strict=True):
+                weight.data = original
 
     @contextmanager
     def _reference(self) -> Iterator[Any]:
