@@ -3,8 +3,8 @@
     python benchmarks/preset_choices.py RUN    # RUN: a finished `crosslm run sst2 --set preset=paper`
 
 Step 5's fields are compared on the SLMs that the run's clients uploaded (trained again from the same
-seed) and on the pools that the run kept. Step 4's reduction is compared by one update of the original
-LLM from the run's base pool and the first client's rewards. Each cell is written when it is done to
+seed) and on the pools that the run kept. Step 4's fields are compared by training the original LLM
+once through all of the run's arrivals, without step 5. Each cell is written when it is done to
 benchmarks/results/preset-choices.json and skipped when it is there.
 """
 
@@ -23,7 +23,7 @@ from crosslm import evaluate
 from crosslm.client import Client
 from crosslm.config import Config, load
 from crosslm.data import load_split
-from crosslm.experiment import client_specs
+from crosslm.experiment import client_specs, original_llm, perplexity_text_of
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
@@ -31,17 +31,30 @@ from crosslm.models.sources import cache_folder, model_folder, resolve_device
 from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, SyntheticText, Upload
 from crosslm.seeding import seed_for
-from crosslm.server import Server, receive_slm, select, slm_rewards
+from crosslm.server import Server, receive_slm, select, slm_rewards, train_on_synthetic
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 
-# name: correct_prior, nonpositive_rewards, class_balance
+# name: correct_prior, nonpositive_rewards, class_balance, interpolation
 VARIANTS = {
-    "paper": (False, "keep", False),
-    "correct_prior": (True, "keep", False),
-    "nonpositive_rewards = drop": (False, "drop", False),
-    "class_balance": (False, "keep", True),
-    "all three": (True, "drop", True),
+    "paper": (False, "keep", False, 1.0),
+    "correct_prior": (True, "keep", False, 1.0),
+    "nonpositive_rewards = drop": (False, "drop", False, 1.0),
+    "class_balance": (False, "keep", True, 1.0),
+    "interpolation = 0.7": (False, "keep", False, 0.7),
+    "correct_prior, class_balance": (True, "keep", True, 1.0),
+    "correct_prior, class_balance, interpolation = 0.7": (True, "keep", True, 0.7),
+}
+# name: fields of llm, fields of reward
+UPDATES = {
+    "paper": ({}, {}),
+    "token_reduction = mean": ({"token_reduction": "mean"}, {}),
+    "gamma_kl = 0.1": ({"gamma_kl": 0.1}, {}),
+    "correct_prior, leave_one_out": ({}, {"correct_prior": True, "baseline": "leave_one_out"}),
+    "correct_prior, leave_one_out, gamma_kl = 0.1": (
+        {"gamma_kl": 0.1},
+        {"correct_prior": True, "baseline": "leave_one_out"},
+    ),
 }
 NAME = "preset-choices"
 
@@ -72,6 +85,7 @@ class Bench:
         self.config: Config = config.model_copy(update={"device": resolve_device(config.device)})
         self.run, self.task = run, Task.from_config(config.task)
         self.cache = cache_folder()
+        self.uploads: dict[str, Upload] = {}
         self.split = load_split(self.config)
         self.specs = client_specs(self.config, list(self.split.private))
         self.judge = evaluate.train_judge(
@@ -86,6 +100,8 @@ class Bench:
 
     def upload(self, client_id: str) -> Upload:
         """What this client uploaded first: the same seed gives the same."""
+        if client_id in self.uploads:
+            return self.uploads[client_id]
         spec, slm = self.specs[client_id], self.config.slm
         seed = seed_for(self.config.seed, "head", client_id)
         model = SLM.load(
@@ -96,7 +112,9 @@ class Bench:
             spec.num_hidden_layers,
             slm.freeze_embeddings,
         )
-        return Client(client_id, self.split.private[client_id], model, slm.private, self.config.seed).train()
+        client = Client(client_id, self.split.private[client_id], model, slm.private, self.config.seed)
+        self.uploads[client_id] = client.train()
+        return self.uploads[client_id]
 
     def selection(self, client_id: str) -> dict:
         """Step 5 under each variant."""
@@ -106,14 +124,15 @@ class Bench:
         encoder = SimpleNamespace(encode=lambda texts: vectors)
         standalone = receive_slm(upload, self.task, self.config).accuracy(self.split.tests[client_id])
         cells = {}
-        for name, (corrected, nonpositive, balanced) in VARIANTS.items():
+        for name, (corrected, nonpositive, balanced, share) in VARIANTS.items():
             slm = receive_slm(upload, self.task, self.config)
             rewards = slm_rewards(slm, pool, upload, self.config.reward.model_copy(update={"correct_prior": corrected}))
             choice = self.config.selection.model_copy(
                 update={"nonpositive_rewards": nonpositive, "class_balance": balanced}
             )
             _, kept = select(pool, rewards, encoder, choice)
-            slm.fit(pool.examples(kept), self.config.slm.synthetic, seed_for(self.config.seed, "choices"))
+            config = self.config.model_copy(update={"slm": self.config.slm.model_copy(update={"interpolation": share})})
+            train_on_synthetic(slm, pool.examples(kept), upload, config, Progress(), client_id)
             agreement = evaluate.label_agreement(self.judge, SyntheticSet([pool.samples[place] for place in kept]))
             cells[name] = {
                 "accuracy": slm.accuracy(self.split.tests[client_id]),
@@ -122,46 +141,54 @@ class Bench:
             }
         return {"standalone": standalone, "counts": list(upload.class_counts), "variants": cells}
 
-    def reduction(self, reduction: str, client_id: str) -> dict:
-        """One update of the original LLM with this reduction over tokens."""
-        llm_config = self.config.llm.model_copy(update={"token_reduction": reduction})
-        config = self.config.model_copy(update={"llm": llm_config})
-        llm = LLM.load(self.folder(llm_config.model), llm_config, seed_for(config.seed, "llm"))
-        upload = self.upload(client_id)
-        drafts = SyntheticSet(
-            read_texts(self.run / "synthetic" / "base.jsonl", self.task).samples[: llm_config.samples]
-        )
-        rewards = slm_rewards(receive_slm(upload, self.task, self.config), drafts, upload, config.reward)
-        Server(config, self.task, llm, SimpleNamespace()).update_llm(drafts, rewards, config.seed)
-        texts = synthesize(
-            llm, self.task, config.synthesis, config.evaluation.nlg_samples, seed_for(config.seed, "choices")
-        )
+    def update(self, name: str) -> dict:
+        """The original LLM, trained through all arrivals with these fields."""
+        llm_fields, reward_fields = UPDATES[name]
+        llm_config = self.config.llm.model_copy(update=llm_fields)
+        reward = self.config.reward.model_copy(update=reward_fields)
+        config = self.config.model_copy(update={"llm": llm_config, "reward": reward})
+        llm = LLM.load(original_llm(config, self.cache, print), llm_config, seed_for(config.seed, "llm"))
+        server = Server(config, self.task, llm, SimpleNamespace())
+        arrivals = []
+        for step, client_id in enumerate(self.pools):
+            seed = seed_for(config.seed, "server", step, 0)
+            drafts = synthesize(server.llm, self.task, config.synthesis, llm_config.samples, seed)
+            upload = self.upload(client_id)
+            rewards = slm_rewards(receive_slm(upload, self.task, config), drafts, upload, reward)
+            server.update_llm(drafts, server.advantages(drafts, rewards), seed)
+            seed = seed_for(config.seed, "choices", step)
+            texts = synthesize(server.llm, self.task, config.synthesis, config.evaluation.nlg_samples, seed)
+            arrivals.append(
+                {
+                    "client": client_id,
+                    "judge": evaluate.label_agreement(self.judge, texts),
+                    "distinct_2": evaluate.distinct_ngrams(texts.texts),
+                }
+            )
         rows = evaluate.nlu_rows(config, self.split.test)
-        return {
-            "judge": evaluate.label_agreement(self.judge, texts),
-            "nlu": evaluate.nlu_accuracy(llm, self.task, rows, Progress(), ""),
-            "distinct_2": evaluate.distinct_ngrams(texts.texts),
-            "client": client_id,
-        }
+        last = {"nlu": evaluate.nlu_accuracy(server.llm, self.task, rows, Progress(), "")}
+        if (text := perplexity_text_of(config)) is not None:
+            last["perplexity"] = server.llm.perplexity(text, config.evaluation.perplexity_tokens)
+        return {"arrivals": arrivals, **last}
 
 
 def main() -> None:
     """Fill the cells that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--cells", default="selection,reduction", help="which parts to run")
+    parser.add_argument("--cells", default="selection,update", help="which parts to run")
     parser.add_argument("--clients", help="only these clients, with commas between; all if not given")
     arguments = parser.parse_args()
     path = RESULTS / f"{NAME}.json"
-    figures = json.loads(path.read_text()) if path.exists() else {**provenance(), "selection": {}, "reduction": {}}
+    figures = json.loads(path.read_text()) if path.exists() else {**provenance(), "selection": {}, "update": {}}
     bench = Bench(arguments.run)
     torch.manual_seed(0)
     clients = arguments.clients.split(",") if arguments.clients else list(bench.pools)
-    cells = [("selection", client) for client in clients] + [("reduction", name) for name in ("sum", "mean")]
+    cells = [("selection", client) for client in clients] + [("update", name) for name in UPDATES]
     for part, name in cells:
         if part not in arguments.cells or name in figures[part]:
             continue
-        figures[part][name] = bench.selection(name) if part == "selection" else bench.reduction(name, clients[0])
+        figures[part][name] = bench.selection(name) if part == "selection" else bench.update(name)
         keep(NAME, figures)
         print(part, name, json.dumps(figures[part][name]), flush=True)
 

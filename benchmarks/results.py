@@ -116,17 +116,21 @@ def choices_section(result: dict) -> list[str]:
     standalone = [result["selection"][client]["standalone"] for client in clients]
     cells = " | ".join(f"{value:.3f}" for value in standalone)
     lines += [f"| before (Standalone) | {cells} | {sum(standalone) / len(standalone):.3f} | | |", ""]
-    if not result["reduction"]:
+    if not result["update"]:
         return lines
+    arrivals = len(next(iter(result["update"].values()))["arrivals"])
     lines += [
-        "**Sum or mean over tokens (step 4).** One update of the original LLM from the same texts and rewards; then "
-        "what it writes and how it classifies.",
+        f"**Reward and loss (step 4).** The original LLM trained once through the same {arrivals} arrivals, without "
+        "step 5; then what it writes and how it classifies.",
         "",
-        "| `llm.token_reduction` | NLG accuracy (judge) | NLU accuracy | distinct-2 |",
-        "| --- | --- | --- | --- |",
+        "| what differs from preset paper | NLG (judge), each arrival | distinct-2 | NLU | perplexity |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    for name, row in result["reduction"].items():
-        lines.append(f"| {name} | {row['judge']:.3f} | {row['nlu']:.3f} | {row['distinct_2']:.3f} |")
+    for name, row in result["update"].items():
+        judged = " / ".join(f"{arrival['judge']:.3f}" for arrival in row["arrivals"])
+        perplexity = f"{row['perplexity']:.1f}" if "perplexity" in row else ""
+        distinct = row["arrivals"][-1]["distinct_2"]
+        lines.append(f"| {name} | {judged} | {distinct:.3f} | {row['nlu']:.3f} | {perplexity} |")
     return [*lines, ""]
 
 

@@ -72,7 +72,7 @@ class Server:
             seed = seed_for(config.seed, "server", self.steps, iteration)
             drafts = self._synthesize(f"{who}: texts to learn from", config.llm.samples, seed)  # step 3: Eq. 2-3
             rewards = slm_rewards(slm, drafts, upload, config.reward)  # step 4: Eq. 4
-            advantages = self._advantages(drafts, rewards)
+            advantages = self.advantages(drafts, rewards)
             record.updates += self.update_llm(drafts, advantages, seed, who)  # step 4: Eq. 5-9
             record.drafts.append((drafts, rewards))
 
@@ -166,7 +166,7 @@ class Server:
             statements.append(self.llm.encode(self.task.stated(sample.text, sample.label, paraphrase)))
         return statements
 
-    def _advantages(self, drafts: SyntheticSet, rewards: Tensor) -> Tensor:
+    def advantages(self, drafts: SyntheticSet, rewards: Tensor) -> Tensor:
         """What weighs each text in Eq. 5: its reward, or what it has more than its like."""
         if self.config.reward.baseline == "none":
             return rewards
