@@ -22,8 +22,9 @@ format: $(VENV)/.dev               ## mend what can be mended by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev                ## measure the choices of the presets again (long)
-	$(BIN)/python benchmarks/preset_choices.py $(ARGS)
+bench: $(VENV)/.dev                ## measure speed and memory again (an hour); ARGS="--quick" for minutes
+	for script in generation update selection slm arrival; do \
+		$(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
 
 clean:                             ## remove the virtual environment
 	rm -rf $(VENV)

@@ -252,8 +252,10 @@ Preset = Literal["paper", "recommended"]
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},
     "recommended": {
-        "reward": {"correct_prior": True},
+        "reward": {"baseline": "leave_one_out", "correct_prior": True},
+        "llm": {"gamma_kl": 0.1},
         "selection": {"class_balance": True},
+        "slm": {"interpolation": 0.7},
     },
 }
 """What each preset sets; the file and ``--set`` go over it. Measured in ``docs/results.md``."""
