@@ -1,6 +1,7 @@
 """Trimming: the texts are encoded as before, every other text still can be, and nothing else changes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from crosslm.config import Config, LLMConfig
 from crosslm.errors import DataError, ModelError
 from crosslm.experiment import original_llm
 from crosslm.models.llm import LLM
-from crosslm.models.vocabulary import tokenizer_words, trim_vocabulary
+from crosslm.models.vocabulary import cached_trim, tokenizer_words, trim_vocabulary
 
 TEXTS = CORPUS[:10]
 FAMILIES = ("gpt2", "llama", "gemma3", "bytefallback")
@@ -134,8 +135,19 @@ def test_a_run_trims_once_into_the_cache(settings, models, tmp_path):
     assert len(news) == 1
     assert len(AutoTokenizer.from_pretrained(folder)) < 400
     assert original_llm(config, tmp_path, pytest.fail) == folder
+    whole, cut = AutoTokenizer.from_pretrained(models / "gpt2"), AutoTokenizer.from_pretrained(folder)
+    for text in ['Write a bad text: "', 'A good text: "', "text This is good.", "text This is bad"]:
+        assert cut.tokenize(text) == whole.tokenize(text)  # the task's own words stay whole
     whole = config.model_copy(update={"llm": config.llm.model_copy(update={"vocabulary_texts": ()})})
     assert original_llm(whole, tmp_path, pytest.fail) == str(models / "gpt2")
+
+
+def test_a_model_folder_that_has_changed_is_trimmed_again(models, tmp_path):
+    shutil.copytree(models / "gpt2", tmp_path / "model")
+    first = cached_trim(str(tmp_path / "model"), TEXTS, tmp_path, lambda _: None)
+    assert cached_trim(str(tmp_path / "model"), TEXTS, tmp_path, pytest.fail) == first
+    AutoModelForCausalLM.from_pretrained(models / "gpt2").save_pretrained(tmp_path / "model")
+    assert cached_trim(str(tmp_path / "model"), TEXTS, tmp_path, lambda _: None) != first
 
 
 def test_words_of_a_tokenizer_come_in_every_form(models):

@@ -127,7 +127,21 @@ def original_llm(config: Config, cache: Path, on_news: Callable[[str], None]) ->
         else:
             texts += readable_lines(find_file(name, config.data))
     folder = model_folder(config.llm.model, cache, on_news)
-    return cached_trim(folder, texts, cache, on_news) if texts else folder
+    if not texts:
+        return folder
+    return cached_trim(folder, [*task_texts(Task.from_config(config.task)), *texts], cache, on_news)
+
+
+def task_texts(task: Task) -> list[str]:
+    """What the LLM is told for any text: its tokens must stay whole when a vocabulary is trimmed."""
+    x = "text"
+    stated = [
+        task.stated(x, label, paraphrase)
+        for label, statements in enumerate(task.statements)
+        for paraphrase in range(len(statements))
+    ]
+    queries = [f"{task.query(x)} {words}" for words in task.verbalizers]
+    return [*(prompt for prompts in task.prompts for prompt in prompts), *stated, *queries]
 
 
 class _Run:

@@ -153,7 +153,7 @@ class Server:
             "language_modeling_loss": modeling,
             "kl_loss": kl,
             "log_ratio": logps - reference_logps,
-            "reward": rewards[rows],
+            "advantage": rewards[rows],
             "tokens": scores.mask.sum(dim=1).float(),
         }
         return {name: float(values.detach().sum()) / batch_size for name, values in parts.items()}

@@ -261,10 +261,10 @@ class LLM:
         rounding errors in them. On the CPU only: elsewhere memory is too scarce for a second copy.
         """
         layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        if not layers or self.device.type != "cpu":
-            yield
-            return
         weights = [layer.get_base_layer().weight for layer in layers]
+        if self.device.type != "cpu" or any(weight.dtype != torch.float32 for weight in weights):
+            yield  # and in bf16 a small adapter would be rounded away
+            return
         originals = [weight.data for weight in weights]
         try:
             with torch.no_grad(), self.model.disable_adapter():

@@ -8,6 +8,7 @@ the whole model, since LoRA touches neither the embedding nor the head.
 import hashlib
 import json
 import shutil
+import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from crosslm.errors import ModelError
 
+PUNCTUATION = frozenset(string.punctuation)
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "decoder_start_token_id")
 
 
@@ -36,8 +38,8 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
     """Write a copy of a model that knows only the tokens that ``texts`` need.
 
     Kept are the tokens of the texts, the tokens that they are merged from, every special token that
-    the model names, white space, and all single bytes, so that every other text can still be
-    encoded, in more tokens. The texts themselves are encoded as before.
+    the model names, white space, punctuation, and all single bytes, so that every other text can
+    still be encoded, in more tokens. The texts themselves are encoded as before.
 
     Args:
         folder: model folder or hub id, with a byte-pair tokenizer.
@@ -74,12 +76,19 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
 
 def cached_trim(folder: str, texts: list[str], cache: Path, on_news: Callable[[str], None]) -> str:
     """:func:`trim_vocabulary` into the cache, once for the same model and texts; the folder."""
-    key = hashlib.sha256("\n".join([str(Path(folder).absolute()), *texts]).encode()).hexdigest()[:12]
+    key = hashlib.sha256("\n".join([_identity(folder), *texts]).encode()).hexdigest()[:12]
     output = cache / "models" / f"{Path(folder).name}-trimmed-{key}"
     if not (output / "config.json").is_file():
         on_news(f"Trimming the vocabulary of {Path(folder).name} once into {output} (about half a minute)")
         trim_vocabulary(folder, texts, output)
     return str(output)
+
+
+def _identity(folder: str) -> str:
+    """What tells this model from another: its place, and for a folder what is in its files."""
+    files = sorted(path for path in Path(folder).glob("*") if path.is_file())
+    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return " ".join(["2", str(Path(folder).absolute()) if files else folder, *stamps])  # 2: the way of trimming
 
 
 def tokenizer_words(folder: str) -> list[str]:
@@ -114,7 +123,19 @@ def _tokens_to_keep(
     kept = used | {vocabulary[part] for part in needed | alphabet if part in vocabulary}
     kept |= set(tokenizer.all_special_ids) | _special_ids(model)
     kept |= {token["id"] for token in description["added_tokens"] if token["content"].isspace()}
-    return sorted(index for index in kept if index < len(model.get_input_embeddings().weight))
+    kept |= _punctuation(vocabulary, ranks)
+    return sorted(index for index in kept if 0 <= index < len(model.get_input_embeddings().weight))
+
+
+def _punctuation(vocabulary: dict[str, int], ranks: dict[tuple[str, str], int]) -> set[int]:
+    """Short ASCII tokens without a letter or digit, which texts of any kind need, and their parts."""
+    marks = "▁Ġ"  # how vocabularies write a space
+    tokens = [
+        token
+        for token in vocabulary
+        if 0 < len(token.strip(marks)) <= 4 and all(c in PUNCTUATION for c in token.strip(marks))
+    ]
+    return {vocabulary[part] for token in tokens for part in _parts(token, ranks) if part in vocabulary}
 
 
 def _alphabet(vocabulary: dict[str, int], byte_fallback: bool) -> set[str]:
