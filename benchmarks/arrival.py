@@ -36,18 +36,23 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self.device = device
 
+    def wait(self) -> None:
+        """Until the device has done all that it was given."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
     def watch(self, owner: Any, name: str, label: str | Callable[[], str]) -> None:
         """Time every call of ``owner.name``."""
         function = getattr(owner, name)
 
         def timed(*values: Any, **named: Any) -> Any:
             where = label() if callable(label) else label
+            self.wait()
             started = time.perf_counter()
             try:
                 return function(*values, **named)
             finally:
-                if self.device != "cpu":
-                    torch.cuda.synchronize()
+                self.wait()
                 self.seconds[where] = self.seconds.get(where, 0.0) + time.perf_counter() - started
 
         setattr(owner, name, timed)

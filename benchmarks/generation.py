@@ -2,16 +2,19 @@
 
 Both write one batch from the demo's prompts with top-k 50, top-p 0.95, temperature 1 and at most 32 new tokens. A token
 counts if it is kept: the tokens up to the end of the text, which is the end-of-sequence token or a stop string.
-``model.generate`` samples on until its last row has ended, and what it wrote after the end of a text is thrown away.
+``model.generate`` is that of the plain model, without an adapter, and knows the end-of-sequence token; a stop string
+would not help it, since it samples on until the last of its rows has ended. What it wrote after an end is not kept.
 
 Checked: with top-k 1 both write the same tokens; with top-k 50 the kept tokens are equally likely under the model.
 """
 
 import statistics
+import time
 from typing import Any
 
 import torch
 from measure import arguments, finish, in_turn, matrix_rate, peak_memory, ratio, spread
+from transformers import AutoModelForCausalLM
 
 from crosslm.config import Config, SynthesisConfig, load
 from crosslm.demo import prepare_data
@@ -59,7 +62,7 @@ def kept(llm: LLM, row: list[int], stops: tuple[str, ...]) -> list[int]:
 class Sides:
     """The two ways to write the same batch."""
 
-    def __init__(self, llm: LLM, batch: int) -> None:
+    def __init__(self, llm: LLM, batch: int, folder: str) -> None:
         self.llm, self.prompts, self.seed = llm, prompts_for(llm, batch), 0
         longest = max(map(len, self.prompts))
         self.ids = torch.zeros(batch, longest, dtype=torch.long)
@@ -68,6 +71,7 @@ class Sides:
             self.ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             self.mask[row, longest - len(prompt) :] = 1
         self.ids, self.mask = self.ids.to(llm.device), self.mask.to(llm.device)
+        self.plain = AutoModelForCausalLM.from_pretrained(folder).to(llm.device).eval()
         self.tokens: dict[str, list[int]] = {"ours": [], "hf": []}
         self.rows: dict[str, list[list[int]]] = {}
 
@@ -77,12 +81,13 @@ class Sides:
         seeds = range(self.seed * 1000, self.seed * 1000 + len(self.prompts))
         self._count("ours", self.llm.generate(self.prompts, seeds, sampling(top_k)))
 
-    def hf(self, top_k: int = 50) -> None:
-        """``model.generate``."""
+    def hf(self, top_k: int = 50) -> float:
+        """``model.generate``; its seconds, without finding out which tokens are kept."""
         torch.manual_seed(self.seed)
+        started = time.perf_counter()
         how: dict[str, Any] = {"do_sample": True, "top_k": top_k, "top_p": 0.95, "temperature": 1.0}
         with torch.inference_mode():
-            written = self.llm.model.generate(
+            written = self.plain.generate(
                 input_ids=self.ids,
                 attention_mask=self.mask,
                 max_new_tokens=NEW_TOKENS,
@@ -90,7 +95,9 @@ class Sides:
                 **how,
             )
         rows = written[:, self.ids.shape[1] :].tolist()
+        seconds = time.perf_counter() - started
         self._count("hf", [kept(self.llm, row, sampling().stop) for row in rows])
+        return seconds
 
     def _count(self, side: str, rows: list[list[int]]) -> None:
         self.rows[side] = rows
@@ -120,7 +127,11 @@ def limit(llm: LLM, device: str) -> float:
     """Tokens a second if there were nothing to do but the matrix products of one token each."""
     model = llm.model.get_base_model()
     vocabulary, width = model.get_output_embeddings().weight.shape
-    body = sum(parameter.numel() for name, parameter in model.named_parameters() if "embed_tokens" not in name)
+    body = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if "embed_tokens" not in name and "lora" not in name
+    )
     return matrix_rate(device) / (2 * (body + vocabulary * width))
 
 
@@ -128,7 +139,10 @@ def main() -> None:
     """Measure all sides in turn."""
     options = arguments(__doc__, batch={"type": int, "default": 64})
     repeats, batch = (1, 16) if options.quick else (5, options.batch)
-    whole, trimmed = (Sides(demo_llm(vocabulary, options.device), batch) for vocabulary in (False, True))
+    whole, trimmed = (
+        Sides(demo_llm(vocabulary, options.device), batch, original_llm(demo_config(vocabulary), cache_folder(), print))
+        for vocabulary in (False, True)
+    )
     same = {"whole": same_tokens(whole), "trimmed": same_tokens(trimmed)}
     for sides in (whole, trimmed):
         sides.tokens = {"ours": [], "hf": []}

@@ -29,7 +29,11 @@ def arguments(description: str, **more: dict) -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="write the figures to benchmarks/results/")
     for name, options in more.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **options)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.quick and options.keep:
+        parser.error("--quick measures too little to be kept")
+    options.origin = provenance()  # the commit as it is now, and not when the figures are there
+    return options
 
 
 def in_turn(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -85,9 +89,9 @@ def peak_of(script: str, *options: str) -> int:
 
 def finish(name: str, figures: dict, options: argparse.Namespace) -> None:
     """Print the figures as the last line; write them where asked."""
-    figures = {**provenance(), "threads": torch.get_num_threads(), "quick": options.quick, **figures}
+    figures = {**options.origin, "threads": torch.get_num_threads(), "quick": options.quick, **figures}
     if options.device != "cpu":
-        figures["machine"] = torch.cuda.get_device_name()
+        figures |= {"machine": torch.cuda.get_device_name(), "peak_device_bytes": torch.cuda.max_memory_allocated()}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     if options.keep:

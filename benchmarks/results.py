@@ -35,8 +35,8 @@ def machine() -> str:
 
 def provenance() -> dict[str, str]:
     """Commit, machine and date."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return {"commit": commit.stdout.strip(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {"commit": commit.stdout.strip() or "unknown", "machine": machine(), "date": time.strftime("%Y-%m-%d")}
 
 
 def keep(name: str, figures: dict) -> None:

@@ -11,6 +11,7 @@ Checked: the parts of the loss of the first and the last batch agree.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -24,11 +25,10 @@ from generation import demo_config, demo_llm
 from measure import arguments, finish, in_turn, peak_memory, peak_of, ratio, spread
 from transformers import AutoModelForCausalLM
 
-from crosslm.algorithm.losses import token_kl
 from crosslm.experiment import original_llm
 from crosslm.models.llm import LLM
 from crosslm.models.sources import cache_folder
-from crosslm.records import SyntheticSet
+from crosslm.records import SyntheticSet, SyntheticText
 from crosslm.server import Server, _batches_of_like_length
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
@@ -84,8 +84,9 @@ class Plain:
             logits, targets, mask = self.logits(self.model, sequences)
             with torch.no_grad():
                 reference_logits, _, _ = self.logits(self.reference, sequences)
-            logps = torch.log_softmax(logits, -1).gather(2, targets.unsqueeze(2)).squeeze(2)
-            reference_logps = torch.log_softmax(reference_logits, -1).gather(2, targets.unsqueeze(2)).squeeze(2)
+            log_p, log_q = torch.log_softmax(logits, -1), torch.log_softmax(reference_logits, -1)
+            logps = log_p.gather(2, targets.unsqueeze(2)).squeeze(2)
+            reference_logps = log_q.gather(2, targets.unsqueeze(2)).squeeze(2)
             stated_logits, stated, stated_mask = self.logits(self.model, [statements[row] for row in batch])
             stated_logps = torch.log_softmax(stated_logits, -1).gather(2, stated.unsqueeze(2)).squeeze(2)
             prompts = torch.tensor([len(sample.prompt_ids) for sample in samples]).unsqueeze(1)
@@ -93,7 +94,7 @@ class Plain:
             ratio_of = ((logps - reference_logps) * mask).sum(1)
             generation = -(rewards[batch].to(logps) * ratio_of).mean()
             modeling = -(stated_logps * stated_mask).sum(1).mean()
-            kl = (token_kl(logits, reference_logits) * is_x).sum(1).mean()
+            kl = ((log_p.exp() * (log_p - log_q)).sum(2) * is_x).sum(1).mean()
             loss = (
                 config.gamma_generation * generation + config.gamma_language_modeling * modeling + config.gamma_kl * kl
             )
@@ -109,17 +110,26 @@ def folder(vocabulary: bool) -> str:
     return original_llm(demo_config(vocabulary), cache_folder(), print)
 
 
-def side_memory(side: str, count: int, vocabulary: bool) -> int:
-    """Peak of a process that only does this side."""
-    return peak_of(__file__, "--only", side, "--count", str(count), *(["--trimmed"] if vocabulary else []))
+def side_memory(count: int) -> dict[str, int]:
+    """Peak of processes that load the whole model and do no more than one side, on texts from a file."""
+    drafts, _ = drafts_and_rewards(demo_llm(False, "cpu"), count)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "drafts.json"
+        path.write_text(json.dumps([dataclasses.asdict(sample) for sample in drafts.samples]))
+        sides = {"model alone": "none", "plain": "plain", "ours": "ours"}
+        return {name: peak_of(__file__, "--only", side, "--drafts", str(path)) for name, side in sides.items()}
 
 
-def only(side: str, count: int, vocabulary: bool) -> None:
+def only(side: str, path: Path) -> None:
     """Do one side once, and print the peak."""
-    llm = demo_llm(vocabulary, "cpu")
-    drafts, rewards = drafts_and_rewards(llm, count)
+    rows = json.loads(path.read_text())
+    samples = [
+        SyntheticText(**{**row, **{key: tuple(row[key]) for key in ("prompt_ids", "completion_ids")}}) for row in rows
+    ]
+    llm, drafts = demo_llm(False, "cpu"), SyntheticSet(samples)
+    rewards = 2 * torch.rand(len(samples), generator=torch.Generator().manual_seed(SEED)) - 1
     if side == "plain":
-        Plain(llm, folder(vocabulary)).update(drafts, rewards)
+        Plain(llm, folder(False)).update(drafts, rewards)
     elif side == "ours":
         server_for(llm).update_llm(drafts, rewards, SEED)
     print(peak_memory())
@@ -192,7 +202,10 @@ def against_trl(python: str, count: int, repeats: int) -> dict:
     llm = demo_llm(False, "cpu")
     drafts, rewards = drafts_and_rewards(llm, count)
 
+    start = {n: p.detach().clone() for n, p in llm.model.named_parameters() if p.requires_grad}
+
     def ours() -> None:
+        reset(llm, start)
         server_for(llm).update_llm(drafts, rewards, SEED)
 
     before = in_turn({"ours": ours}, repeats)["ours"]
@@ -215,10 +228,9 @@ def main() -> None:
     if "--only" in sys.argv:
         parser = argparse.ArgumentParser()
         parser.add_argument("--only")
-        parser.add_argument("--count", type=int)
-        parser.add_argument("--trimmed", action="store_true")
+        parser.add_argument("--drafts", type=Path)
         options = parser.parse_args()
-        only(options.only, options.count, options.trimmed)
+        only(options.only, options.drafts)
         return
     options = arguments(__doc__, trl={"metavar": "PYTHON", "help": "interpreter of an environment with trl and peft"})
     count, repeats = (16, 1) if options.quick else (64, 3)
@@ -232,12 +244,9 @@ def main() -> None:
         "trimmed": trimmed,
     }
     if options.device == "cpu":
-        base, plain, ours = (side_memory(side, count, False) for side in ("none", "plain", "ours"))
-        figures |= {
-            "memory_ratio_vs_plain": round(ours / plain, 3),
-            "peak_bytes": {"model alone": base, "plain": plain, "ours": ours},
-        }
-    if options.trl:
+        peaks = side_memory(count)
+        figures |= {"memory_ratio_vs_plain": round(peaks["ours"] / peaks["plain"], 3), "peak_bytes": peaks}
+    if options.trl and options.device == "cpu":
         figures |= against_trl(options.trl, count, repeats)
     finish("update", figures, options)
 

@@ -219,6 +219,7 @@ def test_labels_are_mapped_by_name(models, config, task, upload):
     (first, probabilities, receipts), (second, turned_probabilities, turned_receipts) = downloads
     assert first.slm.labels == ("bad", "good")
     assert second.slm.labels == ("good", "bad")
+    assert SLM.from_state(second.slm).model.config.id2label == {0: "good", 1: "bad"}
     assert [receipt.kept for receipt in receipts] == [receipt.kept for receipt in turned_receipts]
     torch.testing.assert_close(probabilities, turned_probabilities, atol=1e-4, rtol=1e-4)
     assert (probabilities[:, 0] - probabilities[:, 1]).abs().max() > 1e-3

@@ -123,6 +123,7 @@ def original_llm(config: Config, cache: Path, on_news: Callable[[str], None]) ->
     texts: list[str] = []
     for name in config.llm.vocabulary_texts:
         if name.startswith(PREFIX):
+            check_model(name, "llm.vocabulary_texts")
             texts += tokenizer_words(model_folder(name, cache, on_news))
         else:
             texts += readable_lines(find_file(name, config.data))

@@ -126,7 +126,7 @@ class Server:
                 self.optimizer.step()
                 log.append(parts)
         if self.llm.fingerprint() == before:
-            raise ModelError("the LLM's update changed nothing: are all rewards and gammas 0?")
+            raise ModelError("the LLM's update changed nothing: are all gammas 0, or all rewards alike?")
         return log
 
     def _backward(

@@ -30,7 +30,8 @@ def leave_one_out_advantages(rewards: Tensor, labels: Tensor) -> Tensor:
     """What takes the place of r in Eq. 5 with ``reward.baseline = "leave_one_out"`` (ours).
 
     ``a_j = r_j - mean of r_k over the other texts k of the same label``: the baseline of Ahmadian et
-    al. 2024 (RLOO). Its expected gradient is that of r, since the baseline does not depend on x_j.
+    al. 2024 (RLOO). It does not depend on x_j, so for texts of the LLM as it is it changes no
+    expected gradient of ``log P(x_j|M(y_j))``, only its variance.
 
     Args:
         rewards: ``(texts,)``, Eq. 4.

@@ -1,6 +1,7 @@
 """Step 5: which synthetic texts train the SLM (CrossLM, section 4.2, Eq. 10)."""
 
 import math
+from itertools import product
 from typing import Literal
 
 import torch
@@ -65,9 +66,9 @@ def approximate_diversity(vectors: Tensor, probes: int = 32, seed: int = 0) -> T
     for residents, places in zip(members, seekers, strict=True):
         if not len(residents):
             continue
-        for asking in (places // probes).split(8192):
-            similarity = unit[asking] @ unit[residents].T
-            similarity.masked_fill_(asking.unsqueeze(1) == residents.unsqueeze(0), -1.0)  # k != j
+        for asking, asked in product((places // probes).split(8192), residents.split(8192)):
+            similarity = unit[asking] @ unit[asked].T
+            similarity.masked_fill_(asking.unsqueeze(1) == asked.unsqueeze(0), -1.0)  # k != j
             nearest[asking] = torch.maximum(nearest[asking], similarity.amax(dim=1))
     return 1 - nearest.clamp(-1.0, 1.0)
 

@@ -77,7 +77,10 @@ class LLM:
         """Load what :meth:`save` wrote to ``trained``; ``folder`` is the original model."""
         if config.adapter == "full":
             original, tokenizer = _load_pretrained(folder, config, device)
-            llm = cls(_load_pretrained(trained, config, device)[0], tokenizer, config)
+            model, trained_tokenizer = _load_pretrained(trained, config, device)
+            if tokenizer.get_vocab() != trained_tokenizer.get_vocab():
+                raise ModelError(f"{trained}: has another vocabulary than {folder}; have llm.vocabulary_texts changed?")
+            llm = cls(model, tokenizer, config)
             llm._frozen = original.eval().requires_grad_(False)
             return llm
         model, tokenizer = _load_pretrained(folder, config, device)

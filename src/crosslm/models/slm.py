@@ -230,6 +230,8 @@ class SLM:
             raise UploadError(
                 f"the SLM has {model.config.num_labels} outputs but names the labels {list(state.labels)}"
             )
+        model.config.id2label = dict(enumerate(state.labels))
+        model.config.label2id = {label: index for index, label in enumerate(state.labels)}
         return cls(model.to(device), tokenizer, state.labels, state.max_length)
 
     def save(self, folder: str) -> None:

@@ -50,6 +50,7 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
         ModelError: the folder is there already, the model cannot be loaded, its tokenizer is not of
             the byte-pair kind or cannot write every text by bytes, or the texts are empty.
     """
+    output = output.absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"{output}: is there already; name a new folder")
     try:
@@ -57,6 +58,10 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder!r} cannot be loaded as a language model: {error}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError(f"{folder!r}: its tokenizer is not of the tokenizers library, which is what can be trimmed")
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ModelError(f"{folder!r}: its head has a bias, which crosslm does not support")
     before = len(model.get_input_embeddings().weight), model.num_parameters()
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = _tokens_to_keep(description, tokenizer, model, texts)
@@ -198,8 +203,7 @@ def _cut_tokenizer(description: dict[str, Any], kept: list[int]) -> dict[str, An
 def _cut_rows(model: Any, kept: list[int]) -> None:
     rows = torch.tensor(kept)
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if len(embedding.weight) != len(kept):  # not yet cut: with tied weights both are one
-            embedding.weight = torch.nn.Parameter(embedding.weight.detach()[rows].clone())
+        embedding.weight = torch.nn.Parameter(embedding.weight.detach()[rows].clone())
     model.config.vocab_size = len(kept)
     model.tie_weights()
 
