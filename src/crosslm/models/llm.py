@@ -265,7 +265,7 @@ class LLM:
         """
         layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         weights = [layer.get_base_layer().weight for layer in layers]
-        if self.device.type != "cpu" or any(weight.dtype != torch.float32 for weight in weights):
+        if not layers or self.device.type != "cpu" or any(weight.dtype != torch.float32 for weight in weights):
             yield  # and in bf16 a small adapter would be rounded away
             return
         originals = [weight.data for weight in weights]
