@@ -60,11 +60,11 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
         raise ModelError(f"{folder!r} cannot be loaded as a language model: {error}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(f"{folder!r}: its tokenizer is not of the tokenizers library, which is what can be trimmed")
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise ModelError(f"{folder!r}: its head has a bias, which crosslm does not support")
     before = len(model.get_input_embeddings().weight), model.num_parameters()
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = _tokens_to_keep(description, tokenizer, model, texts)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ModelError(f"{folder!r}: its head has a bias, which crosslm does not support")
     _cut_rows(model, kept)
     _renumber_special_tokens(model, kept)
 
