@@ -50,10 +50,6 @@ UPDATES = {
     "paper": ({}, {}),
     "token_reduction = mean": ({"token_reduction": "mean"}, {}),
     "correct_prior, leave_one_out": ({}, {"correct_prior": True, "baseline": "leave_one_out"}),
-    "correct_prior, leave_one_out, gamma_kl = 0.1": (
-        {"gamma_kl": 0.1},
-        {"correct_prior": True, "baseline": "leave_one_out"},
-    ),
 }
 NAME = "preset-choices"
 
