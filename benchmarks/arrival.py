@@ -15,13 +15,13 @@ from sentence_transformers import SentenceTransformer
 
 from crosslm.client import Client
 from crosslm.data import load_split
-from crosslm.experiment import client_specs, original_llm
 from crosslm.models import decoding
 from crosslm.models import llm as llm_module
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, model_folder
+from crosslm.preparation import client_specs, original_llm
 from crosslm.seeding import seed_for
 from crosslm.server import Server
 from crosslm.task import Task

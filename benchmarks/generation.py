@@ -16,11 +16,12 @@ import torch
 from measure import arguments, finish, in_turn, matrix_rate, peak_memory, ratio, spread
 from transformers import AutoModelForCausalLM
 
-from crosslm.config import Config, SynthesisConfig, load
+from crosslm.config import Config, SynthesisConfig
+from crosslm.config_file import load
 from crosslm.demo import prepare_data
-from crosslm.experiment import original_llm
 from crosslm.models.llm import LLM
 from crosslm.models.sources import cache_folder
+from crosslm.preparation import original_llm
 from crosslm.task import Task
 
 NEW_TOKENS = 32

@@ -21,13 +21,14 @@ from results import RESULTS, keep, provenance
 
 from crosslm import evaluate
 from crosslm.client import Client
-from crosslm.config import Config, load
+from crosslm.config import Config
+from crosslm.config_file import load
 from crosslm.data import load_split
-from crosslm.experiment import client_specs, original_llm, perplexity_text_of
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, model_folder, resolve_device
+from crosslm.preparation import client_specs, original_llm, perplexity_text_of
 from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, SyntheticText, Upload
 from crosslm.seeding import seed_for

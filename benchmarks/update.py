@@ -25,9 +25,9 @@ from generation import demo_config, demo_llm
 from measure import arguments, finish, in_turn, peak_memory, peak_of, ratio, spread
 from transformers import AutoModelForCausalLM
 
-from crosslm.experiment import original_llm
 from crosslm.models.llm import LLM
 from crosslm.models.sources import cache_folder
+from crosslm.preparation import original_llm
 from crosslm.records import SyntheticSet, SyntheticText
 from crosslm.server import Server, _batches_of_like_length
 from crosslm.synthesis import synthesize

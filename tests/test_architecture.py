@@ -14,6 +14,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     {"errors", "seeding", "progress"},
     {"config"},
+    {"config_file"},
     {"task", "records"},
     {"algorithm.rewards", "algorithm.losses", "algorithm.selection"},
     {"data", "demo", "models.sources", "models.encoder", "models.head", "models.tokens", "models.vocabulary"},
@@ -23,6 +24,7 @@ LAYERS = [
     {"server", "evaluate", "rundir"},
     {"baselines", "federation.exchange", "federation.messages"},
     {"federation.local"},
+    {"preparation"},
     {"experiment"},
     {"reevaluate"},
     {"report", "display"},
@@ -65,7 +67,7 @@ def test_the_algorithm_is_pure():
 
 
 def test_configuration_and_task_need_no_torch():
-    for name in ("config", "task", "errors", "seeding", "progress"):
+    for name in ("config", "config_file", "task", "errors", "seeding", "progress"):
         assert not any(module.split(".")[0] in ("torch", "transformers") for module in imports(SOURCE / f"{name}.py"))
 
 

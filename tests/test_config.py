@@ -7,7 +7,8 @@ import pytest
 import tomli_w
 from pydantic import ValidationError
 
-from crosslm.config import PRESETS, Config, load, packaged
+from crosslm.config import PRESETS, Config
+from crosslm.config_file import load, packaged
 from crosslm.errors import ConfigError
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from crosslm.config import PRESETS, Config, load
+from crosslm.config import PRESETS, Config
+from crosslm.config_file import load
 
 ROOT = Path(__file__).parents[1]
 MAP = (ROOT / "docs" / "paper_map.md").read_text()

@@ -10,7 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
 from crosslm import cli, experiment, reevaluate
-from crosslm.config import Config, load
+from crosslm.config import Config
+from crosslm.config_file import load
 from crosslm.experiment import run_local
 
 

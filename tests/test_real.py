@@ -9,11 +9,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, pipeline
 
 from crosslm import cli
-from crosslm.config import load
+from crosslm.config_file import load
 from crosslm.demo import SILOS, prepare_data
 from crosslm.errors import DataError, ModelError
-from crosslm.experiment import original_llm
 from crosslm.models import sources
+from crosslm.preparation import original_llm
 
 SMALLEST = {
     "llm.samples": 8,

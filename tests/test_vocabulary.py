@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from crosslm.config import Config, LLMConfig
 from crosslm.errors import DataError, ModelError
-from crosslm.experiment import original_llm
 from crosslm.models.llm import LLM
 from crosslm.models.vocabulary import cached_trim, tokenizer_words, trim_vocabulary
+from crosslm.preparation import original_llm
 
 TEXTS = CORPUS[:10]
 FAMILIES = ("gpt2", "llama", "gemma3", "bytefallback")

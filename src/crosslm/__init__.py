@@ -2,7 +2,8 @@
 
 __version__ = "0.1.0"
 
-from crosslm.config import Config, load
+from crosslm.config import Config
+from crosslm.config_file import load
 from crosslm.errors import CrosslmError
 
 __all__ = ["Config", "CrosslmError", "__version__", "load"]

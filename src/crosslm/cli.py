@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 
 from crosslm import __version__
-from crosslm.config import Config, load, packaged
+from crosslm.config import Config
+from crosslm.config_file import load, packaged
 from crosslm.errors import CrosslmError
 from crosslm.rundir import RunDir, next_free
 

@@ -4,7 +4,6 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,26 @@ from crosslm import evaluate
 from crosslm.baselines import data_free_kd
 from crosslm.client import Client
 from crosslm.config import Config, SLMSpec
-from crosslm.data import Split, find_file, load_split, read_text, readable_lines
-from crosslm.errors import CrosslmError, DataError, RunError, UploadError
+from crosslm.data import Split, load_split
+from crosslm.errors import CrosslmError, RunError, UploadError
 from crosslm.federation.exchange import serve
 from crosslm.federation.local import LocalExchange
 from crosslm.federation.messages import describe
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM, check_layers
-from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
+from crosslm.models.sources import model_folder, resolve_device
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
-from crosslm.models.vocabulary import cached_trim, tokenizer_words
+from crosslm.preparation import (
+    check_models,
+    class_report,
+    client_specs,
+    describe_spec,
+    original_llm,
+    perplexity_text_of,
+)
 from crosslm.progress import Display, Progress
-from crosslm.records import Download, Examples, SyntheticSet, Upload
+from crosslm.records import Download, SyntheticSet, Upload
 from crosslm.rundir import RunDir, versions
 from crosslm.seeding import seed_for
 from crosslm.server import Server, StepRecord, receive_slm
@@ -72,77 +78,6 @@ def run_local(config: Config, output: Path, cache: Path, display: Display | None
     for client_id, examples in split.private.items():
         progress.note(f"client {client_id}: {class_report(examples, config)}; {describe_spec(specs[client_id])}")
     return _Run(config, split, specs, perplexity_text, llm_folder, run, cache, progress).execute()
-
-
-def client_specs(config: Config, client_ids: list[str]) -> dict[str, SLMSpec]:
-    """Each client's architecture: its own, or one of ``slm.models`` drawn from the seed (section 5.1)."""
-    own = {client.id: client for client in config.clients}
-    specs = {}
-    for client_id in client_ids:
-        client = own.get(client_id)
-        if client is not None and client.model is not None:
-            specs[client_id] = SLMSpec(model=client.model, num_hidden_layers=client.num_hidden_layers)
-        else:
-            draw = seed_for(config.seed, "architecture", client_id) % len(config.slm.models)
-            specs[client_id] = config.slm.models[draw]
-    return specs
-
-
-def class_report(examples: Examples, config: Config) -> str:
-    """How many rows of each label a client has, in words."""
-    labels = config.task.labels
-    counts = zip(labels, examples.class_counts(len(labels)), strict=True)
-    return f"{len(examples)} rows (" + ", ".join(f"{label} {count}" for label, count in counts) + ")"
-
-
-def describe_spec(spec: SLMSpec) -> str:
-    """An architecture in words."""
-    return spec.model + (f", lowest {spec.num_hidden_layers} layers" if spec.num_hidden_layers else "")
-
-
-def check_models(config: Config, specs: dict[str, SLMSpec]) -> None:
-    """Find out that every model can be had, before any is loaded.
-
-    Raises:
-        ModelError: one is not there.
-    """
-    check_model(config.llm.model, "llm.model")
-    check_model(config.selection.encoder, "selection.encoder")
-    for spec in config.slm.models:
-        check_model(spec.model, "slm.models")
-    for client_id, spec in specs.items():
-        check_model(spec.model, f"clients.{client_id}.model")
-
-
-def original_llm(config: Config, cache: Path, on_news: Callable[[str], None]) -> str:
-    """Folder or hub id of theta_old: ``llm.model``, trimmed if ``llm.vocabulary_texts`` are named.
-
-    Raises:
-        CrosslmError: a text is not there, or the model is not, or its vocabulary cannot be trimmed.
-    """
-    texts: list[str] = []
-    for name in config.llm.vocabulary_texts:
-        if name.startswith(PREFIX):
-            check_model(name, "llm.vocabulary_texts")
-            texts += tokenizer_words(model_folder(name, cache, on_news))
-        else:
-            texts += readable_lines(find_file(name, config.data))
-    folder = model_folder(config.llm.model, cache, on_news)
-    if not texts:
-        return folder
-    return cached_trim(folder, [*task_texts(Task.from_config(config.task)), *texts], cache, on_news)
-
-
-def task_texts(task: Task) -> list[str]:
-    """What the LLM is told for any text: its tokens must stay whole when a vocabulary is trimmed."""
-    x = "text"
-    stated = [
-        task.stated(x, label, paraphrase)
-        for label, statements in enumerate(task.statements)
-        for paraphrase in range(len(statements))
-    ]
-    queries = [f"{task.query(x)} {words}" for words in task.verbalizers]
-    return [*(prompt for prompts in task.prompts for prompt in prompts), *stated, *queries]
 
 
 class _Run:
@@ -346,21 +281,6 @@ class _Run:
         if self.judge:
             measures["nlg_judge_accuracy"] = evaluate.label_agreement(self.judge, texts)
         return measures
-
-
-def perplexity_text_of(config: Config) -> str | None:
-    """The text of ``evaluation.perplexity_text``, if one is named.
-
-    Raises:
-        DataError: the file is not there, or has no text.
-    """
-    if config.evaluation.perplexity_text is None:
-        return None
-    path = find_file(config.evaluation.perplexity_text, config.data)
-    text = read_text(path)
-    if not text.strip():
-        raise DataError(f"{path}: has no text; evaluation.perplexity_text must name a file with text")
-    return text
 
 
 def peak_memory_bytes() -> int:

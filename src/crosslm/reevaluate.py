@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from crosslm import evaluate
-from crosslm.config import load
+from crosslm.config_file import load
 from crosslm.data import load_split
 from crosslm.errors import ModelError
-from crosslm.experiment import original_llm, perplexity_text_of
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import resolve_device
+from crosslm.preparation import original_llm, perplexity_text_of
 from crosslm.progress import Display, Progress
 from crosslm.rundir import CONFIG, RunDir
 from crosslm.seeding import seed_for

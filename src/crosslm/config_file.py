@@ -1,0 +1,100 @@
+"""Reading a configuration: a TOML file, values from the command line over it, and errors in words."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from crosslm.config import Config, merged
+from crosslm.errors import ConfigError
+
+
+def packaged() -> dict[str, Path]:
+    """Names and files of the configurations that are installed with crosslm."""
+    folder = Path(str(files("crosslm") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load(source: str | Path, overrides: tuple[str, ...] = (), data_dir: str | None = None) -> Config:
+    """Read a configuration file and check it.
+
+    Args:
+        source: path of a TOML file, or the name of a packaged one (:func:`packaged`).
+        overrides: ``section.key=value``; the value is TOML, or else taken as a string.
+        data_dir: replaces ``data.dir``; relative to the working directory.
+
+    Raises:
+        ConfigError: not found, not TOML, or an unknown key or impossible value; names the key and
+            what would be allowed.
+    """
+    path = packaged().get(str(source), Path(source))
+    if not path.is_file():
+        raise ConfigError(
+            f"no configuration {str(source)!r}: not a file, and the packaged ones are {', '.join(packaged())}"
+        )
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as a TOML file: {error}") from error
+    for override in overrides:
+        _set(given, override)
+    if data_dir is not None:
+        given = merged(given, {"data": {"dir": str(Path(data_dir).expanduser().absolute())}})
+    elif isinstance(given.get("data"), dict):
+        folder = Path(str(given["data"].get("dir", "."))).expanduser()
+        given["data"]["dir"] = str((path.parent / folder).absolute())
+    try:
+        return Config.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, entry, given) for entry in error.errors())) from None
+
+
+def _set(given: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, name = key.strip().split(".")
+    if not equals or not name:
+        raise ConfigError(f"--set {override!r}: must look like section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = given
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: {section} is not a section")
+    table[name] = value
+
+
+def _explain(path: Path, entry: Any, given: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in entry["loc"]) or "the configuration"
+    if entry["type"] == "extra_forbidden":
+        known = _known_keys(entry["loc"][:-1])
+        near = difflib.get_close_matches(str(entry["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{path}: unknown key {key}; {hint}"
+    if entry["type"] == "missing":
+        return f"{path}: {key} is missing"
+    message = entry["msg"].removeprefix("Value error, ")
+    if entry["type"] == "literal_error":
+        allowed = [word.strip(" '") for word in entry["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        near = difflib.get_close_matches(str(entry["input"]), allowed, n=1, cutoff=0.5)
+        message += f"; did you mean {near[0]!r}?" if near else ""
+    found = "" if isinstance(entry["input"], dict) else f", found {entry['input']!r}"
+    return f"{path}: {key}: {message}{found}"
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    """The keys of the section at a location in the configuration."""
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = section.model_fields[part].annotation
+        if hasattr(section, "__args__"):
+            section = section.__args__[0]
+    return sorted(section.model_fields)
