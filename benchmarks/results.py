@@ -138,6 +138,8 @@ NAMES = {
     "demo": "The demo, preset recommended",
     "sst2-paper": "SST-2, preset paper",
     "sst2-recommended": "SST-2, preset recommended",
+    "sst2-one-client-paper": "SST-2, a single client of 300 rows and 256 texts to learn from, preset paper",
+    "sst2-one-client-recommended": "SST-2, the same, preset recommended",
 }
 
 
