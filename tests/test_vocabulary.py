@@ -169,6 +169,9 @@ def test_bad_input(models, settings, tmp_path):
     (tmp_path / "full" / "file").write_text("mine")
     with pytest.raises(ModelError, match="is there already"):
         trim_vocabulary(str(models / "gpt2"), TEXTS, tmp_path / "full")
+    settings["llm"] |= {"vocabulary_texts": ["plain.txt"], "model": str(models / "encoder")}
+    with pytest.raises(ModelError, match=r"only byte-pair.*\n.*vocabulary_texts = \[\]"):
+        original_llm(Config.model_validate(settings), tmp_path, lambda _: None)
     settings["llm"]["vocabulary_texts"] = ["missing.txt"]
     with pytest.raises(DataError, match=r"missing\.txt: no such file"):
         original_llm(Config.model_validate(settings), tmp_path, pytest.fail)

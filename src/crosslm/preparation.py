@@ -5,7 +5,7 @@ from pathlib import Path
 
 from crosslm.config import Config, SLMSpec
 from crosslm.data import find_file, read_text, readable_lines
-from crosslm.errors import DataError
+from crosslm.errors import DataError, ModelError
 from crosslm.models.sources import PREFIX, check_model, model_folder
 from crosslm.models.vocabulary import cached_trim, tokenizer_words
 from crosslm.records import Examples
@@ -69,7 +69,10 @@ def original_llm(config: Config, cache: Path, on_news: Callable[[str], None]) ->
     folder = model_folder(config.llm.model, cache, on_news)
     if not texts:
         return folder
-    return cached_trim(folder, [*task_texts(Task.from_config(config.task)), *texts], cache, on_news)
+    try:
+        return cached_trim(folder, [*task_texts(Task.from_config(config.task)), *texts], cache, on_news)
+    except ModelError as error:
+        raise ModelError(f"{error}\nSet llm.vocabulary_texts = [] to keep the whole vocabulary.") from error
 
 
 def task_texts(task: Task) -> list[str]:
