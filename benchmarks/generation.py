@@ -139,7 +139,7 @@ def limit(llm: LLM, device: str) -> float:
 def main() -> None:
     """Measure all sides in turn."""
     options = arguments(__doc__, batch={"type": int, "default": 64})
-    repeats, batch = (1, 16) if options.quick else (5, options.batch)
+    repeats, batch = (1, 16) if options.quick else (3, options.batch)
     whole, trimmed = (
         Sides(demo_llm(vocabulary, options.device), batch, original_llm(demo_config(vocabulary), cache_folder(), print))
         for vocabulary in (False, True)

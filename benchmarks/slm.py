@@ -38,7 +38,7 @@ class Rows(torch.utils.data.Dataset):
 def main() -> None:
     """Train both in turn, with another seed each time."""
     options = arguments(__doc__)
-    rows, epochs, repeats = (64, 1, 1) if options.quick else (512, 3, 4)
+    rows, epochs, repeats = (64, 1, 1) if options.quick else (512, 2, 3)
     config = demo_config(False)
     split = load_split(config)
     training = split.judge.take(range(rows))

@@ -233,7 +233,7 @@ def main() -> None:
         only(options.only, options.drafts)
         return
     options = arguments(__doc__, trl={"metavar": "PYTHON", "help": "interpreter of an environment with trl and peft"})
-    count, repeats = (16, 1) if options.quick else (64, 3)
+    count, repeats = (16, 1) if options.quick else (32, 2)
     whole = compare(False, count, repeats, options.device)
     trimmed = compare(True, count, repeats, options.device)
     figures = {
