@@ -267,7 +267,9 @@ class SLM:
 
     def _optimizer(self, config: FitConfig, rows: int) -> tuple[torch.optim.Optimizer, Any]:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        fused = self.device.type in ("cpu", "cuda")  # the whole step in one kernel
+        decay = config.weight_decay
+        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=decay, fused=fused)
         steps = config.epochs * -(-rows // config.batch_size)
         return optimizer, get_linear_schedule_with_warmup(optimizer, round(config.warmup_fraction * steps), steps)
 
