@@ -28,7 +28,9 @@ LAYERS = [
     {"experiment"},
     {"reevaluate"},
     {"report", "display"},
-    {"cli"},
+    {"cli.app"},
+    {"cli.runs", "cli.models"},
+    {"cli.main"},
 ]
 
 
@@ -43,7 +45,8 @@ def imports(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield str(node.module)
+            package = SOURCE.parent.joinpath(*str(node.module).split(".")).is_dir()
+            yield from (f"{node.module}.{alias.name}" for alias in node.names) if package else [str(node.module)]
 
 
 def layer_of(name):
@@ -55,7 +58,7 @@ def test_imports_point_downwards(path):
     here = layer_of(module_name(path))
     assert here is not None, f"{module_name(path)} has no place in LAYERS"
     for name in imports(path):
-        if name.startswith("crosslm."):
+        if name.startswith("crosslm.") and name != "crosslm.__version__":
             there = layer_of(name.removeprefix("crosslm."))
             assert there is not None, name
             assert there < here, f"{module_name(path)} imports {name}, which is not below it"
@@ -78,7 +81,7 @@ def test_configuration_and_task_need_no_torch():
         ("datasets", {"data"}),
         ("peft", {"models.llm"}),
         ("sentence_transformers", {"models.encoder"}),
-        ("typer", {"cli"}),
+        ("typer", {"cli.app", "cli.main", "cli.runs", "cli.models"}),
         ("subprocess", {"demo"}),
     ],
 )
@@ -111,5 +114,4 @@ def test_no_place_of_one_machine_is_in_the_project():
 
 def test_the_library_does_not_print():
     for path in FILES:
-        if module_name(path) not in ("cli", "display", "report"):
-            assert not re.search(r"\bprint\(", path.read_text()), path
+        assert not re.search(r"(?<!\.)\bprint\(", path.read_text()), path

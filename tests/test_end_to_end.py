@@ -9,7 +9,8 @@ from conftest import TASK
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
-from crosslm import cli, experiment, reevaluate
+from crosslm import experiment, reevaluate
+from crosslm.cli import main as cli
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.experiment import run_local
@@ -29,7 +30,7 @@ def command(monkeypatch, capsys):
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    monkeypatch.setattr(cli, "console", cli.Console(width=100))
+    monkeypatch.setattr(cli.console, "width", 100)
     return called
 
 

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, pipeline
 
-from crosslm import cli
+from crosslm.cli import main as cli
 from crosslm.config_file import load
 from crosslm.demo import SILOS, prepare_data
 from crosslm.errors import DataError, ModelError

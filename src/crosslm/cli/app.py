@@ -1,0 +1,57 @@
+"""What every command shares: the application, its options, and the two consoles."""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from crosslm.config_file import packaged
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="A server's LLM and many clients' classifiers make each other better; no client's text leaves its silo.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+ConfigArgument = Annotated[
+    str, typer.Argument(help="Path of a TOML file, or the name of a packaged one: " + ", ".join(packaged()) + ".")
+]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; may be given several times."),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", help="Folder for this run; must be new or empty. [default: runs/NAME-1, -2, ...]"),
+]
+CacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-dir",
+        help="Where converted models and demo data are kept. [default: $CROSSLM_CACHE or the user's cache]",
+    ),
+]
+DataDirOption = Annotated[
+    str | None, typer.Option("--data-dir", help="Folder that the data files are in; replaces data.dir.")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
+
+
+def quiet_libraries() -> None:
+    """What transformers says about a new head or a loading bar is not news to our users."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|huggingface_hub)\..*")
