@@ -223,7 +223,13 @@ class FederationConfig(Section):
     """Step 2: who comes when."""
 
     participations: Positive = 1
-    """How often each client uploads; 1 is one-shot. The order is drawn from the seed."""
+    """How often each client uploads; 1 is one-shot. In one process the order is drawn from the seed."""
+    arrivals: Positive | None = None
+    """Between machines: end after so many uploads were served, whoever sent them."""
+    deadline_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Between machines: take no upload in later than so many minutes after the start."""
+    reply_minutes: Annotated[float, Field(gt=0)] = 60.0
+    """Between machines: a silo that has not answered for so long is asked again."""
 
 
 class EvaluationConfig(Section):

@@ -23,3 +23,7 @@ class UploadError(CrosslmError):
 
 class RunError(CrosslmError):
     """A run folder cannot be written or read."""
+
+
+class FederationError(CrosslmError):
+    """A kit, a key, a request or the state of a federation is not as it must be."""

@@ -1,0 +1,143 @@
+"""Commands of a federation between machines."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crosslm.cli.app import CacheOption, ConfigArgument, DataDirOption, SetOption, app, console, quiet_libraries
+from crosslm.config_file import load
+
+KitArgument = Annotated[Path, typer.Argument(metavar="KIT", help="Folder that crosslm provision made.")]
+
+
+@app.command()
+def provision(
+    config: ConfigArgument,
+    address: Annotated[str, typer.Option("--address", metavar="HOST:PORT", help="Where silos will reach the server.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder for the kits.")],
+    overrides: SetOption = [],  # noqa: B006  typer's way
+    data_dir: DataDirOption = None,
+) -> None:
+    """Make a start-up kit for the server and for each silo: settings, keys, certificates, start scripts.
+
+    The configuration is that of `crosslm run`, with a [[clients]] table for each silo. Run again with more
+    clients to add silos.
+    """
+    from crosslm.federation.provision import provision as make
+
+    for kit in make(load(config, tuple(overrides), data_dir), address, output):
+        _say(f"made {kit}")
+    _say(f"Keep {output / 'authority'} to yourself; give each silo its folder in {output / 'silos'} by a safe way.")
+
+
+@app.command()
+def server(kit: KitArgument) -> None:
+    """Run the server of a kit until all silos are served; start it again and it goes on."""
+    from crosslm.federation.flower.processes import ServerProcesses
+
+    waiting = ServerProcesses(kit, _say).run()
+    _say("complete" + (f"; not delivered to: {', '.join(waiting)}" if waiting else ""))
+    _say(f"Everything is in {kit / 'run'} (summary.json, synthetic/, slm/, llm/).")
+
+
+@app.command()
+def client(
+    kit: KitArgument,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every tensor and field that would leave; send nothing.")
+    ] = False,
+    cache_dir: CacheOption = None,
+) -> None:
+    """Run the silo of a kit: train when asked, upload, install what returns."""
+    quiet_libraries()
+    from crosslm.federation.silo import Silo
+    from crosslm.models.sources import cache_folder
+
+    silo = Silo(kit, cache_folder(cache_dir))
+    if dry_run:
+        _print_contents(silo.would_send())
+        return
+    silo.private()  # a file that cannot be used is found now, and not when the server asks
+    from crosslm.federation.flower.processes import run_silo
+
+    run_silo(silo, _say)
+
+
+@app.command()
+def status(kit: KitArgument) -> None:
+    """Say how a federation stands, from the server's kit or a silo's."""
+    quiet_libraries()
+    from crosslm.federation.kits import SERVER_FILE
+
+    if (kit / SERVER_FILE).exists():
+        server_status(kit)
+    else:
+        silo_status(kit)
+
+
+def silo_status(kit: Path) -> None:
+    """What a silo has sent and received."""
+    from crosslm.federation.silo import Silo
+    from crosslm.models.sources import cache_folder
+
+    silo = Silo(kit, cache_folder(None))
+    receipts = silo.receipts()
+    _say(f"silo {silo.settings.id} of {silo.settings.experiment}, server {silo.settings.server}")
+    for number, receipt in enumerate(receipts):
+        state = "complete" if number < silo.installed else "trained; its enhanced SLM has not come back yet"
+        _say(f"round {number}: {state}; {receipt['bytes_sent']:,} bytes, {_ago(receipt['time'])} ago")
+    if not receipts:
+        _say("nothing has left this silo")
+
+
+def server_status(kit: Path) -> None:
+    """Who has uploaded, what is being trained, what waits, and since when."""
+    from rich.table import Table
+
+    from crosslm.federation.kits import read_server, silo_names
+    from crosslm.federation.spool import Spool
+
+    spool, settings = Spool(kit / "spool"), read_server(kit)
+    alive, finished = spool.fact("alive"), spool.fact("finished")
+    state = "complete" if finished is not None else f"last sign of life {_ago(float(alive))} ago" if alive else "not started"
+    _say(f"{settings.experiment} at {settings.address}: {state}")
+    table = Table("silo", "round", "state", "since", "bytes", "note", box=None)
+    for silo in silo_names(kit):
+        _, _, line = (spool.fact(f"silo/{silo}") or " ").partition(" ")
+        mine = spool.of(silo)
+        if not mine:
+            table.add_row(silo, "-", "not uploaded", "-", "-", line)
+        for arrival in mine:
+            table.add_row(
+                silo, str(arrival.round), arrival.state, _ago(arrival.since), f"{arrival.bytes:,}", arrival.note or line
+            )
+    console.print(table)
+
+
+def _print_contents(found: dict[str, object]) -> None:
+    tensors, fields = found["tensors"], found["fields"]
+    assert isinstance(tensors, dict)
+    assert isinstance(fields, dict)
+    for name, entry in tensors.items():
+        _say(f"tensor  {name}  {'x'.join(map(str, entry['shape'])) or 'scalar'}  {entry['dtype']}  {entry['bytes']} bytes")
+    for name, value in fields.items():
+        _say(f"field   {name}  {json.dumps(value)}")
+    names = found["metrics_after_training"]
+    assert isinstance(names, list)
+    _say(f"field   metrics, numbers of the training: {', '.join(names)}")
+    _say(f"{len(tensors)} tensors of {found['tensor_bytes']} bytes, and these fields. Nothing else leaves. Nothing was sent.")
+
+
+def _ago(moment: float) -> str:
+    seconds = max(0, int(time.time() - moment))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
+
+
+def _say(message: str) -> None:
+    console.print(message, highlight=False, markup=False, soft_wrap=True)

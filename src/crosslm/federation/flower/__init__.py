@@ -1,0 +1,1 @@
+"""Flower as the carrier of uploads and downloads between machines."""

@@ -1,0 +1,253 @@
+"""The exchange over Flower: a thread that carries, and the spool that it fills and empties.
+
+Flower's grid is touched by the carrying thread alone, so uploads come in while the LLM trains. What
+Flower does not do and this does: ask again when a node was away or a message was lost, wait longer
+each time, and count a reply once however often it comes.
+"""
+
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from crosslm import __version__
+from crosslm.config import FederationConfig
+from crosslm.errors import FederationError, UploadError
+from crosslm.federation import messages
+from crosslm.federation.flower.payload import joined, split
+from crosslm.federation.messages import decode_upload, encode
+from crosslm.federation.spool import Arrival, Spool
+from crosslm.records import Download, Upload
+
+POLL = 0.5  # seconds between looks at the grid and at the spool
+LONGEST_WAIT = 60.0  # seconds between two attempts at a silo that does not answer
+HEARTBEAT = 5.0  # seconds
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Line:
+    """What goes on with one silo: at most one open message."""
+
+    silo: str
+    open_message: str | None = None
+    kind: str = ""
+    round: int = 0
+    asked_at: float = 0.0
+    attempts: int = 0
+    not_before: float = 0.0
+    over: bool = False
+    """It refused, or was refused: it is not asked again."""
+    note: str = ""
+
+
+@dataclass
+class FlowerExchange:
+    """Implements :class:`crosslm.federation.exchange.Exchange` between machines."""
+
+    grid: Grid
+    spool: Spool
+    experiment: str
+    silos: list[str]
+    config: FederationConfig
+    _lines: dict[str, _Line] = field(init=False)
+    _stop: threading.Event = field(init=False, default_factory=threading.Event)
+    _failure: BaseException | None = field(init=False, default=None)
+    _thread: threading.Thread = field(init=False)
+    _beat: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self._lines = {silo: _Line(silo) for silo in self.silos}
+        for arrival in self.spool.arrivals():
+            if arrival.state == "refused" and arrival.silo in self._lines:
+                self._lines[arrival.silo].over = True
+        if self.spool.fact("started") is None:
+            self.spool.note("started", str(time.time()))
+        self._thread = threading.Thread(target=self._carry, name="carrier", daemon=True)
+
+    def start(self) -> None:
+        """Begin to carry."""
+        self._thread.start()
+
+    # -- the exchange, called from the thread that trains ------------------------------------
+
+    def receive(self) -> Upload | None:
+        """The upload that has waited longest; None when nobody waits, after a short while.
+
+        Raises:
+            UploadError: never; an upload that cannot be read is refused and noted in the journal.
+        """
+        self._raise_failure()
+        arrival = self.spool.next()
+        if arrival is None:
+            time.sleep(POLL)
+            return None
+        try:
+            upload = decode_upload(self.spool.upload(arrival))
+            if (upload.client_id, upload.client_round) != (arrival.silo, arrival.round):
+                raise UploadError(
+                    f"silo {arrival.silo}: its upload of round {arrival.round} claims to be {upload.client_id}'s "
+                    f"of round {upload.client_round}"
+                )
+        except (UploadError, FederationError) as error:
+            self.refuse(arrival.silo, arrival.round, error)
+            return None
+        return upload
+
+    def send(self, download: Download) -> None:
+        """Put a download into the spool; the carrying thread brings it to its silo."""
+        self.spool.serve(download.client_id, download.client_round, encode(download))
+
+    def refuse(self, silo: str, number: int, error: Exception) -> None:
+        """An upload cannot be used: its silo is asked for no more."""
+        logger.error("silo %s, round %d: refused: %s", silo, number, error)
+        self.spool.refuse(silo, number, str(error))
+        self._lines[silo].over = True
+
+    def finished(self) -> bool:
+        """Whether no upload is to be served any more."""
+        self._raise_failure()
+        arrivals = self.spool.arrivals()
+        served = sum(arrival.state in ("served", "delivered") for arrival in arrivals)
+        if self.config.arrivals is not None and served >= self.config.arrivals:
+            return True
+        if any(arrival.state in ("received", "processing") for arrival in arrivals):
+            return False
+        return self._too_late() or all(self._is_done(line) for line in self._lines.values())
+
+    def drain(self, seconds: float) -> list[str]:
+        """Wait until all downloads are delivered, at most so long; then stop carrying.
+
+        Returns:
+            Silos that still wait for theirs.
+        """
+        end = time.time() + seconds
+        while time.time() < end and self._owed():
+            self._raise_failure()
+            time.sleep(POLL)
+        self._stop.set()
+        self._thread.join(timeout=30)
+        return [arrival.silo for arrival in self._owed()]
+
+    # -- the carrying thread -----------------------------------------------------------------
+
+    def _carry(self) -> None:
+        try:
+            while not self._stop.is_set():
+                moved = [self._move(line, self._online()) for line in self._lines.values()]
+                if time.time() - self._beat > HEARTBEAT:
+                    self._beat = time.time()
+                    self.spool.note("alive", str(self._beat))
+                if not any(moved):
+                    self._stop.wait(POLL)
+        except BaseException as error:  # noqa: BLE001  raised again in the thread that trains
+            self._failure = error
+
+    def _online(self) -> dict[str, int]:
+        """Node ids of the silos that are connected. A silo is known by its key's name, given by the server."""
+        nodes: Any = self.grid.get_nodes()  # type: ignore[attr-defined]
+        return {node.name: node.node_id for node in nodes}
+
+    def _move(self, line: _Line, online: dict[str, int]) -> bool:
+        """Do what can be done for one silo now; whether something was done."""
+        if line.open_message is not None:
+            return self._look_for_reply(line)
+        task = self._task(line)
+        if task is None or time.time() < line.not_before or line.silo not in online:
+            return False
+        kind, number, content = task
+        message = Message(content, online[line.silo], f"train.{kind}", ttl=self.config.reply_minutes * 60)
+        ids = list(self.grid.push_messages([message]))
+        if not ids or not ids[0]:
+            self._later(line, "the message could not be sent")
+            return False
+        line.open_message, line.kind, line.round, line.asked_at = ids[0], kind, number, time.time()
+        line.note = f"{kind} of round {number} asked for"
+        self._write_line(line)
+        return True
+
+    def _task(self, line: _Line) -> tuple[str, int, RecordDict] | None:
+        """What to ask of a silo next: its upload, to install its download, or nothing for now."""
+        mine = self.spool.of(line.silo)
+        owed = next((arrival for arrival in mine if arrival.state == "served"), None)
+        if owed is not None:
+            content = self._request(owed.round)
+            content["message"] = split(self.spool.download(owed))
+            return "install", owed.round, content
+        if line.over or any(arrival.state in ("received", "processing") for arrival in mine):
+            return None
+        if len(mine) >= self.config.participations or self._too_late():
+            return None
+        return "upload", len(mine), self._request(len(mine))
+
+    def _request(self, number: int) -> RecordDict:
+        fields = {"experiment": self.experiment, "round": number, "version": messages.VERSION, "crosslm": __version__}
+        return RecordDict({"request": ConfigRecord(fields)})
+
+    def _look_for_reply(self, line: _Line) -> bool:
+        replies = list(self.grid.pull_messages([str(line.open_message)]))
+        if not replies:
+            if time.time() - line.asked_at > self.config.reply_minutes * 60:
+                self._later(line, "no answer in time")
+            return False
+        reply = replies[0]
+        if reply.has_error():
+            self._later(line, f"{reply.error.code} {reply.error.reason}"[:200])
+            return True
+        answer = reply.content["reply"]
+        assert isinstance(answer, ConfigRecord)
+        if answer["status"] != "ok":
+            self._refused_by_silo(line, str(answer["reason"]))
+        elif line.kind == "upload":
+            self._received(line, reply)
+        else:
+            self.spool.delivered(line.silo, line.round)
+        line.open_message, line.attempts = None, 0
+        self._write_line(line)
+        return True
+
+    def _received(self, line: _Line, reply: Message) -> None:
+        arrays = reply.content["message"]
+        assert isinstance(arrays, ArrayRecord)
+        try:
+            new = self.spool.put(line.silo, line.round, joined(arrays))
+            line.note = "upload received" if new else "upload received again"
+        except FederationError as error:
+            logger.error("%s", error)
+            line.note = str(error)
+
+    def _refused_by_silo(self, line: _Line, reason: str) -> None:
+        logger.error("silo %s refused %s of round %d: %s", line.silo, line.kind, line.round, reason)
+        line.over, line.note = True, f"refused {line.kind}: {reason}"
+        if line.kind == "install":
+            self.spool.delivered(line.silo, line.round, f"the silo did not take it: {reason}")
+
+    def _later(self, line: _Line, why: str) -> None:
+        line.attempts += 1
+        wait = min(LONGEST_WAIT, 2.0 ** min(line.attempts, 10))
+        line.open_message, line.not_before, line.note = None, time.time() + wait, f"{why}; asked again in {wait:.0f} s"
+        logger.warning("silo %s: %s", line.silo, line.note)
+        self._write_line(line)
+
+    def _write_line(self, line: _Line) -> None:
+        self.spool.note(f"silo/{line.silo}", f"{time.time():.0f} {line.note}")
+
+    # -- state -------------------------------------------------------------------------------
+
+    def _owed(self) -> list[Arrival]:
+        return [arrival for arrival in self.spool.arrivals() if arrival.state == "served"]
+
+    def _is_done(self, line: _Line) -> bool:
+        return line.over or len(self.spool.of(line.silo)) >= self.config.participations
+
+    def _too_late(self) -> bool:
+        minutes = self.config.deadline_minutes
+        return minutes is not None and time.time() > float(str(self.spool.fact("started"))) + minutes * 60
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure

@@ -1,0 +1,70 @@
+"""The server's only open port: passes on what silos ask, and nothing that controls the federation.
+
+Flower serves its Fleet interface (authenticated nodes) and its Control interface (no accounts: who
+reaches it may start code on every node) on one port. The SuperLink therefore listens on the loopback
+interface, and this gateway in front of it lets ``/v1/fleet/`` through and answers 404 to the rest.
+"""
+
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+PASSED = "/v1/fleet/"
+NOT_PASSED_ON = {"connection", "keep-alive", "transfer-encoding", "upgrade", "te", "trailer", "proxy-authorization"}
+
+
+def gateway(superlink: str, ca: Path) -> Starlette:
+    """The application in front of a SuperLink.
+
+    Args:
+        superlink: its address, as ``https://127.0.0.1:PORT``.
+        ca: certificate of the authority that signed its certificate.
+    """
+    client = httpx.AsyncClient(
+        base_url=superlink, verify=ssl.create_default_context(cafile=str(ca)), timeout=httpx.Timeout(300, connect=10)
+    )
+
+    async def passed(request: Request) -> Response:
+        if not request.url.path.startswith(PASSED) or ".." in request.url.path:
+            return PlainTextResponse("this is not served here\n", status_code=404)
+        headers = [(name, value) for name, value in request.headers.raw if name.decode().lower() not in NOT_PASSED_ON]
+        inner = client.build_request(
+            request.method, request.url.path, params=request.query_params, headers=headers, content=request.stream()
+        )
+        try:
+            answer = await client.send(inner, stream=True)
+        except httpx.ConnectError:
+            return PlainTextResponse("the SuperLink is not running\n", status_code=503)
+        kept = {name: value for name, value in answer.headers.items() if name.lower() not in NOT_PASSED_ON}
+        return StreamingResponse(_body(answer), status_code=answer.status_code, headers=kept)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await client.aclose()
+
+    methods = ["GET", "POST", "PUT", "DELETE", "PATCH"]
+    return Starlette(routes=[Route("/{path:path}", passed, methods=methods)], lifespan=lifespan)
+
+
+async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for part in answer.aiter_raw():
+            yield part
+    finally:
+        await answer.aclose()
+
+
+def serve(kit: Path, bind: str, port: int, superlink_port: int) -> None:
+    """Listen with the kit's certificate until stopped."""
+    app = gateway(f"https://127.0.0.1:{superlink_port}", kit / "ca.crt")
+    certificate, key = str(kit / "server.crt"), str(kit / "server.key")
+    uvicorn.run(app, host=bind, port=port, ssl_certfile=certificate, ssl_keyfile=key, log_level="warning")

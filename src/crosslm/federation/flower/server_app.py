@@ -1,0 +1,35 @@
+"""The server application: the same loop as in one process, over Flower's grid."""
+
+import os
+import time
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from crosslm.federation.deployment import Deployment
+from crosslm.federation.exchange import serve
+from crosslm.federation.flower.client_app import KIT
+from crosslm.federation.flower.exchange import FlowerExchange
+from crosslm.federation.kits import read_server, server_config, silo_names
+from crosslm.federation.spool import Spool
+from crosslm.models.sources import cache_folder
+
+app = ServerApp()
+
+DELIVERY_TIME = 24 * 3600.0  # seconds that downloads are kept on offer after the last step
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Serve uploads until the run is complete, then wait until the downloads are delivered."""
+    kit = Path(os.environ[KIT])
+    config, spool = server_config(kit), Spool(kit / "spool")
+    spool.note("process", f"{os.getpid()} {time.time()}")
+    exchange = FlowerExchange(grid, spool, read_server(kit).experiment, silo_names(kit), config.federation)
+    exchange.start()  # uploads are taken in while models load
+    with Deployment.open(kit / "run", config, cache_folder(), exchange.refuse, spool) as deployment:
+        serve(exchange, deployment.server, deployment, exchange.finished)
+        waiting = exchange.drain(DELIVERY_TIME)
+        deployment.complete(waiting)
+    spool.note("finished", ",".join(waiting))

@@ -1,0 +1,123 @@
+"""Start-up kits: the folders that ``crosslm provision`` makes, one for the server and one for each silo.
+
+A kit is all that a party needs besides crosslm itself: its settings, its key, and the certificate of
+the federation's authority. The authority's own key stays where the kits were made.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+import tomli_w
+from pydantic import Field, ValidationError, model_validator
+
+from crosslm.config import Config, FitConfig, Positive, Section, SLMSpec
+from crosslm.config_file import load
+from crosslm.errors import FederationError
+
+SERVER_FILE = "server.toml"
+SILO_FILE = "silo.toml"
+Port = Annotated[int, Field(gt=0, lt=65536)]
+Kit = TypeVar("Kit", bound=Section)
+
+
+class ServerSettings(Section):
+    """``server.toml``: where the server listens and which experiment it runs."""
+
+    experiment: str
+    """Name of this federation with a random part; silos answer to no other."""
+    address: str = Field(pattern=r"^[^\s:/]+:\d{1,5}$")
+    """HOST:PORT that silos connect to."""
+    bind: str = "0.0.0.0"
+    """Address of this machine that the gateway listens on."""
+    superlink_port: Port = 9091
+    """Port on the loopback interface for Flower's SuperLink; never opened to others."""
+
+
+class SiloData(Section):
+    """Where a silo's private text is."""
+
+    dir: str = "."
+    """Relative to the kit."""
+    train: str
+    """CSV, CSV.gz or JSONL file in ``dir``."""
+    text_column: str = "text"
+    label_column: str = "label"
+
+
+class SiloSettings(Section):
+    """``silo.toml``: all that a silo decides for itself. The server cannot change any of it."""
+
+    id: str
+    experiment: str
+    """The federation that this silo takes part in; requests of any other are refused."""
+    server: str = Field(pattern=r"^[^\s:/]+:\d{1,5}$")
+    """HOST:PORT of the server's gateway."""
+    labels: tuple[str, ...] = Field(min_length=2)
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "auto"
+    runtime_port: Port = 9094
+    """Port on the loopback interface for Flower's SuperNode; each silo on a machine needs its own."""
+    wire_dtype: Literal["float32", "float16"] = "float32"
+    """``float16``: weights travel in half the bytes, rounded to 11 bits; the receipt says what that
+    does to the accuracy on the private rows."""
+    max_participations: Positive = 1
+    """Uploads that this silo agrees to send in all."""
+    data: SiloData
+    slm: SLMSpec
+    max_length: Positive = 128
+    freeze_embeddings: bool = False
+    fit: FitConfig = FitConfig()
+    """Step 1: training on the private rows."""
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels must differ from each other, found {list(self.labels)}")
+        return self
+
+
+def read_server(kit: Path) -> ServerSettings:
+    """The settings in a server's kit.
+
+    Raises:
+        FederationError: it is not one, or a setting is wrong.
+    """
+    return _read(kit, SERVER_FILE, ServerSettings)
+
+
+def read_silo(kit: Path) -> SiloSettings:
+    """The settings in a silo's kit.
+
+    Raises:
+        FederationError: it is not one, or a setting is wrong.
+    """
+    return _read(kit, SILO_FILE, SiloSettings)
+
+
+def server_config(kit: Path) -> Config:
+    """The configuration of the run in a server's kit."""
+    return load(kit / "config.toml")
+
+
+def silo_names(kit: Path) -> list[str]:
+    """The silos that a server's kit knows, which are those with a public key in it."""
+    return sorted(path.stem for path in (kit / "silos").glob("*.pub"))
+
+
+def dump(settings: Section) -> str:
+    """Settings as TOML."""
+    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
+
+
+def _read(kit: Path, name: str, kind: type[Kit]) -> Kit:
+    path = kit / name
+    if not path.is_file():
+        raise FederationError(f"{kit}: has no {name}, so it is no kit of this kind; crosslm provision makes kits")
+    try:
+        return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FederationError(f"{path}: cannot be read as a TOML file: {error}") from error
+    except ValidationError as error:
+        found = [f"{path}: {'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()]
+        raise FederationError("\n".join(found)) from None

@@ -1,0 +1,243 @@
+"""A silo between machines: what it remembers on its own disk from one request of the server to the next.
+
+The client application may run in a new process for each message, so everything is kept in the kit's
+``state`` folder. A request that comes twice is answered from there and nothing is trained twice.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import float16, float32
+
+from crosslm.client import Client
+from crosslm.config import DataConfig
+from crosslm.data import load_examples
+from crosslm.errors import FederationError
+from crosslm.federation.kits import SiloSettings, read_silo
+from crosslm.federation.messages import decode_download, decode_upload, describe, encode
+from crosslm.models.slm import SLM
+from crosslm.models.sources import model_folder, resolve_device
+from crosslm.records import Examples, SlmState, Upload
+from crosslm.seeding import seed_for
+
+DTYPES = {"float32": float32, "float16": float16}
+
+
+class Silo:
+    """One silo's kit, its private text and its state. Nothing of the server's decides what is read here."""
+
+    def __init__(self, kit: Path, cache: Path) -> None:
+        """Open a kit.
+
+        Raises:
+            FederationError: it is not a silo's.
+        """
+        self.kit, self.cache = kit, cache
+        self.settings: SiloSettings = read_silo(kit)
+        self.state = kit / "state"
+
+    @property
+    def installed(self) -> int:
+        """How many rounds are complete: uploaded, enhanced and installed."""
+        path = self.state / "installed.json"
+        return int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.exists() else 0
+
+    def upload(self, experiment: str, number: int) -> bytes:
+        """Step 1: the upload of a round, trained now or, if it was asked for before, as it was sent then.
+
+        Args:
+            experiment: whom the request is from.
+            number: the round, from 0.
+
+        Raises:
+            FederationError: the request is not one that this silo answers.
+            DataError: the private file cannot be used.
+            ModelError: the SLM cannot be loaded.
+        """
+        self._check(experiment, number)
+        path = self.state / f"upload-{number:04}.safetensors"
+        if path.exists():
+            return path.read_bytes()
+        client = self.client()
+        upload = client.train()
+        data = encode(_as_dtype(upload, self.settings.wire_dtype))
+        self._receipt(number, upload, data, client.slm)
+        _write(path, data)
+        return data
+
+    def install(self, experiment: str, number: int, data: bytes) -> dict[str, float]:
+        """Step 5: keep the enhanced SLM, as ``state/slm`` for transformers.
+
+        Returns:
+            What the server is told: the round, and no more.
+
+        Raises:
+            FederationError: it does not answer this silo's upload.
+            UploadError: the download cannot be used.
+        """
+        self._check(experiment, number)
+        if self.installed > number:
+            return {"round": float(number)}
+        mine = self.state / f"upload-{number:04}.safetensors"
+        if not mine.exists():
+            raise FederationError(f"silo {self.settings.id}: a download for round {number}, which was never uploaded")
+        download, upload = decode_download(data), decode_upload(mine.read_bytes())
+        if (download.client_id, download.client_round) != (self.settings.id, number):
+            raise FederationError(
+                f"silo {self.settings.id}: the download of round {number} is for {download.client_id}, "
+                f"round {download.client_round}"
+            )
+        check_same_model(upload.slm, download.slm, f"silo {self.settings.id}")
+        client = self.client()
+        client.install(download)
+        client.slm.save(str(self.state / "slm"))
+        _write(self.state / f"download-{number:04}.safetensors", data)
+        _write(self.state / "installed.json", json.dumps({"rounds": number + 1, "time": time.time()}).encode())
+        return {"round": float(number)}
+
+    def client(self) -> Client:
+        """The client of the method, with the SLM as it is after all complete rounds."""
+        settings = self.settings
+        client = Client(settings.id, self.private(), self.slm(), settings.fit, settings.seed)
+        client.rounds = self.installed
+        return client
+
+    def private(self) -> Examples:
+        """The private rows.
+
+        Raises:
+            DataError: the file is not there or cannot be used; names file and row.
+        """
+        data = self.settings.data
+        folder = str((self.kit / data.dir).absolute())
+        columns = {"text_column": data.text_column, "label_column": data.label_column}
+        config = DataConfig(dir=folder, train=data.train, test=data.train, **columns)
+        return load_examples(data.train, config, self.settings.labels).examples
+
+    def slm(self) -> SLM:
+        """The SLM as it is now: pretrained with a new head, or as the server last returned it."""
+        settings = self.settings
+        device = resolve_device(settings.device)
+        if self.installed:
+            data = (self.state / f"download-{self.installed - 1:04}.safetensors").read_bytes()
+            slm = SLM.from_state(decode_download(data).slm, device)
+            slm.order_labels(settings.labels)
+            slm.freeze_embeddings(settings.freeze_embeddings)
+            return slm
+        return SLM.load(
+            model_folder(settings.slm.model, self.cache),
+            settings.labels,
+            settings.max_length,
+            seed_for(settings.seed, "head", settings.id),
+            settings.slm.num_hidden_layers,
+            settings.freeze_embeddings,
+            device,
+        )
+
+    def would_send(self) -> dict[str, Any]:
+        """Every tensor and every field that an upload has, before anything is trained.
+
+        Values that training gives are there as they are before it: no metrics, but their names are in
+        ``metrics_after_training``.
+        """
+        counts = tuple(self.private().class_counts(len(self.settings.labels)))
+        upload = Upload(self.settings.id, self.installed, counts, {}, self.slm().to_state())
+        names = ["loss", "epochs"]
+        if self.settings.fit.patience:
+            names += ["holdout_loss", "holdout_accuracy"]
+        found = contents(_as_dtype(upload, self.settings.wire_dtype))
+        return {**found, "metrics_after_training": names}
+
+    def receipts(self) -> list[dict[str, Any]]:
+        """What left this silo so far, one receipt an upload."""
+        paths = sorted((self.state / "receipts").glob("*.json"))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+    def _check(self, experiment: str, number: int) -> None:
+        settings = self.settings
+        if experiment != settings.experiment:
+            raise FederationError(
+                f"silo {settings.id}: takes part in {settings.experiment!r}, and not in {experiment!r}"
+            )
+        if number >= settings.max_participations:
+            raise FederationError(
+                f"silo {settings.id}: agrees to {settings.max_participations} uploads (max_participations) "
+                f"and was asked for number {number + 1}"
+            )
+        if number > self.installed:
+            raise FederationError(
+                f"silo {settings.id}: was asked about round {number}, but has completed only {self.installed}"
+            )
+
+    def _receipt(self, number: int, upload: Upload, data: bytes, slm: SLM) -> None:
+        receipt = {"time": time.time(), "server": self.settings.server, "bytes_sent": len(data)}
+        receipt |= contents(_as_dtype(upload, self.settings.wire_dtype))
+        if self.settings.wire_dtype != "float32":
+            private = self.private()
+            rounded = SLM.from_state(_as_dtype(upload, self.settings.wire_dtype).slm, str(slm.device))
+            rounded.order_labels(slm.labels)
+            receipt["accuracy_on_private_rows"] = {
+                "float32": slm.accuracy(private),
+                self.settings.wire_dtype: rounded.accuracy(private),
+            }
+        path = self.state / "receipts" / f"upload-{number:04}.json"
+        _write(path, (json.dumps(receipt, indent=1) + "\n").encode())
+
+
+def contents(upload: Upload) -> dict[str, Any]:
+    """All that is in an upload: every field by name, the tensors by shape, type and size."""
+    state = upload.slm
+    fields = {name: value for name, value in describe(upload).items() if name not in ("tensors", "bytes")}
+    return {
+        "fields": {
+            **fields,
+            "labels": list(state.labels),
+            "max_length": state.max_length,
+            "architecture": dict(state.architecture),
+            "tokenizer": {name: f"{len(text.encode())} bytes" for name, text in state.tokenizer.items()},
+        },
+        "tensors": describe(upload)["tensors"],
+        "tensor_bytes": describe(upload)["bytes"],
+    }
+
+
+def check_same_model(mine: SlmState, returned: SlmState, who: str) -> None:
+    """Find out that what came back is the model that was sent, with other weights and nothing else.
+
+    Raises:
+        FederationError: it is another one.
+    """
+    if (mine.architecture, mine.tokenizer, mine.labels) != (returned.architecture, returned.tokenizer, returned.labels):
+        raise FederationError(f"{who}: the SLM that came back has another architecture, tokenizer or label order")
+    if _shapes(mine.weights) != _shapes(returned.weights):
+        raise FederationError(f"{who}: the SLM that came back has other tensors than the one that was sent")
+    broken = [name for name, weight in returned.weights.items() if not weight.isfinite().all()]
+    if broken:
+        raise FederationError(f"{who}: the SLM that came back has values in {broken[0]} that are not finite")
+
+
+def _shapes(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
+
+
+def _as_dtype(upload: Upload, name: str) -> Upload:
+    dtype = DTYPES[name]
+    weights = {
+        key: weight.to(dtype) if weight.dtype == float32 else weight for key, weight in upload.slm.weights.items()
+    }
+    return replace(upload, slm=replace(upload.slm, weights=weights))
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,242 @@
+"""The server's spool: every upload and download is on its disk before anything is done about it.
+
+Files are safetensors as they came. What happened to each is a row of a SQLite journal (WAL, each
+commit synced), so that a server that dies at any moment finds on its next start what it has
+received, what it was working on, and what it still owes to whom.
+"""
+
+import hashlib
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from crosslm.errors import FederationError
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS arrivals (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    silo TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('received', 'processing', 'served', 'delivered', 'refused')),
+    sha256 TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    received_at REAL NOT NULL,
+    started_at REAL,
+    served_at REAL,
+    delivered_at REAL,
+    download_sha256 TEXT,
+    note TEXT NOT NULL DEFAULT '',
+    UNIQUE (silo, round)
+);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One upload and what became of it; times are seconds since 1970."""
+
+    number: int
+    """Order of arrival, from 1."""
+    silo: str
+    round: int
+    state: str
+    """``received``, ``processing``, ``served`` (its download waits), ``delivered`` or ``refused``."""
+    sha256: str
+    bytes: int
+    received_at: float
+    started_at: float | None
+    served_at: float | None
+    delivered_at: float | None
+    download_sha256: str | None
+    note: str
+
+    @property
+    def since(self) -> float:
+        """When it came into its state."""
+        times = {"processing": self.started_at, "served": self.served_at, "delivered": self.delivered_at}
+        return times.get(self.state) or self.received_at
+
+
+class Spool:
+    """Uploads that came, downloads that go, and the journal of both. Safe for several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a spool, or make one.
+
+        Raises:
+            FederationError: it cannot be opened.
+        """
+        self.folder = folder
+        self._lock = threading.Lock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(folder / "journal.sqlite", check_same_thread=False, timeout=30)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = FULL")
+            self._database.executescript(SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise FederationError(f"{folder}: the spool cannot be opened: {error}") from error
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._database.close()
+
+    def put(self, silo: str, number: int, parts: Iterable[bytes]) -> bool:
+        """Keep an upload; only then does it count as received.
+
+        Args:
+            silo: who sent it, as the transport knows the sender.
+            number: its round, from 0.
+            parts: its bytes.
+
+        Returns:
+            False if exactly this upload was here before.
+
+        Raises:
+            FederationError: another upload of the same silo and round was here before.
+        """
+        path = self.upload_file(silo, number)
+        digest, size = _write(path.with_suffix(".part"), parts)
+        with self._lock:
+            known = self._row("silo = ? AND round = ?", silo, number)
+            if known is not None:
+                path.with_suffix(".part").unlink()
+                if known.sha256 == digest:
+                    return False
+                raise FederationError(
+                    f"silo {silo}: round {number} was received before with other contents "
+                    f"(SHA-256 {known.sha256[:12]}, now {digest[:12]}); the first one counts"
+                )
+            os.replace(path.with_suffix(".part"), path)
+            _sync_folder(self.folder)
+            self._write(
+                "INSERT INTO arrivals (silo, round, state, sha256, bytes, received_at) "
+                "VALUES (?, ?, 'received', ?, ?, ?)",
+                silo,
+                number,
+                digest,
+                size,
+                time.time(),
+            )
+        return True
+
+    def next(self) -> Arrival | None:
+        """The upload that waits longest, or the one that was being worked on when the server stopped."""
+        with self._lock:
+            waiting = self._row("state IN ('received', 'processing') ORDER BY number LIMIT 1")
+            if waiting is not None:
+                sql = "UPDATE arrivals SET state = 'processing', started_at = ? WHERE number = ?"
+                self._write(sql, time.time(), waiting.number)
+            return waiting
+
+    def upload(self, arrival: Arrival) -> bytes:
+        """The bytes of an upload.
+
+        Raises:
+            FederationError: the file is not what was received.
+        """
+        return _read(self.upload_file(arrival.silo, arrival.round), arrival.sha256)
+
+    def serve(self, silo: str, number: int, download: bytes) -> None:
+        """Keep the download that answers an upload; it is owed from now on."""
+        digest, _ = _write(self.download_file(silo, number), [download])
+        sql = "UPDATE arrivals SET state = 'served', served_at = ?, download_sha256 = ? WHERE silo = ? AND round = ?"
+        with self._lock:
+            self._write(sql, time.time(), digest, silo, number)
+
+    def download(self, arrival: Arrival) -> bytes:
+        """The bytes of a download.
+
+        Raises:
+            FederationError: the file is not what was written.
+        """
+        return _read(self.download_file(arrival.silo, arrival.round), str(arrival.download_sha256))
+
+    def refuse(self, silo: str, number: int, why: str) -> None:
+        """An upload cannot be used; it stays on disk."""
+        with self._lock:
+            sql = "UPDATE arrivals SET state = 'refused', note = ? WHERE silo = ? AND round = ?"
+            self._write(sql, why, silo, number)
+
+    def delivered(self, silo: str, number: int, note: str = "") -> None:
+        """The silo has confirmed its download."""
+        with self._lock:
+            sql = "UPDATE arrivals SET state = 'delivered', delivered_at = ?, note = ? WHERE silo = ? AND round = ?"
+            self._write(sql, time.time(), note, silo, number)
+
+    def arrivals(self) -> list[Arrival]:
+        """All, in order of arrival."""
+        with self._lock:
+            rows = self._database.execute("SELECT * FROM arrivals ORDER BY number").fetchall()
+        return [Arrival(*row) for row in rows]
+
+    def of(self, silo: str) -> list[Arrival]:
+        """One silo's, in order of arrival."""
+        return [arrival for arrival in self.arrivals() if arrival.silo == silo]
+
+    def note(self, name: str, value: str) -> None:
+        """Remember a fact about the run under a name."""
+        with self._lock:
+            self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", name, value)
+
+    def fact(self, name: str) -> str | None:
+        """A fact that was remembered."""
+        with self._lock:
+            row = self._database.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def upload_file(self, silo: str, number: int) -> Path:
+        """Where an upload is kept."""
+        return self.folder / f"{silo}-{number:04}-up.safetensors"
+
+    def download_file(self, silo: str, number: int) -> Path:
+        """Where a download is kept."""
+        return self.folder / f"{silo}-{number:04}-down.safetensors"
+
+    def _row(self, where: str, *values: object) -> Arrival | None:
+        row = self._database.execute(f"SELECT * FROM arrivals WHERE {where}", values).fetchone()
+        return None if row is None else Arrival(*row)
+
+    def _write(self, sql: str, *values: object) -> None:
+        with self._database:
+            self._database.execute(sql, values)
+
+
+def _write(path: Path, parts: Iterable[bytes]) -> tuple[str, int]:
+    """Write under a name of its own, sync, and give the file its name: digest and size."""
+    digest, size = hashlib.sha256(), 0
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        for part in parts:
+            digest.update(part)
+            size += len(part)
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+    return digest.hexdigest(), size
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path, expected: str) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FederationError(f"{path}: cannot be read: {error}") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != expected:
+        raise FederationError(f"{path}: has changed since it was written (SHA-256 {digest[:12]}, not {expected[:12]})")
+    return data
