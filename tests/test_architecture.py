@@ -25,11 +25,17 @@ LAYERS = [
     {"baselines", "federation.exchange", "federation.messages"},
     {"federation.local"},
     {"preparation"},
+    {"federation.kits", "federation.spool"},
+    {"federation.provision", "federation.silo"},
+    {"federation.deployment"},
+    {"federation.flower.payload", "federation.flower.gateway"},
+    {"federation.flower.client_app", "federation.flower.exchange"},
+    {"federation.flower.server_app", "federation.flower.processes"},
     {"experiment"},
     {"reevaluate"},
     {"report", "display"},
     {"cli.app"},
-    {"cli.runs", "cli.models"},
+    {"cli.federation", "cli.runs", "cli.models"},
     {"cli.main"},
 ]
 
@@ -77,12 +83,12 @@ def test_configuration_and_task_need_no_torch():
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("flwr", {"federation.flower.server_app", "federation.flower.client_app"}),
+        ("flwr", {f"federation.flower.{name}" for name in ("server_app", "client_app", "exchange", "payload")}),
         ("datasets", {"data"}),
         ("peft", {"models.llm"}),
         ("sentence_transformers", {"models.encoder"}),
-        ("typer", {"cli.app", "cli.main", "cli.runs", "cli.models"}),
-        ("subprocess", {"demo"}),
+        ("typer", {f"cli.{name}" for name in ("app", "main", "federation", "models", "runs")}),
+        ("subprocess", {"demo", "federation.flower.processes"}),
     ],
 )
 def test_a_library_is_used_in_its_place_only(library, allowed):
@@ -102,6 +108,7 @@ def test_nothing_trusts_what_it_loads():
 
 def test_files_are_written_by_their_writers_only():
     writers = {"rundir", "demo", "models.sources", "models.vocabulary", "models.llm", "models.slm"}
+    writers |= {f"federation.{name}" for name in ("provision", "silo", "spool", "flower.processes")}
     for path in FILES:
         if re.search(r"write_text\(|write_bytes\(|\.open\(\"[wa]|save_pretrained\(", path.read_text()):
             assert module_name(path) in writers, path

@@ -36,8 +36,9 @@ def provision(
 @app.command()
 def server(kit: KitArgument) -> None:
     """Run the server of a kit until all silos are served; start it again and it goes on."""
-    from crosslm.federation.flower.processes import ServerProcesses
+    from crosslm.federation.flower.processes import ServerProcesses, end_on_sigterm
 
+    end_on_sigterm()
     waiting = ServerProcesses(kit, _say).run()
     _say("complete" + (f"; not delivered to: {', '.join(waiting)}" if waiting else ""))
     _say(f"Everything is in {kit / 'run'} (summary.json, synthetic/, slm/, llm/).")
@@ -61,8 +62,9 @@ def client(
         _print_contents(silo.would_send())
         return
     silo.private()  # a file that cannot be used is found now, and not when the server asks
-    from crosslm.federation.flower.processes import run_silo
+    from crosslm.federation.flower.processes import end_on_sigterm, run_silo
 
+    end_on_sigterm()
     run_silo(silo, _say)
 
 
@@ -102,7 +104,13 @@ def server_status(kit: Path) -> None:
 
     spool, settings = Spool(kit / "spool"), read_server(kit)
     alive, finished = spool.fact("alive"), spool.fact("finished")
-    state = "complete" if finished is not None else f"last sign of life {_ago(float(alive))} ago" if alive else "not started"
+    state = (
+        "complete"
+        if finished is not None
+        else f"last sign of life {_ago(float(alive))} ago"
+        if alive
+        else "not started"
+    )
     _say(f"{settings.experiment} at {settings.address}: {state}")
     table = Table("silo", "round", "state", "since", "bytes", "note", box=None)
     for silo in silo_names(kit):
@@ -122,13 +130,15 @@ def _print_contents(found: dict[str, object]) -> None:
     assert isinstance(tensors, dict)
     assert isinstance(fields, dict)
     for name, entry in tensors.items():
-        _say(f"tensor  {name}  {'x'.join(map(str, entry['shape'])) or 'scalar'}  {entry['dtype']}  {entry['bytes']} bytes")
+        shape = "x".join(map(str, entry["shape"])) or "scalar"
+        _say(f"tensor  {name}  {shape}  {entry['dtype']}  {entry['bytes']} bytes")
     for name, value in fields.items():
         _say(f"field   {name}  {json.dumps(value)}")
     names = found["metrics_after_training"]
     assert isinstance(names, list)
     _say(f"field   metrics, numbers of the training: {', '.join(names)}")
-    _say(f"{len(tensors)} tensors of {found['tensor_bytes']} bytes, and these fields. Nothing else leaves. Nothing was sent.")
+    _say(f"{len(tensors)} tensors of {found['tensor_bytes']} bytes, and these fields. Nothing else leaves.")
+    _say("Nothing was sent.")
 
 
 def _ago(moment: float) -> str:

@@ -59,7 +59,7 @@ WantedBy=multi-user.target
 """
 START = """\
 #!/bin/sh
-# Starts what is in this kit, and starts it again when it dies. crosslm must be installed: pip install 'crosslm[federation]'
+# Starts what is in this kit, and starts it again when it dies. Needs: pip install 'crosslm[federation]'
 cd "$(dirname "$0")" || exit 1
 while true; do
     crosslm {command} . && exit 0
@@ -196,9 +196,7 @@ def _silo_settings(config: Config, client: ClientConfig, server: ServerSettings,
         device=config.device,
         runtime_port=FIRST_RUNTIME_PORT + place,
         max_participations=config.federation.participations,
-        data=SiloData(
-            train=client.train, text_column=config.data.text_column, label_column=config.data.label_column
-        ),
+        data=SiloData(train=client.train, text_column=config.data.text_column, label_column=config.data.label_column),
         slm=spec,
         max_length=config.slm.max_length,
         freeze_embeddings=config.slm.freeze_embeddings,

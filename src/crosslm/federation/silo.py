@@ -145,8 +145,10 @@ class Silo:
         Values that training gives are there as they are before it: no metrics, but their names are in
         ``metrics_after_training``.
         """
-        counts = tuple(self.private().class_counts(len(self.settings.labels)))
-        upload = Upload(self.settings.id, self.installed, counts, {}, self.slm().to_state())
+        private, slm = self.private(), self.slm()
+        slm.predict_proba(private.texts[:1])  # a tokenizer that was used once has its truncation written in it
+        counts = tuple(private.class_counts(len(self.settings.labels)))
+        upload = Upload(self.settings.id, self.installed, counts, {}, slm.to_state())
         names = ["loss", "epochs"]
         if self.settings.fit.patience:
             names += ["holdout_loss", "holdout_accuracy"]

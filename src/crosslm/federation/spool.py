@@ -5,6 +5,7 @@ commit synced), so that a server that dies at any moment finds on its next start
 received, what it was working on, and what it still owes to whom.
 """
 
+import fcntl
 import hashlib
 import os
 import sqlite3
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from crosslm.errors import FederationError
 
@@ -73,6 +75,7 @@ class Spool:
         """
         self.folder = folder
         self._lock = threading.Lock()
+        self._held: TextIO | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(folder / "journal.sqlite", check_same_thread=False, timeout=30)
@@ -82,9 +85,28 @@ class Spool:
         except (OSError, sqlite3.Error) as error:
             raise FederationError(f"{folder}: the spool cannot be opened: {error}") from error
 
+    def hold(self, seconds: float = 60.0) -> None:
+        """Keep every other process from serving from this spool until this one ends.
+
+        Raises:
+            FederationError: another process does, and does not end in so many seconds.
+        """
+        self._held = open(self.folder / "lock", "w")  # noqa: SIM115  held until the process ends
+        end = time.time() + seconds
+        while True:
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.time() > end:
+                    raise FederationError(f"{self.folder}: another process serves from it") from None
+                time.sleep(0.5)
+
     def close(self) -> None:
-        """Close the journal."""
+        """Close the journal, and let others serve."""
         self._database.close()
+        if self._held is not None:
+            self._held.close()
 
     def put(self, silo: str, number: int, parts: Iterable[bytes]) -> bool:
         """Keep an upload; only then does it count as received.

@@ -149,7 +149,7 @@ class FlowerExchange:
 
     def _online(self) -> dict[str, int]:
         """Node ids of the silos that are connected. A silo is known by its key's name, given by the server."""
-        nodes: Any = self.grid.get_nodes()  # type: ignore[attr-defined]
+        nodes: Any = self.grid.get_nodes()
         return {node.name: node.node_id for node in nodes}
 
     def _move(self, line: _Line, online: dict[str, int]) -> bool:

@@ -8,6 +8,7 @@ met "database is locked", and the run failed.)
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from crosslm.errors import FederationError
 from crosslm.federation.flower.client_app import KIT
@@ -44,13 +47,30 @@ class Child:
         return self.kit / "logs" / f"{self.name}.log"
 
     def start(self) -> None:
-        """Start it, in a session of its own so that stopping it stops what it started."""
+        """Start it; what an earlier start left behind is ended first."""
         self.log.parent.mkdir(exist_ok=True)
+        self._stop_orphan()
         self.started = time.time()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, env=environment(self.kit), stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
+
+        self._pid_file.write_text(str(self.process.pid))
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.kit / "logs" / f"{self.name}.pid"
+
+    def _stop_orphan(self) -> None:
+        """End the process that an earlier start left behind when it was killed: it would keep the port."""
+        try:
+            orphan = psutil.Process(int(self._pid_file.read_text()))
+            if orphan.cmdline()[-len(self.command) + 1 :] == self.command[1:]:
+                orphan.terminate()
+                orphan.wait(15)
+        except (OSError, ValueError, psutil.Error):
+            return
 
     def died(self) -> bool:
         """Whether it was started and runs no more."""
@@ -234,7 +254,8 @@ def run_silo(silo: Silo, note: Note) -> None:
                 node.start()
             if len(silo.receipts()) > sent:
                 sent = len(silo.receipts())
-                note(f"trained; the receipt of what leaves is {kit / 'state' / 'receipts' / f'upload-{sent - 1:04}.json'}")
+                receipt = kit / "state" / "receipts" / f"upload-{sent - 1:04}.json"
+                note(f"trained; the receipt of what leaves is {receipt}")
             if silo.installed > complete:
                 complete = silo.installed
                 note(f"round {complete} is complete: the enhanced classifier is {kit / 'state' / 'slm'}")
@@ -282,9 +303,11 @@ def wait_for_port(host: str, port: int, child: Child) -> None:
 def is_alive(pid: int) -> bool:
     """Whether a process of this machine runs."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    return True
+
+
+def end_on_sigterm() -> None:
+    """Let the usual signal of service managers end this process by way of its clean-up."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -25,6 +25,7 @@ def main(grid: Grid, context: Context) -> None:
     """Serve uploads until the run is complete, then wait until the downloads are delivered."""
     kit = Path(os.environ[KIT])
     config, spool = server_config(kit), Spool(kit / "spool")
+    spool.hold()
     spool.note("process", f"{os.getpid()} {time.time()}")
     exchange = FlowerExchange(grid, spool, read_server(kit).experiment, silo_names(kit), config.federation)
     exchange.start()  # uploads are taken in while models load

@@ -1,0 +1,568 @@
+"""A federation's parts, each alone: kits, spool, silo, gateway, and the exchange over a grid in memory."""
+
+import asyncio
+import copy
+import json
+import stat
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import tiny_llm
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from crosslm.config import Config, FederationConfig
+from crosslm.errors import DataError, FederationError, UploadError
+from crosslm.federation.flower import client_app, gateway
+from crosslm.federation.flower.exchange import FlowerExchange
+from crosslm.federation.flower.payload import PART, joined, split
+from crosslm.federation.kits import SILO_FILE, dump, read_server, read_silo, server_config, silo_names
+from crosslm.federation.messages import decode_upload, encode
+from crosslm.federation.provision import provision
+from crosslm.federation.silo import Silo
+from crosslm.federation.spool import Spool
+from crosslm.models.encoder import SentenceEncoder
+from crosslm.records import Download
+from crosslm.server import Server
+from crosslm.task import Task
+
+# Flower writes these where a message is made; a plain process has to say what run it is in
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict  # isort: skip
+from flwr.supercore import task_identity  # isort: skip
+
+
+@pytest.fixture
+def federated(settings, models, data_folder):
+    """The configuration of a run with two silos that have files of their own."""
+    tables = copy.deepcopy(settings)
+    rows = (data_folder / "train.csv").read_text().splitlines()
+    mixed = [*rows[1:31:2], *rows[31:61:2]]
+    for number, part in enumerate((mixed[::2], mixed[1::2])):
+        (data_folder / f"silo-{number}.csv").write_text("\n".join([rows[0], *part]) + "\n")
+    for key in ("train", "num_clients", "alpha"):
+        tables["data"].pop(key)
+    tables["data"]["judge_rows"] = 0
+    tables["clients"] = [
+        {"id": "silo-0", "train": "silo-0.csv", "model": str(models / "bert")},
+        {"id": "silo-1", "train": "silo-1.csv", "model": str(models / "distilbert")},
+    ]
+    return tables
+
+
+@pytest.fixture
+def kits(federated, tmp_path, data_folder):
+    """Kits of that run, with each silo's text in its kit."""
+    folder = tmp_path / "kits"
+    provision(Config.model_validate(federated), "localhost:9400", folder)
+    for number in (0, 1):
+        kit = folder / "silos" / f"silo-{number}"
+        (kit / f"silo-{number}.csv").write_bytes((data_folder / f"silo-{number}.csv").read_bytes())
+    return folder
+
+
+@pytest.fixture
+def silo(kits, tmp_path):
+    return Silo(kits / "silos" / "silo-0", tmp_path / "cache")
+
+
+def change(kit, **fields):
+    settings = read_silo(kit).model_copy(update=fields)
+    (kit / SILO_FILE).write_text(dump(settings))
+
+
+# -- kits ------------------------------------------------------------------------------------
+
+
+def test_kits_hold_what_each_party_needs_and_no_secret_of_another(kits):
+    authority = x509.load_pem_x509_certificate((kits / "authority" / "ca.crt").read_bytes())
+    certificate = x509.load_pem_x509_certificate((kits / "server" / "server.crt").read_bytes())
+    certificate.verify_directly_issued_by(authority)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost"]
+    assert silo_names(kits / "server") == ["silo-0", "silo-1"]
+    secrets = {}
+    for silo in ("silo-0", "silo-1"):
+        kit = kits / "silos" / silo
+        key = serialization.load_ssh_private_key((kit / "silo.key").read_bytes(), None)
+        assert isinstance(key.curve, ec.SECP384R1)
+        public = serialization.load_ssh_public_key((kits / "server" / "silos" / f"{silo}.pub").read_bytes())
+        assert public.public_numbers() == key.public_key().public_numbers()
+        secrets[kit / "silo.key"] = (kit / "silo.key").read_bytes()
+        assert (kit / "ca.crt").read_bytes() == (kits / "authority" / "ca.crt").read_bytes()
+    for path in (kits / "server" / "server.key", kits / "authority" / "ca.key"):
+        secrets[path] = path.read_bytes()
+    for path in (path for path in kits.rglob("*") if path.is_file()):
+        held = [owner for owner, secret in secrets.items() if secret in path.read_bytes()]
+        assert held in ([], [path]), f"{path} holds the secret of {held}"
+        if held:
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_the_server_kit_has_the_run_and_the_silo_kit_its_own_settings(kits, federated):
+    assert server_config(kits / "server").task == Config.model_validate(federated).task
+    settings = read_silo(kits / "silos" / "silo-1")
+    assert settings.experiment == read_server(kits / "server").experiment
+    assert settings.slm.model == federated["clients"][1]["model"]
+    assert settings.data.train == "silo-1.csv"
+    assert settings.labels == ("bad", "good")
+    assert (kits / "silos" / "silo-1" / "start.sh").stat().st_mode & stat.S_IXUSR
+    assert "crosslm client ." in (kits / "silos" / "silo-1" / "start.sh").read_text()
+    assert "Restart=always" in (kits / "server" / "crosslm-server.service").read_text()
+    assert "def " not in (kits / "server" / "app" / "pyproject.toml").read_text()
+
+
+def test_a_silo_is_added_without_touching_the_others(kits, federated):
+    before = {path: path.read_bytes() for path in kits.rglob("*") if path.is_file()}
+    federated["clients"].append({"id": "late", "train": "silo-0.csv"})
+    made = provision(Config.model_validate(federated), "localhost:9400", kits)
+    assert made == [kits / "silos" / "late"]
+    assert silo_names(kits / "server") == ["late", "silo-0", "silo-1"]
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert read_silo(made[0]).runtime_port not in {
+        read_silo(kits / "silos" / name).runtime_port for name in ("silo-0", "silo-1")
+    }
+
+
+def test_provisioning_says_what_is_wrong(federated, settings, kits):
+    config = Config.model_validate(federated)
+    with pytest.raises(FederationError, match=r"\[\[clients\]\]"):
+        provision(Config.model_validate(settings), "localhost:9400", kits / "new")
+    for address in ("localhost", "localhost:port", ":9400", "localhost:0"):
+        with pytest.raises(FederationError, match="HOST:PORT"):
+            provision(config, address, kits / "new")
+    with pytest.raises(FederationError, match="holds the kits of"):
+        provision(config, "elsewhere:9400", kits)
+    assert not (kits / "new").exists()
+
+
+def test_settings_that_are_wrong_are_named(kits):
+    kit = kits / "silos" / "silo-0"
+    with pytest.raises(FederationError, match=r"no server\.toml"):
+        read_server(kit)
+    (kit / SILO_FILE).write_text((kit / SILO_FILE).read_text().replace("wire_dtype", "wire_dtipe"))
+    with pytest.raises(FederationError, match="wire_dtipe"):
+        read_silo(kit)
+    (kit / SILO_FILE).write_text("id = ")
+    with pytest.raises(FederationError, match="TOML"):
+        read_silo(kit)
+
+
+# -- spool -----------------------------------------------------------------------------------
+
+
+def test_an_upload_counts_once_however_often_it_comes(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    assert spool.put("a", 0, [b"one", b"two"])
+    assert not spool.put("a", 0, [b"onetwo"])
+    with pytest.raises(FederationError, match="silo a: round 0 was received before with other contents"):
+        spool.put("a", 0, [b"other"])
+    assert [arrival.bytes for arrival in spool.arrivals()] == [6]
+    assert spool.upload(spool.arrivals()[0]) == b"onetwo"
+    assert not list((tmp_path / "spool").glob("*.part*"))
+
+
+def test_uploads_are_served_in_order_of_arrival_and_none_is_lost_by_a_restart(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    for silo in ("slow", "fast"):
+        spool.put(silo, 0, [silo.encode()])
+    assert spool.next().silo == "slow"
+    spool.close()  # the server dies while it works on it
+    spool = Spool(tmp_path / "spool")
+    assert spool.next().silo == "slow"
+    spool.serve("slow", 0, b"enhanced")
+    assert spool.next().silo == "fast"
+    spool.refuse("fast", 0, "no good")
+    assert spool.next() is None
+    assert [(arrival.state, arrival.note) for arrival in spool.arrivals()] == [("served", ""), ("refused", "no good")]
+    assert spool.download(spool.arrivals()[0]) == b"enhanced"
+    spool.delivered("slow", 0)
+    assert spool.of("slow")[0].state == "delivered"
+    assert spool.of("slow")[0].since >= spool.of("slow")[0].received_at
+
+
+def test_a_file_that_changed_on_disk_is_not_used(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    spool.put("a", 0, [b"whole"])
+    spool.upload_file("a", 0).write_bytes(b"half")
+    with pytest.raises(FederationError, match="has changed since it was written"):
+        spool.upload(spool.arrivals()[0])
+    spool.upload_file("a", 0).unlink()
+    with pytest.raises(FederationError, match="cannot be read"):
+        spool.upload(spool.arrivals()[0])
+
+
+def test_only_one_process_serves_from_a_spool(tmp_path):
+    first = Spool(tmp_path / "spool")
+    first.hold()
+    code = (
+        "import sys; from pathlib import Path; from crosslm.federation.spool import Spool\n"
+        "try: Spool(Path(sys.argv[1])).hold(seconds=0)\nexcept Exception as error: sys.exit(str(error))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "spool"], capture_output=True, text=True, check=False)
+    assert "another process serves from it" in done.stderr
+    first.close()
+
+
+# -- silo ------------------------------------------------------------------------------------
+
+
+def answer(silo, config, models):
+    """What the server returns for the silo's first upload, from the method itself."""
+    upload = decode_upload(silo.upload(silo.settings.experiment, 0))
+    server = Server(
+        config, Task.from_config(config.task), tiny_llm(models, "gpt2"), SentenceEncoder(str(models / "encoder"))
+    )
+    download, _ = server.step(upload)
+    return upload, download
+
+
+def test_a_silo_trains_once_uploads_and_installs_what_comes_back(silo, federated, models):
+    experiment = silo.settings.experiment
+    upload, download = answer(silo, Config.model_validate(federated), models)
+    assert silo.upload(experiment, 0) == (silo.state / "upload-0000.safetensors").read_bytes()
+    assert len(silo.receipts()) == 1  # the second request trained nothing
+    assert silo.install(experiment, 0, encode(download)) == {"round": 0.0}
+    assert silo.installed == 1
+    assert silo.install(experiment, 0, encode(download)) == {"round": 0.0}  # a confirmation that was lost
+    weights = silo.slm().model.state_dict()
+    assert all(weight.equal(download.slm.weights[name]) for name, weight in weights.items())
+    assert (silo.state / "slm" / "model.safetensors").exists()
+    assert upload.client_id == "silo-0"
+
+
+def test_the_second_round_starts_from_the_enhanced_slm(silo, federated, models):
+    change(silo.kit, max_participations=2)
+    silo = Silo(silo.kit, silo.cache)
+    _, download = answer(silo, Config.model_validate(federated), models)
+    silo.install(silo.settings.experiment, 0, encode(download))
+    again = decode_upload(silo.upload(silo.settings.experiment, 1))
+    assert again.client_round == 1
+    assert silo.client().rounds == 1
+    with pytest.raises(FederationError, match=r"agrees to 2 uploads \(max_participations\)"):
+        silo.upload(silo.settings.experiment, 2)
+
+
+def test_a_silo_decides_what_it_answers(silo):
+    with pytest.raises(FederationError, match="takes part in 'tiny-"):
+        silo.upload("another", 0)
+    with pytest.raises(FederationError, match="agrees to 1 uploads"):
+        silo.upload(silo.settings.experiment, 1)
+    with pytest.raises(FederationError, match="never uploaded"):
+        silo.install(silo.settings.experiment, 0, b"")
+    (silo.kit / "silo-0.csv").unlink()
+    with pytest.raises(DataError, match=r"silo-0\.csv"):
+        silo.upload(silo.settings.experiment, 0)
+    assert not (silo.state / "receipts").exists()
+
+
+@pytest.mark.parametrize("what", ["other tensors", "not finite", "other labels", "another silo"])
+def test_what_comes_back_is_checked(silo, federated, models, what):
+    upload, download = answer(silo, Config.model_validate(federated), models)
+    weights, labels, client = dict(download.slm.weights), download.slm.labels, "silo-0"
+    name = "classifier.weight"
+    if what == "other tensors":
+        weights[name] = weights[name][:, :8].clone()
+    elif what == "not finite":
+        weights[name] = weights[name] * float("nan")
+    elif what == "other labels":
+        labels = tuple(reversed(labels))
+    else:
+        client = "silo-1"
+    state = type(upload.slm)(upload.slm.architecture, upload.slm.tokenizer, labels, upload.slm.max_length, weights)
+    with pytest.raises(FederationError, match="silo-0"):
+        silo.install(silo.settings.experiment, 0, encode(Download(client, 0, 1, {}, state)))
+    assert silo.installed == 0
+    assert not (silo.state / "slm").exists()
+
+
+def test_the_dry_run_names_all_that_the_upload_then_holds(silo):
+    promised = json.loads(json.dumps(silo.would_send()))
+    data = silo.upload(silo.settings.experiment, 0)
+    (receipt,) = silo.receipts()
+    assert receipt["tensors"] == promised["tensors"]
+    assert receipt["fields"].keys() == promised["fields"].keys()
+    assert sorted(receipt["fields"]["metrics"]) == sorted(promised["metrics_after_training"])
+    same = ("client_id", "class_counts", "labels", "architecture", "tokenizer", "max_length", "client_round")
+    for name in same:
+        assert receipt["fields"][name] == promised["fields"][name]
+    assert receipt["bytes_sent"] == len(data)
+    # and the bytes hold no more than that: tensors, and a header of these fields
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert set(header) - {"__metadata__"} == set(receipt["tensors"])
+    fields = json.loads(header["__metadata__"]["crosslm"])
+    assert set(header["__metadata__"]) == {"crosslm"}
+    assert set(fields) == {"version", "kind", "client_id", "client_round", "class_counts", "metrics", "slm"}
+    assert set(fields["slm"]) == {"architecture", "tokenizer", "labels", "max_length"}
+    for sentence in silo.private().texts:
+        assert sentence.encode() not in data
+
+
+def test_half_precision_halves_the_bytes_and_says_what_it_does(kits, silo):
+    change(kits / "silos" / "silo-0", wire_dtype="float16")
+    half = Silo(silo.kit, silo.cache)
+    data = half.upload(half.settings.experiment, 0)
+    (receipt,) = half.receipts()
+    assert receipt["tensor_bytes"] == silo.would_send()["tensor_bytes"] / 2
+    assert set(receipt["accuracy_on_private_rows"]) == {"float32", "float16"}
+    upload = decode_upload(data)
+    floats = [weight for weight in upload.slm.weights.values() if weight.is_floating_point()]
+    assert {str(weight.dtype) for weight in floats} == {"torch.float16"}
+
+
+# -- gateway ---------------------------------------------------------------------------------
+
+
+def test_the_gateway_passes_on_what_silos_ask_and_nothing_else(monkeypatch, tmp_path, kits):
+    import httpx
+
+    seen = []
+
+    async def superlink(request):
+        seen.append((request.url.path, await request.body(), request.headers.get("x-signed")))
+        return PlainTextResponse("inner answer", headers={"x-kept": "yes"}, status_code=202)
+
+    inner = Starlette(routes=[Route("/{path:path}", superlink, methods=["GET", "POST"])])
+    real = httpx.AsyncClient
+    monkeypatch.setattr(
+        gateway.httpx,
+        "AsyncClient",
+        lambda base_url, **_: real(base_url=base_url, transport=httpx.ASGITransport(inner)),
+    )
+    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server" / "ca.crt")
+
+    async def ask():
+        async with real(transport=httpx.ASGITransport(outer), base_url="https://server") as client:
+            passed = await client.post("/v1/fleet/pull-messages", content=b"body", headers={"x-signed": "s"})
+            refused = [
+                (await client.post(path, content=b"x")).status_code
+                for path in ("/v1/control/start-run", "/v1/control/register-node", "/v1/runtime/x", "/", "/v1/fleetx")
+            ]
+            sly = (await client.post("/v1/fleet/../control/start-run", content=b"x")).status_code
+            encoded = (await client.post("/v1/fleet/%2e%2e/control/start-run", content=b"x")).status_code
+            return passed, refused, sly, encoded
+
+    passed, refused, sly, encoded = asyncio.run(ask())
+    assert (passed.status_code, passed.text, passed.headers["x-kept"]) == (202, "inner answer", "yes")
+    assert seen == [("/v1/fleet/pull-messages", b"body", "s")]
+    assert refused == [404] * 5
+    assert (sly, encoded) == (404, 404)
+
+
+# -- the exchange over a grid ----------------------------------------------------------------
+
+
+class Node:
+    def __init__(self, name, node_id):
+        self.name, self.node_id = name, node_id
+
+
+class MemoryGrid:
+    """Flower's grid as far as the exchange uses it; ``silos`` answer through the real client application."""
+
+    def __init__(self, handlers):
+        self.handlers = handlers  # name: what answers a message
+        self.online = list(handlers)
+        self.pushed = []
+        self._replies = {}
+
+    def get_nodes(self):
+        return [Node(name, 100 + place) for place, name in enumerate(self.handlers) if name in self.online]
+
+    def push_messages(self, messages):
+        (message,) = messages
+        name = list(self.handlers)[message.metadata.dst_node_id - 100]
+        self.pushed.append((name, message.metadata.message_type, int(message.content["request"]["round"])))
+        self._replies[str(len(self.pushed))] = self.handlers[name](message)
+        return [str(len(self.pushed))]
+
+    def pull_messages(self, ids):
+        return [reply for reply in (self._replies.pop(number, None) for number in ids) if reply is not None]
+
+
+@pytest.fixture
+def flower_run(monkeypatch):
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(task_identity.TaskIdentity, name, 1, raising=False)
+
+
+def from_kit(kit, monkeypatch):
+    """A silo's real application."""
+
+    def answered(message):
+        monkeypatch.setenv(client_app.KIT, str(kit))
+        handler = client_app.install if message.metadata.message_type == "train.install" else client_app.upload
+        return handler(message, Context(1, 1, {}, RecordDict(), {}))
+
+    return answered
+
+
+@pytest.fixture
+def exchange(kits, tmp_path, flower_run, monkeypatch):
+    spool = Spool(tmp_path / "spool")
+    grid = MemoryGrid({name: from_kit(kits / "silos" / name, monkeypatch) for name in ("silo-0", "silo-1")})
+    experiment = read_server(kits / "server").experiment
+    return FlowerExchange(grid, spool, experiment, ["silo-0", "silo-1"], FederationConfig())
+
+
+def turn(exchange, times=1):
+    for _ in range(times):
+        for line in exchange._lines.values():
+            exchange._move(line, exchange._online())
+
+
+def echo(upload):
+    return Download(upload.client_id, upload.client_round, 1, {}, upload.slm)
+
+
+def test_uploads_come_and_downloads_go(exchange, kits, tmp_path):
+    turn(exchange, 2)
+    for expected in ("silo-0", "silo-1"):
+        assert not exchange.finished()
+        upload = exchange.receive()
+        assert upload.client_id == expected
+        exchange.send(echo(upload))
+    assert exchange.finished()
+    turn(exchange, 2)
+    assert [arrival.state for arrival in exchange.spool.arrivals()] == ["delivered"] * 2
+    assert [Silo(kits / "silos" / name, tmp_path).installed for name in ("silo-0", "silo-1")] == [1, 1]
+    kinds = ["train.upload", "train.upload", "train.install", "train.install"]
+    assert [kind for _, kind, _ in exchange.grid.pushed] == kinds
+    turn(exchange, 2)
+    assert len(exchange.grid.pushed) == 4  # nothing more is asked
+
+
+def test_a_silo_that_is_away_delays_nobody(exchange):
+    exchange.grid.online = ["silo-1"]
+    turn(exchange, 2)
+    upload = exchange.receive()
+    assert upload.client_id == "silo-1"
+    exchange.send(echo(upload))
+    turn(exchange, 2)
+    assert [arrival.state for arrival in exchange.spool.arrivals()] == ["delivered"]
+    assert not exchange.finished()
+    exchange.grid.online = ["silo-0", "silo-1"]  # a late joiner
+    turn(exchange, 2)
+    assert exchange.receive().client_id == "silo-0"
+
+
+def test_an_error_and_a_lost_message_are_asked_again_with_longer_waits(exchange, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("crosslm.federation.flower.exchange.time.time", lambda: now[0])
+    good = exchange.grid.handlers["silo-0"]
+    exchange.grid.online = ["silo-0"]
+    replies = [lambda message: Message(Error(5, "Node Unavailable"), reply_to=message), lambda message: None, good]
+    exchange.grid.handlers["silo-0"] = lambda message: replies.pop(0)(message)
+    line = exchange._lines["silo-0"]
+    turn(exchange, 2)
+    assert line.not_before == now[0] + 2
+    turn(exchange)
+    assert len(exchange.grid.pushed) == 1  # not yet
+    now[0] += 3
+    turn(exchange, 2)
+    now[0] += exchange.config.reply_minutes * 60 + 1  # nothing ever comes back
+    turn(exchange)
+    assert line.not_before == now[0] + 4
+    assert "no answer in time" in line.note
+    now[0] += 5
+    turn(exchange, 2)
+    assert exchange.spool.of("silo-0")[0].state == "received"
+    assert line.attempts == 0
+
+
+def test_a_silo_that_refuses_is_not_asked_again_and_the_server_learns_no_more(exchange, kits, caplog):
+    (kits / "silos" / "silo-0" / "silo-0.csv").unlink()
+    turn(exchange, 4)
+    assert exchange.grid.pushed.count(("silo-0", "train.upload", 0)) == 1
+    line = exchange._lines["silo-0"]
+    assert line.note == "refused upload: DataError, see the silo's own log"
+    upload = exchange.receive()
+    exchange.send(echo(upload))
+    assert exchange.finished()
+
+
+def test_another_silos_key_does_not_make_another_silo(exchange, kits, monkeypatch):
+    """What comes over silo-1's key must be silo-1's, whatever it says."""
+    exchange.grid.handlers["silo-1"] = from_kit(kits / "silos" / "silo-0", monkeypatch)
+    exchange.grid.online = ["silo-1"]
+    turn(exchange, 2)
+    assert exchange.receive() is None
+    (arrival,) = exchange.spool.arrivals()
+    assert (arrival.silo, arrival.state) == ("silo-1", "refused")
+    assert "claims to be silo-0's" in arrival.note
+
+
+def test_what_is_no_upload_is_refused_and_the_next_one_served(exchange):
+    good = exchange.grid.handlers["silo-0"]
+
+    def broken(message):
+        reply = good(message)
+        reply.content["message"] = split(b"not safetensors")
+        return reply
+
+    exchange.grid.handlers["silo-0"] = broken
+    turn(exchange, 2)
+    assert exchange.receive() is None
+    assert exchange.receive().client_id == "silo-1"
+    assert "header claims" in exchange.spool.of("silo-0")[0].note
+    with pytest.raises(UploadError):
+        decode_upload(b"not safetensors")
+
+
+def test_versions_must_fit(exchange, monkeypatch):
+    monkeypatch.setattr("crosslm.federation.messages.VERSION", 99)
+    request = exchange._request(0)
+    monkeypatch.setattr("crosslm.federation.messages.VERSION", 1)
+    reply = exchange.grid.handlers["silo-0"](Message(request, 100, "train.upload", ttl=60))
+    assert reply.content["reply"]["status"] == "refused"
+
+
+def test_a_run_ends_by_arrivals_or_by_time(exchange, monkeypatch):
+    turn(exchange, 2)
+    exchange.config = FederationConfig(arrivals=1)
+    assert not exchange.finished()
+    exchange.send(echo(exchange.receive()))
+    assert exchange.finished()
+    exchange.config = FederationConfig(deadline_minutes=1, participations=2)
+    exchange.send(echo(exchange.receive()))
+    assert not exchange.finished()
+    later = time.time() + 120
+    monkeypatch.setattr("crosslm.federation.flower.exchange.time.time", lambda: later)
+    assert exchange.finished()
+
+
+def test_a_restarted_server_goes_on_where_the_journal_says(exchange, kits, tmp_path):
+    turn(exchange, 2)
+    exchange.send(echo(exchange.receive()))
+    exchange.receive()  # and now it dies
+    exchange.spool.close()
+    again = FlowerExchange(
+        exchange.grid, Spool(tmp_path / "spool"), exchange.experiment, exchange.silos, exchange.config
+    )
+    assert again.receive().client_id == "silo-1"
+    turn(again, 2)
+    assert ("silo-0", "train.install", 0) in again.grid.pushed
+    assert again.grid.pushed.count(("silo-0", "train.upload", 0)) == 1
+
+
+def test_a_failure_of_the_carrying_thread_is_not_silent(exchange):
+    exchange.grid.get_nodes = None
+    exchange.start()
+    exchange._thread.join(10)
+    with pytest.raises(TypeError):
+        exchange.finished()
+
+
+def test_bytes_survive_as_arrays():
+    data = np.random.default_rng(0).bytes(PART + 17)
+    arrays = split(data)
+    assert len(arrays) == 2
+    assert b"".join(joined(arrays)) == data
+    assert len(arrays) == 0
+    assert isinstance(ConfigRecord({"round": 1})["round"], int)
