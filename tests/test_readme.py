@@ -50,9 +50,18 @@ PREPARE = [
 ]
 
 
+FEDERATED = [
+    "crosslm provision tickets.toml --address server.example.org:9400 --output kits",
+    "crosslm client kits/silos/north --dry-run",
+    "crosslm status kits/server",
+]
+# run by test_federation_live.py, in processes of their own
+LIVE = ["crosslm server kits/server", "crosslm client kits/silos/north"]
+
+
 def test_every_command_is_known_here():
     make = [command for command in COMMANDS if command.startswith("make")]
-    assert sorted([*make, *REAL, *OWN, *PACKAGED, *PREPARE]) == sorted(COMMANDS)
+    assert sorted([*make, *REAL, *OWN, *PACKAGED, *PREPARE, *FEDERATED, *LIVE]) == sorted(COMMANDS)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert {command.split()[1] for command in make} == {"demo", "test"} <= targets
 
@@ -93,6 +102,20 @@ def test_own_data_without_python(settings, tmp_path, monkeypatch, capsys):
     (python,) = blocks("python")
     exec(python, {})
     assert "'label': " in capsys.readouterr().out
+
+
+def test_kits_from_the_same_configuration(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("crosslm.federation.silo.model_folder", lambda *_: settings["slm"]["models"][0]["model"])
+    Path("tickets.toml").write_text(blocks("toml")[0])
+    call(monkeypatch, FEDERATED[0])
+    Path("kits/silos/north/north.csv").write_text(blocks("csv")[0])
+    call(monkeypatch, FEDERATED[1])
+    call(monkeypatch, FEDERATED[2])
+    out = capsys.readouterr().out
+    assert "tensor  classifier.weight  2x32  torch.float32  256 bytes" in out
+    assert "Nothing was sent." in out
+    assert "not uploaded" in out
 
 
 def test_a_packaged_configuration_with_its_data_folder(settings, data_folder, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -28,6 +29,8 @@ from crosslm.federation.spool import Spool
 
 RESTART = 5.0  # seconds before a process that died is started again
 START_TIME = 120.0  # seconds that a process may take until it answers
+REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it does not know
+REFUSED_TIME = 150.0  # seconds of refusals until a silo takes them for final
 Note = Callable[[str], None]
 
 
@@ -40,6 +43,8 @@ class Child:
     kit: Path
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     started: float = field(default=0.0, init=False)
+    offset: int = field(default=0, init=False)
+    """Where in the log this start's words begin."""
 
     @property
     def log(self) -> Path:
@@ -52,6 +57,7 @@ class Child:
         self._stop_orphan()
         self.started = time.time()
         with self.log.open("ab") as log:
+            self.offset = log.tell()
             self.process = subprocess.Popen(
                 self.command, env=environment(self.kit), stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
@@ -88,9 +94,13 @@ class Child:
             self.process.wait()
 
     def last_words(self) -> str:
-        """The last lines that it wrote."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if self.log.exists() else []
-        return "\n".join(lines[-6:])
+        """The last lines that it wrote since it was started."""
+        if not self.log.exists():
+            return ""
+        with self.log.open("rb") as log:
+            log.seek(self.offset)
+            lines = log.read().decode("utf-8", errors="replace").strip().splitlines()
+        return "\n".join(lines[-60:])
 
 
 def environment(kit: Path) -> dict[str, str]:
@@ -238,18 +248,19 @@ def run_silo(silo: Silo, note: Note) -> None:
     """Stay connected until all rounds that this silo agrees to are complete.
 
     Raises:
-        FederationError: the server refuses this silo.
+        FederationError: the server's certificate is not the federation's, or it does not know this silo's key.
     """
     kit = silo.kit.absolute()
     node = Child("supernode", supernode_command(kit), kit)
     complete, sent = silo.installed, len(silo.receipts())
+    refused_since: float | None = None
+    wait_for_server(silo.settings.server, kit / "ca.crt", note)
     note(f"silo {silo.settings.id}: connecting to {silo.settings.server}")
     try:
         while silo.installed < silo.settings.max_participations:
             if node.process is None or node.died():
                 if node.died():
-                    refused_for_good(node, silo)
-                    note(f"the SuperNode ended and is started again in {RESTART:.0f} s; its log is {node.log}")
+                    refused_since = _look_into_end(node, silo, refused_since, note)
                     time.sleep(RESTART)
                 node.start()
             if len(silo.receipts()) > sent:
@@ -265,18 +276,53 @@ def run_silo(silo: Silo, note: Note) -> None:
         node.stop()
 
 
-def refused_for_good(node: Child, silo: Silo) -> None:
-    """Turn what a SuperNode said when it ended into words, if starting it again cannot help.
+def wait_for_server(address: str, ca: Path, note: Note) -> None:
+    """Wait until the server answers with a certificate of the federation's authority.
 
     Raises:
-        FederationError: the key or the certificate is refused.
+        FederationError: its certificate is another's, or is for another name.
     """
-    words = node.last_words()
-    if "CERTIFICATE_VERIFY_FAILED" in words:
+    host, _, port = address.rpartition(":")
+    context = ssl.create_default_context(cafile=str(ca))
+    told = False
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), timeout=10) as plain:
+                context.wrap_socket(plain, server_hostname=host).close()
+            return
+        except ssl.SSLCertVerificationError as error:
+            raise FederationError(
+                f"the certificate of {address} was not signed by the authority in {ca}, or is for another name "
+                f"({error.verify_message}); is this kit of the same federation as the server's?"
+            ) from error
+        except OSError as error:
+            if not told:
+                note(f"{address} does not answer yet ({error}); trying until it does")
+                told = True
+            time.sleep(RESTART)
+
+
+def _look_into_end(node: Child, silo: Silo, refused_since: float | None, note: Note) -> float | None:
+    """Say why the SuperNode ended; since when it has been refused, if it was.
+
+    A server that has just been started does not know the key yet, and one whose silo was killed keeps
+    the old connection for about a minute: a refusal counts only when it lasts.
+
+    Raises:
+        FederationError: it has been refused for too long.
+    """
+    if REFUSED not in node.last_words():
+        note(f"the SuperNode ended and is started again; its log is {node.log}")
+        return None
+    since = refused_since or time.time()
+    if time.time() - since > REFUSED_TIME:
         raise FederationError(
-            f"silo {silo.settings.id}: the certificate of {silo.settings.server} was not signed by the authority "
-            f"in {silo.kit / 'ca.crt'}; is this kit of the same federation as the server's?"
+            f"silo {silo.settings.id}: the server does not know the key {silo.kit / 'silo.key'}; is this kit of the "
+            "same federation as the server's, and is its public key in the server's kit (silos/)?"
         )
+    if refused_since is None:
+        note("the server does not accept this silo yet; trying again")
+    return since
 
 
 # -- small things ----------------------------------------------------------------------------

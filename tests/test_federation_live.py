@@ -1,0 +1,281 @@
+"""A federation of separate processes on the loopback interface: TLS, keys, real Flower processes.
+
+Slow for tests (each process loads torch): two federations in all, each asked many things.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+import tomli_w
+from test_federation import federated  # noqa: F401  the fixture
+
+from crosslm.config import Config
+from crosslm.config_file import load
+from crosslm.federation.kits import SILO_FILE, dump, read_silo
+from crosslm.federation.messages import decode_upload, encode
+from crosslm.federation.provision import provision
+from crosslm.federation.spool import Spool
+from crosslm.models.encoder import SentenceEncoder
+from crosslm.models.llm import LLM
+from crosslm.seeding import seed_for
+from crosslm.server import Server
+from crosslm.task import Task
+
+pytestmark = pytest.mark.federation
+
+PATIENCE = 600.0  # seconds; a machine that runs other things is slow
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+class Party:
+    """A command of ours in a process with a home of its own."""
+
+    def __init__(self, command, kit, home):
+        self.kit = kit
+        self.log = Path(f"{kit}-{command}.log")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("FLWR", "PYTEST"))}
+        environment |= {"HOME": str(home), "CROSSLM_CACHE": str(home / "cache"), "OMP_NUM_THREADS": "1"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "crosslm.cli.main", command, str(kit)], stdout=log, stderr=log, env=environment
+            )
+
+    def wait(self):
+        try:
+            return self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"{self.kit.name} did not end; it said:\n{self.text()}")
+
+    def text(self):
+        return self.log.read_text()
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+
+
+class Federation:
+    """Kits, with ports of this machine that are free, and the parties that run."""
+
+    def __init__(self, tables, folder, names, **federation):
+        clients = tables["clients"]
+        tables["clients"] = [{**clients[place % len(clients)], "id": name} for place, name in enumerate(names)]
+        tables["federation"] = federation
+        ports = free_ports(len(names) + 2)
+        self.folder, self.parties = folder, []
+        self.config = Config.model_validate(tables)
+        provision(self.config, f"localhost:{ports[0]}", folder / "kits")
+        self.server_kit = folder / "kits" / "server"
+        self.port = ports[0]
+        server = (self.server_kit / "server.toml").read_text()
+        (self.server_kit / "server.toml").write_text(
+            server.replace("9091", str(ports[1])).replace("0.0.0.0", "127.0.0.1")
+        )
+        for name, port in zip(names, ports[2:], strict=True):
+            kit = self.kit(name)
+            settings = read_silo(kit)
+            shutil.copy(Path(self.config.data.dir) / settings.data.train, kit)
+            (kit / SILO_FILE).write_text(dump(settings.model_copy(update={"runtime_port": port})))
+
+    def kit(self, name):
+        return self.folder / "kits" / "silos" / name
+
+    def change(self, name, **fields):
+        kit = self.kit(name)
+        (kit / SILO_FILE).write_text(dump(read_silo(kit).model_copy(update=fields)))
+
+    def epochs(self, name, epochs):
+        fit = read_silo(self.kit(name)).fit
+        self.change(name, fit=fit.model_copy(update={"epochs": epochs}))
+
+    def start(self, command, kit):
+        home = self.folder / f"home-{kit.name}"
+        home.mkdir(exist_ok=True)
+        party = Party(command, kit, home)
+        self.parties.append(party)
+        return party
+
+    def spool(self):
+        return Spool(self.server_kit / "spool")
+
+    def until(self, happened, what):
+        """Wait until something has happened, or say what did not."""
+        end = time.time() + PATIENCE
+        while time.time() < end:
+            spool = self.spool()
+            try:
+                if happened(spool):
+                    return
+            finally:
+                spool.close()
+            time.sleep(0.2)
+        texts = "\n".join(f"--- {party.kit.name}:\n{party.text()}" for party in self.parties)
+        pytest.fail(f"{what} did not happen:\n{texts}")
+
+    def stop(self):
+        for party in self.parties:
+            party.stop()
+
+
+@pytest.fixture
+def start(federated, tmp_path):  # noqa: F811
+    made = []
+
+    def started(names, **federation):
+        made.append(Federation(federated, tmp_path, names, **federation))
+        return made[-1]
+
+    yield started
+    for federation in made:
+        federation.stop()
+
+
+def arrived(name, *states):
+    return lambda spool: any(arrival.state in states for arrival in spool.of(name))
+
+
+def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
+    run = start(["fast", "middle", "slow"])
+    run.epochs("slow", 1500)
+    run.change("middle", wire_dtype="float16")
+
+    stranger, forger = run.folder / "stranger", run.folder / "forger"
+    shutil.copytree(run.kit("middle"), stranger)  # a key that the server does not know
+    key = subprocess.run(
+        ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-C", "", "-f", str(stranger / "new")],
+        check=False,
+        capture_output=True,
+    )
+    assert key.returncode == 0, key.stderr
+    (stranger / "new").replace(stranger / "silo.key")
+    shutil.copytree(run.kit("middle"), forger)  # a certificate of another authority
+    provision(run.config, "localhost:1", run.folder / "others")
+    shutil.copy(run.folder / "others" / "authority" / "ca.crt", forger / "ca.crt")
+    for kit, port in zip((stranger, forger), free_ports(2), strict=True):
+        (kit / SILO_FILE).write_text(dump(read_silo(kit).model_copy(update={"runtime_port": port})))
+
+    server = run.start("server", run.server_kit)
+    silos = {name: run.start("client", run.kit(name)) for name in ("slow", "fast")}
+    run.until(arrived("fast", "delivered"), "the fast silo's download")
+    spool = run.spool()
+    assert not spool.of("slow"), "the fast silo is complete before the slow one has sent"
+    spool.close()
+
+    # the port that is open answers silos only
+    context = ssl.create_default_context(cafile=str(run.server_kit / "ca.crt"))
+    for path in ("/v1/control/start-run", "/v1/control/register-node", "/v1/runtime/push-messages", "/docs"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"https://localhost:{run.port}{path}", data=b"", context=context)
+        assert refused.value.code == 404
+    unsigned = urllib.request.Request(f"https://localhost:{run.port}/v1/fleet/pull-messages", data=b"")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(unsigned, context=context)
+    assert 400 <= refused.value.code < 500
+
+    let_in = [run.start("client", kit) for kit in (stranger, forger)]
+    assert [party.wait() for party in let_in] == [2, 2]
+    assert "the server does not know the key" in let_in[0].text()
+    assert "was not signed by the authority" in let_in[1].text()
+
+    silos["middle"] = run.start("client", run.kit("middle"))  # a late joiner
+    assert server.wait() == 0, server.text()
+    assert {name: party.wait() for name, party in silos.items()} == dict.fromkeys(silos, 0)
+
+    # the same arrivals in one process give the same bytes
+    spool = run.spool()
+    arrivals = spool.arrivals()
+    assert arrivals[0].silo == "fast"
+    assert {arrival.state for arrival in arrivals} == {"delivered"}
+    config = load(run.server_kit / "config.toml")
+    llm = LLM.load(str(models / "gpt2"), config.llm, seed_for(config.seed, "llm"))
+    method = Server(config, Task.from_config(config.task), llm, SentenceEncoder(str(models / "encoder")))
+    for arrival in arrivals:
+        download, _ = method.step(decode_upload(spool.upload(arrival)))
+        assert encode(download) == spool.download(arrival), f"{arrival.silo} got something else than from the method"
+        assert (run.kit(arrival.silo) / "state" / "slm" / "model.safetensors").exists()
+    sizes = {arrival.silo: arrival.bytes for arrival in arrivals}
+    spool.close()
+    assert sizes["middle"] < 0.7 * len(spool_bytes(run, "slow"))
+    receipt = json.loads((run.kit("middle") / "state" / "receipts" / "upload-0000.json").read_text())
+    assert receipt["bytes_sent"] == sizes["middle"]
+    summary = json.loads((run.server_kit / "run" / "summary.json").read_text())
+    assert [step["client"] for step in summary["steps"]] == [arrival.silo for arrival in arrivals]
+    assert summary["not_delivered"] == []
+    assert (run.server_kit / "run" / "llm" / "adapter_model.safetensors").exists()
+
+
+def spool_bytes(run, name):
+    return (run.server_kit / "spool" / f"{name}-0000-up.safetensors").read_bytes()
+
+
+def test_processes_that_die_and_a_silo_that_never_answers(start, models):
+    run = start(["steady", "killed", "silent"], deadline_minutes=60.0)
+    run.epochs("killed", 1500)
+    server = run.start("server", run.server_kit)
+    silos = {name: run.start("client", run.kit(name)) for name in ("steady", "killed", "silent")}
+
+    def asked(spool):
+        return "asked for" in (spool.fact("silo/killed") or "")
+
+    run.until(asked, "a request to the silo that will be killed")
+    node = psutil.Process(silos["killed"].process.pid).children()[0]
+    for process in [*node.children(recursive=True), node]:
+        process.kill()  # in the middle of its training; crosslm client starts it again
+    node = psutil.Process(silos["silent"].process.pid).children()[0]
+    for process in [*node.children(recursive=True), node]:
+        process.suspend()
+
+    run.until(arrived("steady", "delivered"), "the steady silo's download")
+    spool = run.spool()
+    pid = int((spool.fact("process") or "0").split()[0])
+    spool.close()
+    os.kill(pid, signal.SIGKILL)  # the server application; crosslm server starts it again
+
+    run.until(arrived("killed", "delivered"), "the download of the silo that was killed")
+    tables = load(run.server_kit / "config.toml").model_dump(mode="json", exclude_none=True)
+    tables["federation"]["deadline_minutes"] = 0.01  # and so the run ends
+    assert silos["steady"].wait() == 0
+    assert silos["killed"].wait() == 0
+    (run.server_kit / "config.toml").write_text(tomli_w.dumps(tables))
+    spool = run.spool()
+    os.kill(int((spool.fact("process") or "0").split()[0]), signal.SIGKILL)
+    spool.close()
+    assert server.wait() == 0, server.text()
+    assert "started again" in server.text()
+    spool = run.spool()
+    assert [(arrival.silo, arrival.state) for arrival in spool.arrivals()] == [
+        ("steady", "delivered"),
+        ("killed", "delivered"),
+    ]
+    # the LLM went on from where it was: both downloads are those of a run that never stopped
+    config = load(run.server_kit / "config.toml")
+    llm = LLM.load(str(models / "gpt2"), config.llm, seed_for(config.seed, "llm"))
+    method = Server(config, Task.from_config(config.task), llm, SentenceEncoder(str(models / "encoder")))
+    for arrival in spool.arrivals():
+        assert encode(method.step(decode_upload(spool.upload(arrival)))[0]) == spool.download(arrival)
+    spool.close()
