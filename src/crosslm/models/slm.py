@@ -20,6 +20,7 @@ from transformers import (
 
 from crosslm.config import FitConfig
 from crosslm.errors import ModelError, UploadError
+from crosslm.models.architecture import travelling
 from crosslm.records import Examples, SlmState
 
 PREDICTION_BATCH = 64
@@ -202,7 +203,8 @@ class SLM:
         }
         weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.model.state_dict().items()}
         labels = tuple(self.labels[self._outputs.index(output)] for output in range(len(self.labels)))
-        return SlmState(json.loads(self.model.config.to_json_string()), tokenizer, labels, self.max_length, weights)
+        architecture = travelling(json.loads(self.model.config.to_json_string()), labels)
+        return SlmState(architecture, tokenizer, labels, self.max_length, weights)
 
     @classmethod
     def from_state(cls, state: SlmState, device: str = "cpu") -> "SLM":
@@ -222,7 +224,7 @@ class SLM:
             model.load_state_dict(state.weights, strict=True)
             tokenizer = PreTrainedTokenizerFast(
                 tokenizer_object=Tokenizer.from_str(state.tokenizer["tokenizer.json"]),
-                **json.loads(state.tokenizer["tokenizer_config.json"]),
+                **special_tokens(state.tokenizer["tokenizer_config.json"]),
             )
         except Exception as error:
             raise UploadError(f"the SLM ({model_type}) cannot be rebuilt: {error}") from error
@@ -305,6 +307,11 @@ class SLM:
         labels = torch.tensor(examples.labels)
         loss = float(-probabilities[torch.arange(len(labels)), labels].clamp_min(1e-9).log().mean())
         return loss, float((probabilities.argmax(dim=1) == labels).float().mean())
+
+
+def special_tokens(text: str) -> dict[str, str]:
+    """The special tokens in a ``tokenizer_config.json``; everything else in it is ignored."""
+    return {name: token for name, token in json.loads(text).items() if name in SPECIAL_TOKENS}
 
 
 def _batches(rows: list[list[int]], size: int, generator: torch.Generator) -> list[list[int]]:
