@@ -12,6 +12,7 @@ import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,22 @@ FIELDS = {
     "download": {"version", "kind", "client_id", "client_round", "step", "metrics", "slm"},
 }
 SLM_FIELDS = {"architecture", "tokenizer", "labels", "max_length"}
+
+
+@dataclass(frozen=True)
+class Intake:
+    """The checks of one task and configuration, for whatever carries messages."""
+
+    task: Task
+    config: Config
+
+    def upload(self, data: bytes | Path, client_id: str) -> Upload:
+        """As :func:`check_upload`."""
+        return check_upload(data, self.task, self.config, client_id)
+
+    def download(self, data: bytes | Path, client_id: str) -> Download:
+        """As :func:`check_download`."""
+        return check_download(data, self.task, self.config, client_id)
 
 
 def check_upload(data: bytes | Path, task: Task, config: Config, client_id: str) -> Upload:
