@@ -33,7 +33,9 @@ LAYERS = [
     {"reevaluate", "rollback"},
     {"report", "display"},
     {"cli.app"},
+    {"cli.stopping"},
     {"cli.runs", "cli.models"},
+    {"cli.recovery"},
     {"cli.main"},
 ]
 
@@ -70,7 +72,7 @@ def test_imports_point_downwards(path):
 
 def test_the_algorithm_is_pure():
     for path in (SOURCE / "algorithm").glob("*.py"):
-        assert set(imports(path)) <= {"torch", "math", "typing", "itertools"}, path
+        assert set(imports(path)) <= {"torch", "math", "typing", "itertools", "statistics"}, path
 
 
 def test_configuration_and_task_need_no_torch():
@@ -85,7 +87,7 @@ def test_configuration_and_task_need_no_torch():
         ("datasets", {"data"}),
         ("peft", {"models.llm"}),
         ("sentence_transformers", {"models.encoder"}),
-        ("typer", {"cli.app", "cli.main", "cli.runs", "cli.models"}),
+        ("typer", {"cli.app", "cli.main", "cli.runs", "cli.models", "cli.recovery"}),
         ("subprocess", {"demo"}),
     ],
 )

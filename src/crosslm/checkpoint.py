@@ -30,7 +30,8 @@ class Checkpoints:
     def put(self, data: bytes) -> str:
         """Keep these bytes; gives the name to get them by."""
         name = hashlib.sha256(data).hexdigest()
-        if not (self.run.path / _blob(name)).is_file():
+        path = self.run.path / _blob(name)
+        if not path.is_file() or path.read_bytes() != data:  # not there, or damaged
             self.run.write_bytes(_blob(name), data)
         return name
 
@@ -82,6 +83,13 @@ class Checkpoints:
         """The newest arrival, or None where there is none yet."""
         numbers = self.numbers()
         return self.read(numbers[-1]) if numbers else None
+
+    def take(self, other: "Checkpoints", records: list[dict[str, Any]]) -> None:
+        """Copy arrivals of another run, with all that they name."""
+        for record in records:
+            for name in _names(record):
+                self.put(other.get(name))
+            self._write(record["arrival"], record)
 
     def _prune(self) -> None:
         numbers = self.numbers()

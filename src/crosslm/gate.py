@@ -56,7 +56,7 @@ class Gate:
         labels = torch.tensor([*self.fixed.labels, *self.latest.labels])
         predictions = stranger_proba(slm, texts)
         area, error = label_auc(predictions, labels)
-        found = as_rewarding(slm, predictions, upload, self.config.reward).argmax(dim=1)
+        found = self._as_rewarding(slm, predictions, upload).argmax(dim=1)
         share = float(torch.bincount(found, minlength=predictions.shape[1]).max()) / len(texts)
         upper = area + normal_quantile(bounds.confidence) * error
         own = predictions[: len(self.fixed)]
@@ -77,6 +77,11 @@ class Gate:
         """Remember an SLM that passed and was used, and the pool that came of it."""
         self.references[upload.client_id] = verdict.predictions
         self.latest = pool.examples(range(min(len(pool.samples), self.config.gate.texts)))
+
+    def _as_rewarding(self, slm: SLM, predictions: Tensor, upload: Upload) -> Tensor:
+        """The probabilities as Eq. 5 weighs them: a baseline takes away what all texts of a label have in common."""
+        corrected = as_rewarding(slm, predictions, upload, self.config.reward)
+        return corrected if self.config.reward.baseline == "none" else corrected - corrected.mean(dim=0)
 
     def _against_others(self, own: Tensor, client_id: str, figures: dict[str, float]) -> list[str]:
         others = {name: values for name, values in self.references.items() if name != client_id}

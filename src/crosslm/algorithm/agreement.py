@@ -68,7 +68,7 @@ def upper_correlation(value: float, texts: int, confidence: float) -> float:
 
 
 def normal_quantile(confidence: float) -> float:
-    """z with ``P(Z <= z) = confidence`` for a standard normal Z."""
+    """The z with ``P(Z <= z) = confidence`` for a standard normal Z."""
     return NormalDist().inv_cdf(confidence)
 
 
@@ -76,4 +76,5 @@ def _ranks(values: Tensor) -> Tensor:
     """Rank of each value from 1; equal ones share the mean of their ranks."""
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[inverse]
+    ranks: Tensor = (last - (counts.double() - 1) / 2)[inverse]
+    return ranks
