@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-faults check format bench clean
 
 demo: $(VENV)/.demo                ## install what the main job needs and run it; ARGS="--quick" for a few minutes
 	$(BIN)/crosslm demo $(ARGS)
 
 test: $(VENV)/.dev check           ## install what the tests need and pass them
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(VENV)/.dev          ## only: crashes, hostile uploads, the gate
+	$(BIN)/python -m pytest tests/test_crash.py tests/test_intake.py tests/test_gate.py tests/test_acceptance.py $(ARGS)
 
 check: $(VENV)/.dev                ## lint, format, types
 	$(BIN)/ruff check .

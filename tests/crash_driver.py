@@ -31,7 +31,7 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 POINTS = {
-    "begin a write": (rundir.RunDir, "write_bytes"),
+    "begin a write": (rundir.RunDir, "write_data"),
     "fsync": (rundir.os, "fsync"),
     "rename": (rundir.Path, "replace"),
     "an event": (rundir.RunDir, "event"),

@@ -32,7 +32,7 @@ class Checkpoints:
         name = hashlib.sha256(data).hexdigest()
         path = self.run.path / _blob(name)
         if not path.is_file() or path.read_bytes() != data:  # not there, or damaged
-            self.run.write_bytes(_blob(name), data)
+            self.run.write_data(_blob(name), data)
         return name
 
     def get(self, name: str) -> bytes:

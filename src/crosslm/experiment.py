@@ -8,36 +8,24 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from crosslm import evaluate, snapshot
 from crosslm.checkpoint import Checkpoints
 from crosslm.client import Client
-from crosslm.config import Config, SLMSpec
-from crosslm.config_file import load
-from crosslm.data import Split, load_examples, load_split
+from crosslm.config import Config
 from crosslm.errors import RunError, StoppedError
 from crosslm.federation.exchange import serve
 from crosslm.federation.intake import Intake
 from crosslm.federation.local import LocalExchange
 from crosslm.gate import Gate
 from crosslm.journal import RunJournal
-from crosslm.models.architecture import check_travels
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
-from crosslm.models.slm import SLM, check_layers
+from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
-from crosslm.models.tokens import load_tokenizer, verbalizer_ids
-from crosslm.preparation import (
-    check_models,
-    class_report,
-    client_specs,
-    describe_spec,
-    original_llm,
-    perplexity_text_of,
-)
+from crosslm.preparation import Prepared, check_same, class_report, describe_spec, prepare
 from crosslm.progress import Display, Progress
 from crosslm.records import Examples, SyntheticSet
 from crosslm.rundir import CONFIG, SUMMARY, RunDir, versions
@@ -87,60 +75,11 @@ def run_local(
             return RunDir.open(output).summary()
     else:
         RunDir.check_free(output)
-    prepared = _prepare(config, cache, progress)
+    prepared = prepare(config, cache, progress.note)
     with RunDir(output).locked():
         run = RunDir.open(output) if goes_on else RunDir.create(output, given)
         run.note_session("resume" if goes_on else "start")
         return _Run(config, prepared, run, cache, progress, stop_requested).execute()
-
-
-def check_same(config: Config, folder: Path) -> None:
-    """Find out that a run folder is one of this configuration.
-
-    Raises:
-        RunError: it is not; names what differs.
-    """
-    own = load(folder / CONFIG).model_dump()
-    different = [
-        f"{section}.{name}" if isinstance(value, dict) else section
-        for section, value in config.model_dump().items()
-        for name in (value if isinstance(value, dict) else [section])
-        if (value[name] if isinstance(value, dict) else value)
-        != (own[section][name] if isinstance(value, dict) else own[section])
-    ]
-    if different:
-        raise RunError(
-            f"{folder}: its run has another configuration (different: {', '.join(different)}); "
-            f"go on with {folder / CONFIG}, or choose another --output"
-        )
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What is known before a model is loaded."""
-
-    split: Split
-    specs: dict[str, SLMSpec]
-    perplexity_text: str | None
-    llm_folder: str
-    public: Examples
-
-
-def _prepare(config: Config, cache: Path, progress: Progress) -> _Prepared:
-    split = load_split(config)
-    specs = client_specs(config, list(split.private))
-    check_models(config, specs)
-    perplexity_text = perplexity_text_of(config)
-    public = Examples([], [])
-    if config.gate.public_texts:
-        public = load_examples(config.gate.public_texts, config.data, config.task.labels).examples
-    for client_id, spec in specs.items():
-        folder = model_folder(spec.model, cache, progress.note)
-        check_layers(folder, spec.num_hidden_layers, f"client {client_id}")
-        check_travels(folder, f"client {client_id}")
-    llm_folder = original_llm(config, cache, progress.note)
-    verbalizer_ids(load_tokenizer(llm_folder, config.llm.model), Task.from_config(config.task))
-    return _Prepared(split, specs, perplexity_text, llm_folder, public)
 
 
 class _Run:
@@ -149,18 +88,15 @@ class _Run:
     def __init__(
         self,
         config: Config,
-        prepared: _Prepared,
+        prepared: Prepared,
         run: RunDir,
         cache: Path,
         progress: Progress,
         stop_requested: Callable[[], bool],
     ) -> None:
         self.config, self.split, self.specs = config, prepared.split, prepared.specs
-        self.perplexity_text, self.llm_folder, self.public = (
-            prepared.perplexity_text,
-            prepared.llm_folder,
-            prepared.public,
-        )
+        self.perplexity_text, self.llm_folder = prepared.perplexity_text, prepared.llm_folder
+        self.public = prepared.public
         self.run, self.progress, self.stop_requested = run, progress, stop_requested
         self.checkpoints = Checkpoints(run, config.checkpoint.keep)
         self.task = Task.from_config(config.task)

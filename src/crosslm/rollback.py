@@ -67,13 +67,13 @@ def _copy(run: RunDir, partial: RunDir, checkpoints: Checkpoints, records: list[
     """The configuration, the checkpoints, and what had been written until the last of them."""
     state = records[-1]["state"]
     partial.write(CONFIG, (run.path / CONFIG).read_text(encoding="utf-8"))
-    partial.write_bytes(METRICS, (run.path / METRICS).read_bytes()[: state["events"]])
+    partial.write_data(METRICS, (run.path / METRICS).read_bytes()[: state["events"]])
     target = Checkpoints(partial)
     target.take(checkpoints, records)
     steps = [f"step-{step:04}-" for step in range(1, state["steps"] + 1)]
     for path in sorted((run.path / "synthetic").iterdir()):
         if path.name.startswith(("base", *steps)):
-            partial.write_bytes(f"synthetic/{path.name}", path.read_bytes())
+            partial.write_data(f"synthetic/{path.name}", path.read_bytes())
     for client_id, name in state["journal"]["returned"].items():
         partial.save_slm(client_id, SLM.from_state(slm_state(target.get(name))))
     previous = run.path / "slm-previous"

@@ -105,9 +105,9 @@ class RunDir:
 
     def write(self, name: str, text: str) -> None:
         """Write a text file whole or not at all."""
-        self.write_bytes(name, text.encode("utf-8"))
+        self.write_data(name, text.encode("utf-8"))
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    def write_data(self, name: str, data: bytes) -> None:
         """Write a file whole or not at all: under another name, to the disk, then renamed.
 
         Raises:
@@ -193,7 +193,7 @@ class RunDir:
 
     def save_quarantined(self, name: str, upload: bytes, reason: str, figures: dict[str, float]) -> Path:
         """Keep an upload that may not be used, and why; gives where."""
-        self.write_bytes(f"quarantine/{name}.safetensors", upload)
+        self.write_data(f"quarantine/{name}.safetensors", upload)
         self.write(f"quarantine/{name}.json", json.dumps({"reason": reason, **figures}, indent=2) + "\n")
         return self.path / "quarantine"
 

@@ -21,8 +21,7 @@ from crosslm.errors import UploadError
 from crosslm.federation import strict_json
 from crosslm.federation.messages import MAX_HEADER, VERSION, decode_download, decode_upload
 from crosslm.federation.tokenizer_rules import check_tokenizer
-from crosslm.models.architecture import check_architecture, on_meta
-from crosslm.models.slm import SPECIAL_TOKENS
+from crosslm.models.architecture import SPECIAL_TOKENS, check_architecture, on_meta
 from crosslm.records import Download, SlmState, Upload
 from crosslm.task import Task
 

@@ -5,6 +5,7 @@ a model type and keys from an allow-list, values within bounds. What tensors it 
 without allocating any (torch's meta device).
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -50,6 +51,7 @@ NOT_COMPUTED = frozenset(
     }
 )
 """Keys that every configuration has and that no classifier of ours needs from outside."""
+SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "bos_token", "eos_token")
 LABEL_KEYS = ("id2label", "label2id")
 MAX_COUNT, MAX_SIZE, MAX_ENTRIES, MAX_WORD = 256, 2**20, 256, 64
 COUNTS = ("layer", "heads", "n_head", "group", "networks", "block")
@@ -70,6 +72,11 @@ def travelling(architecture: Mapping[str, Any], labels: Sequence[str]) -> dict[s
         "id2label": {str(place): label for place, label in enumerate(labels)},
         "label2id": {label: place for place, label in enumerate(labels)},
     }
+
+
+def special_tokens(text: str) -> dict[str, str]:
+    """The special tokens in a ``tokenizer_config.json``; everything else in it is ignored."""
+    return {name: token for name, token in json.loads(text).items() if name in SPECIAL_TOKENS}
 
 
 def check_travels(folder: str, who: str) -> None:

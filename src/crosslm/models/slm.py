@@ -20,12 +20,11 @@ from transformers import (
 
 from crosslm.config import FitConfig
 from crosslm.errors import ModelError, UploadError
-from crosslm.models.architecture import travelling
+from crosslm.models.architecture import SPECIAL_TOKENS, special_tokens, travelling
 from crosslm.records import Examples, SlmState
 
 PREDICTION_BATCH = 64
 WINDOW = 8  # batches whose rows are sorted by length together
-SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "bos_token", "eos_token")
 
 
 class SLM:
@@ -307,11 +306,6 @@ class SLM:
         labels = torch.tensor(examples.labels)
         loss = float(-probabilities[torch.arange(len(labels)), labels].clamp_min(1e-9).log().mean())
         return loss, float((probabilities.argmax(dim=1) == labels).float().mean())
-
-
-def special_tokens(text: str) -> dict[str, str]:
-    """The special tokens in a ``tokenizer_config.json``; everything else in it is ignored."""
-    return {name: token for name, token in json.loads(text).items() if name in SPECIAL_TOKENS}
 
 
 def _batches(rows: list[list[int]], size: int, generator: torch.Generator) -> list[list[int]]:
