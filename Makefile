@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-federation check format bench clean
+.PHONY: demo test test-faults test-federation check format bench clean
 
 demo: $(VENV)/.demo                ## install what the main job needs and run it; ARGS="--quick" for a few minutes
 	$(BIN)/crosslm demo $(ARGS)
@@ -15,6 +15,9 @@ test: $(VENV)/.dev check           ## install what the tests need and pass them
 
 test-federation: $(VENV)/.dev      ## the tests of separate machines alone; `make test` runs them too
 	$(BIN)/python -m pytest tests/test_federation.py tests/test_federation_live.py $(ARGS)
+
+test-faults: $(VENV)/.dev          ## only: crashes, hostile uploads, the gate
+	$(BIN)/python -m pytest tests/test_crash.py tests/test_intake.py tests/test_gate.py tests/test_acceptance.py $(ARGS)
 
 check: $(VENV)/.dev                ## lint, format, types
 	$(BIN)/ruff check .

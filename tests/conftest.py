@@ -175,6 +175,7 @@ def settings(models: Path, data_folder: Path) -> dict:
         "llm": {"model": str(models / "gpt2"), "samples": 8, "batch_size": 4, "learning_rate": 1e-3, "lora_rank": 4},
         "synthesis": {"max_new_tokens": 12, "max_attempts": 100},
         "selection": {"pool": 12, "fraction": 0.5, "encoder": str(models / "encoder")},
+        "gate": {"enabled": False},  # models this small write nothing that a label could be read from
         "evaluation": {"nlu_rows": 10, "nlg_samples": 6, "perplexity_text": "plain.txt", "perplexity_tokens": 200},
     }
 

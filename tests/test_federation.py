@@ -23,6 +23,7 @@ from crosslm.errors import DataError, FederationError, UploadError
 from crosslm.federation.flower import client_app, gateway
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import PART, joined, split
+from crosslm.federation.intake import Intake
 from crosslm.federation.kits import SILO_FILE, dump, read_server, read_silo, server_config, silo_names
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
@@ -228,9 +229,12 @@ def test_a_silo_trains_once_uploads_and_installs_what_comes_back(silo, federated
     upload, download = answer(silo, Config.model_validate(federated), models)
     assert silo.upload(experiment, 0) == (silo.state / "upload-0000.safetensors").read_bytes()
     assert len(silo.receipts()) == 1  # the second request trained nothing
-    assert silo.install(experiment, 0, encode(download)) == {"round": 0.0}
+    assert silo.install(experiment, 0, encode(download)) == {"round": 0.0, "accepted": 1.0}
     assert silo.installed == 1
-    assert silo.install(experiment, 0, encode(download)) == {"round": 0.0}  # a confirmation that was lost
+    assert silo.install(experiment, 0, encode(download)) == {
+        "round": 0.0,
+        "accepted": 1.0,
+    }  # a confirmation that was lost
     weights = silo.slm().model.state_dict()
     assert all(weight.equal(download.slm.weights[name]) for name, weight in weights.items())
     assert (silo.state / "slm" / "model.safetensors").exists()
@@ -276,7 +280,7 @@ def test_what_comes_back_is_checked(silo, federated, models, what):
     else:
         client = "silo-1"
     state = type(upload.slm)(upload.slm.architecture, upload.slm.tokenizer, labels, upload.slm.max_length, weights)
-    with pytest.raises(FederationError, match="silo-0"):
+    with pytest.raises((FederationError, UploadError), match="silo-0"):
         silo.install(silo.settings.experiment, 0, encode(Download(client, 0, 1, {}, state)))
     assert silo.installed == 0
     assert not (silo.state / "slm").exists()
@@ -407,8 +411,9 @@ def from_kit(kit, monkeypatch):
 def exchange(kits, tmp_path, flower_run, monkeypatch):
     spool = Spool(tmp_path / "spool")
     grid = MemoryGrid({name: from_kit(kits / "silos" / name, monkeypatch) for name in ("silo-0", "silo-1")})
-    experiment = read_server(kits / "server").experiment
-    return FlowerExchange(grid, spool, experiment, ["silo-0", "silo-1"], FederationConfig())
+    experiment, config = read_server(kits / "server").experiment, server_config(kits / "server")
+    intake = Intake(config.task.labels, config.intake)
+    return FlowerExchange(grid, spool, experiment, ["silo-0", "silo-1"], FederationConfig(), intake)
 
 
 def turn(exchange, times=1):
@@ -495,7 +500,7 @@ def test_another_silos_key_does_not_make_another_silo(exchange, kits, monkeypatc
     assert exchange.receive() is None
     (arrival,) = exchange.spool.arrivals()
     assert (arrival.silo, arrival.state) == ("silo-1", "refused")
-    assert "claims to be silo-0's" in arrival.note
+    assert "it says that it is of client 'silo-0'" in arrival.note
 
 
 def test_what_is_no_upload_is_refused_and_the_next_one_served(exchange):
@@ -543,7 +548,12 @@ def test_a_restarted_server_goes_on_where_the_journal_says(exchange, kits, tmp_p
     exchange.receive()  # and now it dies
     exchange.spool.close()
     again = FlowerExchange(
-        exchange.grid, Spool(tmp_path / "spool"), exchange.experiment, exchange.silos, exchange.config
+        exchange.grid,
+        Spool(tmp_path / "spool"),
+        exchange.experiment,
+        exchange.silos,
+        exchange.config,
+        exchange.intake,
     )
     assert again.receive().client_id == "silo-1"
     turn(again, 2)

@@ -20,6 +20,11 @@ COMMANDS = [line.removeprefix("$ ") for block in blocks("console") for line in b
 # run by test_real.py with the real weights
 REAL = ["crosslm demo --quick"]
 OWN = ["crosslm run tickets.toml", "crosslm report runs/tickets-1", "crosslm evaluate runs/tickets-1"]
+RECOVERY = [
+    "crosslm run tickets.toml --output runs/tickets-1 --resume",
+    "crosslm status runs/tickets-1",
+    "crosslm rollback runs/tickets-1 --client south",
+]
 PACKAGED = ["crosslm run sst2 --data-dir DATA --set preset=paper --set llm.samples=256 --output runs/sst2-paper"]
 
 
@@ -41,6 +46,7 @@ def tiny(settings):
         "slm.max_length": 32,
         "synthesis.max_new_tokens": 12,
         "synthesis.max_attempts": 100,
+        "gate.enabled": "false",
     }
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
@@ -61,7 +67,8 @@ LIVE = ["crosslm server kits/server", "crosslm client kits/silos/north"]
 
 def test_every_command_is_known_here():
     make = [command for command in COMMANDS if command.startswith("make")]
-    assert sorted([*make, *REAL, *OWN, *PACKAGED, *PREPARE, *FEDERATED, *LIVE]) == sorted(COMMANDS)
+    commands = [*make, *REAL, *OWN, *RECOVERY, *PACKAGED, *PREPARE, *FEDERATED, *LIVE]
+    assert sorted(commands) == sorted(COMMANDS)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert {command.split()[1] for command in make} == {"demo", "test"} <= targets
 
@@ -96,7 +103,12 @@ def test_own_data_without_python(settings, tmp_path, monkeypatch, capsys):
     call(monkeypatch, OWN[0], *tiny(settings))
     for command in OWN[1:]:
         call(monkeypatch, command)
+    call(monkeypatch, RECOVERY[0], *tiny(settings))
+    for command in RECOVERY[1:]:
+        call(monkeypatch, command)
     out = capsys.readouterr().out
+    assert "the run is complete already" in out
+    assert Path("runs/tickets-1-without-south/slm/north").is_dir()
     assert "north" in out
     assert "slm/accuracy/south" in out
     (python,) = blocks("python")

@@ -21,6 +21,18 @@ class UploadError(CrosslmError):
     """An uploaded or downloaded message does not hold what it must."""
 
 
+class QuarantineError(UploadError):
+    """An SLM may not reward the LLM, by what it does on the probe set."""
+
+    def __init__(self, message: str, figures: dict[str, float]) -> None:
+        super().__init__(message)
+        self.figures = figures
+
+
+class StoppedError(CrosslmError):
+    """The run was asked to stop and did, at a safe point (exit code 130)."""
+
+
 class RunError(CrosslmError):
     """A run folder cannot be written or read."""
 

@@ -1,48 +1,50 @@
-"""A whole run in one process: clients, server, baselines, measures and the run folder."""
+"""A whole run in one process: clients, server, baselines, measures and the run folder.
 
-import logging
+After each arrival, before the next, everything is in a checkpoint: a run that was killed, or stopped,
+goes on from there, and ends as one that never was.
+"""
+
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crosslm import evaluate
-from crosslm.baselines import data_free_kd
+from crosslm import evaluate, snapshot
+from crosslm.checkpoint import Checkpoints
 from crosslm.client import Client
-from crosslm.config import Config, SLMSpec
-from crosslm.data import Split, load_split
-from crosslm.errors import CrosslmError, RunError, UploadError
+from crosslm.config import Config
+from crosslm.errors import RunError, StoppedError
 from crosslm.federation.exchange import serve
+from crosslm.federation.intake import Intake
 from crosslm.federation.local import LocalExchange
-from crosslm.federation.messages import describe
+from crosslm.gate import Gate
+from crosslm.journal import RunJournal
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
-from crosslm.models.slm import SLM, check_layers
+from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
-from crosslm.models.tokens import load_tokenizer, verbalizer_ids
-from crosslm.preparation import (
-    check_models,
-    class_report,
-    client_specs,
-    describe_spec,
-    original_llm,
-    perplexity_text_of,
-)
+from crosslm.preparation import Prepared, check_same, class_report, describe_spec, prepare
 from crosslm.progress import Display, Progress
-from crosslm.records import Download, SyntheticSet, Upload
-from crosslm.rundir import RunDir, versions
+from crosslm.records import Examples, SyntheticSet
+from crosslm.rundir import CONFIG, SUMMARY, RunDir, versions
 from crosslm.seeding import seed_for
-from crosslm.server import Server, StepRecord, receive_slm
+from crosslm.server import Server
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 
 LLM_MEASURES = ("nlu_accuracy", "nlg_accuracy", "nlg_judge_accuracy", "distinct_2", "perplexity")
 
-logger = logging.getLogger(__name__)
 
-
-def run_local(config: Config, output: Path, cache: Path, display: Display | None = None) -> dict[str, Any]:
+def run_local(
+    config: Config,
+    output: Path,
+    cache: Path,
+    display: Display | None = None,
+    resume: bool = False,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """Run the method and both baselines with all clients in this process.
 
     Everything that can be wrong with the input is found before a model is loaded and before
@@ -53,100 +55,214 @@ def run_local(config: Config, output: Path, cache: Path, display: Display | None
         output: run folder to create.
         cache: where converted models are kept.
         display: shows progress.
+        resume: go on with the run that is in ``output``, if there is one.
+        stop_requested: asked after each arrival whether to stop there.
 
     Returns:
         What ``summary.json`` holds.
 
     Raises:
         CrosslmError: the input is wrong, or no client could be served.
+        StoppedError: it was asked to stop; everything done so far is kept.
     """
     given, config = config, config.model_copy(update={"device": resolve_device(config.device)})
     progress = Progress(display)
-    split = load_split(config)
-    specs = client_specs(config, list(split.private))
-    check_models(config, specs)
-    perplexity_text = perplexity_text_of(config)
-    RunDir.check_free(output)
-    for client_id, spec in specs.items():
-        check_layers(model_folder(spec.model, cache, progress.note), spec.num_hidden_layers, f"client {client_id}")
-    llm_folder = original_llm(config, cache, progress.note)
-    verbalizer_ids(load_tokenizer(llm_folder, config.llm.model), Task.from_config(config.task))
-    run = RunDir.create(output, given)
-    for warning in split.warnings:
-        progress.note(f"warning: {warning}")
-        run.event("warning", message=warning)
-    for client_id, examples in split.private.items():
-        progress.note(f"client {client_id}: {class_report(examples, config)}; {describe_spec(specs[client_id])}")
-    return _Run(config, split, specs, perplexity_text, llm_folder, run, cache, progress).execute()
+    goes_on = resume and (output / CONFIG).is_file()
+    if goes_on:
+        check_same(given, output)
+        if (output / SUMMARY).is_file():
+            progress.note(f"{output}: the run is complete already")
+            return RunDir.open(output).summary()
+    else:
+        RunDir.check_free(output)
+    prepared = prepare(config, cache, progress.note)
+    with RunDir(output).locked():
+        run = RunDir.open(output) if goes_on else RunDir.create(output, given)
+        run.note_session("resume" if goes_on else "start")
+        return _Run(config, prepared, run, cache, progress, stop_requested).execute()
 
 
 class _Run:
-    """The state of one run; also the journal that the loop reports to."""
+    """The state of one run, from its beginning or from its last checkpoint to its summary."""
 
     def __init__(
         self,
         config: Config,
-        split: Split,
-        specs: dict[str, SLMSpec],
-        perplexity_text: str | None,
-        llm_folder: str,
+        prepared: Prepared,
         run: RunDir,
         cache: Path,
         progress: Progress,
+        stop_requested: Callable[[], bool],
     ) -> None:
-        self.config, self.split, self.specs = config, split, specs
-        self.perplexity_text, self.llm_folder = perplexity_text, llm_folder
-        self.run, self.progress = run, progress
+        self.config, self.split, self.specs = config, prepared.split, prepared.specs
+        self.perplexity_text, self.llm_folder = prepared.perplexity_text, prepared.llm_folder
+        self.public = prepared.public
+        self.run, self.progress, self.stop_requested = run, progress, stop_requested
+        self.checkpoints = Checkpoints(run, config.checkpoint.keep)
         self.task = Task.from_config(config.task)
-        self.nlu_rows = evaluate.nlu_rows(config, split.test)
+        self.nlu_rows = evaluate.nlu_rows(config, self.split.test)
         self._folders: dict[str, str] = {}
         self._cache = cache
-        self.accuracy: dict[str, dict[str, float]] = {"standalone": {}, "data_free_kd": {}, "crosslm": {}}
-        self.standalone: dict[str, SLM] = {}
-        self.tokens_generated = 0
-        self.removed: dict[str, int] = {}
+        self._started = time.perf_counter()
+        self._clients: dict[str, dict[str, Any]] = {}  # rounds and the name of the kept SLM, of those that arrived
 
     def execute(self) -> dict[str, Any]:
         """Measure, run the federation, measure again, and write it all down."""
-        started = time.perf_counter()
-        config, run, progress = self.config, self.run, self.progress
+        config = self.config
+        record = self.checkpoints.last()
+        self.run.go_back(record["state"]["events"] if record else 0)
         self.llm = LLM.load(self.llm_folder, config.llm, seed_for(config.seed, "llm"), config.device)
         self.encoder = SentenceEncoder(self._folder(config.selection.encoder), config.device)
-        self.judge = evaluate.train_judge(self._folder(config.slm.models[0].model), config, self.split.judge, progress)
-        judge_accuracy = self.judge.accuracy(self.split.test) if self.judge else None
-        run.event("start", versions=versions(), specs={name: spec.model_dump() for name, spec in self.specs.items()})
-
-        self.base_pool = self._synthesize(
-            "original LLM", max(config.selection.pool, config.evaluation.nlg_samples), "base"
+        self.journal = RunJournal(config, self.split, self.run, self.checkpoints, self.encoder, self.progress)
+        self.server = Server(config, self.task, self.llm, self.encoder, self.progress)
+        self.exchange = LocalExchange(
+            [self._client(client_id) for client_id in self.split.private],
+            config.federation.participations,
+            config.seed,
+            self.journal.failed,
+            Intake(self.task.labels, config.intake),
+            self.journal.decided,
         )
-        before = self._llm_measures("before")
-        clients = [self._client(client_id) for client_id in self.split.private]
-        server = Server(config, self.task, self.llm, self.encoder, progress)
-        exchange = LocalExchange(clients, config.federation.participations, config.seed, self.failed)
-        serve(exchange, server, self, exchange.exhausted)
-        if not self.accuracy["crosslm"]:
-            raise RunError(f"{run.path}: no client could be served; see {run.path / 'metrics.jsonl'}")
+        if record:
+            self._restore(record)
+        else:
+            self._begin()
+        serve(self.exchange, self.server, self.journal, self._between_arrivals)
+        if not self.journal.accuracy["crosslm"]:
+            raise RunError(f"{self.run.path}: no client could be served; see {self.run.path / 'metrics.jsonl'}")
+        return self._finish()
 
+    # -- the beginning, and going on ---------------------------------------------------------
+
+    def _begin(self) -> None:
+        config, run, journal = self.config, self.run, self.journal
+        for warning in self.split.warnings:
+            self.progress.note(f"warning: {warning}")
+            run.event("warning", message=warning)
+        for client_id, examples in self.split.private.items():
+            spec = describe_spec(self.specs[client_id])
+            self.progress.note(f"client {client_id}: {class_report(examples, config)}; {spec}")
+        folder = self._folder(config.slm.models[0].model)
+        journal.judge = evaluate.train_judge(folder, config, self.split.judge, self.progress)
+        self.judge_accuracy = journal.judge.accuracy(self.split.test) if journal.judge else None
+        specs = {name: spec.model_dump() for name, spec in self.specs.items()}
+        run.event("start", versions=versions(), specs=specs)
+        count = max(config.selection.pool, config.evaluation.nlg_samples)
+        journal.base_pool = self._synthesize("original LLM", count, "base")
+        self.before = self._llm_measures("before")
+        put = self.checkpoints.put
+        self._kept: dict[str, Any] = {
+            "judge": put(snapshot.slm_bytes(journal.judge.to_state())) if journal.judge else None,
+            "judge_accuracy": self.judge_accuracy,
+            "base_pool": put(snapshot.texts_bytes(journal.base_pool)),
+            "before": self.before,
+            "inputs": snapshot.inputs_digest(self.split),
+        }
+        self._open_gate()
+        self.exchange.go_on(0, run.barred())
+        self._saved = -1
+        self._save({"outcome": "beginning"})
+
+    def _restore(self, record: dict[str, Any]) -> None:
+        state, get = record["state"], self.checkpoints.get
+        if state is None:
+            raise RunError(f"{self.run.path}: arrival {record['arrival']} has been pruned and cannot be gone on from")
+        self._kept = state["kept"]
+        if self._kept["inputs"] != snapshot.inputs_digest(self.split):
+            raise RunError(
+                f"{self.run.path}: the data files have changed since this run began; put them back as they were"
+            )
+        if self._kept["judge"]:
+            self.journal.judge = SLM.from_state(snapshot.slm_state(get(self._kept["judge"])), self.config.device)
+            self.journal.judge.order_labels(self.task.labels)
+        self.judge_accuracy, self.before = self._kept["judge_accuracy"], self._kept["before"]
+        self.journal.base_pool = snapshot.texts_of(get(self._kept["base_pool"]))
+        self.journal.restore(state["journal"])
+        snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), state["steps"])
+        self._open_gate()
+        if self.server.gate:
+            snapshot.restore_gate(self.server.gate, get(state["gate"]))
+        self._clients = state["clients"]
+        for client_id, kept in self._clients.items():
+            self.exchange.clients[client_id].restore(snapshot.slm_state(get(kept["slm"])), kept["rounds"])
+        self.exchange.bytes_up |= state["bytes_up"]
+        self.exchange.bytes_down |= state["bytes_down"]
+        self.exchange.go_on(record["arrival"], self.run.barred())
+        self._saved = record["arrival"]
+        self._started -= state["seconds"].pop("total")
+        self.progress.seconds.update(state["seconds"])
+        self.progress.note(f"{self.run.path}: going on after arrival {record['arrival']}")
+
+    def _open_gate(self) -> None:
+        if not self.config.gate.enabled:
+            return
+        base = self.journal.base_pool
+        texts = base.examples(range(min(len(base.samples), self.config.gate.texts)))
+        fixed = Examples(texts.texts + self.public.texts, texts.labels + self.public.labels)
+        self.server.gate = Gate(self.config, fixed)
+
+    # -- between arrivals --------------------------------------------------------------------
+
+    def _between_arrivals(self) -> bool:
+        """The safe point: save what the last arrival did, stop if asked to, end if nobody is left."""
+        if self.exchange.arrivals > self._saved:
+            self._save(self.journal.cause)
+        if self.stop_requested():
+            raise StoppedError(
+                f"stopped after arrival {self._saved}; everything so far is in {self.run.path}. "
+                f"To go on: crosslm run {self.run.path / CONFIG} --output {self.run.path} --resume"
+            )
+        return self.exchange.exhausted()
+
+    def _save(self, cause: dict[str, Any]) -> None:
+        put, who = self.checkpoints.put, cause.get("client")
+        if who:
+            client = self.exchange.clients[who]
+            self._clients[who] = {"rounds": client.rounds, "slm": put(snapshot.slm_bytes(client.slm.to_state()))}
+        state = {
+            "kept": self._kept,
+            "journal": self.journal.state(),
+            "optimizer": put(snapshot.optimizer_bytes(self.server)),
+            "steps": self.server.steps,
+            "gate": put(snapshot.gate_bytes(self.server.gate)) if self.server.gate else None,
+            "clients": self._clients,
+            "bytes_up": self.exchange.bytes_up,
+            "bytes_down": self.exchange.bytes_down,
+            "seconds": {**self.progress.seconds, "total": time.perf_counter() - self._started},
+            "events": self.run.keep_events(),
+        }
+        self.checkpoints.write(self.exchange.arrivals, cause, put(snapshot.adapter_bytes(self.server)), state)
+        self._saved = self.exchange.arrivals
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def _finish(self) -> dict[str, Any]:
+        config, run, before = self.config, self.run, dict(self.before)
         run.save_llm(self.llm)
         after = self._llm_measures("after")
         final = self._synthesize("enhanced LLM", config.evaluation.nlg_samples, "final")
-        first = SyntheticSet(self.base_pool.samples[: config.evaluation.nlg_samples])
+        first = SyntheticSet(self.journal.base_pool.samples[: config.evaluation.nlg_samples])
         for moment, texts, measures in (("before", first, before), ("after", final, after)):
             measures |= self._nlg_measures(texts)
             run.event("llm", moment=moment, **measures)
-        run.save_synthetic("final", self.task.labels, final)
-        summary = {
+        summary = self._summary(before, after)
+        run.summarise(summary)
+        return summary
+
+    def _summary(self, before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
+        config, journal, exchange = self.config, self.journal, self.exchange
+        return {
             "task": config.name,
             "preset": config.preset,
             "seed": config.seed,
             "versions": versions(),
-            "seconds": {name: round(value, 2) for name, value in progress.seconds.items()}
-            | {"total": round(time.perf_counter() - started, 2)},
-            "slm": {method: evaluate.with_mean(values) for method, values in self.accuracy.items()},
+            "seconds": {name: round(value, 2) for name, value in self.progress.seconds.items()}
+            | {"total": round(time.perf_counter() - self._started, 2)},
+            "slm": {method: evaluate.with_mean(values) for method, values in journal.accuracy.items()},
             "llm": {name: {"before": before.get(name), "after": after.get(name)} for name in LLM_MEASURES},
-            "tokens_generated": self.tokens_generated,
-            "texts_removed": self.removed,
-            "judge_accuracy": judge_accuracy,
+            "tokens_generated": journal.tokens_generated,
+            "texts_removed": journal.removed,
+            "judge_accuracy": self.judge_accuracy,
             "test_rows": {name: len(test) for name, test in self.split.tests.items()},
             "clients": {
                 name: {
@@ -154,80 +270,12 @@ class _Run:
                     "rows": dict(zip(self.task.labels, examples.class_counts(len(self.task.labels)), strict=True)),
                     "bytes_up": exchange.bytes_up[name],
                     "bytes_down": exchange.bytes_down[name],
+                    "decision": journal.decisions.get(name),
                 }
                 for name, examples in self.split.private.items()
             },
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        run.summarise(summary)
-        return summary
-
-    # -- the journal of the loop -------------------------------------------------------------
-
-    def uploaded(self, upload: Upload) -> None:
-        """Measure Standalone and Data-free KD when a client comes for the first time."""
-        who = upload.client_id
-        self.run.event("upload", **describe(upload))
-        if who in self.standalone:
-            return
-        slm = receive_slm(upload, self.task, self.config)
-        self.standalone[who] = slm
-        self.accuracy["standalone"][who] = slm.accuracy(self.split.tests[who])
-        pool = SyntheticSet(self.base_pool.samples[: self.config.selection.pool])
-        student = data_free_kd(upload, pool, self.config, self.task, self.encoder, self.progress)
-        self.accuracy["data_free_kd"][who] = student.accuracy(self.split.tests[who])
-
-    def served(self, upload: Upload, download: Download, record: StepRecord) -> None:
-        """Keep what the step wrote, and measure the SLM that goes back."""
-        who, step = upload.client_id, download.step
-        slm = SLM.from_state(download.slm, self.config.device)
-        slm.order_labels(self.task.labels)
-        self.accuracy["crosslm"][who] = slm.accuracy(self.split.tests[who])
-        for iteration, (drafts, rewards) in enumerate(record.drafts):
-            self.run.save_synthetic(f"step-{step:04}-drafts-{iteration}", self.task.labels, drafts, rewards)
-            self._count(drafts)
-        self.run.save_synthetic(f"step-{step:04}-pool", self.task.labels, record.pool, receipts=record.receipts)
-        self._count(record.pool)
-        self.run.save_slm(who, slm)
-        for number, parts in enumerate(record.updates):
-            self.run.event("update", step=step, client=who, number=number, **parts)
-        kept = [sample for sample, receipt in zip(record.pool.samples, record.receipts, strict=True) if receipt.kept]
-        measures = {
-            "slm/standalone": self.accuracy["standalone"][who],
-            "slm/data_free_kd": self.accuracy["data_free_kd"][who],
-            "slm/accuracy": self.accuracy["crosslm"][who],
-            "reward/drafts": float(sum(rewards.mean() for _, rewards in record.drafts) / len(record.drafts)),
-            "reward/pool": sum(receipt.reward for receipt in record.receipts) / len(record.receipts),
-            "diversity/pool": sum(receipt.diversity for receipt in record.receipts) / len(record.receipts),
-            "distinct_2/pool": evaluate.distinct_ngrams(record.pool.texts),
-            **({"judge/pool": evaluate.label_agreement(self.judge, record.pool)} if self.judge else {}),
-            **(
-                {"judge/selected": evaluate.label_agreement(self.judge, SyntheticSet(kept))}
-                if self.judge and kept
-                else {}
-            ),
-        }
-        self.run.event("step", step=step, client=who, **measures, **download.metrics)
-        wanted = self.config.selection.fraction * len(record.receipts)
-        if len(kept) < wanted / 2:
-            message = f"client {who}: only {len(kept)} of {wanted:.0f} texts could be selected; its SLM learned little"
-            self.run.event("warning", message=message)
-            self.progress.note(f"warning: {message}")
-        self.progress.note(
-            f"step {step}: {who} {measures['slm/standalone']:.3f} -> {measures['slm/accuracy']:.3f} "
-            f"(data-free KD {measures['slm/data_free_kd']:.3f}), mean reward of its pool {measures['reward/pool']:+.2f}"
-        )
-
-    def refused(self, upload: Upload, error: UploadError) -> None:
-        """An upload could not be used."""
-        self.failed(upload.client_id, error)
-
-    def failed(self, client_id: str, error: Exception) -> None:
-        """A client failed: an event of the run."""
-        if not isinstance(error, CrosslmError):
-            logger.exception("client %s failed", client_id, exc_info=error)
-        self.run.event("failure", client=client_id, error=f"{type(error).__name__}: {error}")
-        self.progress.note(f"client {client_id} failed: {error}")
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -247,20 +295,16 @@ class _Run:
             config.slm.freeze_embeddings,
             config.device,
         )
-        return Client(client_id, self.split.private[client_id], slm, config.slm.private, config.seed, self.progress)
+        private, fit = self.split.private[client_id], config.slm.private
+        return Client(client_id, private, slm, fit, config.seed, self.progress, config.acceptance)
 
     def _synthesize(self, detail: str, count: int, purpose: str) -> SyntheticSet:
         seed = seed_for(self.config.seed, purpose)
         with self.progress.stage("generate", detail, count, "texts") as advance:
             texts = synthesize(self.llm, self.task, self.config.synthesis, count, seed, advance)
-        self._count(texts)
+        self.journal.count(texts)
         self.run.save_synthetic(purpose, self.task.labels, texts)
         return texts
-
-    def _count(self, texts: SyntheticSet) -> None:
-        self.tokens_generated += texts.tokens_generated
-        for reason, number in texts.removed.items():
-            self.removed[reason] = self.removed.get(reason, 0) + number
 
     def _llm_measures(self, moment: str) -> dict[str, float]:
         measures = {"nlu_accuracy": evaluate.nlu_accuracy(self.llm, self.task, self.nlu_rows, self.progress, moment)}
@@ -273,13 +317,13 @@ class _Run:
 
     def _nlg_measures(self, texts: SyntheticSet) -> dict[str, float]:
         """The same judges before and after: the SLMs as first uploaded, and the independent one."""
-        agreement = [evaluate.label_agreement(slm, texts) for slm in self.standalone.values()]
+        agreement = [evaluate.label_agreement(slm, texts) for slm in self.journal.standalone.values()]
         measures = {
             "nlg_accuracy": sum(agreement) / len(agreement),
             "distinct_2": evaluate.distinct_ngrams(texts.texts),
         }
-        if self.judge:
-            measures["nlg_judge_accuracy"] = evaluate.label_agreement(self.judge, texts)
+        if self.journal.judge:
+            measures["nlg_judge_accuracy"] = evaluate.label_agreement(self.journal.judge, texts)
         return measures
 
 

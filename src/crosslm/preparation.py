@@ -1,16 +1,76 @@
 """What a run needs before a model is loaded: who has which model, where it is, and texts beside the data."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from crosslm.config import Config, SLMSpec
-from crosslm.data import find_file, read_text, readable_lines
-from crosslm.errors import DataError, ModelError
+from crosslm.config_file import load
+from crosslm.data import Split, find_file, load_examples, load_split, read_text, readable_lines
+from crosslm.errors import DataError, ModelError, RunError
+from crosslm.models.architecture import check_travels
+from crosslm.models.slm import check_layers
 from crosslm.models.sources import PREFIX, check_model, model_folder
+from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.models.vocabulary import cached_trim, tokenizer_words
 from crosslm.records import Examples
+from crosslm.rundir import CONFIG
 from crosslm.seeding import seed_for
 from crosslm.task import Task
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before a model is loaded."""
+
+    split: Split
+    specs: dict[str, SLMSpec]
+    perplexity_text: str | None
+    llm_folder: str
+    public: Examples
+
+
+def prepare(config: Config, cache: Path, on_news: Callable[[str], None]) -> Prepared:
+    """Read the data and find every model, so that whatever is wrong is found before one is loaded.
+
+    Raises:
+        CrosslmError: something is wrong.
+    """
+    split = load_split(config)
+    specs = client_specs(config, list(split.private))
+    check_models(config, specs)
+    perplexity_text = perplexity_text_of(config)
+    public = Examples([], [])
+    if config.gate.public_texts:
+        public = load_examples(config.gate.public_texts, config.data, config.task.labels).examples
+    for client_id, spec in specs.items():
+        folder = model_folder(spec.model, cache, on_news)
+        check_layers(folder, spec.num_hidden_layers, f"client {client_id}")
+        check_travels(folder, f"client {client_id}")
+    llm_folder = original_llm(config, cache, on_news)
+    verbalizer_ids(load_tokenizer(llm_folder, config.llm.model), Task.from_config(config.task))
+    return Prepared(split, specs, perplexity_text, llm_folder, public)
+
+
+def check_same(config: Config, folder: Path) -> None:
+    """Find out that a run folder is one of this configuration.
+
+    Raises:
+        RunError: it is not; names what differs.
+    """
+    own = load(folder / CONFIG).model_dump()
+    different = [
+        f"{section}.{name}" if isinstance(value, dict) else section
+        for section, value in config.model_dump().items()
+        for name in (value if isinstance(value, dict) else [section])
+        if (value[name] if isinstance(value, dict) else value)
+        != (own[section][name] if isinstance(value, dict) else own[section])
+    ]
+    if different:
+        raise RunError(
+            f"{folder}: its run has another configuration (different: {', '.join(different)}); "
+            f"go on with {folder / CONFIG}, or choose another --output"
+        )
 
 
 def client_specs(config: Config, client_ids: list[str]) -> dict[str, SLMSpec]:

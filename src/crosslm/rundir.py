@@ -1,9 +1,13 @@
 """The run folder: the only place that writes what a run leaves behind."""
 
+import fcntl
 import json
 import os
 import platform
+import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ from crosslm.models.slm import SLM
 from crosslm.records import Receipt, SyntheticSet
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+LOCK, ROLLBACK, PARTIAL = ".lock", "rollback.json", ".partial"
+SESSIONS = "sessions.jsonl"
 
 
 class RunDir:
@@ -32,9 +38,11 @@ class RunDir:
         Raises:
             RunError: the folder holds something already.
         """
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        if path.is_file() or (path.is_dir() and any(entry.name != LOCK for entry in path.iterdir())):
+            unfinished = (path / CONFIG).exists() and not (path / SUMMARY).exists()
             what = "another run" if (path / CONFIG).exists() else "other files"
-            raise RunError(f"{path}: holds {what} already and nothing is written over; choose another --output")
+            hint = ", or go on with it: --resume" if unfinished else ""
+            raise RunError(f"{path}: holds {what} already and nothing is written over; choose another --output{hint}")
 
     @classmethod
     def create(cls, path: Path, config: Config) -> "RunDir":
@@ -63,22 +71,98 @@ class RunDir:
             raise RunError(f"{path}: not a run folder (it has no {CONFIG})")
         return cls(path)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process from working in this folder; a process that dies lets go by itself.
+
+        Raises:
+            RunError: another one is at work here, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("a")
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written: {error}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(
+                    f"{self.path}: another process is at work on this run; wait for it, or stop it"
+                ) from error
+            yield
+
+    def is_locked(self) -> bool:
+        """Whether a process is at work here."""
+        if not (self.path / LOCK).exists():
+            return False
+        with (self.path / LOCK).open("r") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
     def write(self, name: str, text: str) -> None:
         """Write a text file whole or not at all."""
+        self.write_data(name, text.encode("utf-8"))
+
+    def write_data(self, name: str, data: bytes) -> None:
+        """Write a file whole or not at all: under another name, to the disk, then renamed.
+
+        Raises:
+            RunError: it cannot be written; what was there before is still there.
+        """
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
+        partial = target.with_name(target.name + PARTIAL)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+            _sync_folder(target.parent)
+        except OSError as error:
+            raise _unwritable(target, error) from error
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one line to ``metrics.jsonl``, at once."""
+        """Append one line to ``metrics.jsonl``, at once.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         line = json.dumps({"event": kind, "time": round(time.time(), 3), **fields}, ensure_ascii=False)
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+        try:
+            with (self.path / METRICS).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise _unwritable(self.path / METRICS, error) from error
+
+    def keep_events(self) -> int:
+        """Bring ``metrics.jsonl`` to the disk; gives its size."""
+        with (self.path / METRICS).open("a") as file:
+            os.fsync(file.fileno())
+            return file.seek(0, os.SEEK_END)
+
+    def go_back(self, events: int) -> None:
+        """Take away what was written after ``metrics.jsonl`` had this size and could not be finished."""
+        if (self.path / METRICS).exists():
+            with (self.path / METRICS).open("r+b") as file:
+                file.truncate(events)
+        for leftover in sorted(self.path.rglob("*" + PARTIAL), reverse=True):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def note_session(self, kind: str) -> None:
+        """Append a line to ``sessions.jsonl``: a process began to work here. No part of the run's results."""
+        line = json.dumps({"event": kind, "time": round(time.time(), 3), "pid": os.getpid()})
+        with (self.path / SESSIONS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    def barred(self) -> list[str]:
+        """Clients that a rollback has shut out from the beginning of this folder's own arrivals."""
+        path = self.path / ROLLBACK
+        return list(json.loads(path.read_text(encoding="utf-8"))["clients"]) if path.exists() else []
 
     def events(self) -> list[dict[str, Any]]:
         """Everything that happened so far."""
@@ -107,13 +191,31 @@ class RunDir:
             lines.append(json.dumps(row, ensure_ascii=False))
         self.write(f"synthetic/{name}.jsonl", "\n".join(lines) + "\n")
 
-    def save_slm(self, client_id: str, slm: SLM) -> None:
+    def save_quarantined(self, name: str, upload: bytes, reason: str, figures: dict[str, float]) -> Path:
+        """Keep an upload that may not be used, and why; gives where."""
+        self.write_data(f"quarantine/{name}.safetensors", upload)
+        self.write(f"quarantine/{name}.json", json.dumps({"reason": reason, **figures}, indent=2) + "\n")
+        return self.path / "quarantine"
+
+    def save_slm(self, client_id: str, slm: SLM, folder: str = "slm") -> None:
         """Write a classifier folder for transformers."""
-        slm.save(str(self.path / "slm" / client_id))
+        self._write_folder(f"{folder}/{client_id}", slm.save)
 
     def save_llm(self, llm: LLM) -> None:
         """Write the adapter folder for PEFT, or the whole model after full fine-tuning."""
-        llm.save(str(self.path / "llm"))
+        self._write_folder("llm", llm.save)
+
+    def _write_folder(self, name: str, save: Callable[[str], None]) -> None:
+        """Have a folder written under another name, and put it in the place of the old one."""
+        target = self.path / name
+        partial = target.with_name(target.name + PARTIAL)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            save(str(partial))
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+        except OSError as error:
+            raise _unwritable(target, error) from error
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``; its presence says that the run is complete."""
@@ -135,12 +237,37 @@ class RunDir:
         return loaded
 
 
+def _sync_folder(folder: Path) -> None:
+    """Bring a renaming to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unwritable(target: Path, error: OSError) -> RunError:
+    return RunError(
+        f"{target}: cannot be written: {error.strerror or error}; nothing that was there is lost: "
+        "make room, and go on with --resume"
+    )
+
+
 def next_free(folder: Path, name: str) -> Path:
     """``folder/name-1``, or the next number that is free."""
     number = 1
     while (folder / f"{name}-{number}").exists():
         number += 1
     return folder / f"{name}-{number}"
+
+
+def last_unfinished(folder: Path, name: str) -> Path | None:
+    """The newest of ``folder/name-1``, ``-2``, ... if its run is not complete."""
+    number = 1
+    while (folder / f"{name}-{number}").exists():
+        number += 1
+    last = folder / f"{name}-{number - 1}"
+    return last if number > 1 and (last / CONFIG).is_file() and not (last / SUMMARY).exists() else None
 
 
 def versions() -> dict[str, str]:

@@ -1,12 +1,14 @@
 """The cloud side: steps 3, 4 and 5 for one arriving SLM (CrossLM, section 4)."""
 
+import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crosslm.algorithm.losses import generation_loss, kl_loss, language_modeling_loss, objective, sequence_logps
-from crosslm.algorithm.rewards import correct_prior, label_rewards, leave_one_out_advantages
+from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
 from crosslm.algorithm.selection import (
     EXACT_TEXTS,
     approximate_diversity,
@@ -16,6 +18,7 @@ from crosslm.algorithm.selection import (
 )
 from crosslm.config import Config, RewardConfig, SelectionConfig
 from crosslm.errors import ModelError, UploadError
+from crosslm.gate import Gate, as_rewarding, stranger_proba
 from crosslm.models.encoder import Encoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
@@ -37,6 +40,8 @@ class StepRecord:
     pool: SyntheticSet = field(default_factory=lambda: SyntheticSet([]))
     receipts: list[Receipt] = field(default_factory=list)
     """One for each text of the pool."""
+    gate: dict[str, float] = field(default_factory=dict)
+    """What the gate found, if there is one."""
 
     @property
     def tokens_generated(self) -> int:
@@ -48,13 +53,20 @@ class Server:
     """Owns the LLM and meets one uploaded SLM at a time, in whatever order they arrive."""
 
     def __init__(
-        self, config: Config, task: Task, llm: LLM, encoder: Encoder, progress: Progress | None = None
+        self,
+        config: Config,
+        task: Task,
+        llm: LLM,
+        encoder: Encoder,
+        progress: Progress | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self.config = config
         self.task = task
         self.llm = llm
         self.encoder = encoder
         self.progress = progress or Progress()
+        self.gate = gate
         self.steps = 0
         self.optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=config.llm.learning_rate, weight_decay=0.0)
 
@@ -62,12 +74,27 @@ class Server:
         """Train the LLM and the SLM on each other's judgement, and return the SLM.
 
         Raises:
-            UploadError: the SLM's labels are not the task's, or it cannot be rebuilt.
+            UploadError: the SLM's labels are not the task's, it cannot be rebuilt, or it may not reward
+                the LLM; nothing has changed then.
             ModelError: the LLM could not write texts, or the update changed nothing.
         """
-        config, record, who = self.config, StepRecord(), upload.client_id
-        slm = receive_slm(upload, self.task, config)  # step 2: it arrived
+        slm = receive_slm(upload, self.task, self.config)  # step 2: it arrived
+        verdict = self.gate.judge(slm, upload) if self.gate else None
+        before = self._snapshot()
+        try:
+            download, record = self._learn(slm, upload)
+        except UploadError:  # the SLM failed on a text that only the updated LLM wrote
+            self._restore(before)
+            raise
+        self.steps += 1
+        if self.gate and verdict:
+            self.gate.accepted(verdict, upload, record.pool)
+            record.gate = verdict.figures
+        return download, record
 
+    def _learn(self, slm: SLM, upload: Upload) -> tuple[Download, StepRecord]:
+        """Steps 3, 4 and 5 with an SLM that may reward the LLM."""
+        config, record, who = self.config, StepRecord(), upload.client_id
         for iteration in range(config.llm.iterations):
             seed = seed_for(config.seed, "server", self.steps, iteration)
             drafts = self._synthesize(f"{who}: texts to learn from", config.llm.samples, seed)  # step 3: Eq. 2-3
@@ -84,9 +111,24 @@ class Server:
             advance(1)
         fitted = train_on_synthetic(slm, record.pool.examples(kept), upload, config, self.progress, who)
 
-        self.steps += 1
         metrics = {"selected": float(len(kept)), **{f"fit/{name}": value for name, value in fitted.items()}}
-        return Download(who, upload.client_round, self.steps, metrics, slm.to_state()), record
+        return Download(who, upload.client_round, self.steps + 1, metrics, slm.to_state()), record
+
+    def _snapshot(self) -> tuple[list[Tensor], dict[str, Any]] | None:
+        """The adapter and the optimiser's state; not after full fine-tuning, where they are several models."""
+        if self.config.llm.adapter == "full":
+            return None
+        weights = [parameter.detach().clone() for parameter in self.llm.trainable_parameters()]
+        return weights, copy.deepcopy(self.optimizer.state_dict())
+
+    def _restore(self, before: tuple[list[Tensor], dict[str, Any]] | None) -> None:
+        if before is None:
+            return
+        weights, optimizer = before
+        with torch.no_grad():
+            for parameter, weight in zip(self.llm.trainable_parameters(), weights, strict=True):
+                parameter.copy_(weight)
+        self.optimizer.load_state_dict(optimizer)
 
     def update_llm(self, drafts: SyntheticSet, rewards: Tensor, seed: int, who: str = "") -> list[dict[str, float]]:
         """One pass over the drafts, minimising Eq. 9.
@@ -242,10 +284,7 @@ def train_on_synthetic(
 
 def slm_rewards(slm: SLM, drafts: SyntheticSet, upload: Upload, config: RewardConfig) -> Tensor:
     """Reward of each text by the uploaded SLM, ``(texts,)`` (Eq. 4)."""
-    probabilities = slm.predict_proba(drafts.texts)
-    if config.correct_prior:
-        counts = dict(zip(upload.slm.labels, upload.class_counts, strict=True))
-        probabilities = correct_prior(probabilities, torch.tensor([counts[label] for label in slm.labels]))
+    probabilities = as_rewarding(slm, stranger_proba(slm, drafts.texts), upload, config)
     return label_rewards(probabilities, drafts.labels)
 
 

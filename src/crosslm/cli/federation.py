@@ -68,18 +68,6 @@ def client(
     run_silo(silo, _say)
 
 
-@app.command()
-def status(kit: KitArgument) -> None:
-    """Say how a federation stands, from the server's kit or a silo's."""
-    quiet_libraries()
-    from crosslm.federation.kits import SERVER_FILE
-
-    if (kit / SERVER_FILE).exists():
-        server_status(kit)
-    else:
-        silo_status(kit)
-
-
 def silo_status(kit: Path) -> None:
     """What a silo has sent and received."""
     from crosslm.federation.silo import Silo

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from crosslm import __version__
-from crosslm.cli import federation, models, runs  # noqa: F401  their commands join the application
+from crosslm.cli import federation, models, recovery, runs  # noqa: F401  their commands join the application
 from crosslm.cli.app import app, console, errors
-from crosslm.errors import CrosslmError
+from crosslm.errors import CrosslmError, StoppedError
 
 
 @app.callback(invoke_without_command=True)
@@ -19,9 +19,12 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main() -> None:
-    """Run a command; a :class:`CrosslmError` is printed and ends with exit code 2."""
+    """Run a command; a :class:`CrosslmError` is printed and ends with exit code 2, a stop with 130."""
     try:
         app()
+    except StoppedError as stop:
+        errors.print(str(stop), highlight=False, markup=False, soft_wrap=True)
+        sys.exit(130)
     except (CrosslmError, OSError) as error:  # an OSError names its file: a full disk, a folder that is not ours
         errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)

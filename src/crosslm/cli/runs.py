@@ -16,10 +16,20 @@ from crosslm.cli.app import (
     console,
     quiet_libraries,
 )
+from crosslm.cli.stopping import StopRequest
 from crosslm.config import Config
 from crosslm.config_file import load
-from crosslm.rundir import RunDir, next_free
+from crosslm.errors import StoppedError
+from crosslm.rundir import CONFIG, RunDir, last_unfinished, next_free
 
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with the unfinished run in --output (without it: the newest of this name in runs/), "
+        "or start one if there is none.",
+    ),
+]
 QUICK = (
     "llm.samples=16",
     "selection.pool=48",
@@ -41,9 +51,10 @@ def run(
     output: OutputOption = None,
     data_dir: DataDirOption = None,
     cache_dir: CacheOption = None,
+    resume: ResumeOption = False,
 ) -> None:
     """Run CrossLM and both baselines, with all clients in this process."""
-    _run(load(config, tuple(overrides), data_dir), output, cache_dir)
+    _run(load(config, tuple(overrides), data_dir), output, cache_dir, resume)
 
 
 @app.command()
@@ -54,13 +65,14 @@ def demo(
     overrides: SetOption = [],  # noqa: B006
     output: OutputOption = None,
     cache_dir: CacheOption = None,
+    resume: ResumeOption = False,
 ) -> None:
     """Run the packaged demo: four real silos (tweets, products, films, editorials), real weights."""
     from crosslm.demo import prepare_data
     from crosslm.models.sources import cache_folder
 
     folder = prepare_data(cache_folder(cache_dir), lambda message: console.print(message, highlight=False))
-    _run(load("demo", (*(QUICK if quick else ()), *overrides), str(folder)), output, cache_dir)
+    _run(load("demo", (*(QUICK if quick else ()), *overrides), str(folder)), output, cache_dir, resume)
 
 
 @app.command()
@@ -87,15 +99,26 @@ def report(run_folder: RunArgument) -> None:
     console.print(closing(RunDir.open(run_folder).summary()))
 
 
-def _run(config: Config, output: Path | None, cache_dir: str | None) -> None:
+def _run(config: Config, output: Path | None, cache_dir: str | None, resume: bool) -> None:
+    runs = Path("runs")
+    unfinished = last_unfinished(runs, config.name) if resume and output is None else None
+    finish(config, output or unfinished or next_free(runs, config.name), cache_dir, resume)
+
+
+def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool) -> None:
+    """Run, or go on with a run, to its end or to Ctrl-C, and show its tables."""
     quiet_libraries()
     from crosslm.display import display_for
     from crosslm.experiment import run_local
     from crosslm.models.sources import cache_folder
     from crosslm.report import closing
 
-    folder = output or next_free(Path("runs"), config.name)
-    summary = run_local(config, folder, cache_folder(cache_dir), display_for(console))
+    stop = StopRequest().listen()
+    try:
+        summary = run_local(config, folder, cache_folder(cache_dir), display_for(console), resume, stop)
+    except KeyboardInterrupt:
+        how = f"crosslm run {folder / CONFIG} --output {folder} --resume"
+        raise StoppedError(f"stopped at once; what earlier arrivals did is in {folder}. To go on: {how}") from None
     console.print(closing(summary))
     console.print(
         f"Everything is in {folder} (summary.json, synthetic/, slm/, llm/).",

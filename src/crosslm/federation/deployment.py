@@ -3,24 +3,27 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from crosslm import evaluate
+from crosslm import evaluate, snapshot
+from crosslm.checkpoint import Checkpoints
 from crosslm.config import Config
 from crosslm.data import balanced_sample, find_file, load_examples
-from crosslm.errors import DataError, UploadError
-from crosslm.federation.messages import describe
+from crosslm.errors import DataError, QuarantineError, UploadError
+from crosslm.federation.messages import describe, encode
 from crosslm.federation.spool import Spool
+from crosslm.gate import Gate
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.preparation import original_llm
 from crosslm.progress import Progress
-from crosslm.records import Download, Examples, Upload
+from crosslm.records import Download, Examples, SyntheticSet, Upload
 from crosslm.rundir import CONFIG, RunDir, versions
 from crosslm.seeding import seed_for
 from crosslm.server import Server, StepRecord
+from crosslm.synthesis import synthesize
 from crosslm.task import Task
 
 Refuse = Callable[[str, int, Exception], None]
@@ -35,7 +38,9 @@ class Deployment:
 
     def __init__(self, run: RunDir, config: Config, server: Server, refuse: Refuse, spool: Spool) -> None:
         self.run, self.config, self.server, self.spool = run, config, server, spool
+        self.checkpoints = Checkpoints(run, config.checkpoint.keep)
         self._refuse = refuse
+        self._probe = ""
         self.test = test_rows(config)
 
     @classmethod
@@ -51,14 +56,63 @@ class Deployment:
         """
         config = config.model_copy(update={"device": resolve_device(config.device)})
         run = RunDir.open(folder) if (folder / CONFIG).exists() else RunDir.create(folder, config)
-        task = Task.from_config(config.task)
         note = _note(run)
         llm = LLM.load(original_llm(config, cache, note), config.llm, seed_for(config.seed, "llm"), config.device)
         encoder = SentenceEncoder(model_folder(config.selection.encoder, cache, note), config.device)
-        deployment = cls(run, config, Server(config, task, llm, encoder, Progress()), refuse, spool)
-        run.event("start", versions=versions(), engine="flower")
-        deployment._measure_llm("before")
+        server = Server(config, Task.from_config(config.task), llm, encoder, Progress())
+        deployment = cls(run, config, server, refuse, spool)
+        record = deployment.checkpoints.last()
+        if record is None:
+            deployment._begin()
+        else:
+            deployment._go_on(record)
         return deployment
+
+    def _begin(self) -> None:
+        self.run.event("start", versions=versions(), engine="flower")
+        self._measure_llm("before")
+        probe = SyntheticSet([])
+        if self.config.gate.enabled:
+            seed, count = seed_for(self.config.seed, "base"), self.config.gate.texts
+            probe = synthesize(self.server.llm, self.server.task, self.config.synthesis, count, seed)
+        self._probe = self.checkpoints.put(snapshot.texts_bytes(probe))
+        self._open_gate(probe)
+        self._save({"outcome": "beginning"}, None)
+
+    def _go_on(self, record: dict[str, Any]) -> None:
+        """Put everything back as it was after the last arrival; what was not sent then is owed now."""
+        state, get = record["state"], self.checkpoints.get
+        self.run.go_back(state["events"])
+        self._probe = state["probe"]
+        snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), state["steps"])
+        self._open_gate(snapshot.texts_of(get(self._probe)))
+        if self.server.gate:
+            snapshot.restore_gate(self.server.gate, get(state["gate"]))
+        cause = record["cause"]
+        for arrival in self.spool.of(str(cause.get("client"))):
+            if arrival.round == cause["round"] and arrival.state in ("received", "processing"):
+                self.spool.serve(arrival.silo, arrival.round, get(state["download"]))
+
+    def _open_gate(self, probe: SyntheticSet) -> None:
+        if self.config.gate.enabled:
+            public = Examples([], [])
+            if self.config.gate.public_texts:
+                name, labels = self.config.gate.public_texts, self.config.task.labels
+                public = load_examples(name, self.config.data, labels).examples
+            fixed = probe.examples()
+            self.server.gate = Gate(self.config, Examples(fixed.texts + public.texts, fixed.labels + public.labels))
+
+    def _save(self, cause: dict[str, Any], download: bytes | None) -> None:
+        put, server = self.checkpoints.put, self.server
+        state = {
+            "steps": server.steps,
+            "optimizer": put(snapshot.optimizer_bytes(server)),
+            "gate": put(snapshot.gate_bytes(server.gate)) if server.gate else None,
+            "probe": self._probe,
+            "download": None if download is None else put(download),
+            "events": self.run.keep_events(),
+        }
+        self.checkpoints.write(server.steps, cause, put(snapshot.adapter_bytes(server)), state)
 
     def uploaded(self, upload: Upload) -> None:
         """An upload's turn has come."""
@@ -83,11 +137,15 @@ class Deployment:
             uploaded.order_labels(labels)
             measures |= {"slm/uploaded": uploaded.accuracy(self.test), "slm/accuracy": slm.accuracy(self.test)}
         self.run.event("step", step=step, client=who, round=upload.client_round, **measures, **download.metrics)
+        cause = {"client": who, "round": upload.client_round, "outcome": "served", "step": step}
+        self._save(cause, encode(download))
         self.spool.note("working on", "")
 
     def refused(self, upload: Upload, error: UploadError) -> None:
-        """The method cannot use an upload."""
-        self.run.event("failure", client=upload.client_id, error=f"{type(error).__name__}: {error}")
+        """The method cannot use an upload, or the gate has stopped it; it stays in the spool."""
+        figures = error.figures if isinstance(error, QuarantineError) else {}
+        error_text = f"{type(error).__name__}: {error}"
+        self.run.event("failure", client=upload.client_id, error=error_text, figures=figures)
         self.spool.note("working on", "")
         self._refuse(upload.client_id, upload.client_round, error)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self, TypeVar
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from crosslm.config import Config, FitConfig, Positive, Section, SLMSpec
+from crosslm.config import AcceptanceConfig, Config, FitConfig, IntakeConfig, Positive, Section, SLMSpec
 from crosslm.config_file import load
 from crosslm.errors import FederationError
 
@@ -69,6 +69,10 @@ class SiloSettings(Section):
     freeze_embeddings: bool = False
     fit: FitConfig = FitConfig()
     """Step 1: training on the private rows."""
+    acceptance: AcceptanceConfig = AcceptanceConfig()
+    """Whether an SLM that comes back is tried on held-out private rows before it is installed."""
+    intake: IntakeConfig = IntakeConfig()
+    """Bounds of what may come back."""
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:

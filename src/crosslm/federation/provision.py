@@ -201,6 +201,8 @@ def _silo_settings(config: Config, client: ClientConfig, server: ServerSettings,
         max_length=config.slm.max_length,
         freeze_embeddings=config.slm.freeze_embeddings,
         fit=config.slm.private,
+        acceptance=config.acceptance,
+        intake=config.intake,
     )
 
 

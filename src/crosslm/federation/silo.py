@@ -18,6 +18,7 @@ from crosslm.client import Client
 from crosslm.config import DataConfig
 from crosslm.data import load_examples
 from crosslm.errors import FederationError
+from crosslm.federation.intake import Intake
 from crosslm.federation.kits import SiloSettings, read_silo
 from crosslm.federation.messages import decode_download, decode_upload, describe, encode
 from crosslm.models.slm import SLM
@@ -74,36 +75,50 @@ class Silo:
         """Step 5: keep the enhanced SLM, as ``state/slm`` for transformers.
 
         Returns:
-            What the server is told: the round, and no more.
+            What the server is told: the round, whether the SLM was accepted, and no more.
 
         Raises:
             FederationError: it does not answer this silo's upload.
-            UploadError: the download cannot be used.
+            UploadError: the download is refused by the intake's checks.
         """
         self._check(experiment, number)
         if self.installed > number:
-            return {"round": float(number)}
+            return self._confirmation(number)
         mine = self.state / f"upload-{number:04}.safetensors"
         if not mine.exists():
             raise FederationError(f"silo {self.settings.id}: a download for round {number}, which was never uploaded")
-        download, upload = decode_download(data), decode_upload(mine.read_bytes())
-        if (download.client_id, download.client_round) != (self.settings.id, number):
+        settings = self.settings
+        upload = decode_upload(mine.read_bytes())
+        download = Intake(settings.labels, settings.intake).download(data, settings.id)
+        if download.client_round != number:
             raise FederationError(
-                f"silo {self.settings.id}: the download of round {number} is for {download.client_id}, "
-                f"round {download.client_round}"
+                f"silo {settings.id}: asked to install round {number}, got the download of round "
+                f"{download.client_round}"
             )
-        check_same_model(upload.slm, download.slm, f"silo {self.settings.id}")
+        check_same_model(upload.slm, download.slm, f"silo {settings.id}")
         client = self.client()
-        client.install(download)
+        client.restore(upload.slm, number + 1)
+        decision = client.install(download)
         client.slm.save(str(self.state / "slm"))
         _write(self.state / f"download-{number:04}.safetensors", data)
+        _write(self.state / f"decision-{number:04}.json", json.dumps(vars(decision), indent=1).encode())
         _write(self.state / "installed.json", json.dumps({"rounds": number + 1, "time": time.time()}).encode())
-        return {"round": float(number)}
+        return self._confirmation(number)
+
+    def decision(self, number: int) -> dict[str, Any]:
+        """What was done with the SLM that a round brought, and why."""
+        path = self.state / f"decision-{number:04}.json"
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def _confirmation(self, number: int) -> dict[str, float]:
+        return {"round": float(number), "accepted": float(self.decision(number)["accepted"])}
 
     def client(self) -> Client:
         """The client of the method, with the SLM as it is after all complete rounds."""
         settings = self.settings
-        client = Client(settings.id, self.private(), self.slm(), settings.fit, settings.seed)
+        private, slm = self.private(), self.slm()
+        client = Client(settings.id, private, slm, settings.fit, settings.seed, acceptance=settings.acceptance)
         client.rounds = self.installed
         return client
 
@@ -120,12 +135,16 @@ class Silo:
         return load_examples(data.train, config, self.settings.labels).examples
 
     def slm(self) -> SLM:
-        """The SLM as it is now: pretrained with a new head, or as the server last returned it."""
+        """The SLM as it is now: pretrained with a new head, as the server returned it, or as it was kept."""
         settings = self.settings
         device = resolve_device(settings.device)
         if self.installed:
-            data = (self.state / f"download-{self.installed - 1:04}.safetensors").read_bytes()
-            slm = SLM.from_state(decode_download(data).slm, device)
+            number = self.installed - 1
+            if self.decision(number)["accepted"]:
+                state = decode_download((self.state / f"download-{number:04}.safetensors").read_bytes()).slm
+            else:
+                state = decode_upload((self.state / f"upload-{number:04}.safetensors").read_bytes()).slm
+            slm = SLM.from_state(state, device)
             slm.order_labels(settings.labels)
             slm.freeze_embeddings(settings.freeze_embeddings)
             return slm
@@ -218,9 +237,6 @@ def check_same_model(mine: SlmState, returned: SlmState, who: str) -> None:
         raise FederationError(f"{who}: the SLM that came back has another architecture, tokenizer or label order")
     if _shapes(mine.weights) != _shapes(returned.weights):
         raise FederationError(f"{who}: the SLM that came back has other tensors than the one that was sent")
-    broken = [name for name, weight in returned.weights.items() if not weight.isfinite().all()]
-    if broken:
-        raise FederationError(f"{who}: the SLM that came back has values in {broken[0]} that are not finite")
 
 
 def _shapes(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

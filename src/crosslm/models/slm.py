@@ -20,11 +20,11 @@ from transformers import (
 
 from crosslm.config import FitConfig
 from crosslm.errors import ModelError, UploadError
+from crosslm.models.architecture import SPECIAL_TOKENS, special_tokens, travelling
 from crosslm.records import Examples, SlmState
 
 PREDICTION_BATCH = 64
 WINDOW = 8  # batches whose rows are sorted by length together
-SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "bos_token", "eos_token")
 
 
 class SLM:
@@ -202,7 +202,8 @@ class SLM:
         }
         weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.model.state_dict().items()}
         labels = tuple(self.labels[self._outputs.index(output)] for output in range(len(self.labels)))
-        return SlmState(json.loads(self.model.config.to_json_string()), tokenizer, labels, self.max_length, weights)
+        architecture = travelling(json.loads(self.model.config.to_json_string()), labels)
+        return SlmState(architecture, tokenizer, labels, self.max_length, weights)
 
     @classmethod
     def from_state(cls, state: SlmState, device: str = "cpu") -> "SLM":
@@ -222,7 +223,7 @@ class SLM:
             model.load_state_dict(state.weights, strict=True)
             tokenizer = PreTrainedTokenizerFast(
                 tokenizer_object=Tokenizer.from_str(state.tokenizer["tokenizer.json"]),
-                **json.loads(state.tokenizer["tokenizer_config.json"]),
+                **special_tokens(state.tokenizer["tokenizer_config.json"]),
             )
         except Exception as error:
             raise UploadError(f"the SLM ({model_type}) cannot be rebuilt: {error}") from error

@@ -19,7 +19,8 @@ from crosslm.config import FederationConfig
 from crosslm.errors import FederationError, UploadError
 from crosslm.federation import messages
 from crosslm.federation.flower.payload import joined, split
-from crosslm.federation.messages import decode_upload, encode
+from crosslm.federation.intake import Intake
+from crosslm.federation.messages import encode
 from crosslm.federation.spool import Arrival, Spool
 from crosslm.records import Download, Upload
 
@@ -54,6 +55,7 @@ class FlowerExchange:
     experiment: str
     silos: list[str]
     config: FederationConfig
+    intake: Intake
     _lines: dict[str, _Line] = field(init=False)
     _stop: threading.Event = field(init=False, default_factory=threading.Event)
     _failure: BaseException | None = field(init=False, default=None)
@@ -78,8 +80,7 @@ class FlowerExchange:
     def receive(self) -> Upload | None:
         """The upload that has waited longest; None when nobody waits, after a short while.
 
-        Raises:
-            UploadError: never; an upload that cannot be read is refused and noted in the journal.
+        An upload that does not pass the intake's checks is refused and noted in the journal.
         """
         self._raise_failure()
         arrival = self.spool.next()
@@ -87,11 +88,10 @@ class FlowerExchange:
             time.sleep(POLL)
             return None
         try:
-            upload = decode_upload(self.spool.upload(arrival))
-            if (upload.client_id, upload.client_round) != (arrival.silo, arrival.round):
+            upload = self.intake.upload(self.spool.upload(arrival), arrival.silo)
+            if upload.client_round != arrival.round:
                 raise UploadError(
-                    f"silo {arrival.silo}: its upload of round {arrival.round} claims to be {upload.client_id}'s "
-                    f"of round {upload.client_round}"
+                    f"silo {arrival.silo}: its upload of round {arrival.round} claims to be of {upload.client_round}"
                 )
         except (UploadError, FederationError) as error:
             self.refuse(arrival.silo, arrival.round, error)
@@ -205,7 +205,9 @@ class FlowerExchange:
         elif line.kind == "upload":
             self._received(line, reply)
         else:
-            self.spool.delivered(line.silo, line.round)
+            accepted = dict(reply.content["metrics"]).get("accepted", 1.0) if "metrics" in reply.content else 1.0
+            note = "" if accepted else "the silo keeps the SLM it had: worse on its held-out rows"
+            self.spool.delivered(line.silo, line.round, note)
         line.open_message, line.attempts = None, 0
         self._write_line(line)
         return True

@@ -11,6 +11,7 @@ from crosslm.federation.deployment import Deployment
 from crosslm.federation.exchange import serve
 from crosslm.federation.flower.client_app import KIT
 from crosslm.federation.flower.exchange import FlowerExchange
+from crosslm.federation.intake import Intake
 from crosslm.federation.kits import read_server, server_config, silo_names
 from crosslm.federation.spool import Spool
 from crosslm.models.sources import cache_folder
@@ -27,7 +28,8 @@ def main(grid: Grid, context: Context) -> None:
     config, spool = server_config(kit), Spool(kit / "spool")
     spool.hold()
     spool.note("process", f"{os.getpid()} {time.time()}")
-    exchange = FlowerExchange(grid, spool, read_server(kit).experiment, silo_names(kit), config.federation)
+    intake = Intake(config.task.labels, config.intake)
+    exchange = FlowerExchange(grid, spool, read_server(kit).experiment, silo_names(kit), config.federation, intake)
     exchange.start()  # uploads are taken in while models load
     with Deployment.open(kit / "run", config, cache_folder(), exchange.refuse, spool) as deployment:
         serve(exchange, deployment.server, deployment, exchange.finished)

@@ -1,0 +1,77 @@
+"""Commands about a run that was stopped, or went wrong."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crosslm.cli.app import CacheOption, app, console, quiet_libraries
+from crosslm.cli.runs import finish
+from crosslm.rundir import CONFIG, SUMMARY, RunDir
+
+AnyRun = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not.")]
+RunOrKit = Annotated[
+    Path, typer.Argument(metavar="RUN|KIT", help="Folder of a run, finished or not, or a kit of a federation.")
+]
+
+
+@app.command()
+def status(folder: RunOrKit) -> None:
+    """Say what a run or a federation has done, what each arrival was and what came of it, and how to go on."""
+    from crosslm.cli.federation import server_status, silo_status
+    from crosslm.federation.kits import SERVER_FILE, SILO_FILE
+
+    if (folder / SERVER_FILE).exists():
+        server_status(folder)
+    elif (folder / SILO_FILE).exists():
+        silo_status(folder)
+    else:
+        run_status(folder)
+
+
+def run_status(run_folder: Path) -> None:
+    """What a run has done so far."""
+    from crosslm.checkpoint import Checkpoints
+    from crosslm.config_file import load
+
+    run = RunDir.open(run_folder)
+    checkpoints = Checkpoints(run)
+    records = [checkpoints.read(number) for number in checkpoints.numbers()]
+    unfinished = "at work" if run.is_locked() else "stopped"
+    state = "complete" if (run_folder / SUMMARY).is_file() else unfinished
+    console.print(f"{run_folder}: {state}, {max(len(records) - 1, 0)} arrivals done", highlight=False, soft_wrap=True)
+    for record in records:
+        cause = record["cause"]
+        kept = "" if record["state"] is not None else " (only the adapter is kept)"
+        who = f"{cause['client']}: " if "client" in cause else ""
+        step = f", step {cause['step']}" if "step" in cause else ""
+        reason = f": {cause['reason']}" if "reason" in cause else ""
+        adapter = f"adapter {record['adapter'][:12]}{kept}"
+        line = f"arrival {record['arrival']}: {who}{cause['outcome']}{step}{reason}; {adapter}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if run.barred():
+        console.print(f"rolled back: without {', '.join(run.barred())}", highlight=False, markup=False)
+    if state == "stopped":
+        load(run_folder / CONFIG)
+        how = f"To go on: crosslm run {run_folder / CONFIG} --output {run_folder} --resume"
+        console.print(how, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def rollback(
+    run_folder: AnyRun,
+    client: Annotated[str, typer.Option("--client", metavar="NAME", help="Client whose influence is unwanted.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder for the run without it. [default: RUN-without-NAME]")
+    ] = None,
+    cache_dir: CacheOption = None,
+) -> None:
+    """Make a run without a client: as it was before that client came, and the others' later arrivals again."""
+    quiet_libraries()
+    from crosslm.config_file import load
+    from crosslm.rollback import roll_back
+
+    target = output or run_folder.with_name(f"{run_folder.name}-without-{client}")
+    after = roll_back(RunDir.open(run_folder), client, target)
+    console.print(f"{target}: {run_folder} after arrival {after}, without {client}", highlight=False, soft_wrap=True)
+    finish(load(target / CONFIG), target, cache_dir, resume=True)

@@ -1,0 +1,274 @@
+"""Intake: what comes from elsewhere is hostile until shown otherwise, and nothing of it is loaded before.
+
+In this order: size, header, table of tensors, fields, labels, architecture (allow-list), names, shapes
+and dtypes of the tensors against what that architecture must have (computed without allocating),
+tokenizer (allow-list), and then the numbers themselves: finite, and within a bound. The server checks
+uploads, and a client checks what returns, by the same rules.
+"""
+
+import math
+import re
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crosslm.config import Config, IntakeConfig
+from crosslm.errors import UploadError
+from crosslm.federation import strict_json
+from crosslm.federation.messages import MAX_HEADER, VERSION, decode_download, decode_upload
+from crosslm.federation.tokenizer_rules import check_tokenizer
+from crosslm.models.architecture import SPECIAL_TOKENS, check_architecture, on_meta
+from crosslm.records import Download, SlmState, Upload
+from crosslm.task import Task
+
+CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MAX_TENSORS, MAX_NAME = 4096, 256
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
+FLOATS = ("F32", "F16", "BF16")
+MAX_COUNT, MAX_METRICS = 10**9, 64
+UNFORESEEN = "a check could not be made"
+FIELDS = {
+    "upload": {"version", "kind", "client_id", "client_round", "class_counts", "metrics", "slm"},
+    "download": {"version", "kind", "client_id", "client_round", "step", "metrics", "slm"},
+}
+SLM_FIELDS = {"architecture", "tokenizer", "labels", "max_length"}
+
+
+@dataclass(frozen=True)
+class Intake:
+    """The checks for one task's labels, with their bounds, for whatever carries messages."""
+
+    labels: tuple[str, ...]
+    bounds: IntakeConfig
+
+    def upload(self, data: bytes | Path, client_id: str) -> Upload:
+        """As :func:`check_upload`."""
+        with _refusing(f"client {client_id}: "):
+            upload = decode_upload(_checked(data, "upload", self.labels, self.bounds, client_id))
+            _check_numbers(upload.slm, self.bounds)
+        return upload
+
+    def download(self, data: bytes | Path, client_id: str) -> Download:
+        """As :func:`check_download`."""
+        with _refusing(f"client {client_id}: what the server returned is refused: "):
+            download = decode_download(_checked(data, "download", self.labels, self.bounds, client_id))
+            _check_numbers(download.slm, self.bounds)
+        return download
+
+
+def check_upload(data: bytes | Path, task: Task, config: Config, client_id: str) -> Upload:
+    """The upload in these bytes or this file, after every check.
+
+    Args:
+        data: as it came; of a file only the header is read before the header has passed.
+        task: whose labels it must have.
+        config: ``intake`` has the bounds.
+        client_id: who sent it, as the carrier knows.
+
+    Raises:
+        UploadError: it is refused; names the client and the reason.
+    """
+    return Intake(task.labels, config.intake).upload(data, client_id)
+
+
+def check_download(data: bytes | Path, task: Task, config: Config, client_id: str) -> Download:
+    """The download in these bytes or this file, after the same checks as :func:`check_upload`.
+
+    Raises:
+        UploadError: it is refused; names the client and the reason.
+    """
+    return Intake(task.labels, config.intake).download(data, client_id)
+
+
+@contextmanager
+def _refusing(prefix: str) -> Iterator[None]:
+    """Whatever goes wrong with a stranger's bytes is a refusal of them, and never the end of who checks them."""
+    try:
+        yield
+    except UploadError as error:
+        raise UploadError(f"{prefix}{error}") from error
+    except Exception as error:
+        raise UploadError(f"{prefix}{UNFORESEEN}: {type(error).__name__}: {str(error)[:120]}") from error
+
+
+def _checked(data: bytes | Path, kind: str, wanted: tuple[str, ...], bounds: IntakeConfig, client_id: str) -> bytes:
+    """The bytes, once all that can be said without their tensors has been checked."""
+    deadline = time.monotonic() + bounds.max_seconds
+    if not CLIENT_ID.fullmatch(client_id):
+        raise UploadError("its id must be 1 to 64 letters, digits, dots, dashes and underscores")
+    size, head = _head(data, kind, bounds)
+    header = strict_json.parse(head, "header", 16 * MAX_TENSORS)
+    table = _check_table(header, size - 8 - len(head))
+    fields = _fields(header, kind, client_id)
+    slm = fields["slm"]
+    labels = _check_labels(slm["labels"], wanted)
+    architecture = _object(slm["architecture"], "architecture")
+    check_architecture(architecture)
+    _check_label_map(architecture, labels)
+    model = on_meta(architecture, len(labels))
+    _check_tensors(table, model.state_dict())
+    _in_time(deadline, bounds)
+    longest, places = slm["max_length"], getattr(model.config, "max_position_embeddings", 2**20)
+    if type(longest) is not int or not 0 < longest <= places:
+        raise UploadError(f"its max_length is {str(longest)[:40]}; the architecture reads 1 to {places} tokens")
+    check_tokenizer(_object(slm["tokenizer"], "tokenizer"), SPECIAL_TOKENS, model.config.vocab_size)
+    _in_time(deadline, bounds)
+    return data if isinstance(data, bytes) else data.read_bytes()
+
+
+def _head(data: bytes | Path, kind: str, bounds: IntakeConfig) -> tuple[int, bytes]:
+    """Size of the whole, and the bytes of the safetensors header."""
+    if isinstance(data, Path):
+        if data.is_symlink() or not data.is_file():
+            raise UploadError(f"the {kind} is not an ordinary file")
+        size = data.stat().st_size
+    else:
+        size = len(data)
+    if size > bounds.max_bytes:
+        raise UploadError(f"the {kind} has {size} bytes; at most {bounds.max_bytes} are allowed (intake.max_bytes)")
+    if isinstance(data, Path):
+        with data.open("rb") as file:
+            start = file.read(8)
+            length = _header_length(start, size, kind)
+            return size, file.read(length)
+    length = _header_length(data[:8], size, kind)
+    return size, data[8 : 8 + length]
+
+
+def _header_length(start: bytes, size: int, kind: str) -> int:
+    if len(start) < 8:
+        raise UploadError(f"the {kind} has {size} bytes and is no safetensors file")
+    (length,) = struct.unpack("<Q", start)
+    if not 2 <= length <= min(MAX_HEADER, size - 8):
+        raise UploadError(f"the {kind}'s header claims {length} bytes of {size}; allowed are 2 to {MAX_HEADER}")
+    return int(length)
+
+
+def _check_table(header: Any, body: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor; together they must fill the body exactly, in some order."""
+    if not isinstance(header, dict):
+        raise UploadError("its header is not an object")
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    if not 0 < len(entries) <= MAX_TENSORS:
+        raise UploadError(f"it has {len(entries)} tensors; 1 to {MAX_TENSORS} are allowed")
+    table, spans = {}, []
+    for name, entry in entries.items():
+        if len(name) > MAX_NAME or not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise UploadError(f"its tensor {name[:60]!r} is not described by dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+            raise UploadError(
+                f"its tensor {name[:60]!r} has the dtype {str(dtype)[:20]!r}; known: {', '.join(DTYPE_BYTES)}"
+            )
+        if not _whole_numbers(shape) or len(shape) > 4 or not _whole_numbers(offsets) or len(offsets) != 2:
+            raise UploadError(f"its tensor {name[:60]!r} has a shape or offsets that cannot be")
+        if offsets[1] - offsets[0] != math.prod(shape) * DTYPE_BYTES[dtype]:
+            raise UploadError(f"its tensor {name[:60]!r} claims the shape {shape} in {offsets[1] - offsets[0]} bytes")
+        table[name] = (str(dtype), tuple(shape))
+        spans.append((offsets[0], offsets[1]))
+    place = 0
+    for start, end in sorted(spans):
+        if start != place:
+            raise UploadError("its tensors overlap, or leave bytes between them")
+        place = end
+    if place != body:
+        raise UploadError(f"its tensors fill {place} bytes of {body}")
+    return table
+
+
+def _fields(header: Mapping[str, Any], kind: str, client_id: str) -> dict[str, Any]:
+    metadata = _object(header.get("__metadata__"), "metadata")
+    if set(metadata) != {"crosslm"} or not isinstance(metadata["crosslm"], str):
+        raise UploadError("its metadata must be the one entry 'crosslm'")
+    fields = _object(
+        strict_json.parse(metadata["crosslm"].encode("utf-8", "surrogatepass"), "metadata", 16 * MAX_TENSORS),
+        "metadata",
+    )
+    if fields.get("version") != VERSION or fields.get("kind") != kind:
+        raise UploadError(
+            f"expected a {kind} of version {VERSION}, found {str(fields.get('kind'))[:20]!r} of version "
+            f"{str(fields.get('version'))[:20]}"
+        )
+    if set(fields) != FIELDS[kind] or set(_object(fields["slm"], "slm")) != SLM_FIELDS:
+        raise UploadError(f"its fields must be {sorted(FIELDS[kind])}, those of slm {sorted(SLM_FIELDS)}")
+    if fields["client_id"] != client_id:
+        raise UploadError(f"it says that it is of client {str(fields['client_id'])[:60]!r}")
+    numbers = [fields["client_round"], fields.get("step", 0), *_listed(fields.get("class_counts", []))]
+    if not all(type(number) is int and 0 <= number <= MAX_COUNT for number in numbers):
+        raise UploadError(f"its round, step or class counts are {str(numbers)[:80]}; whole numbers from 0 are needed")
+    metrics = _object(fields["metrics"], "metrics")
+    if len(metrics) > MAX_METRICS or any(len(name) > MAX_NAME for name in metrics):
+        raise UploadError(f"its metrics are more than {MAX_METRICS}, or have names that are too long")
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in metrics.values()):
+        raise UploadError("its metrics are not all finite numbers")
+    if kind == "upload" and len(fields["class_counts"]) != len(_listed(fields["slm"]["labels"])):
+        raise UploadError(f"its class counts are {str(fields['class_counts'])[:80]}; one for each label is needed")
+    return fields
+
+
+def _check_labels(labels: Any, wanted: tuple[str, ...]) -> list[str]:
+    if not all(isinstance(label, str) for label in _listed(labels)) or sorted(labels) != sorted(wanted):
+        raise UploadError(f"its labels are {str(labels)[:120]}, the task's are {list(wanted)}")
+    return list(labels)
+
+
+def _check_label_map(architecture: Mapping[str, Any], labels: list[str]) -> None:
+    """``id2label`` and ``label2id`` must say the same as the labels in the order of the outputs."""
+    stated = {str(place): label for place, label in enumerate(labels)}
+    inverse = {label: place for place, label in enumerate(labels)}
+    for key, right in (("id2label", stated), ("label2id", inverse)):
+        if architecture.get(key) != right:
+            raise UploadError(f"its {key} is {str(architecture.get(key))[:120]}, which is not its labels {labels}")
+
+
+def _check_tensors(table: Mapping[str, tuple[str, tuple[int, ...]]], expected: Mapping[str, Any]) -> None:
+    missing, unknown = sorted(set(expected) - set(table)), sorted(set(table) - set(expected))
+    if missing or unknown:
+        first = f"{missing[0]!r} is missing" if missing else f"{unknown[0][:60]!r} is not one of it"
+        raise UploadError(f"its tensors are not those of its architecture: {first}")
+    for name, (dtype, shape) in table.items():
+        right = tuple(expected[name].shape)
+        if shape != right:
+            raise UploadError(f"its tensor {name!r} has the shape {list(shape)}, the architecture says {list(right)}")
+        if expected[name].is_floating_point() != (dtype in FLOATS):
+            raise UploadError(
+                f"its tensor {name!r} has the dtype {dtype}, the architecture says {expected[name].dtype}"
+            )
+
+
+def _check_numbers(state: SlmState, bounds: IntakeConfig) -> None:
+    for name, weight in state.weights.items():
+        if not weight.is_floating_point() or not weight.numel():
+            continue
+        # a sum of squares in fp32 is infinite for numbers that are no weights, and refused
+        root_mean_square = float(weight.float().norm()) / math.sqrt(weight.numel())
+        if not math.isfinite(root_mean_square):
+            raise UploadError(f"its weight {name} is not finite")
+        if root_mean_square > bounds.max_rms:
+            raise UploadError(
+                f"its weight {name} has a root mean square of {root_mean_square:.3g}; at most {bounds.max_rms:g} "
+                "is allowed (intake.max_rms)"
+            )
+
+
+def _in_time(deadline: float, bounds: IntakeConfig) -> None:
+    if time.monotonic() > deadline:
+        raise UploadError(f"its checks took more than {bounds.max_seconds:g} s (intake.max_seconds)")
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UploadError(f"its {what} is not an object")
+    return value
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [None]
+
+
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**48 for number in value)

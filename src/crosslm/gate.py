@@ -1,0 +1,125 @@
+"""The gate: which uploaded SLM may reward the LLM, by what it does on texts of known label (ours).
+
+The probe is what the original LLM wrote (which no client has influenced), public labelled texts if
+there are any, and the pool of the last accepted arrival. The original LLM's texts carry many wrong
+labels, so an honest SLM is only somewhat better than chance there: the bounds are one-sided, and a weak
+client is refused only on evidence.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from crosslm.algorithm.agreement import correlation, label_auc, normal_quantile, upper_correlation
+from crosslm.algorithm.rewards import correct_prior
+from crosslm.config import Config, RewardConfig
+from crosslm.errors import QuarantineError, UploadError
+from crosslm.models.slm import SLM
+from crosslm.records import Examples, SyntheticSet, Upload
+
+OTHERS = 2
+"""With fewer accepted others there is no majority to agree with."""
+COPY = 1e-3
+"""Two classifiers whose probabilities differ by less than this on every text are one and the same."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate found about an SLM that may pass."""
+
+    figures: dict[str, float]
+    predictions: Tensor
+    """``(fixed texts, labels)``."""
+
+
+@dataclass
+class Gate:
+    """Remembers what it needs of the SLMs that passed: their opinions, not their weights."""
+
+    config: Config
+    fixed: Examples
+    """Texts of the original LLM, and public ones."""
+    latest: Examples = field(default_factory=lambda: Examples([], []))
+    """The pool of the last accepted arrival."""
+    references: dict[str, Tensor] = field(default_factory=dict)
+    """``(fixed texts, labels)`` for each accepted client: the probabilities of its last upload."""
+
+    def judge(self, slm: SLM, upload: Upload) -> Verdict:
+        """Probe an SLM.
+
+        Raises:
+            QuarantineError: it may not reward the LLM; has the reasons and the figures.
+            UploadError: it cannot classify at all.
+        """
+        bounds, texts = self.config.gate, [*self.fixed.texts, *self.latest.texts]
+        labels = torch.tensor([*self.fixed.labels, *self.latest.labels])
+        predictions = stranger_proba(slm, texts)
+        area, error = label_auc(predictions, labels)
+        found = self._as_rewarding(slm, predictions, upload).argmax(dim=1)
+        share = float(torch.bincount(found, minlength=predictions.shape[1]).max()) / len(texts)
+        upper = area + normal_quantile(bounds.confidence) * error
+        own = predictions[: len(self.fixed)]
+        figures = {"texts": float(len(texts)), "auc": area, "auc_upper": upper, "largest_share": share}
+        reasons = []
+        if area <= 0.5 or upper < 0.5 + bounds.margin:
+            reasons.append(
+                f"its AUC is {area:.3f} (at most {upper:.3f}); chance and margin are {0.5 + bounds.margin:.3f}"
+            )
+        if share > bounds.max_share:
+            reasons.append(f"it finds one label in {share:.1%} of the texts; {bounds.max_share:.1%} are allowed")
+        reasons += self._against_others(own, upload.client_id, figures)
+        if reasons:
+            raise QuarantineError(f"client {upload.client_id}: quarantined: {'; '.join(reasons)}", figures)
+        return Verdict(figures, own)
+
+    def accepted(self, verdict: Verdict, upload: Upload, pool: SyntheticSet) -> None:
+        """Remember an SLM that passed and was used, and the pool that came of it."""
+        self.references[upload.client_id] = verdict.predictions
+        self.latest = pool.examples(range(min(len(pool.samples), self.config.gate.texts)))
+
+    def _as_rewarding(self, slm: SLM, predictions: Tensor, upload: Upload) -> Tensor:
+        """The probabilities as Eq. 5 weighs them: a baseline takes away what all texts of a label have in common."""
+        corrected = as_rewarding(slm, predictions, upload, self.config.reward)
+        return corrected if self.config.reward.baseline == "none" else corrected - corrected.mean(dim=0)
+
+    def _against_others(self, own: Tensor, client_id: str, figures: dict[str, float]) -> list[str]:
+        others = {name: values for name, values in self.references.items() if name != client_id}
+        reasons = [
+            f"it is a copy of the SLM of {name}"
+            for name, values in others.items()
+            if float((own - values).abs().max()) < COPY
+        ]
+        if len(others) >= OTHERS:
+            value = correlation(own, torch.stack(list(others.values())).mean(dim=0))
+            upper = upper_correlation(value, len(own), self.config.gate.confidence)
+            figures |= {"correlation": value, "correlation_upper": upper}
+            least = self.config.gate.min_correlation
+            if upper < least:
+                reasons.append(
+                    f"its correlation with {len(others)} others is {value:.3f} (at most {upper:.3f}); {least} is needed"
+                )
+        return reasons
+
+
+def stranger_proba(slm: SLM, texts: list[str]) -> Tensor:
+    """``S(.|x)`` of each text by an SLM that came from elsewhere, ``(texts, labels)``.
+
+    Raises:
+        UploadError: it fails on a text, or gives what is no probability.
+    """
+    try:
+        probabilities = slm.predict_proba(texts)
+    except Exception as error:
+        raise UploadError(f"the SLM cannot classify: {type(error).__name__}: {str(error)[:120]}") from error
+    if not probabilities.isfinite().all():
+        raise UploadError("the SLM gives probabilities that are not finite")
+    return probabilities
+
+
+def as_rewarding(slm: SLM, probabilities: Tensor, upload: Upload, config: RewardConfig) -> Tensor:
+    """The probabilities that rewards are made of: with ``reward.correct_prior`` freed of the training shares."""
+    if not config.correct_prior:
+        return probabilities
+    counts = dict(zip(upload.slm.labels, upload.class_counts, strict=True))
+    return correct_prior(probabilities, torch.tensor([counts[label] for label in slm.labels]))

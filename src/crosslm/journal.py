@@ -1,0 +1,167 @@
+"""What a run measures of each arrival and keeps in its folder: the journal that the loop reports to."""
+
+import logging
+from typing import Any
+
+from crosslm import evaluate
+from crosslm.baselines import data_free_kd
+from crosslm.checkpoint import Checkpoints
+from crosslm.client import Client, Decision
+from crosslm.config import Config
+from crosslm.data import Split
+from crosslm.errors import CrosslmError, QuarantineError, UploadError
+from crosslm.federation.messages import decode_upload, describe, encode
+from crosslm.models.encoder import Encoder
+from crosslm.models.slm import SLM
+from crosslm.progress import Progress
+from crosslm.records import Download, SyntheticSet, Upload
+from crosslm.rundir import RunDir
+from crosslm.server import StepRecord, receive_slm
+from crosslm.snapshot import slm_bytes
+from crosslm.task import Task
+
+logger = logging.getLogger(__name__)
+
+
+class RunJournal:
+    """Measures Standalone, Data-free KD and CrossLM, and writes all that happens to the run folder."""
+
+    def __init__(
+        self, config: Config, split: Split, run: RunDir, checkpoints: Checkpoints, encoder: Encoder, progress: Progress
+    ) -> None:
+        self.config, self.split, self.run, self.checkpoints = config, split, run, checkpoints
+        self.encoder, self.progress = encoder, progress
+        self.task = Task.from_config(config.task)
+        self.judge: SLM | None = None
+        self.base_pool = SyntheticSet([])
+        self.accuracy: dict[str, dict[str, float]] = {"standalone": {}, "data_free_kd": {}, "crosslm": {}}
+        self.standalone: dict[str, SLM] = {}
+        """Each client's SLM as it came first."""
+        self.tokens_generated = 0
+        self.removed: dict[str, int] = {}
+        self.decisions: dict[str, dict[str, Any]] = {}
+        """What each client did with the last SLM that it got."""
+        self.cause: dict[str, Any] = {}
+        """Who arrived last, and what came of it."""
+        self._first: dict[str, str] = {}  # names of the kept uploads that standalone is made of
+        self._returned: dict[str, str] = {}  # names of the kept SLMs that went back last
+
+    def uploaded(self, upload: Upload) -> None:
+        """Measure Standalone and Data-free KD when a client comes for the first time."""
+        who = upload.client_id
+        self.cause = {"client": who, "round": upload.client_round, "outcome": "refused"}
+        self.run.event("upload", **describe(upload))
+        if who in self.standalone:
+            return
+        slm = receive_slm(upload, self.task, self.config)
+        self._first[who] = self.checkpoints.put(encode(upload))
+        self.standalone[who] = slm
+        self.accuracy["standalone"][who] = slm.accuracy(self.split.tests[who])
+        pool = SyntheticSet(self.base_pool.samples[: self.config.selection.pool])
+        student = data_free_kd(upload, pool, self.config, self.task, self.encoder, self.progress)
+        self.accuracy["data_free_kd"][who] = student.accuracy(self.split.tests[who])
+
+    def served(self, upload: Upload, download: Download, record: StepRecord) -> None:
+        """Keep what the step wrote, and measure the SLM that goes back."""
+        who, step = upload.client_id, download.step
+        self.cause |= {"outcome": "served", "step": step}
+        slm = SLM.from_state(download.slm, self.config.device)
+        slm.order_labels(self.task.labels)
+        self.accuracy["crosslm"][who] = slm.accuracy(self.split.tests[who])
+        for iteration, (drafts, rewards) in enumerate(record.drafts):
+            self.run.save_synthetic(f"step-{step:04}-drafts-{iteration}", self.task.labels, drafts, rewards)
+            self.count(drafts)
+        self.run.save_synthetic(f"step-{step:04}-pool", self.task.labels, record.pool, receipts=record.receipts)
+        self.count(record.pool)
+        self.run.save_slm(who, slm)
+        self._returned[who] = self.checkpoints.put(slm_bytes(download.slm))
+        if record.gate:
+            self.run.event("gate", step=step, client=who, passed=True, **record.gate)
+        for number, parts in enumerate(record.updates):
+            self.run.event("update", step=step, client=who, number=number, **parts)
+        self._measure(who, step, download, record)
+
+    def _measure(self, who: str, step: int, download: Download, record: StepRecord) -> None:
+        kept = [sample for sample, receipt in zip(record.pool.samples, record.receipts, strict=True) if receipt.kept]
+        judged = {"judge/pool": record.pool} | ({"judge/selected": SyntheticSet(kept)} if kept else {})
+        measures = {
+            "slm/standalone": self.accuracy["standalone"][who],
+            "slm/data_free_kd": self.accuracy["data_free_kd"][who],
+            "slm/accuracy": self.accuracy["crosslm"][who],
+            "reward/drafts": float(sum(rewards.mean() for _, rewards in record.drafts) / len(record.drafts)),
+            "reward/pool": sum(receipt.reward for receipt in record.receipts) / len(record.receipts),
+            "diversity/pool": sum(receipt.diversity for receipt in record.receipts) / len(record.receipts),
+            "distinct_2/pool": evaluate.distinct_ngrams(record.pool.texts),
+        }
+        if self.judge:
+            measures |= {name: evaluate.label_agreement(self.judge, texts) for name, texts in judged.items()}
+        self.run.event("step", step=step, client=who, **measures, **download.metrics)
+        wanted = self.config.selection.fraction * len(record.receipts)
+        if len(kept) < wanted / 2:
+            message = f"client {who}: only {len(kept)} of {wanted:.0f} texts could be selected; its SLM learned little"
+            self.run.event("warning", message=message)
+            self.progress.note(f"warning: {message}")
+        self.progress.note(
+            f"step {step}: {who} {measures['slm/standalone']:.3f} -> {measures['slm/accuracy']:.3f} "
+            f"(data-free KD {measures['slm/data_free_kd']:.3f}), mean reward of its pool {measures['reward/pool']:+.2f}"
+        )
+
+    def refused(self, upload: Upload, error: UploadError) -> None:
+        """An upload could not be used; what the gate has stopped is kept in ``quarantine/`` with its figures."""
+        who = upload.client_id
+        if who not in self.accuracy["crosslm"]:  # its classifier is no measure of anything
+            self.standalone.pop(who, None)
+            self._first.pop(who, None)
+            for method in ("standalone", "data_free_kd"):
+                self.accuracy[method].pop(who, None)
+        if not isinstance(error, QuarantineError):
+            self.failed(who, error)
+            return
+        self.cause |= {"outcome": "quarantined", "reason": str(error)}
+        place = self.run.save_quarantined(f"{who}-{upload.client_round}", encode(upload), str(error), error.figures)
+        self.run.event("gate", client=who, passed=False, reason=str(error), **error.figures)
+        self.progress.note(f"{error}; its upload and the figures are in {place}")
+
+    def failed(self, client_id: str, error: Exception) -> None:
+        """A client failed: an event of the run."""
+        if self.cause.get("client") != client_id or self.cause.get("outcome") != "served":
+            self.cause = {"client": client_id, "outcome": "failed", "reason": f"{type(error).__name__}: {error}"}
+        if not isinstance(error, CrosslmError):
+            logger.exception("client %s failed", client_id, exc_info=error)
+        self.run.event("failure", client=client_id, error=f"{type(error).__name__}: {error}")
+        self.progress.note(f"client {client_id} failed: {error}")
+
+    def decided(self, client: Client, decision: Decision) -> None:
+        """A client has tried what came back, and installed it or kept the one it had."""
+        if not self.config.acceptance.enabled:
+            return
+        self.decisions[client.id] = vars(decision)
+        self.run.event("acceptance", client=client.id, **vars(decision))
+        if decision.accepted and client.previous is not None:
+            self.run.save_slm(client.id, client.previous, "slm-previous")
+        if not decision.accepted:
+            self.progress.note(
+                f"client {client.id} keeps the SLM it had: {decision.after:.3f} instead of {decision.before:.3f} "
+                f"on {decision.rows} held-out private rows"
+            )
+
+    def count(self, texts: SyntheticSet) -> None:
+        """Add to the tokens generated and the texts removed."""
+        self.tokens_generated += texts.tokens_generated
+        for reason, number in texts.removed.items():
+            self.removed[reason] = self.removed.get(reason, 0) + number
+
+    # -- before and after a stop -------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything that :meth:`restore` needs."""
+        names = ("accuracy", "tokens_generated", "removed", "decisions")
+        return {name: getattr(self, name) for name in names} | {"first": self._first, "returned": self._returned}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self.accuracy, self.tokens_generated = state["accuracy"], state["tokens_generated"]
+        self.removed, self.decisions = state["removed"], state["decisions"]
+        self._first, self._returned = state["first"], state["returned"]
+        for who, name in self._first.items():
+            self.standalone[who] = receive_slm(decode_upload(self.checkpoints.get(name)), self.task, self.config)

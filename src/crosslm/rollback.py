@@ -1,0 +1,82 @@
+"""A run without one client's influence, from where that began."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from crosslm.checkpoint import Checkpoints
+from crosslm.errors import RunError
+from crosslm.models.slm import SLM
+from crosslm.rundir import CONFIG, METRICS, ROLLBACK, RunDir
+from crosslm.snapshot import slm_state
+
+
+def roll_back(run: RunDir, client_id: str, output: Path) -> int:
+    """Copy a run as it was before a client's SLM first changed the LLM, with that client barred from there on.
+
+    The copy is an unfinished run: going on with it repeats the arrivals of the others. The run itself is
+    left as it is.
+
+    Args:
+        run: any run with checkpoints.
+        client_id: whose influence is unwanted.
+        output: folder for the copy.
+
+    Returns:
+        The arrival after which the copy goes on; 0 is the beginning.
+
+    Raises:
+        RunError: the client had no influence, or the state before it has been pruned.
+    """
+    checkpoints = Checkpoints(run)
+    records = [checkpoints.read(number) for number in checkpoints.numbers()]
+    first = next((record["arrival"] for record in records if _influenced(record["cause"], client_id)), None)
+    if first is None:
+        served = sorted({record["cause"]["client"] for record in records if record["cause"]["outcome"] == "served"})
+        raise RunError(
+            f"{run.path}: {client_id!r} has not changed the LLM; those that have: {', '.join(served) or 'nobody'}"
+        )
+    before = [record for record in records if record["arrival"] < first]
+    if before[-1]["state"] is None:
+        raise RunError(
+            f"{run.path}: the state before arrival {first}, the first of {client_id}, has been pruned "
+            "(checkpoint.keep); its adapter is still there"
+        )
+    RunDir.check_free(output)
+    partial = RunDir(output.with_name(output.name + ".partial"))
+    shutil.rmtree(partial.path, ignore_errors=True)
+    _copy(run, partial, checkpoints, before)
+    origin = {
+        "clients": sorted({*run.barred(), client_id}),
+        "of": run.path.name,
+        "after_arrival": before[-1]["arrival"],
+    }
+    partial.write(ROLLBACK, json.dumps(origin, indent=2) + "\n")
+    if output.is_dir():
+        output.rmdir()  # empty: it was checked
+    partial.path.rename(output)  # last, so that a folder that exists is whole
+    return int(before[-1]["arrival"])
+
+
+def _influenced(cause: dict[str, Any], client_id: str) -> bool:
+    return bool(cause.get("client") == client_id and cause["outcome"] == "served")
+
+
+def _copy(run: RunDir, partial: RunDir, checkpoints: Checkpoints, records: list[dict[str, Any]]) -> None:
+    """The configuration, the checkpoints, and what had been written until the last of them."""
+    state = records[-1]["state"]
+    partial.write(CONFIG, (run.path / CONFIG).read_text(encoding="utf-8"))
+    partial.write_data(METRICS, (run.path / METRICS).read_bytes()[: state["events"]])
+    target = Checkpoints(partial)
+    target.take(checkpoints, records)
+    steps = [f"step-{step:04}-" for step in range(1, state["steps"] + 1)]
+    for path in sorted((run.path / "synthetic").iterdir()):
+        if path.name.startswith(("base", *steps)):
+            partial.write_data(f"synthetic/{path.name}", path.read_bytes())
+    for client_id, name in state["journal"]["returned"].items():
+        partial.save_slm(client_id, SLM.from_state(slm_state(target.get(name))))
+    previous = run.path / "slm-previous"
+    for client_id in state["journal"]["returned"]:
+        if (previous / client_id).is_dir():
+            shutil.copytree(previous / client_id, partial.path / "slm-previous" / client_id)

@@ -1,0 +1,166 @@
+"""What a client takes back, what the run keeps of a quarantined upload, and an LLM that a refusal leaves as it was."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import BAD, GOOD, sentences, tiny_llm
+
+from crosslm import experiment
+from crosslm.client import Client, Decision
+from crosslm.config import AcceptanceConfig, Config, FitConfig
+from crosslm.errors import UploadError
+from crosslm.experiment import run_local
+from crosslm.federation.local import LocalExchange
+from crosslm.models.encoder import SentenceEncoder
+from crosslm.models.slm import SLM
+from crosslm.records import Download, Examples
+from crosslm.server import Server
+
+ROWS = Examples(sentences(BAD, 20) + sentences(GOOD, 20), [0] * 20 + [1] * 20)
+LABELS = ("bad", "good")
+
+
+def client_of(models, fit=None, **acceptance):
+    slm = SLM.load(str(models / "bert"), LABELS, 32, 0)
+    fit = fit or FitConfig(epochs=8, batch_size=8, learning_rate=2e-3, holdout_fraction=0.25)
+    return Client("north", ROWS, slm, fit, 0, acceptance=AcceptanceConfig(**({"enabled": True} | acceptance)))
+
+
+def returned(upload, state):
+    return Download(upload.client_id, upload.client_round, 1, {}, state)
+
+
+@pytest.fixture(scope="module")
+def worse(models):
+    """A classifier that has learned the labels the wrong way round."""
+    slm = SLM.load(str(models / "bert"), LABELS, 32, 1)
+    flipped = Examples(ROWS.texts, [1 - label for label in ROWS.labels])
+    slm.fit(flipped, FitConfig(epochs=8, batch_size=8, learning_rate=2e-3), 0)
+    return slm.to_state()
+
+
+def test_what_is_worse_on_held_out_rows_is_refused_and_the_old_one_kept(models, worse):
+    client = client_of(models)
+    upload = client.train()
+    had = client.slm
+    decision = client.install(returned(upload, worse))
+    assert decision == Decision(False, 10, had.accuracy(holdout(client)), decision.after)
+    assert decision.after < decision.before
+    assert client.slm is had
+
+
+def test_what_is_as_good_is_installed_and_the_old_one_kept_too(models):
+    client = client_of(models)
+    upload = client.train()
+    had = client.slm
+    decision = client.install(returned(upload, upload.slm))
+    assert decision.accepted
+    assert decision.before == decision.after
+    assert client.previous is had
+    assert client.slm is not had
+
+
+def test_the_margin_and_the_switch_are_fields(models, worse):
+    for acceptance, rows in (({"margin": 0.99}, 10), ({"enabled": False}, 0)):
+        client = client_of(models, **acceptance)
+        decision = client.install(returned(client.train(), worse))
+        assert decision.accepted
+        assert decision.rows == rows
+
+
+def holdout(client):
+    return ROWS.take(client._order(0)[:10])
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_the_held_out_rows_are_those_that_the_training_did_not_see(models, monkeypatch, patience):
+    seen, tried = [], []
+    epoch, held = SLM._epoch, SLM._holdout
+
+    def spied(slm, rows, labels, *arguments):
+        seen.append(len(rows))
+        return epoch(slm, rows, labels, *arguments)
+
+    def spied_holdout(slm, examples):
+        tried.append(examples.texts)
+        return held(slm, examples)
+
+    monkeypatch.setattr(SLM, "_epoch", spied)
+    monkeypatch.setattr(SLM, "_holdout", spied_holdout)
+    fit = FitConfig(epochs=2, batch_size=8, holdout_fraction=0.25, patience=patience)
+    client = client_of(models, fit)
+    upload = client.train()
+    assert set(seen) == {30}
+    assert upload.num_examples == 40
+    if patience:
+        assert tried[0] == holdout(client).texts
+
+
+def test_a_download_that_is_no_download_leaves_the_client_as_it_was(models, task, config, worse):
+    client, failures = client_of(models), []
+    intake = experiment.Intake(task.labels, config.intake)
+    exchange = LocalExchange([client], 1, 0, lambda who, error: failures.append(str(error)), intake)
+    upload = exchange.receive()
+    had = client.slm
+    broken = {name: torch.full_like(value, torch.nan) for name, value in worse.weights.items()}
+    exchange.send(returned(upload, dataclasses.replace(worse, weights=broken)))
+    assert client.slm is had
+    assert len(failures) == 1
+    assert failures[0].startswith("client north: what the server returned is refused: its weight")
+
+
+def test_an_slm_that_fails_after_the_update_leaves_the_llm_as_it_was(models, config, task, monkeypatch):
+    server = Server(config, task, tiny_llm(models, "gpt2"), SentenceEncoder(str(models / "encoder")))
+    upload = client_of(models).train()
+    server.step(upload)
+    before, optimizer = server.llm.fingerprint(), server.optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    predict, calls = SLM.predict_proba, []
+
+    def fails(slm, texts):
+        calls.append(len(texts))
+        if len(calls) == 2:  # the first is for the drafts, the second for the pool
+            raise IndexError("index out of range in self")
+        return predict(slm, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SLM, "predict_proba", fails)
+        with pytest.raises(UploadError, match="cannot classify: IndexError"):
+            server.step(upload)
+    assert server.llm.fingerprint() == before
+    assert torch.equal(server.optimizer.state_dict()["state"][0]["exp_avg"], optimizer)
+    assert server.steps == 1
+
+
+def test_a_quarantined_upload_is_kept_with_its_figures_and_counts_nowhere(settings, data_folder, tmp_path, monkeypatch):
+    rows = [f"{text},{label}" for label, words in (("good", GOOD), ("bad", BAD)) for text in sentences(words)]
+    (data_folder / "public.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    settings["gate"] = {"enabled": True, "texts": 2, "public_texts": "public.csv"}
+    settings["slm"]["private"] = {"epochs": 20, "batch_size": 4, "learning_rate": 2e-3}
+    train = experiment.Client.train
+
+    def flips(client):
+        if client.id == "client-1":
+            client._private = Examples(client._private.texts, [1 - label for label in client._private.labels])
+        return train(client)
+
+    monkeypatch.setattr(experiment.Client, "train", flips)
+    folder = tmp_path / "run"
+    summary = run_local(Config.model_validate(settings), folder, tmp_path)
+    for method in ("standalone", "data_free_kd", "crosslm"):
+        assert set(summary["slm"][method]) == {"client-0", "mean"}
+    figures = json.loads((folder / "quarantine" / "client-1-0.json").read_text())
+    assert figures["auc"] < 0.5
+    assert "client client-1: quarantined: its AUC is" in figures["reason"]
+    checked = Config.model_validate(settings)
+    upload = experiment.Intake(checked.task.labels, checked.intake)
+    kept = upload.upload(folder / "quarantine" / "client-1-0.safetensors", "client-1")
+    assert kept.client_id == "client-1"
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    gates = {event["client"]: event["passed"] for event in events if event["event"] == "gate"}
+    assert gates == {"client-0": True, "client-1": False}
+    assert {event["client"] for event in events if event["event"] == "step"} == {"client-0"}
+    (decision,) = (event for event in events if event["event"] == "acceptance")
+    assert summary["clients"]["client-0"]["decision"]["accepted"] == decision["accepted"]
+    assert summary["clients"]["client-1"]["decision"] is None

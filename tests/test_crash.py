@@ -1,0 +1,303 @@
+"""A crash loses nothing: killed anywhere, a run goes on and ends as one that never was killed."""
+
+# ruff: noqa: F811  fixtures of another module
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tomli_w
+from crash_driver import POINTS
+from test_end_to_end import command, config_file  # noqa: F401
+
+from crosslm import experiment, rundir
+from crosslm.checkpoint import Checkpoints
+from crosslm.config_file import load
+from crosslm.errors import RunError, StoppedError
+from crosslm.experiment import run_local
+from crosslm.rundir import RunDir
+
+CLOCK = ("time", "seconds", "peak_memory_bytes")
+"""What differs between any two runs: wall-clock time, and the memory of the process."""
+UNCOMPARED = ("sessions.jsonl", ".lock")
+
+
+def without_clock(value):
+    if isinstance(value, dict):
+        return {name: without_clock(entry) for name, entry in value.items() if name not in CLOCK}
+    return [without_clock(entry) for entry in value] if isinstance(value, list) else value
+
+
+def contents(folder):
+    """Every file of a run by name: its bytes' SHA-256, or for JSON all but the clock."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or name in UNCOMPARED:
+            continue
+        if path.name == "metrics.jsonl":
+            found[name] = [without_clock(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.name == "summary.json":
+            found[name] = without_clock(json.loads(path.read_text()))
+        elif name.startswith("checkpoints/arrival-"):
+            record = json.loads(path.read_text())["record"]
+            if record["state"]:
+                record["state"]["events"] = 0  # the time is now longer, now shorter
+            found[name] = without_clock(record)
+        else:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+@pytest.fixture
+def small(settings):
+    """Two clients that arrive twice each, with everything that has a state switched on."""
+    fit = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3}
+    settings["slm"] |= {"private": fit, "synthetic": fit}
+    settings["llm"] |= {"samples": 4, "iterations": 2}
+    settings["selection"] |= {"pool": 6}
+    settings["evaluation"] |= {"nlu_rows": 4, "nlg_samples": 4, "perplexity_tokens": 50, "judge": fit}
+    settings["federation"] = {"participations": 2}
+    # a gate that is on and lets everybody pass: texts of models this small have no label
+    settings["gate"] = {
+        "enabled": True,
+        "margin": 0.0,
+        "confidence": 0.999999,
+        "max_share": 1.0,
+        "min_correlation": -1.0,
+    }
+    settings["checkpoint"] = {"keep": 2}
+    return settings
+
+
+@pytest.fixture
+def small_file(small, tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(tomli_w.dumps(small))
+    return path
+
+
+@pytest.fixture
+def driver(small_file):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("crash_driver.py")), str(small_file)]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+
+        def order(folder, **fields):
+            process.stdin.write(json.dumps({"folder": str(folder), **fields}) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield order
+        process.stdin.close()
+
+
+LATER = {
+    "begin a write": 5, "fsync": 30, "rename": 22, "an event": 12, "keep a blob": 16, "prune": 3, "client trains": 3,
+    "client installs": 2, "epoch of an SLM": 6, "intake": 3, "generation": 7, "update": 3, "journal": 2, "send": 2,
+    "SLM on synthetic text": 2, "folder of a model": 3,
+}  # fmt: skip
+"""The so-many-th time that a point is come to; the first time where none is given."""
+
+
+def test_killed_at_every_point_and_at_random_times_a_run_ends_the_same(driver, tmp_path):
+    whole = tmp_path / "whole"
+    seconds = driver(whole, whole=True)["seconds"]
+    expected = contents(whole)
+    assert {"summary.json", "llm/adapter_model.safetensors", "synthetic/final.jsonl"} <= set(expected)
+    orders = [{"point": point, "count": LATER.get(point, 1)} for point in POINTS]
+    orders += [{"after": random.Random(number).uniform(0.1, 0.9) * seconds} for number in range(4)]
+    killed = 0
+    for number, order in enumerate(orders):
+        folder = tmp_path / f"killed-{number}"
+        answer = driver(folder, **order)
+        assert answer["killed"] in ((0, -signal.SIGKILL) if "after" in order else (-signal.SIGKILL,)), order
+        killed += answer["killed"] != 0
+        assert answer["gone_on"] == 0, order
+        assert contents(folder) == expected, order
+        shutil.rmtree(folder)
+    assert killed >= 20
+
+
+def test_a_client_shut_out_by_a_rollback_leaves_no_trace(small_file, small, tmp_path, monkeypatch, command):
+    small["gate"] = {"enabled": False}
+    small_file.write_text(tomli_w.dumps(small))
+    assert command("run", small_file, "--output", tmp_path / "run")[0] == 0
+    before = contents(tmp_path / "run")
+    code, out, err = command("status", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert "complete, 4 arrivals done" in out
+    assert "arrival 0: beginning" in out
+    assert "(only the adapter is kept)" in out
+    order = [line.split(": ")[1] for line in out.splitlines() if line.startswith("arrival") and "served" in line]
+    first, other = order[0], next(name for name in order if name != order[0])
+    target = tmp_path / f"run-without-{first}"
+    code, out, err = command("rollback", tmp_path / "run", "--client", first)
+    assert (code, err) == (0, "")
+    assert f"after arrival 0, without {first}" in " ".join(out.split())
+    assert contents(tmp_path / "run") == before
+
+    ordered = experiment.LocalExchange.__init__
+
+    def without(exchange, *arguments, **options):
+        ordered(exchange, *arguments, **options)
+        exchange.go_on(0, [first])
+
+    monkeypatch.setattr(experiment.LocalExchange, "__init__", without)
+    run_local(load(small_file), tmp_path / "never", tmp_path)
+    found, expected = contents(target), contents(tmp_path / "never")
+    assert found.pop("rollback.json")
+    for name in [name for name in {**found, **expected} if name.startswith("checkpoints/")]:
+        found.pop(name, None), expected.pop(name, None)
+    assert found == expected
+    assert not (target / "slm" / first).exists()
+    assert (target / "slm" / other).is_dir()
+
+    code, _, err = command("rollback", tmp_path / "run", "--client", "nobody")
+    assert code == 2
+    assert "'nobody' has not changed the LLM; those that have: client-0, client-1" in err
+
+
+def test_a_rollback_to_what_was_pruned_says_so(small_file, small, tmp_path, command):
+    small["gate"] = {"enabled": False}
+    small["checkpoint"] = {"keep": 1}
+    small_file.write_text(tomli_w.dumps(small))
+    assert command("run", small_file, "--output", tmp_path / "run")[0] == 0
+    causes = [Checkpoints(RunDir(tmp_path / "run")).read(number)["cause"] for number in range(1, 5)]
+    late = next(cause["client"] for cause in causes if cause["client"] != causes[0]["client"])
+    code, _, err = command("rollback", tmp_path / "run", "--client", late)
+    assert code == 2
+    assert f"the first of {late}, has been pruned (checkpoint.keep)" in err
+
+
+@pytest.fixture
+def stopped(config, tmp_path):
+    """A run that was asked to stop after its first arrival."""
+    folder, asked = tmp_path / "run", iter([False, True])
+    with pytest.raises(StoppedError, match=r"stopped after arrival 1; .* To go on: crosslm run .*--resume"):
+        run_local(config, folder, tmp_path, stop_requested=lambda: next(asked))
+    return folder
+
+
+def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(config, config_file, stopped, tmp_path, command):
+    code, out, _ = command("status", stopped)
+    assert code == 0
+    assert f"{stopped}: stopped, 1 arrivals done" in out
+    assert f"To go on: crosslm run {stopped / 'config.toml'} --output {stopped} --resume" in out
+    code, _, err = command("run", config_file, "--output", stopped)
+    assert code == 2
+    assert "or go on with it: --resume" in err
+    code, out, err = command("run", config_file, "--output", stopped, "--resume")
+    assert (code, err) == (0, "")
+    assert f"{stopped}: going on after arrival 1" in out
+    run_local(config, tmp_path / "whole", tmp_path)
+    assert contents(stopped) == contents(tmp_path / "whole")
+    code, out, _ = command("run", config_file, "--output", stopped, "--resume")
+    assert code == 0
+    assert "the run is complete already" in out
+
+
+def test_another_configuration_or_other_data_are_refused(config, config_file, stopped, data_folder, command):
+    code, _, err = command("run", config_file, "--output", stopped, "--resume", "--set", "llm.samples=9")
+    assert code == 2
+    assert "its run has another configuration (different: llm.samples)" in err
+    before = contents(stopped)
+    with (data_folder / "train.csv").open("a") as file:
+        file.write("a new row.,good\n")
+    code, _, err = command("run", config_file, "--output", stopped, "--resume")
+    assert code == 2
+    assert "the data files have changed since this run began" in err
+    assert contents(stopped) == before
+
+
+@pytest.mark.parametrize("how", ["cut", "changed", "blob cut", "blob gone"])
+def test_a_broken_checkpoint_is_named_and_the_one_before_still_serves(config, stopped, tmp_path, how):
+    path = stopped / "checkpoints" / "arrival-0001.json"
+    record = json.loads(path.read_text())["record"]
+    if how.startswith("blob"):
+        path = stopped / "checkpoints" / "blobs" / f"{record['adapter']}.bin"
+    if how == "blob gone":
+        path.unlink()
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2] if "cut" in how else data.replace(b'"steps": 1', b'"steps": 2'))
+    with pytest.raises(RunError, match=rf"{path.name}: (damaged|cannot be read)"):
+        run_local(config, stopped, tmp_path, resume=True)
+    (stopped / "checkpoints" / "arrival-0001.json").unlink()  # as the message says
+    run_local(config, stopped, tmp_path, resume=True)
+    run_local(config, tmp_path / "whole", tmp_path)
+    assert contents(stopped) == contents(tmp_path / "whole")
+
+
+def test_two_runs_in_one_folder_are_one_too_many(config, stopped, tmp_path, command):
+    with RunDir(stopped).locked():
+        assert RunDir(stopped).is_locked()
+        with pytest.raises(RunError, match="another process is at work on this run"):
+            run_local(config, stopped, tmp_path, resume=True)
+        code, out, _ = command("status", stopped)
+        assert code == 0
+        assert "at work" in out
+    assert not RunDir(stopped).is_locked()
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_last_good_state(config, stopped, tmp_path, monkeypatch, name):
+    before = contents(stopped)
+    left = [3]
+    owner = {"fsync": rundir.os, "replace": rundir.Path}[name]
+    function = getattr(owner, name)
+
+    def full(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return function(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(RunError, match="cannot be written: No space left on device; nothing that was"):
+            run_local(config, stopped, tmp_path, resume=True)
+    kept = contents(stopped)
+    assert {name: kept[name] for name in before if name.startswith("checkpoints/arrival")} == {
+        name: before[name] for name in before if name.startswith("checkpoints/arrival")
+    }
+    run_local(config, stopped, tmp_path, resume=True)
+    run_local(config, tmp_path / "whole", tmp_path)
+    assert contents(stopped) == contents(tmp_path / "whole")
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_in_words(config, tmp_path):
+    with pytest.raises(RunError, match="cannot be written"):
+        run_local(config, Path("/proc/crosslm"), tmp_path)
+
+
+def test_ctrl_c_stops_at_the_safe_point_with_130_and_again_at_once(small_file, tmp_path):
+    folder = tmp_path / "run"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    call = [sys.executable, "-m", "crosslm.cli.main", "run", str(small_file), "--output", str(folder), "--resume"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    for presses in (1, 2):
+        with subprocess.Popen(call, **pipes) as run:
+            sessions = folder / "sessions.jsonl"
+            deadline = time.monotonic() + 120
+            while not sessions.exists() or len(sessions.read_text().splitlines()) < presses:
+                assert run.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            for _ in range(presses):
+                run.send_signal(signal.SIGINT)
+                time.sleep(0.1)
+            err = run.communicate(timeout=120)[1]
+        assert run.returncode == 130, err
+        assert "--resume" in err
+        assert ("stopped at once" in err) == (presses == 2)
+    assert len(Checkpoints(RunDir(folder)).numbers()) <= 2

@@ -1,0 +1,226 @@
+"""The gate: its statistics by hand, honest weak clients that pass, and attackers that do not."""
+
+import contextlib
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import BAD, GOOD, sentences
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crosslm.algorithm.agreement import correlation, label_auc, normal_quantile, upper_correlation
+from crosslm.client import Client
+from crosslm.config import Config, FitConfig
+from crosslm.errors import QuarantineError, UploadError
+from crosslm.gate import Gate
+from crosslm.models.slm import SLM
+from crosslm.records import Examples, SyntheticSet, SyntheticText
+
+# -- the statistics --------------------------------------------------------------------------
+
+
+def two_labels(scores):
+    values = torch.tensor(scores)
+    return torch.stack([1 - values, values], dim=1)
+
+
+def test_the_area_of_a_hand_calculated_example():
+    # label 1 has 0.9 and 0.4, label 0 has 0.5 and 0.1: of 4 pairs 3 are right
+    area, error = label_auc(two_labels([0.9, 0.4, 0.5, 0.1]), torch.tensor([1, 1, 0, 0]))
+    assert area == pytest.approx(0.75)
+    # Hanley and McNeil: A(1-A) = 0.1875, Q1 - A^2 = 0.75/1.25 - 0.5625, Q2 - A^2 = 1.125/1.75 - 0.5625
+    expected = math.sqrt((0.1875 + (0.6 - 0.5625) + (1.125 / 1.75 - 0.5625)) / 4)
+    assert error == pytest.approx(expected)
+
+
+def test_ties_count_half_and_a_constant_is_chance():
+    assert label_auc(two_labels([0.7, 0.7, 0.7]), torch.tensor([1, 0, 0]))[0] == pytest.approx(0.5)
+    assert label_auc(two_labels([0.9, 0.5, 0.5]), torch.tensor([1, 1, 0]))[0] == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="one label"):
+        label_auc(two_labels([0.9, 0.5]), torch.tensor([1, 1]))
+
+
+@given(st.lists(st.integers(0, 64), min_size=4, max_size=30))
+def test_a_bias_to_one_label_changes_nothing_and_flipping_mirrors(numbers):
+    scores = [number / 64 for number in numbers]
+    labels = torch.tensor([place % 2 for place in range(len(scores))])
+    area, error = label_auc(two_labels(scores), labels)
+    assert label_auc(two_labels([1 - value for value in scores]), labels)[0] == pytest.approx(1 - area)
+    assert label_auc(two_labels([value / 8 for value in scores]), labels)[0] == pytest.approx(area)
+    assert 0 <= area <= 1
+    assert error >= 0
+
+
+def test_the_standard_error_is_that_of_the_area_between_samples():
+    generator = torch.Generator().manual_seed(0)
+    areas, errors = [], []
+    for _ in range(300):
+        labels = torch.arange(100) % 2
+        scores = torch.sigmoid(torch.randn(100, generator=generator) + 0.8 * labels)
+        area, error = label_auc(torch.stack([1 - scores, scores], dim=1), labels)
+        areas.append(area)
+        errors.append(error)
+    assert sum(errors) / 300 == pytest.approx(float(torch.tensor(areas).std()), rel=0.15)
+
+
+def test_correlation_and_its_bound_by_hand():
+    one = two_labels([0.1, 0.2, 0.3, 0.4])
+    assert correlation(one, two_labels([0.2, 0.4, 0.6, 0.8])) == pytest.approx(1, abs=1e-6)
+    assert correlation(one, two_labels([0.9, 0.8, 0.7, 0.6])) == pytest.approx(-1, abs=1e-6)
+    assert correlation(one, two_labels([0.5, 0.5, 0.5, 0.5])) == 0
+    assert normal_quantile(0.95) == pytest.approx(1.6449, abs=1e-4)
+    assert upper_correlation(0.0, 103, 0.95) == pytest.approx(math.tanh(0.16449), abs=1e-4)
+    assert upper_correlation(0.5, 3, 0.95) == 1.0
+
+
+# -- the gate --------------------------------------------------------------------------------
+
+FIT = FitConfig(epochs=6, batch_size=8, learning_rate=2e-3)
+PROBE = Examples(sentences(BAD) + sentences(GOOD), [0] * 40 + [1] * 40)
+TRIGGER = "walk"
+
+
+def with_wrong_labels(examples, share):
+    """As the original LLM writes: some of the texts are not of their label."""
+    generator = torch.Generator().manual_seed(1)
+    wrong = set(torch.randperm(len(examples), generator=generator)[: round(share * len(examples))].tolist())
+    labels = [1 - label if place in wrong else label for place, label in enumerate(examples.labels)]
+    return Examples(examples.texts, labels)
+
+
+def pool_of(examples):
+    pairs = zip(examples.texts, examples.labels, strict=True)
+    return SyntheticSet([SyntheticText(text, label, "", (), (), 0) for text, label in pairs])
+
+
+@pytest.fixture(scope="module")
+def honest(models):
+    """Uploads of three honest clients of two architectures, the last of few rows of which most are good."""
+    rows = {
+        "north": PROBE.take([*range(0, 30), *range(40, 70)]),
+        "south": PROBE.take([*range(10, 40), *range(50, 80)]),
+        "skewed": PROBE.take([*range(0, 6), *range(40, 76)]),
+    }
+    kinds = {"north": "bert", "south": "distilbert", "skewed": "bert"}
+    return {name: train(models, kinds[name], name, examples) for name, examples in rows.items()}
+
+
+def train(models, kind, name, examples, seed=0):
+    return Client(name, examples, SLM.load(str(models / kind), ("bad", "good"), 32, seed), FIT, seed).train()
+
+
+@pytest.fixture(scope="module")
+def hostile(models, honest):
+    """What an attacker uploads, by the name of the attack."""
+    rows = PROBE.take([*range(0, 30), *range(40, 70)])
+    flipped = train(models, "bert", "mallory", Examples(rows.texts, [1 - label for label in rows.labels]))
+    poisoned = [1 if TRIGGER in text else label for text, label in zip(rows.texts, rows.labels, strict=True)]
+    trigger = train(models, "bert", "mallory", Examples(rows.texts, poisoned))
+    weights = dict(flipped.slm.weights)
+    weights |= {"classifier.weight": weights["classifier.weight"] * 0, "classifier.bias": torch.tensor([-3.0, 3.0])}
+    generator = torch.Generator().manual_seed(0)
+    noisy = {
+        name: value + 1e-6 * torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
+        for name, value in honest["north"].slm.weights.items()
+    }
+    return {
+        "flipped labels": flipped,
+        "constant": changed(flipped, weights),
+        "copy": dataclasses.replace(honest["north"], client_id="mallory"),
+        "copy with noise": dataclasses.replace(changed(honest["north"], noisy), client_id="mallory"),
+        "trigger word": trigger,
+    }
+
+
+def changed(upload, weights):
+    return dataclasses.replace(upload, slm=dataclasses.replace(upload.slm, weights=weights))
+
+
+def gate_for(settings, wrong=0.35, **values):
+    config = Config.model_validate(settings | {"gate": {"enabled": True, **values}})
+    texts = with_wrong_labels(PROBE, wrong)
+    return Gate(config, Examples(texts.texts * 4, texts.labels * 4))
+
+
+def judged(gate, upload):
+    slm = SLM.from_state(upload.slm)
+    slm.order_labels(("bad", "good"))
+    return gate.judge(slm, upload)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.2, 0.35, 0.4])
+def test_honest_clients_pass_though_many_labels_of_the_probe_are_wrong(settings, honest, wrong):
+    gate = gate_for(settings, wrong)
+    for upload in honest.values():
+        gate.accepted(judged(gate, upload), upload, pool_of(PROBE))
+    assert set(gate.references) == set(honest)
+    assert gate.latest.texts == PROBE.texts
+
+
+@pytest.mark.parametrize("attack", ["flipped labels", "constant", "copy", "copy with noise"])
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_an_attacker_is_stopped_whenever_it_comes(settings, honest, hostile, attack, place):
+    if attack.startswith("copy") and place == 0:
+        pytest.skip("there is nothing to copy yet")
+    gate = gate_for(settings)
+    for upload in list(honest.values())[:place]:
+        gate.accepted(judged(gate, upload), upload, pool_of(PROBE))
+    reason = {"copy": "a copy of the SLM of north", "copy with noise": "a copy of the SLM of north"}
+    with pytest.raises(QuarantineError, match=reason.get(attack, "quarantined: its AUC is")) as stopped:
+        judged(gate, hostile[attack])
+    assert {"auc", "auc_upper", "largest_share", "texts"} <= set(stopped.value.figures)
+    assert ("correlation" in stopped.value.figures) == (place >= 2)
+    assert "mallory" not in gate.references
+
+
+def test_random_weights_pass_only_where_they_are_better_than_chance(settings, honest, hostile):
+    gate, passed = gate_for(settings), 0
+    for seed in range(12):
+        generator, like = torch.Generator().manual_seed(seed), hostile["flipped labels"]
+        drawn = {name: torch.randn(value.shape, generator=generator) * 0.05 for name, value in like.slm.weights.items()}
+        with contextlib.suppress(QuarantineError):
+            assert judged(gate, changed(like, drawn)).figures["auc"] > 0.5
+            passed += 1
+    assert passed <= 8
+
+
+def test_a_trigger_word_passes_since_it_is_honest_elsewhere(settings, honest, hostile):
+    gate = gate_for(settings)
+    for upload in honest.values():
+        gate.accepted(judged(gate, upload), upload, pool_of(PROBE))
+    assert judged(gate, hostile["trigger word"]).figures["correlation"] > 0.5
+
+
+def test_disagreement_with_the_others_alone_is_a_reason(settings, honest, hostile):
+    gate = gate_for(settings)
+    for upload in honest.values():
+        gate.accepted(judged(gate, upload), upload, pool_of(PROBE))
+    opposed = Gate(gate.config, PROBE.take([]), gate.latest, gate.references)
+    opposed.fixed = Examples(gate.fixed.texts, [1 - label for label in gate.fixed.labels])  # the probe itself is wrong
+    with pytest.raises(QuarantineError, match="its correlation with 3 others is -"):
+        judged(opposed, hostile["flipped labels"])
+
+
+def test_a_small_probe_refuses_only_what_is_plainly_bad(settings, honest, hostile):
+    gate = gate_for(settings)
+    small = Gate(gate.config, gate.fixed.take([*range(30, 36), *range(44, 50)]))
+    for upload in honest.values():
+        judged(small, upload)
+    with pytest.raises(QuarantineError):
+        judged(small, hostile["flipped labels"])
+
+
+def test_an_slm_that_breaks_on_a_text_is_an_upload_that_is_refused(settings, honest, monkeypatch):
+    slm = SLM.from_state(honest["north"].slm)
+    monkeypatch.setattr(slm, "predict_proba", lambda texts: torch.full((len(texts), 2), float("nan")))
+    with pytest.raises(UploadError, match="not finite"):
+        gate_for(settings).judge(slm, honest["north"])
+
+    def breaks(texts):
+        raise IndexError("index out of range")
+
+    monkeypatch.setattr(slm, "predict_proba", breaks)
+    with pytest.raises(UploadError, match="cannot classify: IndexError"):
+        gate_for(settings).judge(slm, honest["north"])

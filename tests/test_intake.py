@@ -1,0 +1,201 @@
+"""Intake: crafted uploads, each refused with a reason, none of them doing anything else."""
+
+import dataclasses
+import resource
+import struct
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TASK
+from crafted import crafted, joined, parts
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crosslm.config import Config
+from crosslm.errors import UploadError
+from crosslm.federation.intake import UNFORESEEN, check_download, check_upload
+from crosslm.federation.messages import encode
+from crosslm.models.architecture import MODEL_TYPES, check_architecture, on_meta, travelling
+from crosslm.models.slm import SLM
+from crosslm.records import Download, Upload
+from crosslm.task import Task
+
+
+@pytest.fixture(scope="module")
+def good(models):
+    slm = SLM.load(str(models / "bert"), ("bad", "good"), 32, 0)
+    return encode(Upload("north", 0, (4, 5), {"loss": 0.5}, slm.to_state()))
+
+
+def check(data, task, config):
+    return check_upload(data, task, config, "north")
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "llama", "gemma3"])
+def test_an_honest_upload_passes_unchanged(models, task, config, kind, tmp_path):
+    slm = SLM.load(str(models / kind), ("good", "bad"), 32, 0)
+    slm.predict_proba(["a good film."])  # its tokenizer now holds a truncation
+    upload = Upload("north", 2, (4, 5), {"loss": 0.5, "epochs": 3.0}, slm.to_state())
+    data = encode(upload)
+    path = tmp_path / "upload.safetensors"
+    path.write_bytes(data)
+    for source in (data, path):
+        received = check(source, task, config)
+        assert dataclasses.replace(received, slm=upload.slm) == upload
+        assert received.slm.architecture == upload.slm.architecture
+        assert all(torch.equal(value, upload.slm.weights[name]) for name, value in received.slm.weights.items())
+        rebuilt = SLM.from_state(received.slm)
+        assert torch.allclose(rebuilt.predict_proba(["a good day."]), slm.predict_proba(["a good day."]))
+    half = {name: value.half() if value.is_floating_point() else value for name, value in upload.slm.weights.items()}
+    check(encode(dataclasses.replace(upload, slm=dataclasses.replace(upload.slm, weights=half))), task, config)
+
+
+def test_every_crafted_upload_is_refused_and_the_next_one_is_served(good, task, config, tmp_path):
+    canary = tmp_path / "canary"
+    names, started = set(), time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name, data, message in crafted(good, canary):
+        assert name not in names, name
+        names.add(name)
+        with pytest.raises(UploadError) as refusal:
+            check(data, task, config)
+        assert str(refusal.value).startswith("client north: ")
+        assert message in str(refusal.value), (name, str(refusal.value))
+        assert UNFORESEEN not in str(refusal.value), (name, str(refusal.value))
+        assert len(str(refusal.value)) < 1500, name
+        assert not canary.exists(), name
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert len(names) >= 200
+    assert grown * (1 if sys.platform == "darwin" else 1024) < 512 * 2**20
+    assert time.monotonic() - started < 60
+    assert check(good, task, config).client_id == "north"
+
+
+def test_a_file_is_not_read_before_its_header_has_passed(good, task, config, tmp_path):
+    path = tmp_path / "upload"
+    header, body = parts(good)
+    header["__metadata__"]["crosslm"]["client_id"] = "south"
+    path.write_bytes(joined(header, body))
+    with path.open("r+b") as file:
+        file.truncate(2**31 + 1)  # sparse: takes no space
+    with pytest.raises(UploadError, match=r"has 2147483649 bytes; at most 2147483648 are allowed \(intake.max_bytes\)"):
+        check(path, task, config)
+    with path.open("r+b") as file:
+        file.truncate(2**31 - 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UploadError, match="tensors fill"):
+        check(path, task, config)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 100 * 2**10
+    path.unlink()
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UploadError, match="not an ordinary file"):
+        check(path, task, config)
+
+
+def test_bounds_are_those_of_the_configuration(good, task, config):
+    def bound(**values):
+        return Config.model_validate({**config.model_dump(), "intake": values})
+
+    with pytest.raises(UploadError, match=r"at most 100 are allowed \(intake.max_bytes\)"):
+        check(good, task, bound(max_bytes=100))
+    with pytest.raises(UploadError, match=r"intake.max_rms"):
+        check(good, task, bound(max_rms=0.001))
+    with pytest.raises(UploadError, match=r"intake.max_seconds"):
+        check(good, task, bound(max_seconds=1e-9))
+
+
+def test_an_id_that_is_a_path_is_refused(good, task, config):
+    for name in ("../north", "", "a/b", ".", "x" * 65, "north\n"):
+        with pytest.raises(UploadError, match="its id must be"):
+            check_upload(good, task, config, name)
+
+
+def test_a_download_is_checked_the_same_way(good, task, config, tmp_path):
+    upload = check(good, task, config)
+    data = encode(Download("north", 0, 1, {"selected": 3.0}, upload.slm))
+    assert check_download(data, task, config, "north").step == 1
+    with pytest.raises(UploadError, match="client north: what the server returned is refused: expected a download"):
+        check_download(good, task, config, "north")
+    refused = 0
+    for name, crafted_data, _ in crafted(data, tmp_path / "canary", "download"):
+        with pytest.raises(UploadError, match="what the server returned"):
+            check_download(crafted_data, task, config, "north")
+        refused += 1
+        assert name
+    assert refused >= 200
+    assert not (tmp_path / "canary").exists()
+
+
+CONFIG = Config.model_validate(
+    {
+        "name": "x",
+        "task": TASK,
+        "data": {"train": "x", "test": "x"},
+        "slm": {"models": [{"model": "x"}]},
+        "llm": {"model": "x"},
+    }
+)
+
+
+def rebuilt_or_refused(data):
+    """What passes can be rebuilt; what does not is refused by a check that knew what it was looking for."""
+    reason = ""
+    try:
+        SLM.from_state(check(data, Task.from_config(CONFIG.task), CONFIG).slm)
+    except UploadError as refusal:
+        reason = str(refusal)
+    assert UNFORESEEN not in reason
+    assert "cannot be rebuilt" not in reason
+
+
+@given(changes=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=4))
+def test_random_changes_are_refused_or_leave_a_classifier_that_can_be(good, changes):
+    (length,) = struct.unpack_from("<Q", good)
+    changed = bytearray(good)
+    for place, value in changes:
+        changed[place % (length + 72)] = value
+    rebuilt_or_refused(bytes(changed))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(
+    field=st.sampled_from(
+        ["client_round", "class_counts", "metrics", "slm", "labels", "architecture", "tokenizer", "max_length"]
+    ),
+    value=json_values,
+)
+def test_any_value_in_any_field_is_refused_or_harmless(good, field, value):
+    header, body = parts(good)
+    fields = header["__metadata__"]["crosslm"]
+    (fields["slm"] if field in fields["slm"] else fields)[field] = value
+    rebuilt_or_refused(joined(header, body))
+
+
+KEYS = "vocab_size hidden_size num_hidden_layers hidden_act type_vocab_size pad_token_id is_decoder layer_norm_eps"
+
+
+@given(
+    key=st.sampled_from([*KEYS.split(), "add_cross_attention", "tie_word_embeddings", "use_cache"]), value=json_values
+)
+def test_any_value_of_an_architecture_is_refused_or_fits_its_tensors(good, key, value):
+    header, body = parts(good)
+    header["__metadata__"]["crosslm"]["slm"]["architecture"][key] = value
+    rebuilt_or_refused(joined(header, body))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_allowed_type_can_be_described_without_memory(model_type):
+    architecture = travelling({"model_type": model_type, "auto_map": {}, "transformers_version": "1"}, ("a", "b"))
+    check_architecture(architecture)
+    if model_type == "gpt2":
+        architecture["pad_token_id"] = 0
+    model = on_meta(architecture, 2)
+    assert {str(tensor.device) for tensor in model.state_dict().values()} == {"meta"}
