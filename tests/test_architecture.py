@@ -15,21 +15,22 @@ LAYERS = [
     {"errors", "seeding", "progress"},
     {"config"},
     {"config_file"},
-    {"task", "records"},
+    {"task", "records", "rows"},
     {"algorithm.rewards", "algorithm.losses", "algorithm.selection"},
     {"data", "demo", "models.sources", "models.encoder", "models.head", "models.tokens", "models.vocabulary"},
     {"models.decoding"},
     {"models.llm", "models.slm"},
     {"synthesis", "client"},
     {"server", "evaluate", "rundir"},
-    {"baselines", "federation.exchange", "federation.messages"},
+    {"baselines", "federation.exchange", "federation.messages", "cards", "memory", "starter"},
     {"federation.local"},
     {"preparation"},
-    {"experiment"},
-    {"reevaluate"},
+    {"experiment", "doctor"},
+    {"finished"},
+    {"reevaluate", "export"},
     {"report", "display"},
     {"cli.app"},
-    {"cli.runs", "cli.models"},
+    {"cli.runs", "cli.models", "cli.start", "cli.use"},
     {"cli.main"},
 ]
 
@@ -78,10 +79,10 @@ def test_configuration_and_task_need_no_torch():
     ("library", "allowed"),
     [
         ("flwr", {"federation.flower.server_app", "federation.flower.client_app"}),
-        ("datasets", {"data"}),
+        ("datasets", {"data", "export"}),
         ("peft", {"models.llm"}),
         ("sentence_transformers", {"models.encoder"}),
-        ("typer", {"cli.app", "cli.main", "cli.runs", "cli.models"}),
+        ("typer", {"cli.app", "cli.main", "cli.runs", "cli.models", "cli.start", "cli.use"}),
         ("subprocess", {"demo"}),
     ],
 )
@@ -102,6 +103,7 @@ def test_nothing_trusts_what_it_loads():
 
 def test_files_are_written_by_their_writers_only():
     writers = {"rundir", "demo", "models.sources", "models.vocabulary", "models.llm", "models.slm"}
+    writers |= {"starter", "export", "rows"}
     for path in FILES:
         if re.search(r"write_text\(|write_bytes\(|\.open\(\"[wa]|save_pretrained\(", path.read_text()):
             assert module_name(path) in writers, path

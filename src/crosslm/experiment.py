@@ -9,6 +9,7 @@ from typing import Any
 
 from crosslm import evaluate
 from crosslm.baselines import data_free_kd
+from crosslm.cards import write_cards
 from crosslm.client import Client
 from crosslm.config import Config, SLMSpec
 from crosslm.data import Split, load_split
@@ -159,6 +160,7 @@ class _Run:
             },
             "peak_memory_bytes": peak_memory_bytes(),
         }
+        write_cards(run, config, summary)
         run.summarise(summary)
         return summary
 

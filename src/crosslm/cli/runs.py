@@ -18,7 +18,6 @@ from crosslm.cli.app import (
 )
 from crosslm.config import Config
 from crosslm.config_file import load
-from crosslm.rundir import RunDir, next_free
 
 QUICK = (
     "llm.samples=16",
@@ -73,6 +72,7 @@ def evaluate(
     from crosslm.display import display_for
     from crosslm.models.sources import cache_folder
     from crosslm.reevaluate import evaluate_run
+    from crosslm.rundir import RunDir
 
     measures = evaluate_run(RunDir.open(run_folder), cache_folder(cache_dir), display_for(console))
     for name, value in measures.items():
@@ -83,6 +83,7 @@ def evaluate(
 def report(run_folder: RunArgument) -> None:
     """Print a run's tables."""
     from crosslm.report import closing
+    from crosslm.rundir import RunDir
 
     console.print(closing(RunDir.open(run_folder).summary()))
 
@@ -93,6 +94,7 @@ def _run(config: Config, output: Path | None, cache_dir: str | None) -> None:
     from crosslm.experiment import run_local
     from crosslm.models.sources import cache_folder
     from crosslm.report import closing
+    from crosslm.rundir import next_free
 
     folder = output or next_free(Path("runs"), config.name)
     summary = run_local(config, folder, cache_folder(cache_dir), display_for(console))

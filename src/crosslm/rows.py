@@ -1,0 +1,140 @@
+"""Rows of text in and out: files, standard input and standard output; CSV, JSONL or a text a line."""
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from crosslm.errors import DataError, RunError
+
+Row = dict[str, object]
+
+
+class RowFormat(StrEnum):
+    """How rows are written down."""
+
+    csv = "csv"
+    jsonl = "jsonl"
+    text = "text"
+
+
+SUFFIXES = {".csv": RowFormat.csv, ".jsonl": RowFormat.jsonl, ".txt": RowFormat.text}
+
+
+def rows_of_file(path: Path, text_column: str, kind: RowFormat | None = None) -> Iterator[Row]:
+    """Rows of a file, gzipped or not; its name tells the format unless ``kind`` does.
+
+    Raises:
+        DataError: it cannot be read, or is of no known format.
+    """
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind is None and suffix not in SUFFIXES:
+        raise DataError(f"{path}: must be .csv, .jsonl or .txt (or one of these with .gz), or say --format")
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    return rows_of(io.BytesIO(content), str(path), text_column, kind or SUFFIXES[suffix])
+
+
+def rows_of(stream: BinaryIO, source: str, text_column: str, kind: RowFormat) -> Iterator[Row]:
+    """Rows as they come: ``text``: a text a line; ``csv`` with a header; ``jsonl``: an object a line.
+
+    Bytes that are not UTF-8 become U+FFFD, so that no row is lost.
+
+    Args:
+        stream: is read no further than needed.
+        source: its name, for messages.
+        text_column: the column that is classified; every row of ``csv`` and ``jsonl`` must have it.
+        kind: the format.
+
+    Raises:
+        DataError: a row is not of the format, or has no such column.
+    """
+    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+    if kind is RowFormat.text:
+        yield from ({text_column: line.rstrip("\r\n")} for line in lines)
+        return
+    for number, row in enumerate(_csv(lines, source) if kind is RowFormat.csv else _jsonl(lines, source), start=1):
+        if text_column not in row:
+            columns = ", ".join(map(str, row))
+            raise DataError(
+                f"{source}: row {number} has no column {text_column!r}; its columns are: {columns}; "
+                "name the right one with --text-column"
+            )
+        yield row
+
+
+def check_output(path: Path | None) -> None:
+    """Find out that a file may be written, before a model is loaded.
+
+    Raises:
+        RunError: it is there already.
+    """
+    if path is not None and path.exists():
+        raise RunError(f"{path}: is there already and nothing is written over; name another --output")
+
+
+def write_rows(rows: Iterable[Row], kind: RowFormat, path: Path | None) -> int:
+    """Write rows as they come; ``text`` is the column ``text`` alone.
+
+    Returns:
+        How many.
+    """
+    count = 0
+    with _opened(path) as file:
+        writer = None
+        for row in rows:
+            if kind is RowFormat.csv:
+                if writer is None:
+                    writer = csv.DictWriter(file, list(row), lineterminator="\n", restval="", extrasaction="ignore")
+                    writer.writeheader()
+                writer.writerow({name: "" if value is None else value for name, value in row.items()})
+            else:
+                file.write((str(row["text"]) if kind is RowFormat.text else json.dumps(row, ensure_ascii=False)) + "\n")
+            count += 1
+            file.flush()
+    return count
+
+
+def _csv(lines: Iterable[str], source: str) -> Iterator[Row]:
+    reader = csv.DictReader(lines)
+    try:
+        for row in reader:
+            if None in row:
+                raise DataError(f"{source}: line {reader.line_num} has more fields than the header; quote its commas")
+            yield dict(row)
+    except csv.Error as error:
+        raise DataError(f"{source}: line {reader.line_num} is not CSV (an unclosed quote?): {error}") from error
+
+
+def _jsonl(lines: Iterable[str], source: str) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{source}: line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{source}: line {number} must be an object with a text in it, found {line.strip()[:60]!r}")
+        yield row
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[TextIO]:
+    if path is None:
+        yield sys.stdout
+        return
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        yield file
+    partial.replace(path)
