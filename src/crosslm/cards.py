@@ -25,8 +25,11 @@ PARTS = {
 }
 COLUMNS = (
     ("`text`, `label`, `prompt`", "what was written, the label asked for, and the prompt"),
-    ("`source`", "`base`: the original model; `drafts`: what the model learned from; `pool`: what a classifier's texts"
-     " were chosen from; `final`: the model at the end"),
+    (
+        "`source`",
+        "`base`: the original model; `drafts`: what the model learned from; `pool`: what a classifier's texts"
+        " were chosen from; `final`: the model at the end",
+    ),
     ("`step`, `client`", "in which step, and whose classifier judged"),
     ("`reward`", "2 p - 1, p being the classifier's probability of the label (Eq. 4)"),
     ("`diversity`, `score`, `rank`, `kept`", "how it was chosen (Eq. 10); `kept`: it trained the classifier"),

@@ -4,13 +4,12 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
-import torch
 from packaging.requirements import Requirement
 
 from crosslm.config import Config
@@ -132,7 +131,7 @@ def device(name: str) -> Finding:
     try:
         found = resolve_device(name)
     except CrosslmError as error:
-        return Finding("error", "device", f"{error}; set device = \"auto\"")
+        return Finding("error", "device", f'{error}; set device = "auto"')
     cores = f", {os.cpu_count()} cores" if found == "cpu" else ""
     return Finding("ok", "device", f"{found}{cores}, {in_gib(available(found))} of memory free")
 
@@ -201,13 +200,17 @@ def _rows(subject: str, source: str, examples: Examples, config: Config, test: b
     if not len(examples):
         return Finding("error", subject, f"{message}; put labelled text into it")
     if any(text.startswith(SAMPLE) for text in examples.texts):
-        return Finding("warning", subject, f"{message}; some are sample rows of crosslm init: put your own in their place")
+        return Finding(
+            "warning", subject, f"{message}; some are sample rows of crosslm init: put your own in their place"
+        )
     if len(none) == len(labels) - 1:
         return Finding("warning", subject, f"{message}; with one label only there is nothing to tell apart: add others")
     if none:
         return Finding("warning", subject, f"{message}; none of {', '.join(none)}: add some if there are any")
     if test and len(examples) < FEW_TEST_ROWS:
-        return Finding("warning", subject, f"{message}; one row is {100 / len(examples):.0f} points of accuracy: add more")
+        return Finding(
+            "warning", subject, f"{message}; one row is {100 / len(examples):.0f} points of accuracy: add more"
+        )
     few = [label for label, count in counts.items() if count < FEW_ROWS]
     if few and not test:
         return Finding("warning", subject, f"{message}; fewer than {FEW_ROWS} of {', '.join(few)}: add more")
@@ -253,5 +256,3 @@ def _extra(requirement: Requirement) -> str | None:
 
 def _applies(requirement: Requirement, extra: str | None) -> bool:
     return bool(requirement.marker and requirement.marker.evaluate({"extra": extra or ""}))
-
-

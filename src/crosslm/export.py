@@ -2,17 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from crosslm import cards
 from crosslm.errors import ConfigError, DataError, RunError
 from crosslm.finished import Run
 
-Part = Literal["slm", "llm", "synthetic"]
-PARTS: tuple[Part, ...] = get_args(Part)
+PARTS = ("slm", "llm", "synthetic")
 NUMBERS = ("reward", "diversity", "score")
 
 
@@ -26,9 +26,7 @@ class Exported:
     kind: Literal["model", "dataset"] = "model"
 
 
-def export_run(
-    run: Run, dest: str | Path, parts: Iterable[Part] = PARTS, merged_llm: bool = False
-) -> list[Exported]:
+def export_run(run: Run, dest: str | Path, parts: Iterable[str] = PARTS, merged_llm: bool = False) -> list[Exported]:
     """Copy what a run made into a new folder, each thing with a card.
 
     ``slm/CLIENT``: a classifier. ``llm``: the adapter (or the whole model after full fine-tuning).
@@ -96,7 +94,8 @@ def push(
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     check_repository(repository)
-    api, done = HfApi(), []
+    api = HfApi()
+    done: list[str] = []
     for one in exported:
         name = f"{repository}-{one.name}"
         on_news(f"Uploading {one.folder} to {name} ({'public' if public else 'private'})")
@@ -175,8 +174,23 @@ def _dataset(run: Run, folder: Path) -> Path:
     parts = {"selected": [row for row in everything if row["kept"]], "all": everything}
     parts = {name: rows for name, rows in parts.items() if rows}
     (folder / "data").mkdir(parents=True)
-    for name, rows in parts.items():
-        Dataset.from_list(rows, features=features).to_parquet(folder / "data" / f"{name}.parquet")
+    with _quiet():
+        for name, rows in parts.items():
+            Dataset.from_list(rows, features=features).to_parquet(folder / "data" / f"{name}.parquet")
     card = cards.dataset_card(run.config, {name: len(rows) for name, rows in parts.items()})
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars of the datasets library for a while."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -130,9 +130,7 @@ class Run:
         Raises:
             CrosslmError: the original LLM cannot be had any more, or the adapter is damaged.
         """
-        return LLM.load_trained(
-            self.original_llm(display), str(self.llm_folder), self.config.llm, self.config.device
-        )
+        return LLM.load_trained(self.original_llm(display), str(self.llm_folder), self.config.llm, self.config.device)
 
     def predict(self, client: str, texts: Sequence[str]) -> list[Prediction]:
         """What a client's enhanced SLM says of each text.

@@ -4,6 +4,7 @@ It is meant to be somewhat high: 1.3 times the measured peak of the runs in ``be
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,10 +125,8 @@ def available(device: str) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     free: int = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
+    with suppress(OSError, ValueError):  # there may be no such limit
         free = min(free, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no such limit
-        pass
     return free
 
 

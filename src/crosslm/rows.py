@@ -61,7 +61,8 @@ def rows_of(stream: BinaryIO, source: str, text_column: str, kind: RowFormat) ->
     """
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
     if kind is RowFormat.text:
-        yield from ({text_column: line.rstrip("\r\n")} for line in lines)
+        for line in lines:
+            yield {text_column: line.rstrip("\r\n")}
         return
     for number, row in enumerate(_csv(lines, source) if kind is RowFormat.csv else _jsonl(lines, source), start=1):
         if text_column not in row:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from crosslm.cli.app import CacheOption, DataDirOption, SetOption, app, console, quiet_libraries
 from crosslm.errors import ConfigError
@@ -23,7 +24,9 @@ def init(
     labels: Annotated[
         list[str],
         typer.Option(
-            "--label", metavar="NAME=DESCRIPTION", help="A label and a line about it, once for each; asked if not given."
+            "--label",
+            metavar="NAME=DESCRIPTION",
+            help="A label and a line about it, once for each; asked if not given.",
         ),
     ] = [],  # noqa: B006  typer's way
     clients: Annotated[
@@ -80,8 +83,8 @@ def init(
     for label, word in task.verbalizer.items():
         _say(f"label {label}: the LLM says {word!r}")
     _say(
-        f"Next: put your rows into {', '.join(path.name for path in written[1:])} (the sample rows say nothing), look at "
-        f"the prompts in {written[0].name}, then: crosslm doctor {written[0]}"
+        f"Next: put your rows into {', '.join(path.name for path in written[1:])} in place of the samples, "
+        f"look at the prompts in {written[0].name}, then: crosslm doctor {written[0]}"
     )
 
 
@@ -105,8 +108,8 @@ def doctor(
     levels = []
     for finding in examine(config, tuple(overrides), data_dir, cache_folder(cache_dir)):
         levels.append(finding.level)
-        console.print(f"{finding.level:<8}", style=STYLES[finding.level], end="", highlight=False)
-        console.print(finding, highlight=False, markup=False, soft_wrap=True)
+        line = Text.assemble((f"{finding.level:<8}", STYLES[finding.level]), str(finding))
+        console.print(line, soft_wrap=not console.is_terminal)  # in a pipe one line is one finding
     errors, warnings = levels.count("error"), levels.count("warning")
     _say(f"{len(levels)} checks, {errors} errors, {warnings} warnings")
     if errors:
@@ -116,7 +119,9 @@ def doctor(
 def _asked(kind: str | None) -> tuple[list[str], str]:
     """Ask for the labels, one line each, until an empty answer."""
     if not sys.stdin.isatty():
-        raise ConfigError("standard input is not a terminal that could be asked; give --label NAME=DESCRIPTION for each")
+        raise ConfigError(
+            "standard input is not a terminal that could be asked; give --label NAME=DESCRIPTION for each"
+        )
     kind = kind or typer.prompt("What are the texts, in the singular (review, support request)?", default="text")
     labels: list[str] = []
     while True:

@@ -19,7 +19,8 @@ def generate(
         str | None, typer.Option("--label", help="Label of all of them; each is drawn evenly if not given.")
     ] = None,
     kind: Annotated[
-        RowFormat, typer.Option("--format", help="jsonl: text, label, prompt and seed; csv: the same; text: text alone.")
+        RowFormat,
+        typer.Option("--format", help="jsonl: text, label, prompt and seed; csv: the same; text: text alone."),
     ] = RowFormat.jsonl,
     output: Annotated[Path | None, typer.Option("--output", help="New file. [default: standard output]")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Another seed gives other texts.")] = 0,
