@@ -126,7 +126,12 @@ class _Run:
         exchange = LocalExchange(clients, config.federation.participations, config.seed, self.failed)
         serve(exchange, server, self, exchange.exhausted)
         if not self.accuracy["crosslm"]:
-            raise RunError(f"{run.path}: no client could be served; see {run.path / 'metrics.jsonl'}")
+            said = [
+                f"client {event['client']}: {event['error']}" for event in run.events() if event["event"] == "failure"
+            ]
+            raise RunError(
+                "\n".join([f"{run.path}: no client could be served; run its config.toml when this is mended:", *said])
+            )
 
         run.save_llm(self.llm)
         after = self._llm_measures("after")

@@ -170,7 +170,9 @@ def _dataset(run: Run, folder: Path) -> Path:
     features = Features(columns | {"seed": whole})
     everything = [{name: row.get(name) for name in features} for row in run.synthetic()]
     if not everything:
-        raise RunError(f"{run.path / 'synthetic'}: has no texts; the run folder is damaged")
+        raise RunError(
+            f"{run.path / 'synthetic'}: has no texts; the run folder is damaged, so run its config.toml again"
+        )
     parts = {"selected": [row for row in everything if row["kept"]], "all": everything}
     parts = {name: rows for name, rows in parts.items() if rows}
     (folder / "data").mkdir(parents=True)

@@ -41,7 +41,7 @@ def rows_of_file(path: Path, text_column: str, kind: RowFormat | None = None) ->
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+        raise DataError(f"{path}: cannot be read; is the file whole, and yours to read? {error}") from error
     return rows_of(io.BytesIO(content), str(path), text_column, kind or SUFFIXES[suffix])
 
 
@@ -111,7 +111,9 @@ def _csv(lines: Iterable[str], source: str) -> Iterator[Row]:
     try:
         for row in reader:
             if None in row:
-                raise DataError(f"{source}: line {reader.line_num} has more fields than the header; quote its commas")
+                raise DataError(
+                    f"{source}: line {reader.line_num} has more fields than the header; put texts with commas in quotes"
+                )
             yield dict(row)
     except csv.Error as error:
         raise DataError(f"{source}: line {reader.line_num} is not CSV (an unclosed quote?): {error}") from error
@@ -124,7 +126,7 @@ def _jsonl(lines: Iterable[str], source: str) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{source}: line {number} is not JSON: {error}") from error
+            raise DataError(f"{source}: line {number} is not JSON; each line must be an object: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{source}: line {number} must be an object with a text in it, found {line.strip()[:60]!r}")
         yield row
