@@ -225,10 +225,10 @@ class SLM:
                 **json.loads(state.tokenizer["tokenizer_config.json"]),
             )
         except Exception as error:
-            raise UploadError(f"the SLM ({model_type}) cannot be rebuilt, as it must be: {error}") from error
+            raise UploadError(f"the SLM ({model_type}) cannot be rebuilt; use another model: {error}") from error
         if model.config.num_labels != len(state.labels):
             raise UploadError(
-                f"the SLM has {model.config.num_labels} outputs but names the labels {list(state.labels)}; set one for each"
+                f"the SLM has {model.config.num_labels} outputs; it must have one for each of {list(state.labels)}"
             )
         model.config.id2label = dict(enumerate(state.labels))
         model.config.label2id = {label: index for index, label in enumerate(state.labels)}
