@@ -196,6 +196,10 @@ def test_the_doctor_looks_at_the_machine(shell):
     ("change", "message"),
     [
         ("llm.model='./none'", "error   model: llm.model = './none': no such model folder"),
+        ("slm.models.0.num_hidden_layers=9", "models is not a section; set the whole of it at once"),
+        ("slm.models=[{model='BERT', num_hidden_layers=9}]", "has 2 hidden layers; num_hidden_layers = 9"),
+        ("llm.vocabulary_texts=['none.txt']", "error   llm.vocabulary_texts: "),
+        ("llm.vocabulary_texts=['package:none']", "package:none is not a package that crosslm has a checksum for"),
         ("device=cuda:99", "error   device: device 'cuda:99' cannot be used"),
         ("task.verbalizer.urgent=routine", "error   verbalizers: task.verbalizer: "),
         ("data.test=none.csv", "none.csv: no such file"),
@@ -204,7 +208,8 @@ def test_the_doctor_looks_at_the_machine(shell):
         ("evaluation.perplexity_text=none.txt", "error   data: "),
     ],
 )
-def test_the_doctor_finds_an_error_and_ends_with_code_2(shell, workplace, change, message):
+def test_the_doctor_finds_an_error_and_ends_with_code_2(shell, workplace, models, change, message):
+    change = change.replace("BERT", str(models / "bert"))
     code, out, err = shell("doctor", workplace / "tickets.toml", "--set", change)
     assert (code, err) == (2, "")
     assert message in out

@@ -120,7 +120,7 @@ On {summary["test_rows"][client]} test rows; one seed, so differences of a few p
 No private text is in these files, but the weights were fitted to it, without differential privacy: no privacy
 guarantee holds, and weights can reveal things about the text that they were fitted to. To train it,
 {about["bytes_up"]:,} bytes (weights, tokenizer, label names, the rows of each label and training metrics) left the
-silo. Ask the silo before you give this model to anybody else.
+silo; the rows of each label stand above. Ask the silo before you give this model or this card to anybody else.
 """
 
 

@@ -66,7 +66,7 @@ def _set(given: dict[str, Any], override: str) -> None:
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override!r}: {section} is not a section")
+            raise ConfigError(f"--set {override!r}: {section} is not a section; set the whole of it at once")
     table[name] = value
 
 

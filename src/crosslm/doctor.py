@@ -14,10 +14,11 @@ from packaging.requirements import Requirement
 
 from crosslm.config import Config
 from crosslm.config_file import load
-from crosslm.data import load_examples, load_split
+from crosslm.data import find_file, load_examples, load_split
 from crosslm.errors import CrosslmError, DataError
 from crosslm.memory import Shape, available, estimate, in_gib
-from crosslm.models.sources import check_model, model_folder, resolve_device
+from crosslm.models.slm import check_layers
+from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.preparation import client_specs, describe_spec, perplexity_text_of
 from crosslm.records import Examples
@@ -26,8 +27,8 @@ from crosslm.task import Task
 
 Level = Literal["ok", "warning", "error"]
 OLDEST_PYTHON = (3, 11)
-FEW_ROWS = 10  # of a label: fewer teach a classifier little
-FEW_TEST_ROWS = 50  # one row is two points of accuracy
+FEW_ROWS = 10  # of a label; fewer teach a classifier little
+FEW_TEST_ROWS = 50  # of which each is two points of accuracy
 SOME_DISK = 2 * 2**30
 
 
@@ -168,27 +169,37 @@ def data(config: Config) -> Iterator[tuple[Finding, str | None]]:
 
 def models(config: Config, clients: list[str], cache: Path, memory_too: bool) -> Iterator[Finding]:
     """Whether every model is there, the labels' words can be told apart, and memory will do."""
-    specs = client_specs(config, clients)
-    keys = {"llm.model": config.llm.model, "selection.encoder": config.selection.encoder}
-    keys |= {f"slm.models.{place}": spec.model for place, spec in enumerate(config.slm.models)}
-    keys |= {f"clients.{client}.model": spec.model for client, spec in specs.items()}
-    news: list[str] = []
+    named = {"llm.model": config.llm.model, "selection.encoder": config.selection.encoder}
+    named |= {f"slm.models.{place}": spec.model for place, spec in enumerate(config.slm.models)}
+    named |= {f"clients.{client.id}.model": client.model for client in config.clients if client.model}
     folders: dict[str, str] = {}
-    for key, name in keys.items():
+    for key, name in named.items():
+        news: list[str] = []
         try:
             check_model(name, key)
-            folders[key] = folders.get(key) or model_folder(name, cache, news.append)
+            folders[name] = folders.get(name) or model_folder(name, cache, news.append)
         except CrosslmError as error:
             yield Finding("error", "model", str(error))
             continue
-        yield Finding("ok", "model", f"{key} = {name}")
-    yield from (Finding("ok", "model", line) for line in news)
-    if "llm.model" in folders:
-        yield from _verbalizers(config, folders["llm.model"])
-    if memory_too and len(folders) == len(keys) and specs:
-        slms = [folders[f"clients.{client}.model"] for client in specs]
-        yield _memory(config, folders["llm.model"], slms, folders["selection.encoder"])
-        yield from (Finding("ok", f"client {name}", f"trains {describe_spec(spec)}") for name, spec in specs.items())
+        yield Finding("ok", "model", " ".join([f"{key} = {name}", *news]))
+    for name in config.llm.vocabulary_texts:
+        try:
+            check_model(name, "llm.vocabulary_texts") if name.startswith(PREFIX) else find_file(name, config.data)
+        except CrosslmError as error:
+            yield Finding("error", "llm.vocabulary_texts", str(error))
+    if config.llm.model in folders:
+        yield from _verbalizers(config, folders[config.llm.model])
+    specs = {client: spec for client, spec in client_specs(config, clients).items() if spec.model in folders}
+    for client, spec in specs.items():
+        try:
+            check_layers(folders[spec.model], spec.num_hidden_layers, f"client {client}")
+        except CrosslmError as error:
+            yield Finding("error", "model", str(error))
+        else:
+            yield Finding("ok", f"client {client}", f"trains {describe_spec(spec)}")
+    if memory_too and specs and set(folders) == set(named.values()):
+        slms = [folders[spec.model] for spec in specs.values()]
+        yield _memory(config, folders[config.llm.model], slms, folders[config.selection.encoder])
 
 
 def _rows(subject: str, source: str, examples: Examples, config: Config, test: bool = False) -> Finding:

@@ -74,6 +74,8 @@ def predict(
     column = text_column or data.text_column
     slm = run.slm(client)
     if file is None or str(file) == "-":
+        if sys.stdin.isatty():
+            errors.print("Reading texts from the terminal, one a line; Ctrl-D ends.", highlight=False)
         rows = rows_of(sys.stdin.buffer, "standard input", column, given or RowFormat.text)
     else:
         rows = rows_of_file(file, column, given)
