@@ -193,8 +193,16 @@ def test_a_push_that_fails_says_what_is_done_and_what_to_do(finished, dest, monk
     exported = [export.Exported(dest / "slm" / "north", "a"), export.Exported(dest / "slm" / "south", "b")]
     with pytest.raises(RunError, match=r"acme/tickets-b: the hub .*no route\nRun hf auth login .*: acme/tickets-a"):
         export.push(exported, "acme/tickets")
-    with pytest.raises(ConfigError, match="must look like OWNER/NAME"):
-        export.push(exported, "tickets")
+    for wrong in ("tickets", "acme/my tickets", "/tickets", "a/b/c"):
+        with pytest.raises(ConfigError, match="must look like OWNER/NAME"):
+            export.push(exported, wrong)
+
+
+def test_a_hub_that_does_not_answer_is_told_in_words(finished, dest, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9", token="hf_none"))
+    with pytest.raises(RunError, match=r"acme/tickets-a: the hub cannot be reached or refuses: .*refused"):
+        export.push([export.Exported(dest / "slm" / "north", "a")], "acme/tickets")
 
 
 def test_the_calls_to_the_hub_are_those_of_its_library():

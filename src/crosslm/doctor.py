@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -46,7 +46,13 @@ class Finding:
         return f"{self.subject}: {self.message}"
 
 
-def examine(source: str | None, overrides: tuple[str, ...], data_dir: str | None, cache: Path) -> Iterator[Finding]:
+def examine(
+    source: str | None,
+    overrides: tuple[str, ...],
+    data_dir: str | None,
+    cache: Path,
+    on_news: Callable[[str], None] = lambda _: None,
+) -> Iterator[Finding]:
     """Look at the machine and, with a configuration, at its models and data.
 
     Models are made ready (a package's weights are converted, once), but none is loaded. Each finding
@@ -57,6 +63,7 @@ def examine(source: str | None, overrides: tuple[str, ...], data_dir: str | None
         overrides: values over it, as of ``--set``.
         data_dir: replaces ``data.dir``.
         cache: where converted models are kept.
+        on_news: told before something takes long.
     """
     yield python()
     yield from packages()
@@ -77,7 +84,7 @@ def examine(source: str | None, overrides: tuple[str, ...], data_dir: str | None
     silos = list(data(config))
     yield from (finding for finding, _ in silos)
     clients = [name for _, name in silos if name]
-    yield from models(config, clients, cache, memory_too=there.level != "error")
+    yield from models(config, clients, cache, on_news, memory_too=there.level != "error")
 
 
 def python() -> Finding:
@@ -139,8 +146,11 @@ def device(name: str) -> Finding:
 
 def data(config: Config) -> Iterator[tuple[Finding, str | None]]:
     """What each file holds; with a finding of a silo that can be used, its name."""
-    named = [(f"client {client.id}", client.train, client.id) for client in config.clients]
-    named += [(f"client {client.id}, test", client.test, None) for client in config.clients if client.test]  # type: ignore[misc]
+    named: list[tuple[str, str, str | None]] = []  # a file of test rows has no client
+    for silo in config.clients:
+        named.append((f"client {silo.id}", silo.train, silo.id))
+        if silo.test:
+            named.append((f"client {silo.id}, test", silo.test, None))
     failed = False
     for subject, name, client in [*named, ("data.test", str(config.data.test), None)]:
         try:
@@ -149,7 +159,7 @@ def data(config: Config) -> Iterator[tuple[Finding, str | None]]:
             failed = True
             yield Finding("error", subject, str(error)), client
             continue
-        yield _rows(subject, loaded.source, loaded.examples, config, test="test" in subject), client
+        yield _rows(subject, loaded.source, loaded.examples, config, test=client is None), client
         yield from ((Finding("warning", subject, line), None) for line in loaded.warnings())
     if failed:
         return
@@ -167,21 +177,22 @@ def data(config: Config) -> Iterator[tuple[Finding, str | None]]:
         yield Finding("warning", "data.judge", message + "name labelled text that no client has"), None
 
 
-def models(config: Config, clients: list[str], cache: Path, memory_too: bool) -> Iterator[Finding]:
+def models(
+    config: Config, clients: list[str], cache: Path, on_news: Callable[[str], None], memory_too: bool
+) -> Iterator[Finding]:
     """Whether every model is there, the labels' words can be told apart, and memory will do."""
     named = {"llm.model": config.llm.model, "selection.encoder": config.selection.encoder}
     named |= {f"slm.models.{place}": spec.model for place, spec in enumerate(config.slm.models)}
     named |= {f"clients.{client.id}.model": client.model for client in config.clients if client.model}
     folders: dict[str, str] = {}
     for key, name in named.items():
-        news: list[str] = []
         try:
             check_model(name, key)
-            folders[name] = folders.get(name) or model_folder(name, cache, news.append)
+            folders[name] = folders.get(name) or model_folder(name, cache, on_news)
         except CrosslmError as error:
             yield Finding("error", "model", str(error))
             continue
-        yield Finding("ok", "model", " ".join([f"{key} = {name}", *news]))
+        yield Finding("ok", "model", f"{key} = {name}")
     for name in config.llm.vocabulary_texts:
         try:
             check_model(name, "llm.vocabulary_texts") if name.startswith(PREFIX) else find_file(name, config.data)

@@ -1,6 +1,7 @@
 """A finished run as folders that other people's tools open, and on a hub if that is asked for."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -91,7 +92,6 @@ def push(
         RunError: the hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     check_repository(repository)
     api = HfApi()
@@ -102,10 +102,10 @@ def push(
         try:
             api.create_repo(name, repo_type=one.kind, private=not public, exist_ok=True)
             api.upload_folder(repo_id=name, folder_path=one.folder, repo_type=one.kind)
-        except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError) as error:
+        except Exception as error:  # also what the hub's library lets through of its HTTP library
             raise RunError(
                 f"{name}: the hub cannot be reached or refuses: {error}\n"
-                f"Run hf auth login with a token that may write, and push again; {one.folder} is complete. "
+                "Run hf auth login with a token that may write, and export to a new folder with --push again. "
                 f"Uploaded so far: {', '.join(done) or 'nothing'}"
             ) from error
         done.append(name)
@@ -118,8 +118,10 @@ def check_repository(name: str) -> None:
     Raises:
         ConfigError: it is not ``OWNER/NAME``.
     """
-    if name.count("/") != 1 or not all(name.split("/")):
-        raise ConfigError(f"--push {name!r}: must look like OWNER/NAME, for example acme/tickets")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise ConfigError(
+            f"--push {name!r}: must look like OWNER/NAME in letters, digits, - _ and ., for example acme/tickets"
+        )
 
 
 def _copied(source: Path, target: Path) -> Path:

@@ -1,6 +1,6 @@
 """How much memory a run will need: an estimate from the models' configurations, without their weights.
 
-It is meant to be somewhat high: 1.3 times the measured peak of the runs in ``benchmarks/results``.
+It is meant to be somewhat high: a test compares it with the peaks measured in ``benchmarks/results``.
 """
 
 from collections.abc import Sequence

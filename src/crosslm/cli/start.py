@@ -106,7 +106,7 @@ def doctor(
     from crosslm.models.sources import cache_folder
 
     levels = []
-    for finding in examine(config, tuple(overrides), data_dir, cache_folder(cache_dir)):
+    for finding in examine(config, tuple(overrides), data_dir, cache_folder(cache_dir), _say):
         levels.append(finding.level)
         line = Text.assemble((f"{finding.level:<8}", STYLES[finding.level]), str(finding))
         console.print(line, soft_wrap=not console.is_terminal)  # in a pipe one line is one finding
