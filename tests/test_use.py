@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, pipeline
 import crosslm
 from crosslm.errors import ConfigError, DataError, ModelError, RunError
 from crosslm.finished import ROWS_AT_ONCE, Run, classified
-from crosslm.rows import RowFormat, rows_of, rows_of_file
+from crosslm.rows import RowFormat, format_of, rows_of, rows_of_file
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,33 @@ def test_bytes_that_are_not_utf8_lose_no_row():
 def test_an_input_that_cannot_be_read_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        list(rows_of_file(tmp_path / name, "text"))
+        list(rows_of_file(tmp_path / name, "text", format_of(tmp_path / name)))
+
+
+def test_jsonl_stays_jsonl_and_loses_no_column(shell, workplace, tmp_path):
+    given = [{"text": "a good film.", "label": "routine"}, {"id": 2, "text": "an awful day"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    out = tmp_path / "out.jsonl"
+    run = workplace / "runs" / "tickets-1"
+    code, _, err = shell("predict", run, tmp_path / "in.jsonl", "--client", "north", "--output", out)
+    assert code == 0
+    assert "on 1 rows" in err
+    for row, written in zip(given, map(json.loads, out.read_text().splitlines()), strict=True):
+        assert written.pop("predicted") in ("routine", "urgent")
+        assert 0.5 <= written.pop("probability") <= 1
+        assert written == row
+
+
+def test_an_output_is_whole_or_not_there(shell, workplace, tmp_path):
+    run, out = workplace / "runs" / "tickets-1", tmp_path / "out.csv"
+    (tmp_path / "in.csv").write_text("text\n" + "fine\n" * 70 + '"a",b\n')
+    code, _, err = shell("predict", run, tmp_path / "in.csv", "--client", "north", "--output", out)
+    assert code == 2
+    assert "line 72 has more fields than the header" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.csv"]
+    code, _, err = shell("predict", run, "--client", "north", "--output", tmp_path / "none" / "out.csv", stdin="x\n")
+    assert code == 2
+    assert "there is no folder" in err
 
 
 def test_who_is_meant_must_be_said(shell, workplace):

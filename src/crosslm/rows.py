@@ -28,21 +28,30 @@ class RowFormat(StrEnum):
 SUFFIXES = {".csv": RowFormat.csv, ".jsonl": RowFormat.jsonl, ".txt": RowFormat.text}
 
 
-def rows_of_file(path: Path, text_column: str, kind: RowFormat | None = None) -> Iterator[Row]:
-    """Rows of a file, gzipped or not; its name tells the format unless ``kind`` does.
+def format_of(path: Path) -> RowFormat:
+    """What a file's name says of its format.
 
     Raises:
-        DataError: it cannot be read, or is of no known format.
+        DataError: nothing.
     """
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if kind is None and suffix not in SUFFIXES:
+    if suffix not in SUFFIXES:
         raise DataError(f"{path}: must be .csv, .jsonl or .txt (or one of these with .gz), or say --format")
+    return SUFFIXES[suffix]
+
+
+def rows_of_file(path: Path, text_column: str, kind: RowFormat) -> Iterator[Row]:
+    """Rows of a file, gzipped or not, as :func:`rows_of`.
+
+    Raises:
+        DataError: it cannot be read, or a row is not of the format.
+    """
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read; is the file whole, and yours to read? {error}") from error
-    return rows_of(io.BytesIO(content), str(path), text_column, kind or SUFFIXES[suffix])
+    return rows_of(io.BytesIO(content), str(path), text_column, kind)
 
 
 def rows_of(stream: BinaryIO, source: str, text_column: str, kind: RowFormat) -> Iterator[Row]:
@@ -78,10 +87,12 @@ def check_output(path: Path | None) -> None:
     """Find out that a file may be written, before a model is loaded.
 
     Raises:
-        RunError: it is there already.
+        RunError: it is there already, or its folder is not.
     """
     if path is not None and path.exists():
         raise RunError(f"{path}: is there already and nothing is written over; name another --output")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise RunError(f"{path}: there is no folder {path.parent}; make it, or name another --output")
 
 
 def write_rows(rows: Iterable[Row], kind: RowFormat, path: Path | None) -> int:
@@ -138,6 +149,9 @@ def _opened(path: Path | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        yield file
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

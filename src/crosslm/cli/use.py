@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from crosslm.cli.app import CacheOption, RunArgument, app, console, errors, quiet_libraries
-from crosslm.rows import Row, RowFormat, check_output, rows_of, rows_of_file, write_rows
+from crosslm.rows import Row, RowFormat, check_output, format_of, rows_of, rows_of_file, write_rows
 
 
 @app.command()
@@ -54,7 +54,9 @@ def predict(
     text_column: Annotated[
         str | None, typer.Option("--text-column", help="Column to classify. [default: data.text_column of the run]")
     ] = None,
-    as_jsonl: Annotated[bool, typer.Option("--jsonl", help="Write JSONL; CSV otherwise.")] = False,
+    as_jsonl: Annotated[
+        bool, typer.Option("--jsonl", help="Write JSONL, which is the default for JSONL; CSV otherwise.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", help="New file. [default: standard output]")] = None,
 ) -> None:
     """Classify texts with a client's enhanced classifier.
@@ -76,20 +78,24 @@ def predict(
     if file is None or str(file) == "-":
         if sys.stdin.isatty():
             errors.print("Reading texts from the terminal, one a line; Ctrl-D ends.", highlight=False)
-        rows = rows_of(sys.stdin.buffer, "standard input", column, given or RowFormat.text)
+        kind = given or RowFormat.text
+        rows = rows_of(sys.stdin.buffer, "standard input", column, kind)
     else:
-        rows = rows_of_file(file, column, given)
+        kind = given or format_of(file)
+        rows = rows_of_file(file, column, kind)
     right, labelled = 0, 0
 
     def counted() -> Iterator[Row]:
         nonlocal right, labelled
         for row in classified(slm, rows, column):
-            if row["predicted"] is not None and str(row.get(data.label_column)) in slm.labels:
+            label = str(row.get(data.label_column))
+            if row["predicted"] is not None and label in slm.labels:
                 labelled += 1
-                right += row["predicted"] == row[data.label_column]
+                right += row["predicted"] == label
             yield row
 
-    write_rows(counted(), RowFormat.jsonl if as_jsonl else RowFormat.csv, output)
+    keeps_all = as_jsonl or kind is RowFormat.jsonl  # the rows of JSONL need not have the same columns
+    write_rows(counted(), RowFormat.jsonl if keeps_all else RowFormat.csv, output)
     if labelled:
         errors.print(f"accuracy {right / labelled:.3f} on {labelled} rows that have a label", highlight=False)
 
