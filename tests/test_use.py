@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, pipeline
 
 import crosslm
+from crosslm.cli import main as cli
 from crosslm.errors import ConfigError, DataError, ModelError, RunError
 from crosslm.finished import ROWS_AT_ONCE, Run, classified
 from crosslm.rows import RowFormat, format_of, rows_of, rows_of_file
@@ -62,6 +64,17 @@ def test_standard_input_is_a_text_a_line_and_only_rows_go_to_standard_output(she
     row = json.loads(out)
     assert (row["id"], row["body"]) == ("7", "a good, warm day")
     assert row["predicted"] in ("routine", "urgent")
+
+
+def test_rows_are_utf8_wherever_they_go(workplace, monkeypatch):
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.argv", ["crosslm", "predict", str(workplace / "runs" / "tickets-1"), "--client", "north"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("gut für 5 €\n".encode())))
+    monkeypatch.setattr(sys, "stdout", plain)
+    with pytest.raises(SystemExit):
+        cli.main()
+    plain.flush()
+    assert table(plain.buffer.getvalue().decode("utf-8"))[0]["text"] == "gut für 5 €"
 
 
 def test_a_pipe_is_read_no_further_than_needed(finished):

@@ -146,6 +146,8 @@ def _jsonl(lines: Iterable[str], source: str) -> Iterator[Row]:
 @contextmanager
 def _opened(path: Path | None) -> Iterator[TextIO]:
     if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # data, whatever the terminal can show
         yield sys.stdout
         return
     partial = path.with_name(path.name + ".partial")
