@@ -1,7 +1,9 @@
 """Tiny models of every family, made from a configuration, saved, and loaded through the real code."""
 
 import copy
+import io
 import os
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,8 +32,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from crosslm.cli import main as cli
 from crosslm.config import Config, LLMConfig
+from crosslm.config_file import load
+from crosslm.finished import run
 from crosslm.models.llm import LLM
+from crosslm.models.tokens import load_tokenizer
+from crosslm.starter import Start, draft, write_start
 from crosslm.task import Task
 
 torch.set_num_threads(1)  # for models this small more threads are slower
@@ -193,3 +200,61 @@ def task(config: Config) -> Task:
 def tiny_llm(models: Path, family: str, **changes: object) -> LLM:
     config = LLMConfig(model=family, **({"lora_rank": 4, "learning_rate": 1e-3} | changes))
     return LLM.load(str(models / family), config, seed=0)
+
+
+TINY = {
+    "device": "cpu",
+    "llm.samples": 4,
+    "llm.batch_size": 4,
+    "selection.pool": 6,
+    "slm.max_length": 32,
+    "slm.private": "{ epochs = 2, batch_size = 8, learning_rate = 1e-3 }",
+    "slm.synthetic": "{ epochs = 1, batch_size = 8, learning_rate = 1e-3 }",
+    "synthesis.max_new_tokens": 12,
+    "synthesis.max_attempts": 100,
+    "evaluation.nlu_rows": 8,
+    "evaluation.nlg_samples": 4,
+}
+TINY_AMOUNTS = tuple(f"{key}={value}" for key, value in TINY.items())
+
+
+@pytest.fixture(scope="session")
+def workplace(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tickets.toml, real rows for its silos, and a finished run of it in runs/tickets-1."""
+    folder = tmp_path_factory.mktemp("workplace")
+    start = Start(
+        name="tickets",
+        descriptions={"routine": "a request that can wait", "urgent": "a request that cannot wait"},
+        clients=["north", "south"],
+        kind="request",
+        llm=str(models / "gemma3"),
+        slm=str(models / "bert"),
+        encoder=str(models / "encoder"),
+    )
+    task = draft(start, load_tokenizer(start.llm, start.llm))
+    for path in write_start(folder, start, task)[1:]:
+        rows = [f'"{text}",{label}' for label, of in (("routine", GOOD), ("urgent", BAD)) for text in sentences(of, 12)]
+        path.write_text("text,label\n" + "\n".join(rows) + "\n")
+    config = load(folder / "tickets.toml", TINY_AMOUNTS)
+    (folder / "tickets.toml").write_text(config.dump())
+    run(config, folder / "runs" / "tickets-1", folder / "cache")
+    return folder
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Run a command as a shell would, in a pipe; gives the exit code and both outputs."""
+
+    def called(*arguments: object, stdin: str | bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["crosslm", *map(str, arguments)])
+        given = stdin.encode() if isinstance(stdin, str) else stdin
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return called

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "seeding", "progress"},
     {"config"},
     {"config_file"},
-    {"task", "records"},
+    {"task", "records", "rows"},
     {"algorithm.rewards", "algorithm.losses", "algorithm.selection", "algorithm.agreement"},
     {"data", "demo", "models.sources", "models.encoder", "models.head", "models.tokens", "models.vocabulary"},
     {"models.architecture"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"models.llm", "models.slm"},
     {"synthesis", "client", "gate"},
     {"server", "evaluate", "rundir"},
-    {"baselines", "federation.exchange", "federation.messages", "federation.strict_json"},
+    {"baselines", "federation.exchange", "federation.messages", "federation.strict_json", "cards", "memory", "starter"},
     {"federation.tokenizer_rules"},
     {"federation.intake"},
     {"federation.local", "checkpoint"},
@@ -35,12 +35,13 @@ LAYERS = [
     {"federation.flower.payload", "federation.flower.gateway"},
     {"federation.flower.client_app", "federation.flower.exchange"},
     {"federation.flower.server_app", "federation.flower.processes"},
-    {"experiment"},
-    {"reevaluate", "rollback"},
+    {"experiment", "doctor"},
+    {"finished"},
+    {"reevaluate", "rollback", "export"},
     {"report", "display"},
     {"cli.app"},
     {"cli.stopping"},
-    {"cli.runs", "cli.models"},
+    {"cli.runs", "cli.models", "cli.start", "cli.use"},
     {"cli.federation"},
     {"cli.recovery"},
     {"cli.main"},
@@ -91,7 +92,7 @@ def test_configuration_and_task_need_no_torch():
     ("library", "allowed"),
     [
         ("flwr", {f"federation.flower.{name}" for name in ("server_app", "client_app", "exchange", "payload")}),
-        ("datasets", {"data"}),
+        ("datasets", {"data", "export"}),
         ("peft", {"models.llm"}),
         ("sentence_transformers", {"models.encoder"}),
         ("typer", {module_name(path) for path in FILES if module_name(path).startswith("cli.")}),
@@ -116,6 +117,7 @@ def test_nothing_trusts_what_it_loads():
 def test_files_are_written_by_their_writers_only():
     writers = {"rundir", "demo", "models.sources", "models.vocabulary", "models.llm", "models.slm"}
     writers |= {f"federation.{name}" for name in ("provision", "silo", "spool", "flower.processes")}
+    writers |= {"starter", "export", "rows"}
     for path in FILES:
         if re.search(r"write_text\(|write_bytes\(|\.open\(\"[wa]|save_pretrained\(", path.read_text()):
             assert module_name(path) in writers, path

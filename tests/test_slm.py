@@ -126,8 +126,8 @@ def test_a_state_that_cannot_be_is_refused(models):
         "auto_map": broken(state, architecture={**state.architecture, "auto_map": {"AutoModel": "evil.py"}}),
         "Missing key": broken(state, weights=dict(list(state.weights.items())[1:])),
         "size mismatch": broken(state, weights={name: value[:1] for name, value in state.weights.items()}),
-        "names the labels": broken(state, labels=("a", "b", "c")),
-        "cannot be rebuilt: ": broken(state, tokenizer={**state.tokenizer, "tokenizer.json": "{}"}),
+        "one for each of": broken(state, labels=("a", "b", "c")),
+        "cannot be rebuilt; use": broken(state, tokenizer={**state.tokenizer, "tokenizer.json": "{}"}),
     }
     for message, bad in cases.items():
         with pytest.raises(UploadError, match=message):

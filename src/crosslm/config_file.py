@@ -39,7 +39,7 @@ def load(source: str | Path, overrides: tuple[str, ...] = (), data_dir: str | No
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as a TOML file: {error}") from error
+        raise ConfigError(f"{path}: cannot be read as a TOML file, which it must be: {error}") from error
     for override in overrides:
         _set(given, override)
     if data_dir is not None:
@@ -66,7 +66,7 @@ def _set(given: dict[str, Any], override: str) -> None:
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override!r}: {section} is not a section")
+            raise ConfigError(f"--set {override!r}: {section} is not a section; set the whole of it at once")
     table[name] = value
 
 

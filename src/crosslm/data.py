@@ -97,14 +97,14 @@ def load_split(config: Config) -> Split:
     for name, examples in private.items():
         counts = examples.class_counts(len(labels))
         if not len(examples):
-            raise DataError(f"client {name}: no usable training rows")
+            raise DataError(f"client {name}: no usable training rows; put labelled text into its file")
         if sum(count > 0 for count in counts) == 1:
             only = labels[int(np.argmax(counts))]
             warnings.append(
                 f"client {name}: all {len(examples)} rows are {only!r}; its classifier can learn nothing else"
             )
     if not len(test):
-        raise DataError(f"{data.test}: no usable test rows")
+        raise DataError(f"{data.test}: no usable test rows; put labelled text into it")
     return Split(private, tests, test, judge, warnings)
 
 
@@ -221,7 +221,7 @@ def read_text(path: Path) -> str:
         content = path.read_bytes()
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig", "surrogateescape")
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+        raise DataError(f"{path}: cannot be read; is the file whole, and yours to read? {error}") from error
 
 
 def readable_lines(path: Path) -> list[str]:
@@ -232,7 +232,7 @@ def readable_lines(path: Path) -> list[str]:
     """
     lines = [line for line in read_text(path).splitlines() if line.strip() and not _is_broken(line)]
     if not lines:
-        raise DataError(f"{path}: has no text")
+        raise DataError(f"{path}: has no text; it must hold some in UTF-8")
     return lines
 
 
@@ -240,7 +240,7 @@ def _csv_header(path: Path, reader: "csv.DictReader[str]") -> list[str]:
     try:
         return list(reader.fieldnames or [])
     except csv.Error as error:
-        raise DataError(f"{path}: line 1 is not CSV: {error}") from error
+        raise DataError(f"{path}: line 1 is not CSV; it must name the columns: {error}") from error
 
 
 def _csv_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[int, dict[str, Any]]]:
@@ -257,7 +257,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}: line {number} is not JSON: {error}") from error
+            raise DataError(f"{path}: line {number} is not JSON; each line must be an object: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}: line {number} must be an object with the columns as keys, found {line[:60]!r}")
         yield number, row
@@ -288,7 +288,7 @@ def _hub_rows(name: str, data: DataConfig) -> tuple[str, Iterator[tuple[int, dic
     try:
         table = load_dataset(dataset, configuration, split=split)
     except Exception as error:
-        raise DataError(f"{name!r} cannot be loaded: {error}") from error
+        raise DataError(f"{name!r} cannot be loaded; give a file if no hub can be reached: {error}") from error
     names = table.features.get(data.label_column)
 
     def rows() -> Iterator[tuple[int, dict[str, Any]]]:

@@ -111,7 +111,7 @@ def read_silos(archive: Path) -> dict[str, list[Rating]]:
     with tarfile.open(archive) as outer:
         inner = outer.extractfile(INNER)
         if inner is None:
-            raise DataError(f"{archive}: has no {INNER}")
+            raise DataError(f"{archive}: has no {INNER}; delete the file and run again")
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as tar:
             return {silo: _ratings(tar, member) for silo, member in SILOS.items()}
 
@@ -119,7 +119,7 @@ def read_silos(archive: Path) -> dict[str, list[Rating]]:
 def _ratings(tar: tarfile.TarFile, member: str) -> list[Rating]:
     file = tar.extractfile(member)
     if file is None:
-        raise DataError(f"the archive has no {member}")
+        raise DataError(f"the archive has no {member}; delete {ARCHIVE} in the cache and run again")
     ratings: dict[str, float] = {}
     for line in file.read().decode("utf-8").splitlines():
         _, rating, text = line.split("\t")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crosslm import evaluate, snapshot
+from crosslm.cards import write_cards
 from crosslm.checkpoint import Checkpoints
 from crosslm.client import Client
 from crosslm.config import Config
@@ -129,7 +130,9 @@ class _Run:
             self._begin()
         serve(self.exchange, self.server, self.journal, self._between_arrivals)
         if not self.journal.accuracy["crosslm"]:
-            raise RunError(f"{self.run.path}: no client could be served; see {self.run.path / 'metrics.jsonl'}")
+            failures = (event for event in self.run.events() if event["event"] == "failure")
+            said = [f"client {event['client']}: {event['error']}" for event in failures]
+            raise RunError("\n".join([f"{self.run.path}: no client could be served; when this is mended, run again:", *said]))
         return self._finish()
 
     # -- the beginning, and going on ---------------------------------------------------------
@@ -246,6 +249,7 @@ class _Run:
             measures |= self._nlg_measures(texts)
             run.event("llm", moment=moment, **measures)
         summary = self._summary(before, after)
+        write_cards(run, config, summary)
         run.summarise(summary)
         return summary
 

@@ -3,18 +3,13 @@
 from pathlib import Path
 
 from crosslm import evaluate
-from crosslm.config_file import load
 from crosslm.data import load_split
-from crosslm.errors import ModelError
-from crosslm.models.llm import LLM
-from crosslm.models.slm import SLM
-from crosslm.models.sources import resolve_device
-from crosslm.preparation import original_llm, perplexity_text_of
+from crosslm.finished import Run
+from crosslm.preparation import perplexity_text_of
 from crosslm.progress import Display, Progress
-from crosslm.rundir import CONFIG, RunDir
+from crosslm.rundir import RunDir
 from crosslm.seeding import seed_for
 from crosslm.synthesis import synthesize
-from crosslm.task import Task
 
 
 def evaluate_run(run: RunDir, cache: Path, display: Display | None = None) -> dict[str, float]:
@@ -32,21 +27,13 @@ def evaluate_run(run: RunDir, cache: Path, display: Display | None = None) -> di
     Raises:
         CrosslmError: the run is not complete, or its data or models are gone.
     """
-    clients = list(run.summary()["slm"]["crosslm"])
-    clients.remove("mean")
-    config = load(run.path / CONFIG)
-    config = config.model_copy(update={"device": resolve_device(config.device)})
-    progress, task, split = Progress(display), Task.from_config(config.task), load_split(config)
+    finished = Run.open(run.path, cache)
+    config, task = finished.config, finished.task
+    progress, split = Progress(display), load_split(config)
     perplexity_text = perplexity_text_of(config)
-    try:
-        slms = {client: SLM.load_trained(str(run.path / "slm" / client), config.device) for client in clients}
-        for slm in slms.values():
-            slm.order_labels(task.labels)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{run.path / 'slm'}: a classifier cannot be loaded: {error}") from error
+    slms = {client: finished.slm(client) for client in finished.clients}
     measures = {f"slm/accuracy/{client}": slm.accuracy(split.tests[client]) for client, slm in slms.items()}
-    original = original_llm(config, cache, progress.note)
-    llm = LLM.load_trained(original, str(run.path / "llm"), config.llm, config.device)
+    llm = finished.llm(display)
     rows = evaluate.nlu_rows(config, split.test)
     measures["llm/nlu_accuracy"] = evaluate.nlu_accuracy(llm, task, rows, progress, "again")
     if perplexity_text is not None:

@@ -57,7 +57,7 @@ class RunDir:
             run = cls(path)
             run.write(CONFIG, config.dump())
         except OSError as error:
-            raise RunError(f"{path}: cannot be written: {error}") from error
+            raise RunError(f"{path}: cannot be written; choose another --output: {error}") from error
         return run
 
     @classmethod
@@ -68,7 +68,7 @@ class RunDir:
             RunError: there is no run in it.
         """
         if not (path / CONFIG).is_file():
-            raise RunError(f"{path}: not a run folder (it has no {CONFIG})")
+            raise RunError(f"{path}: not a run folder (it has no {CONFIG}); give one that crosslm run has made")
         return cls(path)
 
     @contextmanager
@@ -229,11 +229,11 @@ class RunDir:
         """
         path = self.path / SUMMARY
         if not path.is_file():
-            raise RunError(f"{self.path}: the run is not complete (it has no {SUMMARY})")
+            raise RunError(f"{self.path}: the run is not complete (it has no {SUMMARY}); run its {CONFIG} again")
         try:
             loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise RunError(f"{path}: damaged: {error}") from error
+            raise RunError(f"{path}: damaged; run the {CONFIG} beside it again: {error}") from error
         return loaded
 
 

@@ -168,7 +168,9 @@ class Server:
                 self.optimizer.step()
                 log.append(parts)
         if self.llm.fingerprint() == before:
-            raise ModelError("the LLM's update changed nothing: are all gammas 0, or all rewards alike?")
+            raise ModelError(
+                "the LLM's update changed nothing: are llm.gamma_generation and the others 0, or all rewards alike?"
+            )
         return log
 
     def _backward(
@@ -255,7 +257,7 @@ def receive_slm(upload: Upload, task: Task, config: Config) -> SLM:
         raise UploadError(f"{who}: its class counts are {list(upload.class_counts)}; one for each label is needed")
     for name, weight in upload.slm.weights.items():
         if not weight.isfinite().all():
-            raise UploadError(f"{who}: its weight {name} is not finite")
+            raise UploadError(f"{who}: its weight {name} is not finite; lower slm.private.learning_rate there")
     slm = SLM.from_state(upload.slm, config.device)
     slm.order_labels(task.labels)
     slm.freeze_embeddings(config.slm.freeze_embeddings)

@@ -1,12 +1,13 @@
 """The command line: every module of commands is imported here, and :func:`main` runs the one that was asked for."""
 
+import io
 import sys
 from typing import Annotated
 
 import typer
 
 from crosslm import __version__
-from crosslm.cli import federation, models, recovery, runs  # noqa: F401  their commands join the application
+from crosslm.cli import federation, models, recovery, runs, start, use  # noqa: F401  their commands join the application
 from crosslm.cli.app import app, console, errors
 from crosslm.errors import CrosslmError, StoppedError
 
@@ -20,6 +21,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def main() -> None:
     """Run a command; a :class:`CrosslmError` is printed and ends with exit code 2, a stop with 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
         app()
     except StoppedError as stop:

@@ -85,6 +85,7 @@ def evaluate(
     from crosslm.display import display_for
     from crosslm.models.sources import cache_folder
     from crosslm.reevaluate import evaluate_run
+    from crosslm.rundir import RunDir
 
     measures = evaluate_run(RunDir.open(run_folder), cache_folder(cache_dir), display_for(console))
     for name, value in measures.items():
@@ -95,6 +96,7 @@ def evaluate(
 def report(run_folder: RunArgument) -> None:
     """Print a run's tables."""
     from crosslm.report import closing
+    from crosslm.rundir import RunDir
 
     console.print(closing(RunDir.open(run_folder).summary()))
 
@@ -112,6 +114,7 @@ def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool) ->
     from crosslm.experiment import run_local
     from crosslm.models.sources import cache_folder
     from crosslm.report import closing
+    from crosslm.rundir import next_free
 
     stop = StopRequest().listen()
     try:

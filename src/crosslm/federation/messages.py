@@ -44,7 +44,9 @@ def decode_upload(data: bytes) -> Upload:
             slm,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UploadError(f"the upload lacks a field or holds a wrong value: {error!r}") from error
+        raise UploadError(
+            f"the upload lacks a field or holds a wrong value; both sides need the same crosslm: {error!r}"
+        ) from error
 
 
 def decode_download(data: bytes) -> Download:
@@ -63,7 +65,9 @@ def decode_download(data: bytes) -> Download:
             slm,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UploadError(f"the download lacks a field or holds a wrong value: {error!r}") from error
+        raise UploadError(
+            f"the download lacks a field or holds a wrong value; both sides need the same crosslm: {error!r}"
+        ) from error
 
 
 def describe(message: Upload | Download) -> dict[str, Any]:
@@ -84,12 +88,13 @@ def _decode(data: bytes, kind: str) -> tuple[dict[str, Any], SlmState]:
         fields = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["crosslm"])
         if fields["version"] != VERSION or fields["kind"] != kind:
             raise UploadError(
-                f"expected a {kind} of version {VERSION}, found a {fields['kind']} of version {fields['version']}"
+                f"expected a {kind} of version {VERSION}, found a {fields['kind']} of version {fields['version']}; "
+                "both sides need the same crosslm"
             )
         slm = fields["slm"]
         state = SlmState(
             dict(slm["architecture"]), dict(slm["tokenizer"]), tuple(slm["labels"]), int(slm["max_length"]), load(data)
         )
     except (struct.error, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise UploadError(f"not a crosslm {kind}: {error!r}") from error
+        raise UploadError(f"not a crosslm {kind}; was it cut or changed on its way? {error!r}") from error
     return fields, state

@@ -25,7 +25,8 @@ class SentenceEncoder:
             self._model = SentenceTransformer(folder, device=device)
         except (OSError, ValueError) as error:
             raise ModelError(
-                f"selection.encoder {folder!r} cannot be loaded as a sentence transformer: {error}"
+                f"selection.encoder {folder!r} cannot be loaded as a sentence transformer: {error}\n"
+                "Give a folder written by sentence-transformers, a hub id (with network), or package:MODULE."
             ) from error
 
     def encode(self, texts: Sequence[str]) -> Tensor:

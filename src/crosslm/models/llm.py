@@ -87,7 +87,7 @@ class LLM:
         try:
             adapted = PeftModel.from_pretrained(model, trained, is_trainable=True)
         except (OSError, ValueError) as error:
-            raise ModelError(f"{trained}: the adapter cannot be loaded: {error}") from error
+            raise ModelError(f"{trained}: the adapter cannot be loaded: {error}\nRun its config.toml again.") from error
         return cls(adapted, tokenizer, config)
 
     def save(self, folder: str) -> None:
@@ -345,5 +345,5 @@ def _check_head(model: Any) -> None:
     if not torch.allclose(expected.float(), actual.float(), rtol=1e-3, atol=1e-3):
         raise ModelError(
             f"{causal.config.model_type}: its head is not a plain matrix (a bias, a scale or a soft cap), "
-            "which crosslm does not support; GPT-2, Llama and Gemma 3 models work"
+            "which crosslm does not support; choose a GPT-2, Llama or Gemma 3 model"
         )

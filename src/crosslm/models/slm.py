@@ -215,7 +215,7 @@ class SLM:
         architecture = dict(state.architecture)
         model_type = architecture.pop("model_type", None)
         if "auto_map" in architecture:
-            raise UploadError("the SLM's architecture names code to load (auto_map), which is never done")
+            raise UploadError(f"the SLM ({model_type}) names code to load (auto_map); it must be one of transformers")
         try:
             config = AutoConfig.for_model(model_type, **architecture)
             with torch.random.fork_rng():
@@ -226,10 +226,10 @@ class SLM:
                 **special_tokens(state.tokenizer["tokenizer_config.json"]),
             )
         except Exception as error:
-            raise UploadError(f"the SLM ({model_type}) cannot be rebuilt: {error}") from error
+            raise UploadError(f"the SLM ({model_type}) cannot be rebuilt; use another model: {error}") from error
         if model.config.num_labels != len(state.labels):
             raise UploadError(
-                f"the SLM has {model.config.num_labels} outputs but names the labels {list(state.labels)}"
+                f"the SLM has {model.config.num_labels} outputs; it must have one for each of {list(state.labels)}"
             )
         model.config.id2label = dict(enumerate(state.labels))
         model.config.label2id = {label: index for index, label in enumerate(state.labels)}
@@ -327,7 +327,7 @@ def check_layers(folder: str, layers: int | None, who: str) -> None:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{who}: SLM {folder!r} cannot be loaded: {error}") from error
+        raise ModelError(f"{who}: SLM {folder!r} cannot be loaded; give a sequence classifier: {error}") from error
     if layers is not None:
         _keep_layers(config, layers, folder)
 
@@ -335,7 +335,7 @@ def check_layers(folder: str, layers: int | None, who: str) -> None:
 def _keep_layers(config: Any, layers: int, folder: str) -> None:
     has = getattr(config, "num_hidden_layers", None)
     if has is None or layers > has:
-        raise ModelError(f"SLM {folder!r} has {has} hidden layers; num_hidden_layers = {layers} cannot be kept")
+        raise ModelError(f"SLM {folder!r} has {has} hidden layers; num_hidden_layers = {layers} must be no more")
     config.num_hidden_layers = layers
 
 

@@ -71,7 +71,7 @@ def resolve_device(device: str) -> str:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"device {device!r} cannot be used, set another: {str(error).splitlines()[0]}") from error
     return device
 
 

@@ -28,7 +28,9 @@ def verbalizer_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[tuple
         joined = whole[: len(before)] == before
         ids = whole[len(before) :] if joined else tokenizer.encode(f" {words}", add_special_tokens=False)
         if not ids:
-            raise ConfigError(f"task.verbalizer.{label}: {words!r} has no token in this LLM's vocabulary")
+            raise ConfigError(
+                f"task.verbalizer.{label}: {words!r} has no token in this LLM's vocabulary; choose another word"
+            )
         for other, other_ids in zip(task.labels, found, strict=False):
             if other_ids[0] == ids[0]:
                 raise ConfigError(
@@ -48,5 +50,7 @@ def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ModelError(f"llm.model {name!r}: its tokenizer cannot be loaded: {error}") from error
+        raise ModelError(
+            f"llm.model {name!r}: its tokenizer cannot be loaded; give a folder that holds one: {error}"
+        ) from error
     return tokenizer

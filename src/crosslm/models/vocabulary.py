@@ -57,14 +57,16 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder!r} cannot be loaded as a language model: {error}") from error
+        raise ModelError(f"{folder!r} cannot be loaded as a language model; give another: {error}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise ModelError(f"{folder!r}: its tokenizer is not of the tokenizers library, which is what can be trimmed")
+        raise ModelError(
+            f"{folder!r}: its tokenizer must be of the tokenizers library to be trimmed; use the model whole"
+        )
     before = len(model.get_input_embeddings().weight), model.num_parameters()
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = _tokens_to_keep(description, tokenizer, model, texts)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise ModelError(f"{folder!r}: its head has a bias, which crosslm does not support")
+        raise ModelError(f"{folder!r}: its head has a bias, which crosslm does not support; choose another model")
     _cut_rows(model, kept)
     _renumber_special_tokens(model, kept)
 
@@ -113,7 +115,7 @@ def _tokens_to_keep(
     bpe = description["model"]
     if bpe["type"] != "BPE":
         raise ModelError(
-            f"the tokenizer is of the kind {bpe['type']}; only byte-pair (BPE) vocabularies can be trimmed"
+            f"the tokenizer is of the kind {bpe['type']}; only byte-pair (BPE) ones can be trimmed: use it whole"
         )
     vocabulary: dict[str, int] = bpe["vocab"]
     names = {index: token for token, index in vocabulary.items()}
@@ -121,7 +123,7 @@ def _tokens_to_keep(
     for text in texts:
         used.update(tokenizer.encode(text, add_special_tokens=False))
     if not used:
-        raise ModelError("the texts whose tokens are to be kept are empty")
+        raise ModelError("the texts whose tokens are to be kept are empty; name a text file with words in it")
     ranks = {merge: rank for rank, merge in enumerate(map(_pair, bpe["merges"]))}
     needed = {part for index in used if index in names for part in _parts(names[index], ranks)}
     alphabet = _alphabet(vocabulary, bool(bpe.get("byte_fallback")))
@@ -150,7 +152,7 @@ def _alphabet(vocabulary: dict[str, int], byte_fallback: bool) -> set[str]:
     if missing:
         raise ModelError(
             f"the tokenizer has no token for {len(missing)} of the 256 bytes, so texts with other characters "
-            "could not be encoded after trimming; only vocabularies that fall back to bytes can be trimmed"
+            "could not be encoded after trimming; only those that fall back to bytes can be trimmed: use it whole"
         )
     return of_bytes | {token for token in vocabulary if len(token) == 1 and (token.isascii() or token == "▁")}
 

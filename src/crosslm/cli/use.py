@@ -1,0 +1,140 @@
+"""Commands that use what a finished run made."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crosslm.cli.app import CacheOption, RunArgument, app, console, errors, quiet_libraries
+from crosslm.rows import Row, RowFormat, check_output, format_of, rows_of, rows_of_file, write_rows
+
+
+@app.command()
+def generate(
+    run_folder: RunArgument,
+    count: Annotated[int, typer.Option("-n", "--number", help="How many texts.")] = 10,
+    label: Annotated[
+        str | None, typer.Option("--label", help="Label of all of them; each is drawn evenly if not given.")
+    ] = None,
+    kind: Annotated[
+        RowFormat,
+        typer.Option("--format", help="jsonl: text, label, prompt and seed; csv: the same; text: text alone."),
+    ] = RowFormat.jsonl,
+    output: Annotated[Path | None, typer.Option("--output", help="New file. [default: standard output]")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Another seed gives other texts.")] = 0,
+    cache_dir: CacheOption = None,
+) -> None:
+    """Write labelled text with the enhanced LLM of a run. Only the texts go to standard output."""
+    quiet_libraries()
+    from crosslm.display import display_for
+    from crosslm.finished import Run
+
+    check_output(output)
+    run = Run.open(run_folder, cache_dir)
+    texts = run.generate(count, label, seed, display_for(errors))
+    labels = run.task.labels
+    rows = ({"text": x.text, "label": labels[x.label], "prompt": x.prompt, "seed": x.seed} for x in texts)
+    write_rows(rows, kind, output)
+
+
+@app.command()
+def predict(
+    run_folder: RunArgument,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="CSV, JSONL or text file, or any with .gz. [default: standard input]"),
+    ] = None,
+    client: Annotated[str, typer.Option("--client", help="Whose classifier.")] = "",
+    given: Annotated[
+        RowFormat | None,
+        typer.Option("--format", help="Of the input. [default: by the file's name; text, one a line, without a file]"),
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option("--text-column", help="Column to classify. [default: data.text_column of the run]")
+    ] = None,
+    as_jsonl: Annotated[
+        bool, typer.Option("--jsonl", help="Write JSONL, which is the default for JSONL; CSV otherwise.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", help="New file. [default: standard output]")] = None,
+) -> None:
+    """Classify texts with a client's enhanced classifier.
+
+    Each row is written with what is predicted and how probable that is. Where the rows have labels, the accuracy is
+    told on standard error.
+    """
+    quiet_libraries()
+    from crosslm.errors import ConfigError
+    from crosslm.finished import Run, classified
+
+    check_output(output)
+    run = Run.open(run_folder)
+    if not client:
+        raise ConfigError(f"say whose classifier: --client NAME with one of {', '.join(run.clients)}")
+    data = run.config.data
+    column = text_column or data.text_column
+    slm = run.slm(client)
+    if file is None or str(file) == "-":
+        if sys.stdin.isatty():
+            errors.print("Reading texts from the terminal, one a line; Ctrl-D ends.", highlight=False)
+        kind = given or RowFormat.text
+        rows = rows_of(sys.stdin.buffer, "standard input", column, kind)
+    else:
+        kind = given or format_of(file)
+        rows = rows_of_file(file, column, kind)
+    right, labelled = 0, 0
+
+    def counted() -> Iterator[Row]:
+        nonlocal right, labelled
+        for row in classified(slm, rows, column):
+            label = str(row.get(data.label_column))
+            if row["predicted"] is not None and label in slm.labels:
+                labelled += 1
+                right += row["predicted"] == label
+            yield row
+
+    keeps_all = as_jsonl or kind is RowFormat.jsonl  # the rows of JSONL need not have the same columns
+    write_rows(counted(), RowFormat.jsonl if keeps_all else RowFormat.csv, output)
+    if labelled:
+        errors.print(f"accuracy {right / labelled:.3f} on {labelled} rows that have a label", highlight=False)
+
+
+@app.command()
+def export(
+    run_folder: RunArgument,
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to create; must be new or empty.")],
+    parts: Annotated[
+        list[str],
+        typer.Option("--part", help="slm, llm or synthetic; may be given several times. [default: all]"),
+    ] = [],  # noqa: B006  typer's way
+    merged_llm: Annotated[
+        bool, typer.Option("--merged-llm", help="Write the whole enhanced LLM too, adapter added into the weights.")
+    ] = False,
+    repository: Annotated[
+        str | None,
+        typer.Option(
+            "--push",
+            metavar="OWNER/NAME",
+            help="Upload what was exported to the Hugging Face hub too, as private repositories OWNER/NAME-slm-CLIENT, "
+            "OWNER/NAME-llm and OWNER/NAME-synthetic. Nothing is uploaded without this.",
+        ),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: new repositories are public.")] = False,
+    cache_dir: CacheOption = None,
+) -> None:
+    """Copy a run's classifiers, LLM and synthetic text into a folder, each with a card, for other tools."""
+    quiet_libraries()
+    from crosslm.export import PARTS, check_repository, export_run, push
+    from crosslm.finished import Run
+
+    def say(message: str) -> None:
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    if repository is not None:
+        check_repository(repository)
+    exported = export_run(Run.open(run_folder, cache_dir), dest, parts or PARTS, merged_llm)
+    for one in exported:
+        say(f"{one.folder}: {one.kind}")
+    if repository is not None:
+        push(exported, repository, public, say)

