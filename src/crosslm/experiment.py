@@ -102,6 +102,7 @@ class _Run:
         self._folders: dict[str, str] = {}
         self._cache = cache
         self.accuracy: dict[str, dict[str, float]] = {"standalone": {}, "data_free_kd": {}, "crosslm": {}}
+        self.confusion: dict[str, dict[str, list[list[int]]]] = {method: {} for method in self.accuracy}
         self.standalone: dict[str, SLM] = {}
         self.tokens_generated = 0
         self.removed: dict[str, int] = {}
@@ -143,10 +144,12 @@ class _Run:
             "seconds": {name: round(value, 2) for name, value in progress.seconds.items()}
             | {"total": round(time.perf_counter() - started, 2)},
             "slm": {method: evaluate.with_mean(values) for method, values in self.accuracy.items()},
+            "confusion": self.confusion,
             "llm": {name: {"before": before.get(name), "after": after.get(name)} for name in LLM_MEASURES},
             "tokens_generated": self.tokens_generated,
             "texts_removed": self.removed,
             "judge_accuracy": judge_accuracy,
+            "nlu_rows": len(self.nlu_rows),
             "test_rows": {name: len(test) for name, test in self.split.tests.items()},
             "clients": {
                 name: {
@@ -172,17 +175,17 @@ class _Run:
             return
         slm = receive_slm(upload, self.task, self.config)
         self.standalone[who] = slm
-        self.accuracy["standalone"][who] = slm.accuracy(self.split.tests[who])
+        self._test("standalone", who, slm)
         pool = SyntheticSet(self.base_pool.samples[: self.config.selection.pool])
         student = data_free_kd(upload, pool, self.config, self.task, self.encoder, self.progress)
-        self.accuracy["data_free_kd"][who] = student.accuracy(self.split.tests[who])
+        self._test("data_free_kd", who, student)
 
     def served(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """Keep what the step wrote, and measure the SLM that goes back."""
         who, step = upload.client_id, download.step
         slm = SLM.from_state(download.slm, self.config.device)
         slm.order_labels(self.task.labels)
-        self.accuracy["crosslm"][who] = slm.accuracy(self.split.tests[who])
+        self._test("crosslm", who, slm)
         for iteration, (drafts, rewards) in enumerate(record.drafts):
             self.run.save_synthetic(f"step-{step:04}-drafts-{iteration}", self.task.labels, drafts, rewards)
             self._count(drafts)
@@ -230,6 +233,17 @@ class _Run:
         self.progress.note(f"client {client_id} failed: {error}")
 
     # -- parts -------------------------------------------------------------------------------
+
+    def _test(self, method: str, who: str, slm: SLM) -> None:
+        """Measure a client's SLM on its test rows, and keep which of them it got right."""
+        tests, test = list(self.split.tests.values()), self.split.tests[who]
+        predicted: list[int] = slm.predict_proba(test.texts).argmax(dim=1).tolist()
+        right = [given == label for given, label in zip(predicted, test.labels, strict=True)]
+        self.accuracy[method][who] = sum(right) / len(right)
+        self.confusion[method][who] = evaluate.confusion_counts(predicted, test.labels, len(self.task.labels))
+        # clients with the same test rows have the same number here: their figures move together
+        rows = tests.index(test)
+        self.run.event("test", method=method, client=who, rows=rows, right="".join(str(int(value)) for value in right))
 
     def _folder(self, name: str) -> str:
         if name not in self._folders:

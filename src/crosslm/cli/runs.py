@@ -79,14 +79,6 @@ def evaluate(
         console.print(f"{name:<28} {value:.4f}", highlight=False)
 
 
-@app.command()
-def report(run_folder: RunArgument) -> None:
-    """Print a run's tables."""
-    from crosslm.report import closing
-
-    console.print(closing(RunDir.open(run_folder).summary()))
-
-
 def _run(config: Config, output: Path | None, cache_dir: str | None) -> None:
     quiet_libraries()
     from crosslm.display import display_for
