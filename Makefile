@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-report check format bench clean
 
 demo: $(VENV)/.demo                ## install what the main job needs and run it; ARGS="--quick" for a few minutes
 	$(BIN)/crosslm demo $(ARGS)
 
 test: $(VENV)/.dev check           ## install what the tests need and pass them
 	$(BIN)/python -m pytest $(ARGS)
+
+test-report: $(VENV)/.browser      ## the report in headless Chromium, which must be installed, with axe
+	$(BIN)/python -m pytest tests/test_report.py tests/test_report_browser.py $(ARGS)
 
 check: $(VENV)/.dev                ## lint, format, types
 	$(BIN)/ruff check .
@@ -39,3 +42,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[dev]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.browser: pyproject.toml constraints.txt $(VENV)/.dev
+	$(PIP) --editable '.[browser]'
+	touch $@

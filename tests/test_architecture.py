@@ -27,9 +27,12 @@ LAYERS = [
     {"preparation"},
     {"experiment"},
     {"reevaluate"},
-    {"report", "display"},
+    {"report", "display", "html_report.intervals"},
+    {"html_report.collect"},
+    {"html_report.findings", "html_report.plots"},
+    {"html_report.page"},
     {"cli.app"},
-    {"cli.runs", "cli.models"},
+    {"cli.runs", "cli.models", "cli.reports"},
     {"cli.main"},
 ]
 
@@ -81,8 +84,11 @@ def test_configuration_and_task_need_no_torch():
         ("datasets", {"data"}),
         ("peft", {"models.llm"}),
         ("sentence_transformers", {"models.encoder"}),
-        ("typer", {"cli.app", "cli.main", "cli.runs", "cli.models"}),
+        ("typer", {"cli.app", "cli.main", "cli.runs", "cli.models", "cli.reports"}),
         ("subprocess", {"demo"}),
+        ("matplotlib", {"html_report.plots"}),
+        ("jinja2", {"html_report.page"}),
+        ("scipy", {"html_report.intervals"}),
     ],
 )
 def test_a_library_is_used_in_its_place_only(library, allowed):

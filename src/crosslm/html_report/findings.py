@@ -72,8 +72,8 @@ def _silos(view: RunView) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 f"client {client} has one class only",
-                f"All {facts['rows'][present[0]]} private rows are {present[0]!r}: its classifier rewards every text as "
-                f"{present[0]!r}, and its accuracy says little.",
+                f"All {facts['rows'][present[0]]} private rows are {present[0]!r}: its classifier rewards every text "
+                "with that label, and its accuracy says little.",
             )
     for client, (_, high) in view.gains.items():
         if client != "mean" and high < 0:

@@ -1,5 +1,6 @@
 """How far a measured share may be from the truth, from the test rows that it was measured on."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,4 +61,4 @@ def paired_gain_interval(
 def difference_is_noise(first: float, second: float, rows: int) -> bool:
     """Whether two shares of ``rows`` rows each differ by less than 1.96 standard errors of their difference."""
     pooled = (first + second) / 2
-    return abs(first - second) <= 1.96 * (2 * pooled * (1 - pooled) / rows) ** 0.5
+    return abs(first - second) <= 1.96 * math.sqrt(2 * pooled * (1 - pooled) / rows)

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -27,12 +27,13 @@ def render(views: list[RunView]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "number": number,
         "signed": lambda value, digits=3: number(value, digits, sign="+"),
         "interval": interval,
         "size": size,
     }
+    environment.filters |= filters
     script = _asset("browse.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.get_template("run.html.j2" if len(views) == 1 else "compare.html.j2")

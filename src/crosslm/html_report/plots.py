@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ MARKERS = ("o", "s", "D")
 DASHES = ("-", "--", ":")
 # what matplotlib draws in these colours takes the page's, which differ in light, dark and print
 VARIABLES = {INK: "--ink", GRID: "--grid", **{colour: f"--series-{i + 1}" for i, colour in enumerate(SERIES)}}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a client may have a dollar sign in its name
     "svg.fonttype": "none",
     "svg.hashsalt": "crosslm",

@@ -9,15 +9,15 @@ if (table) {
   const cell = (row, column) => row.cells[column].textContent.trim();
   const figure = (text) => parseFloat(text.replace("\u2212", "-"));
   const chosen = (name) => filters.elements[name].value;
-  const lower = rows.map((row) => cell(row, 2).toLowerCase());
+  const lower = rows.map((row) => cell(row, 0).toLowerCase());
   const place = new Map(rows.map((row, number) => [row, number]));
 
   function show() {
     const words = chosen("words").toLowerCase(), found = [];
     for (const row of body.rows) {
       const fits = (!words || lower[place.get(row)].includes(words))
-        && (!chosen("arrival") || cell(row, 0) === chosen("arrival"))
-        && (!chosen("label") || cell(row, 1) === chosen("label"))
+        && (!chosen("arrival") || cell(row, 1) === chosen("arrival"))
+        && (!chosen("label") || cell(row, 2) === chosen("label"))
         && (!chosen("kept") || cell(row, 7) === chosen("kept"));
       if (fits) found.push(row);
       row.hidden = !fits || found.length > shown;
