@@ -27,7 +27,7 @@ LAYERS = [
     {"preparation"},
     {"experiment"},
     {"reevaluate"},
-    {"report", "display", "html_report.intervals"},
+    {"report", "display", "watch", "html_report.intervals"},
     {"html_report.collect"},
     {"html_report.findings", "html_report.plots"},
     {"html_report.page"},

@@ -77,7 +77,11 @@ def run_local(config: Config, output: Path, cache: Path, display: Display | None
         run.event("warning", message=warning)
     for client_id, examples in split.private.items():
         progress.note(f"client {client_id}: {class_report(examples, config)}; {describe_spec(specs[client_id])}")
-    return _Run(config, split, specs, perplexity_text, llm_folder, run, cache, progress).execute()
+    try:
+        return _Run(config, split, specs, perplexity_text, llm_folder, run, cache, progress).execute()
+    except BaseException as error:  # Ctrl-C too: who follows the run must know
+        run.event("end", error=f"{type(error).__name__}: {error}")
+        raise
 
 
 class _Run:

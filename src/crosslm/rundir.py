@@ -1,20 +1,24 @@
 """The run folder: the only place that writes what a run leaves behind."""
 
+from __future__ import annotations
+
 import json
 import os
 import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from crosslm.config import Config
 from crosslm.errors import RunError
-from crosslm.models.llm import LLM
-from crosslm.models.slm import SLM
-from crosslm.records import Receipt, SyntheticSet
+
+if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
+    from torch import Tensor
+
+    from crosslm.models.llm import LLM
+    from crosslm.models.slm import SLM
+    from crosslm.records import Receipt, SyntheticSet
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 
@@ -37,7 +41,7 @@ class RunDir:
             raise RunError(f"{path}: holds {what} already and nothing is written over; choose another --output")
 
     @classmethod
-    def create(cls, path: Path, config: Config) -> "RunDir":
+    def create(cls, path: Path, config: Config) -> RunDir:
         """A new run folder with the resolved configuration in it.
 
         Raises:
@@ -53,7 +57,7 @@ class RunDir:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> "RunDir":
+    def open(cls, path: Path) -> RunDir:
         """An existing run folder.
 
         Raises:

@@ -29,3 +29,19 @@ def report(run_folder: RunArgument, other: OtherArgument = None) -> None:
     name = "report.html" if other is None else f"compare-with-{views[1].name}.html"
     runs[0].write(name, render(views))
     console.print(f"Report: {run_folder / name}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def watch(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that goes on.")]) -> None:
+    """Follow a run from another terminal until it ends; Ctrl-C stops watching, not the run."""
+    from crosslm.report import closing
+    from crosslm.watch import watch as watch_run
+
+    run = RunDir.open(run_folder)
+    try:
+        complete = watch_run(run, console)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if not complete:
+        raise typer.Exit(1)
+    console.print(closing(run.summary()))

@@ -90,7 +90,7 @@ def _run(config: Config, output: Path | None, cache_dir: str | None) -> None:
     summary = run_local(config, folder, cache_folder(cache_dir), display_for(console))
     console.print(closing(summary))
     console.print(
-        f"Everything is in {folder} (summary.json, synthetic/, slm/, llm/).",
+        f"Everything is in {folder} (summary.json, synthetic/, slm/, llm/). See it: crosslm report {folder}",
         highlight=False,
         markup=False,
         soft_wrap=True,
