@@ -132,7 +132,7 @@ def test_other_changes_are_no_reward_hacking(tmp_path, arrivals):
 def test_failures_one_class_and_lost_accuracy_are_told(tmp_path):
     extra = [
         {"event": "failure", "client": "west", "error": "MemoryError: full"},
-        {"event": "quarantine", "client_id": "east", "reason": "agrees with nobody"},
+        {"event": "gate", "client": "east", "passed": False, "reason": "agrees with nobody"},
         {"event": "warning", "message": "only 3 of 50 texts could be selected"},
         {"event": "test", "method": "crosslm", "client": "south", "rows": 0, "right": "0" * 100},
     ]
@@ -144,7 +144,7 @@ def test_failures_one_class_and_lost_accuracy_are_told(tmp_path):
     found = findings(view_of(folder))
     assert [finding.title for finding in found] == [
         "client west failed",
-        "client east was quarantined",
+        "the upload of client east was quarantined",
         "client north has one class only",
         "client south lost accuracy",
         "the LLM repeats itself more",

@@ -53,6 +53,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     extra = [
         {"event": "warning", "message": "few texts"},
         {"event": "failure", "client": "west", "error": "MemoryError: full"},
+        {"event": "gate", "client": "east", "passed": False, "reason": "agrees with nobody"},
         {"event": "llm", "moment": "after", "nlu_accuracy": 0.8},
     ]
     console = Console(file=io.StringIO(), width=80)
@@ -65,6 +66,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
         "step 2: south 0.700 -> 0.800 (data-free KD 0.700), reward +0.50, judge 0.700",
         "warning: few texts",
         "client west failed: MemoryError: full",
+        "the upload of client east was quarantined: agrees with nobody",
         "LLM after: nlu_accuracy 0.800",
     ]
 

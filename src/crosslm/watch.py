@@ -79,6 +79,8 @@ def sentence(event: Event) -> str | None:
             return f"warning: {event['message']}"
         case "failure":
             return f"client {event['client']} failed: {event['error']}"
+        case "gate" if not event["passed"]:
+            return f"the upload of client {event['client']} was quarantined: {event['reason']}"
         case "end":
             return f"the run ended: {event['error']}"
         case _:

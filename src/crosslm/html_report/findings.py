@@ -26,11 +26,10 @@ def findings(view: RunView) -> list[Finding]:
 
 def _failures(view: RunView) -> Iterator[Finding]:
     for event in view.events:
-        if event["event"] in ("failure", "quarantine", "refused"):
-            who = event.get("client", event.get("client_id", "unknown"))
-            reason = event.get("error") or event.get("reason") or event.get("message") or "no reason was logged"
-            what = {"failure": "failed", "quarantine": "was quarantined", "refused": "was refused"}[event["event"]]
-            yield Finding("failure", f"client {who} {what}", str(reason))
+        if event["event"] == "failure":
+            yield Finding("failure", f"client {event['client']} failed", event["error"])
+        elif event["event"] == "gate" and not event["passed"]:
+            yield Finding("failure", f"the upload of client {event['client']} was quarantined", event["reason"])
 
 
 def _reward_hacking(view: RunView) -> Iterator[Finding]:
