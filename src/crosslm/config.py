@@ -293,6 +293,8 @@ class Config(Section):
     """All randomness of a run is drawn from it."""
     device: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
+    tracking: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] | None = None
+    """Where figures go besides the run folder. Not set: TensorBoard where it is installed; ``[]``: nowhere."""
     task: TaskConfig
     data: DataConfig
     clients: tuple[ClientConfig, ...] = ()

@@ -36,6 +36,7 @@ from crosslm.seeding import seed_for
 from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
+from crosslm.tracking import tracked, wanted
 
 LLM_MEASURES = ("nlu_accuracy", "nlg_accuracy", "nlg_judge_accuracy", "distinct_2", "perplexity")
 
@@ -65,6 +66,7 @@ def run_local(config: Config, output: Path, cache: Path, display: Display | None
     split = load_split(config)
     specs = client_specs(config, list(split.private))
     check_models(config, specs)
+    wanted(config)
     perplexity_text = perplexity_text_of(config)
     RunDir.check_free(output)
     for client_id, spec in specs.items():
@@ -78,7 +80,8 @@ def run_local(config: Config, output: Path, cache: Path, display: Display | None
     for client_id, examples in split.private.items():
         progress.note(f"client {client_id}: {class_report(examples, config)}; {describe_spec(specs[client_id])}")
     try:
-        return _Run(config, split, specs, perplexity_text, llm_folder, run, cache, progress).execute()
+        with tracked(run, given, progress.note):
+            return _Run(config, split, specs, perplexity_text, llm_folder, run, cache, progress).execute()
     except BaseException as error:  # Ctrl-C too: who follows the run must know
         run.event("end", error=f"{type(error).__name__}: {error}")
         raise
@@ -138,7 +141,7 @@ class _Run:
         first = SyntheticSet(self.base_pool.samples[: config.evaluation.nlg_samples])
         for moment, texts, measures in (("before", first, before), ("after", final, after)):
             measures |= self._nlg_measures(texts)
-            run.event("llm", moment=moment, **measures)
+            run.event("llm", moment=moment, arrival=0 if moment == "before" else server.steps, **measures)
         run.save_synthetic("final", self.task.labels, final)
         summary = {
             "task": config.name,

@@ -14,6 +14,8 @@ from crosslm.config import Config
 from crosslm.errors import RunError
 
 if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from crosslm.models.llm import LLM
@@ -28,6 +30,8 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        """Called with every event after it is written."""
 
     @staticmethod
     def check_free(path: Path) -> None:
@@ -80,9 +84,12 @@ class RunDir:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to ``metrics.jsonl``, at once."""
-        line = json.dumps({"event": kind, "time": round(time.time(), 3), **fields}, ensure_ascii=False)
+        event = {"event": kind, "time": round(time.time(), 3), **fields}
+        line = json.dumps(event, ensure_ascii=False)
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+        for listen in self.listeners:
+            listen(event)
 
     def events(self) -> list[dict[str, Any]]:
         """Everything that happened so far."""

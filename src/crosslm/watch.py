@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crosslm.errors import RunError
+from crosslm.report import LLM_MEASURES
 from crosslm.rundir import METRICS, SUMMARY, RunDir
 
 PAUSE = 0.5
@@ -71,9 +72,7 @@ def sentence(event: Event) -> str | None:
                 f"(data-free KD {event['slm/data_free_kd']:.3f}), reward {event['reward/pool']:+.2f}{judge}"
             )
         case "llm":
-            figures = [
-                f"{name} {value:.3f}" for name, value in event.items() if name not in ("event", "time", "moment")
-            ]
+            figures = [f"{name} {event[name]:.3f}" for name in LLM_MEASURES if name in event]
             return f"LLM {event['moment']}: {', '.join(figures)}"
         case "warning":
             return f"warning: {event['message']}"
