@@ -123,7 +123,7 @@ def test_the_field_goes_round(settings):
 
 def logged_to(name, settings, tmp_path):
     """A run folder whose three events went to this tracker."""
-    config = Config.model_validate({**settings, "tracking": [name]})
+    config = Config.model_validate({**settings, **({"tracking": [name]} if name else {})})
     run, notes = RunDir.create(tmp_path / "run", config), []
     with tracked(run, config, notes.append):
         for event in (UPDATE, STEP, LLM):
@@ -133,10 +133,11 @@ def logged_to(name, settings, tmp_path):
 
 
 @needs("tensorboard")
-def test_tensorboard(settings, tmp_path):
+@pytest.mark.parametrize("name", ["tensorboard", None])
+def test_tensorboard_asked_for_and_by_default(settings, tmp_path, name):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(logged_to("tensorboard", settings, tmp_path) / "tensorboard")).Reload()
+    events = EventAccumulator(str(logged_to(name, settings, tmp_path) / "tensorboard")).Reload()
     assert {"llm/loss", "slm/accuracy", "slm/accuracy/a", "llm/nlu_accuracy"} <= set(events.Tags()["scalars"])
     (scalar,) = events.Scalars("slm/accuracy")
     assert (scalar.step, scalar.value) == (1, pytest.approx(0.8))
