@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-faults test-federation check format bench clean
+.PHONY: demo test test-faults test-federation test-report docs check format bench clean
 
 demo: $(VENV)/.demo                ## install what the main job needs and run it; ARGS="--quick" for a few minutes
 	$(BIN)/crosslm demo $(ARGS)
@@ -18,6 +18,12 @@ test-federation: $(VENV)/.dev      ## the tests of separate machines alone; `mak
 
 test-faults: $(VENV)/.dev          ## only: crashes, hostile uploads, the gate
 	$(BIN)/python -m pytest tests/test_crash.py tests/test_intake.py tests/test_gate.py tests/test_acceptance.py $(ARGS)
+
+test-report: $(VENV)/.browser      ## the report in headless Chromium, which must be installed, with axe
+	$(BIN)/python -m pytest tests/test_report.py tests/test_report_browser.py $(ARGS)
+
+docs: $(VENV)/.docs                ## the documentation site in docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 check: $(VENV)/.dev                ## lint, format, types
 	$(BIN)/ruff check .
@@ -45,3 +51,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[dev]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.dev
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+$(VENV)/.browser: pyproject.toml constraints.txt $(VENV)/.dev
+	$(PIP) --editable '.[browser]'
+	touch $@

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from crosslm.html_report.collect import RunView
+from crosslm.html_report.plots import accuracy_chart, llm_chart
 from crosslm.report import llm_table, slm_table
 
 ROOT = Path(__file__).parents[1]
@@ -202,8 +204,28 @@ def performance(loaded: dict[str, dict]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+# the colours that the report's page gives its charts
+COLOURS = "--ink: {}; --grid: {}; --series-1: {}; --series-2: {}; --series-3: {}; background: {}"
+LIGHT = COLOURS.format("#1b1f27", "#c3c8d1", "#5b6472", "#b25000", "#0b57b0", "#ffffff")
+DARK = COLOURS.format("#e8eaee", "#4c5463", "#a9b1bf", "#ffb169", "#8ab8ff", "#14171c")
+
+
+def pictures(result: dict) -> dict[Path, str]:
+    """The demo's charts, as the report draws them, as files of their own."""
+    view = RunView("demo", result["summary"], "", {}, [], [], 0)
+    style = f"<style>svg {{{LIGHT}}} @media (prefers-color-scheme: dark) {{svg {{{DARK}}}}}</style>"
+    charts = {"accuracy": accuracy_chart(view), "llm": llm_chart(view)}
+    return {
+        ROOT / "docs" / "images" / f"demo-{name}.svg": chart.svg.replace(' aria-hidden="true"', ' width="460"', 1)
+        .replace(">", ">" + style, 1)
+        .rstrip()
+        + "\n"
+        for name, chart in charts.items()
+    }
+
+
 def documents() -> dict[Path, str]:
-    """What results.md and README.md must hold."""
+    """What results.md, README.md and the pictures must hold."""
     lines = [
         "# Results",
         "",
@@ -228,7 +250,7 @@ def documents() -> dict[Path, str]:
     written = {ROOT / "docs" / "results.md": "\n".join(lines).rstrip() + "\n", ROOT / "README.md": readme}
     if any(name.startswith("performance-") for name in loaded):
         written[ROOT / "docs" / "performance.md"] = performance(loaded)
-    return written
+    return written | (pictures(loaded["demo"]) if "demo" in loaded else {})
 
 
 def main() -> None:
@@ -245,6 +267,7 @@ def main() -> None:
         record(arguments.run, arguments.name, arguments.commit)
     else:
         for path, text in documents().items():
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
 
 

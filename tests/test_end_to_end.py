@@ -6,6 +6,7 @@ import tomllib
 import pytest
 import tomli_w
 from conftest import TASK
+from markupsafe import escape
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
@@ -103,6 +104,12 @@ def test_a_run_leaves_everything_that_is_promised(command, config_file, settings
     code, out, _ = command("report", folder)
     assert code == 0
     assert f"{summary['slm']['crosslm']['mean']:.3f}" in out
+    html = (folder / "report.html").read_text()
+    assert all(words in html for words in (escape(pool[0]["text"]), "paired bootstrap", "<svg", "client-1, upload 1"))
+    for method, clients in summary["confusion"].items():
+        for client, ((a, b), (c, d)) in clients.items():
+            assert (a + d) / (a + b + c + d) == pytest.approx(summary["slm"][method][client])
+            assert a + b + c + d == summary["test_rows"][client]
     code, out, _ = command("evaluate", folder)
     assert code == 0
     again = dict(line.split() for line in out.splitlines() if line.startswith(("slm/", "llm/")))

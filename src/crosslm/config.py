@@ -23,7 +23,7 @@ Paraphrases = Annotated[
 class Section(BaseModel):
     """A part of the configuration: cannot be changed, knows no other keys than its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class TaskConfig(Section):
@@ -61,6 +61,7 @@ class ClientConfig(Section):
     """One silo with a file of its own."""
 
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """The silo's name in reports and folders."""
     train: str
     """Private labelled text, in ``data.dir``."""
     test: str | None = None
@@ -89,8 +90,11 @@ class DataConfig(Section):
     test: str | None = None
     """Rows that every SLM and the LLM are tested on."""
     text_column: str = "text"
+    """Column that holds the text."""
     label_column: str = "label"
+    """Column that holds the label's name."""
     num_clients: Positive = 4
+    """Clients that ``train`` is split among."""
     alpha: Annotated[float, Field(gt=0)] = 1.0
     """Dirichlet concentration of the label split among clients: the smaller, the more skewed."""
     rows_per_client: Positive | None = None
@@ -114,17 +118,24 @@ class SLMSpec(Section):
     """One SLM architecture that clients may be given."""
 
     model: str
+    """Folder, Hugging Face id or ``package:MODULE``."""
     num_hidden_layers: Positive | None = None
+    """Keep only the lowest layers of ``model``."""
 
 
 class FitConfig(Section):
     """How a classifier is trained on labelled text by cross-entropy."""
 
     epochs: Positive = 3
+    """Passes over the rows; at most so many with ``patience``."""
     batch_size: Positive = 16
+    """Rows in one optimiser step."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    """Of AdamW, at its highest."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the learning rate rises; then it falls to 0."""
     weight_decay: NonNegative = 0.01
+    """Of AdamW."""
     patience: Annotated[int, Field(ge=0)] = 0
     """Stop after so many epochs without a lower hold-out loss and go back to the best; 0: never."""
     holdout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -139,6 +150,7 @@ class SLMConfig(Section):
     max_length: Positive = 128
     """Tokens of a text that the SLM reads."""
     freeze_embeddings: bool = False
+    """Train all but the word vectors."""
     private: FitConfig = FitConfig(epochs=8, patience=3)
     """Step 1: training on the private rows."""
     synthetic: FitConfig = FitConfig(epochs=3, learning_rate=3e-5)
@@ -152,27 +164,37 @@ class LLMConfig(Section):
     """The server's model and its update (Eq. 5 to 9)."""
 
     model: str
+    """Folder, Hugging Face id or ``package:MODULE``."""
     vocabulary_texts: tuple[str, ...] = ()
     """Text files in ``data.dir``, or ``package:MODULE`` for the words of a tokenizer. The vocabulary
     is trimmed to what these need (and single bytes), which is faster; empty: the whole vocabulary.
     They must be texts that the server may see."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the weights are loaded as."""
     adapter: Literal["lora", "full"] = "lora"
     """``lora``: theta_old is the adapter switched off. ``full``: theta_old is a frozen copy."""
     lora_rank: Positive = 16
+    """Rank of the adapter's matrices."""
     lora_alpha: Positive = 32
+    """The adapter is scaled by ``lora_alpha / lora_rank``."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Of AdamW; lower it if the perplexity on other text rises too much."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
     samples: Positive = 256
     """Synthetic texts written and trained on in one iteration, each once."""
     iterations: Positive = 1
     """Generate, reward, update: so often for one arriving SLM."""
     batch_size: Positive = 16
+    """Texts in one optimiser step."""
     micro_batch_size: Positive = 16
     """Sequences in one backward pass; smaller needs less memory and computes the same."""
     gamma_generation: NonNegative = 1.0
+    """Weight of the generation loss in Eq. 9."""
     gamma_language_modeling: NonNegative = 0.1
+    """Weight of the language-modelling loss in Eq. 9."""
     gamma_kl: NonNegative = 0.05
+    """Weight of the divergence from the original LLM in Eq. 9."""
     token_reduction: Literal["sum", "mean"] = "sum"
     """Log-likelihoods summed over tokens (Eq. 6) or averaged; the same in Eq. 5, 7 and 8."""
 
@@ -193,12 +215,17 @@ class SynthesisConfig(Section):
     """How the LLM samples text (Eq. 2 and 3)."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Below 1 the LLM writes more alike, above 1 more freely."""
     top_k: Annotated[int, Field(gt=0, le=1024)] = 50
+    """Only the so many most likely tokens are drawn from."""
     top_p: Fraction = 0.95
+    """Only the most likely tokens that have this probability together are drawn from."""
     max_new_tokens: Positive = 40
+    """Tokens of a text at most."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ('"', "\n")
     """A text ends before the first of these."""
     batch_size: Positive = 256
+    """Texts that are written at once."""
     max_attempts: Positive = 10
     """A text that had to be removed is drawn again, eight candidates at a time; at most so many times in all."""
 
@@ -311,10 +338,15 @@ class Config(Section):
     """A whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Of the task; run folders are called after it."""
     preset: Preset = "recommended"
+    """What lies under the file: the paper's method, or ours with what we measured to help."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """All randomness of a run is drawn from it."""
     device: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
+    tracking: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] | None = None
+    """Where figures go besides the run folder. Not set: TensorBoard where it is installed; ``[]``: nowhere."""
     task: TaskConfig
     data: DataConfig
     clients: tuple[ClientConfig, ...] = ()

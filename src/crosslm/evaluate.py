@@ -1,7 +1,7 @@
 """What is measured, before and after (CrossLM, section 5.1)."""
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -46,6 +46,14 @@ def label_agreement(slm: SLM, synthetic: SyntheticSet) -> float:
     """Share of synthetic texts whose intended label the classifier gives (NLG accuracy)."""
     predicted = slm.predict_proba(synthetic.texts).argmax(dim=1)
     return float((predicted == synthetic.labels).float().mean())
+
+
+def confusion_counts(predicted: Sequence[int], labels: Sequence[int], num_classes: int) -> list[list[int]]:
+    """How often a row of each label (first index) was given each label (second index)."""
+    counts = [[0] * num_classes for _ in range(num_classes)]
+    for given, label in zip(predicted, labels, strict=True):
+        counts[label][given] += 1
+    return counts
 
 
 def distinct_ngrams(texts: Iterable[str], n: int = 2) -> float:

@@ -34,6 +34,7 @@ from crosslm.seeding import seed_for
 from crosslm.server import Server
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
+from crosslm.tracking import tracked, wanted
 
 LLM_MEASURES = ("nlu_accuracy", "nlg_accuracy", "nlg_judge_accuracy", "distinct_2", "perplexity")
 
@@ -76,11 +77,17 @@ def run_local(
             return RunDir.open(output).summary()
     else:
         RunDir.check_free(output)
+    wanted(config)
     prepared = prepare(config, cache, progress.note)
     with RunDir(output).locked():
         run = RunDir.open(output) if goes_on else RunDir.create(output, given)
         run.note_session("resume" if goes_on else "start")
-        return _Run(config, prepared, run, cache, progress, stop_requested).execute()
+        try:
+            with tracked(run, given, progress.note):
+                return _Run(config, prepared, run, cache, progress, stop_requested).execute()
+        except BaseException as error:  # Ctrl-C too: who follows the run must know
+            run.event("end", error=f"{type(error).__name__}: {error}")
+            raise
 
 
 class _Run:
@@ -247,7 +254,7 @@ class _Run:
         first = SyntheticSet(self.journal.base_pool.samples[: config.evaluation.nlg_samples])
         for moment, texts, measures in (("before", first, before), ("after", final, after)):
             measures |= self._nlg_measures(texts)
-            run.event("llm", moment=moment, **measures)
+            run.event("llm", moment=moment, arrival=0 if moment == "before" else self.server.steps, **measures)
         summary = self._summary(before, after)
         write_cards(run, config, summary)
         run.summarise(summary)
@@ -263,10 +270,12 @@ class _Run:
             "seconds": {name: round(value, 2) for name, value in self.progress.seconds.items()}
             | {"total": round(time.perf_counter() - self._started, 2)},
             "slm": {method: evaluate.with_mean(values) for method, values in journal.accuracy.items()},
+            "confusion": journal.confusion,
             "llm": {name: {"before": before.get(name), "after": after.get(name)} for name in LLM_MEASURES},
             "tokens_generated": journal.tokens_generated,
             "texts_removed": journal.removed,
             "judge_accuracy": self.judge_accuracy,
+            "nlu_rows": len(self.nlu_rows),
             "test_rows": {name: len(test) for name, test in self.split.tests.items()},
             "clients": {
                 name: {
@@ -282,6 +291,17 @@ class _Run:
         }
 
     # -- parts -------------------------------------------------------------------------------
+
+    def _test(self, method: str, who: str, slm: SLM) -> None:
+        """Measure a client's SLM on its test rows, and keep which of them it got right."""
+        tests, test = list(self.split.tests.values()), self.split.tests[who]
+        predicted: list[int] = slm.predict_proba(test.texts).argmax(dim=1).tolist()
+        right = [given == label for given, label in zip(predicted, test.labels, strict=True)]
+        self.accuracy[method][who] = sum(right) / len(right)
+        self.confusion[method][who] = evaluate.confusion_counts(predicted, test.labels, len(self.task.labels))
+        # clients with the same test rows have the same number here: their figures move together
+        rows = tests.index(test)
+        self.run.event("test", method=method, client=who, rows=rows, right="".join(str(int(value)) for value in right))
 
     def _folder(self, name: str) -> str:
         if name not in self._folders:

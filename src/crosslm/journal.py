@@ -35,6 +35,7 @@ class RunJournal:
         self.judge: SLM | None = None
         self.base_pool = SyntheticSet([])
         self.accuracy: dict[str, dict[str, float]] = {"standalone": {}, "data_free_kd": {}, "crosslm": {}}
+        self.confusion: dict[str, dict[str, list[list[int]]]] = {method: {} for method in self.accuracy}
         self.standalone: dict[str, SLM] = {}
         """Each client's SLM as it came first."""
         self.tokens_generated = 0
@@ -56,10 +57,10 @@ class RunJournal:
         slm = receive_slm(upload, self.task, self.config)
         self._first[who] = self.checkpoints.put(encode(upload))
         self.standalone[who] = slm
-        self.accuracy["standalone"][who] = slm.accuracy(self.split.tests[who])
+        self._test("standalone", who, slm)
         pool = SyntheticSet(self.base_pool.samples[: self.config.selection.pool])
         student = data_free_kd(upload, pool, self.config, self.task, self.encoder, self.progress)
-        self.accuracy["data_free_kd"][who] = student.accuracy(self.split.tests[who])
+        self._test("data_free_kd", who, student)
 
     def served(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """Keep what the step wrote, and measure the SLM that goes back."""
@@ -67,7 +68,7 @@ class RunJournal:
         self.cause |= {"outcome": "served", "step": step}
         slm = SLM.from_state(download.slm, self.config.device)
         slm.order_labels(self.task.labels)
-        self.accuracy["crosslm"][who] = slm.accuracy(self.split.tests[who])
+        self._test("crosslm", who, slm)
         for iteration, (drafts, rewards) in enumerate(record.drafts):
             self.run.save_synthetic(f"step-{step:04}-drafts-{iteration}", self.task.labels, drafts, rewards)
             self.count(drafts)
@@ -80,6 +81,17 @@ class RunJournal:
         for number, parts in enumerate(record.updates):
             self.run.event("update", step=step, client=who, number=number, **parts)
         self._measure(who, step, download, record)
+
+    def _test(self, method: str, who: str, slm: SLM) -> None:
+        """Measure a client's SLM on its test rows, and keep which of them it got right."""
+        tests, test = list(self.split.tests.values()), self.split.tests[who]
+        predicted: list[int] = slm.predict_proba(test.texts).argmax(dim=1).tolist()
+        right = [given == label for given, label in zip(predicted, test.labels, strict=True)]
+        self.accuracy[method][who] = sum(right) / len(right)
+        self.confusion[method][who] = evaluate.confusion_counts(predicted, test.labels, len(self.task.labels))
+        # clients with the same test rows have the same number here: their figures move together
+        rows = tests.index(test)
+        self.run.event("test", method=method, client=who, rows=rows, right="".join(str(int(value)) for value in right))
 
     def _measure(self, who: str, step: int, download: Download, record: StepRecord) -> None:
         kept = [sample for sample, receipt in zip(record.pool.samples, record.receipts, strict=True) if receipt.kept]
@@ -114,6 +126,7 @@ class RunJournal:
             self._first.pop(who, None)
             for method in ("standalone", "data_free_kd"):
                 self.accuracy[method].pop(who, None)
+                self.confusion[method].pop(who, None)
         if not isinstance(error, QuarantineError):
             self.failed(who, error)
             return
@@ -155,12 +168,13 @@ class RunJournal:
 
     def state(self) -> dict[str, Any]:
         """Everything that :meth:`restore` needs."""
-        names = ("accuracy", "tokens_generated", "removed", "decisions")
+        names = ("accuracy", "confusion", "tokens_generated", "removed", "decisions")
         return {name: getattr(self, name) for name in names} | {"first": self._first, "returned": self._returned}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""
-        self.accuracy, self.tokens_generated = state["accuracy"], state["tokens_generated"]
+        self.accuracy, self.confusion = state["accuracy"], state["confusion"]
+        self.tokens_generated = state["tokens_generated"]
         self.removed, self.decisions = state["removed"], state["decisions"]
         self._first, self._returned = state["first"], state["returned"]
         for who, name in self._first.items():

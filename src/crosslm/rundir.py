@@ -1,5 +1,7 @@
 """The run folder: the only place that writes what a run leaves behind."""
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os
@@ -10,15 +12,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from crosslm.config import Config
 from crosslm.errors import RunError
-from crosslm.models.llm import LLM
-from crosslm.models.slm import SLM
-from crosslm.records import Receipt, SyntheticSet
+
+if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from crosslm.models.llm import LLM
+    from crosslm.models.slm import SLM
+    from crosslm.records import Receipt, SyntheticSet
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 LOCK, ROLLBACK, PARTIAL = ".lock", "rollback.json", ".partial"
@@ -30,6 +36,8 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        """Called with every event after it is written."""
 
     @staticmethod
     def check_free(path: Path) -> None:
@@ -45,7 +53,7 @@ class RunDir:
             raise RunError(f"{path}: holds {what} already and nothing is written over; choose another --output{hint}")
 
     @classmethod
-    def create(cls, path: Path, config: Config) -> "RunDir":
+    def create(cls, path: Path, config: Config) -> RunDir:
         """A new run folder with the resolved configuration in it.
 
         Raises:
@@ -61,7 +69,7 @@ class RunDir:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> "RunDir":
+    def open(cls, path: Path) -> RunDir:
         """An existing run folder.
 
         Raises:
@@ -132,12 +140,14 @@ class RunDir:
         Raises:
             RunError: it cannot be written.
         """
-        line = json.dumps({"event": kind, "time": round(time.time(), 3), **fields}, ensure_ascii=False)
+        event = {"event": kind, "time": round(time.time(), 3), **fields}
         try:
             with (self.path / METRICS).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(json.dumps(event, ensure_ascii=False) + "\n")
         except OSError as error:
             raise _unwritable(self.path / METRICS, error) from error
+        for listen in self.listeners:
+            listen(event)
 
     def keep_events(self) -> int:
         """Bring ``metrics.jsonl`` to the disk; gives its size."""
@@ -158,6 +168,8 @@ class RunDir:
         line = json.dumps({"event": kind, "time": round(time.time(), 3), "pid": os.getpid()})
         with (self.path / SESSIONS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+        for listen in self.listeners:
+            listen(event)
 
     def barred(self) -> list[str]:
         """Clients that a rollback has shut out from the beginning of this folder's own arrivals."""

@@ -92,15 +92,6 @@ def evaluate(
         console.print(f"{name:<28} {value:.4f}", highlight=False)
 
 
-@app.command()
-def report(run_folder: RunArgument) -> None:
-    """Print a run's tables."""
-    from crosslm.report import closing
-    from crosslm.rundir import RunDir
-
-    console.print(closing(RunDir.open(run_folder).summary()))
-
-
 def _run(config: Config, output: Path | None, cache_dir: str | None, resume: bool) -> None:
     runs = Path("runs")
     unfinished = last_unfinished(runs, config.name) if resume and output is None else None
@@ -124,7 +115,7 @@ def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool) ->
         raise StoppedError(f"stopped at once; what earlier arrivals did is in {folder}. To go on: {how}") from None
     console.print(closing(summary))
     console.print(
-        f"Everything is in {folder} (summary.json, synthetic/, slm/, llm/).",
+        f"Everything is in {folder} (summary.json, synthetic/, slm/, llm/). See it: crosslm report {folder}",
         highlight=False,
         markup=False,
         soft_wrap=True,

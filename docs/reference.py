@@ -1,0 +1,107 @@
+"""Pages of the reference that are written from the code: the configuration and the commands."""
+
+import json
+from typing import Any
+
+import typer.main
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from typer.cli import get_docs_for_click
+
+from crosslm.cli.main import app
+from crosslm.config import PRESETS, Config
+
+
+def configuration_page() -> str:
+    """Every field with what it means, what is allowed and its default."""
+    parts = [
+        "# Configuration",
+        "",
+        "Every field of a configuration file, from the models in `crosslm.config`. A wrong key or value is refused",
+        "with the nearest right one before a model is loaded. Any field can be set on the command line:",
+        "`--set section.key=value`.",
+        "",
+        '`preset = "recommended"` lays other defaults under the file: '
+        + ", ".join(
+            f"`{section}.{name} = {toml(value)}`"
+            for section, fields in PRESETS["recommended"].items()
+            for name, value in fields.items()
+        )
+        + ".",
+        "",
+        "## At the top of the file",
+        "",
+        *fields_of(Config),
+    ]
+    for name, field in Config.model_fields.items():
+        for section in models_in(field.annotation):
+            parts += section_page(name, section, many=field.annotation is not section)
+    return "\n".join(parts) + "\n"
+
+
+def section_page(name: str, section: type[BaseModel], many: bool = False) -> list[str]:
+    """A section, and those within it."""
+    title = f"[[{name}]]" if many else f"[{name}]"
+    parts = ["", f"## `{title}`", "", plain((section.__doc__ or "").split("\n\n")[0]), ""]
+    parts += fields_of(section)
+    for key, field in section.model_fields.items():
+        for inner in models_in(field.annotation):
+            parts += section_page(f"{name}.{key}", inner, many=field.annotation is not inner)
+    return parts
+
+
+def fields_of(section: type[BaseModel]) -> list[str]:
+    """The fields of a section that are no sections themselves, as a definition list in Markdown."""
+    lines = []
+    for name, field in section.model_fields.items():
+        if models_in(field.annotation):
+            continue
+        lines += [f"- **`{name}`** ({allowed(section, name)}; {default(field)})", f"  {plain(field.description)}", ""]
+    return lines
+
+
+def plain(text: str | None) -> str:
+    """A docstring in one line of Markdown."""
+    return (text or "").replace("``", "`").replace("\n", " ").strip()
+
+
+def allowed(section: type[BaseModel], name: str) -> str:
+    """What a field may hold, in words, from its JSON schema."""
+    schema = section.model_json_schema()["properties"][name]
+    return " or ".join(one for one in map(in_words, schema.get("anyOf", [schema])) if one != "null")
+
+
+def in_words(schema: dict[str, Any]) -> str:
+    """A JSON schema in words."""
+    if "enum" in schema:
+        return " or ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    kind = {"array": "list", "object": "table"}.get(schema.get("type", "any"), schema.get("type", "any"))
+    limits = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    return kind + "".join(f", {sign} {schema[key]:g}" for key, sign in limits.items() if key in schema)
+
+
+def default(field: FieldInfo) -> str:
+    """A field's default, as it would stand in the file."""
+    if field.default is PydanticUndefined:
+        return "required"
+    return "not set" if field.default is None else f"default `{toml(field.default)}`"
+
+
+def toml(value: Any) -> str:
+    """A value as TOML."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field holds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in getattr(annotation, "__args__", ()) for found in models_in(part)]
+
+
+def commands_page() -> str:
+    """Every command with its arguments and options, as typer knows them."""
+    command = typer.main.get_command(app)
+    context = command.context_class(command, info_name="crosslm")
+    return get_docs_for_click(obj=command, ctx=context, name="crosslm", title="Commands").rstrip() + "\n"

@@ -1,0 +1,47 @@
+"""Commands that show a run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crosslm.cli.app import RunArgument, app, console
+from crosslm.rundir import RunDir
+
+OtherArgument = Annotated[
+    Path | None, typer.Argument(metavar="[RUN_B]", help="Another run, to be put side by side with the first.")
+]
+
+
+@app.command()
+def report(run_folder: RunArgument, other: OtherArgument = None) -> None:
+    """Print a run's tables and write RUN/report.html; of two runs, RUN/compare-with-RUN_B.html."""
+    from crosslm.html_report.collect import RunView
+    from crosslm.html_report.page import render
+    from crosslm.report import closing
+
+    runs = [RunDir.open(folder) for folder in (run_folder, other) if folder is not None]
+    views = [RunView.read(run) for run in runs]
+    for run, view in zip(runs, views, strict=True):
+        if other is not None:
+            console.print(f"{run.path}", highlight=False, markup=False, soft_wrap=True)
+        console.print(closing(view.summary))
+    name = "report.html" if other is None else f"compare-with-{views[1].name}.html"
+    runs[0].write(name, render(views))
+    console.print(f"Report: {run_folder / name}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def watch(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that goes on.")]) -> None:
+    """Follow a run from another terminal until it ends; Ctrl-C stops watching, not the run."""
+    from crosslm.report import closing
+    from crosslm.watch import watch as watch_run
+
+    run = RunDir.open(run_folder)
+    try:
+        complete = watch_run(run, console)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if not complete:
+        raise typer.Exit(1)
+    console.print(closing(run.summary()))

@@ -1,0 +1,1 @@
+"""A run, or two, as one HTML file that needs no network and no JavaScript."""

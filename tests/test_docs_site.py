@@ -1,0 +1,82 @@
+"""The pages of the documentation site: commands and fields that exist, a reference that is complete."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from crosslm.cli.main import app
+from crosslm.config import Config
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
+COMMANDS = sorted(
+    {
+        line.removeprefix("$ ")
+        for text in PAGES.values()
+        for block in re.findall(r"^```console\n(.*?)^```", text, flags=re.M | re.S)
+        for line in block.splitlines()
+        if line.startswith("$ crosslm ")
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_is_one_that_can_be_given(line):
+    _, name, *arguments = shlex.split(line)
+    command = typer.main.get_command(app).commands[name]
+    command.make_context(name, arguments)  # raises on an unknown option or a missing argument
+
+
+def sections(model, name=""):
+    for key, field in model.model_fields.items():
+        inner = field.annotation
+        inner = inner if hasattr(inner, "model_fields") else next(iter(getattr(inner, "__args__", ())), None)
+        if hasattr(inner, "model_fields"):
+            yield from sections(inner, f"{name}{key}.")
+        else:
+            yield name, key, field
+
+
+def test_every_field_named_in_a_page_exists():
+    known = {f"{section}{key}" for section, key, _ in sections(Config)}
+    top = {name.split(".")[0] for name in known}
+    for page, text in PAGES.items():
+        for name in re.findall(r"`((?:[a-z_]+\.)+[a-z_]+)(?: = [^`]*)?`", text):
+            if name.split(".")[0] in top and not name.endswith((".py", ".toml", ".html", ".jsonl")):
+                assert name in known, f"{page}: {name}"
+
+
+def test_the_configuration_reference_has_every_field_with_its_meaning(reference):
+    page = reference.configuration_page()
+    for section, key, field in sections(Config):
+        assert f"- **`{key}`** (" in page
+        assert field.description, f"{section}{key} has no docstring"
+    assert "- **`fraction`** (number, > 0, ≤ 1; default `0.25`)\n  alpha % of section 4.2." in page
+    assert "## `[[slm.models]]`" in page
+    assert "## `[evaluation.judge]`" in page
+
+
+def test_the_command_reference_has_every_command_and_option(reference):
+    page = reference.commands_page()
+    for name, command in typer.main.get_command(app).commands.items():
+        assert f"## `crosslm {name}`" in page
+        assert all(option in page for parameter in command.params for option in parameter.opts if "--" in option)
+
+
+def test_every_link_of_a_page_leads_somewhere():
+    written = {"reference/configuration.md", "reference/commands.md"}
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+            assert link in written or (DOCS / link).exists(), f"{page}: {link}"

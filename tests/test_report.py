@@ -1,0 +1,235 @@
+"""The HTML report: its intervals, its warnings, and that untrusted text stays text."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from made_run import HOSTILE, write_run
+
+from crosslm.cli import main as cli
+from crosslm.errors import RunError
+from crosslm.html_report.collect import RunView, Sample, representative, selection_reasons
+from crosslm.html_report.findings import findings
+from crosslm.html_report.intervals import binomial_interval, difference_is_noise, paired_gain_interval
+from crosslm.html_report.page import differences, render
+from crosslm.rundir import RunDir
+
+
+def view_of(folder):
+    return RunView.read(RunDir.open(folder))
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    """The page of a run."""
+    return render([view_of(write_run(tmp_path_factory.mktemp("runs") / "run"))])
+
+
+@pytest.fixture
+def no_charts(monkeypatch):
+    """As on a machine without matplotlib."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+class Text(HTMLParser):
+    """The tags of a page, and the text of its cells."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.ids, self.links, self.text = [], [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href", "action"):
+                self.links.append(value)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_wilsons_interval_of_eight_in_ten():
+    # (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n) with p = 0.8, n = 10, z = 1.95996
+    low, high = binomial_interval(0.8, 10)
+    assert low == pytest.approx(0.4902, abs=1e-4)
+    assert high == pytest.approx(0.9433, abs=1e-4)
+
+
+def test_a_gain_on_every_row_has_no_width_and_none_where_nothing_changed():
+    assert paired_gain_interval([[False] * 9], [[True] * 9], [0]) == (1.0, 1.0)
+    assert paired_gain_interval([[True, False]], [[True, False]], [0]) == (0.0, 0.0)
+
+
+def test_the_paired_interval_is_that_of_the_mean_change():
+    before, after = [False] * 40 + [True] * 60, [True] * 60 + [False] * 10 + [True] * 30
+    low, high = paired_gain_interval([before], [after], [0])
+    # 40 rows gained, 10 lost: mean 0.30, standard error sqrt((0.5 - 0.09) / 100) = 0.064
+    assert low == pytest.approx(0.30 - 1.96 * 0.064, abs=0.02)
+    assert high == pytest.approx(0.30 + 1.96 * 0.064, abs=0.02)
+
+
+def test_clients_on_the_same_rows_share_a_draw():
+    before, after = [False] * 50 + [True] * 50, [True] * 100
+    same = paired_gain_interval([before] * 4, [after] * 4, [0, 0, 0, 0])
+    other = paired_gain_interval([before] * 4, [after] * 4, [0, 1, 2, 3])
+    assert same == paired_gain_interval([before], [after], [0])
+    assert other[1] - other[0] == pytest.approx((same[1] - same[0]) / 2, rel=0.2)  # four times the rows
+
+
+def test_noise_is_a_difference_within_1_96_standard_errors():
+    # at 0.5 and 100 rows the standard error of a difference is sqrt(2 / 4 / 100) = 0.0707
+    assert difference_is_noise(0.565, 0.435, 100)
+    assert not difference_is_noise(0.58, 0.42, 100)
+
+
+def row(label, reward, kept):
+    return {"label": label, "reward": reward, "kept": kept}
+
+
+def test_why_a_text_was_kept_or_not():
+    rows = [row("a", 0.9, True), row("a", 0.8, False), row("b", 0.5, True), row("b", -0.2, False)]
+    assert selection_reasons(rows, {"class_balance": True, "nonpositive_rewards": "drop"}) == [
+        "place 1 of a; the best 1 are taken",
+        "place 2 of a; the best 1 are taken",
+        "place 1 of b; the best 1 are taken",
+        "reward not above 0",
+    ]
+    assert selection_reasons(rows[:2], {}) == ["place 1; the best 1 are taken", "place 2; the best 1 are taken"]
+
+
+def test_a_large_pool_is_shown_by_its_best_kept_and_others_of_all_ranks():
+    pool = [Sample(1, "a", str(rank), "x", 0, 0, 0, rank, rank <= 30, "") for rank in range(1, 101)]
+    shown = representative(pool, 20)
+    assert [sample.rank for sample in shown[:10]] == list(range(1, 11))
+    assert [sample.rank for sample in shown[10:]] == list(range(31, 101, 7))
+    assert representative(pool, 100) == pool
+
+
+def test_reward_hacking_is_warned_of(tmp_path):
+    (found,) = findings(view_of(write_run(tmp_path / "run")))
+    assert found.title == "reward hacking is likely"
+    assert "rose from +0.20 to +0.50" in found.text
+    assert "fell from 0.900 to 0.700" in found.text
+
+
+@pytest.mark.parametrize(
+    "arrivals",
+    [
+        (("north", 0.5, 0.90), ("south", 0.2, 0.70)),  # both fall: the texts got worse, and the SLM says so
+        (("north", 0.2, 0.70), ("south", 0.5, 0.90)),  # both rise
+        (("north", 0.2, 0.71), ("south", 0.5, 0.70)),  # within the noise of 400 texts
+    ],
+)
+def test_other_changes_are_no_reward_hacking(tmp_path, arrivals):
+    assert findings(view_of(write_run(tmp_path / "run", arrivals))) == []
+
+
+def test_failures_one_class_and_lost_accuracy_are_told(tmp_path):
+    extra = [
+        {"event": "failure", "client": "west", "error": "MemoryError: full"},
+        {"event": "gate", "client": "east", "passed": False, "reason": "agrees with nobody"},
+        {"event": "warning", "message": "only 3 of 50 texts could be selected"},
+        {"event": "test", "method": "crosslm", "client": "south", "rows": 0, "right": "0" * 100},
+    ]
+    folder = write_run(tmp_path / "run", (("north", 0.5, 0.9), ("south", 0.4, 0.9)), extra)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["clients"]["north"]["rows"]["urgent"] = 0
+    summary["llm"]["distinct_2"]["after"] = 0.3
+    (folder / "summary.json").write_text(json.dumps(summary))
+    found = findings(view_of(folder))
+    assert [finding.title for finding in found] == [
+        "client west failed",
+        "the upload of client east was quarantined",
+        "client north has one class only",
+        "client south lost accuracy",
+        "the LLM repeats itself more",
+        "noted during the run",
+    ]
+    assert found[0].text == "MemoryError: full"
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_holds_everything(html):
+    read = Text(html)
+    assert len(read.ids) == len(set(read.ids))
+    assert [link for link in read.links if not link.startswith("#")] == []
+    assert {link[1:] for link in read.links} <= set(read.ids)
+    assert "@import" not in html
+    text = " ".join(" ".join(read.text).split())
+    for words in (
+        "0.800 0.711 to 0.867",  # Wilson: 80 of 100
+        "+0.200 +0.120 to +0.280",  # paired bootstrap: 20 of 100 rows gained
+        "north: send somebody",
+        "place 1 of urgent; the best 1 are taken",
+        "reward not above 0",
+        "head.weight 2 × 32 torch.float32 256",
+        "class_balance = true",
+        "torch 2.13.0",
+        "texts removed, empty 3",
+    ):
+        assert words in text, words
+    assert read.tags.count("figure") == 7
+    assert re.search(r"<td[^>]*>\s*41</td>", html)
+
+
+def test_what_the_llm_wrote_stays_text(html):
+    read = Text(html)
+    assert HOSTILE in read.text
+    assert read.tags.count("script") == 1
+    assert "img" not in read.tags
+    # and if it did not: the page allows its own script only
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
+    assert "default-src 'none'" in policy
+    assert re.search(r"script-src 'sha256-[\w+/]{43}='", policy)
+
+
+def test_an_older_run_shows_what_it_has(tmp_path, no_charts):
+    folder = write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["confusion"], summary["nlu_rows"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"event": "test"' not in line]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    html = render([view_of(folder)])
+    assert "This run did not keep which rows were right" in html
+    assert "made by an earlier version" in html
+    assert 'class="matrix"' not in html
+
+
+def test_without_matplotlib_the_page_says_how_to_get_charts(tmp_path, no_charts):
+    html = render([view_of(write_run(tmp_path / "run"))])
+    assert "pip install 'crosslm[report]'" in html
+    assert "<figure" not in html
+
+
+def test_two_runs_side_by_side(tmp_path):
+    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b", (("north", 0.1, 0.5),))
+    (second / "config.toml").write_text((second / "config.toml").read_text().replace("seed = 7", "seed = 8"))
+    html = render([view_of(first), view_of(second)])
+    read = Text(html)
+    assert len(read.ids) == len(set(read.ids))
+    assert "seed 7 8" in " ".join(" ".join(read.text).split())
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
+        ("a.c", "2", "3"),
+        ("d", "not set", "4"),
+    ]
+
+
+def test_the_command_writes_beside_the_run(tmp_path, monkeypatch, capsys, no_charts):
+    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    monkeypatch.setattr("sys.argv", ["crosslm", "report", str(first), str(second)])
+    cli.app(standalone_mode=False)
+    assert (first / "compare-with-b.html").is_file()
+    assert str(first / "compare-with-b.html") in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml", "synthetic/step-0001-pool.jsonl"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    folder = write_run(tmp_path / "run")
+    (folder / name).write_text('{"event"')
+    with pytest.raises(RunError, match=f"{name}: damaged"):
+        view_of(folder)

@@ -1,0 +1,110 @@
+"""The report in a browser: no errors, reachable for everybody, the table sorts and filters."""
+
+import shutil
+
+import pytest
+from made_run import write_run
+
+from crosslm.html_report.collect import RunView
+from crosslm.html_report.page import render
+from crosslm.rundir import RunDir
+
+pytest.importorskip("axe_playwright_python", reason="the browser tests need the extra 'browser': make test-report")
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")
+SIZES = {"desktop": (1280, 900), "phone": (375, 800)}
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """A report of one run and one of two, as addresses."""
+    folder = tmp_path_factory.mktemp("reports")
+    views = [RunView.read(RunDir.open(write_run(folder / name))) for name in ("a", "b")]
+    for name, shown in (("one", views[:1]), ("two", views)):
+        (folder / f"{name}.html").write_text(render(shown))
+    return {name: (folder / f"{name}.html").as_uri() for name in ("one", "two")}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def opened(browser, address, **options):
+    """A page, and a list that gathers what its console says and what it asks of a network."""
+    page = browser.new_context(**options).new_page()
+    said = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: request.url == address or said.append(request.url))
+    page.goto(address)
+    return page, said
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "scheme"),
+    [
+        ("one", "desktop", "light"),
+        ("one", "desktop", "dark"),
+        ("one", "phone", "light"),
+        ("two", "desktop", "light"),
+        ("two", "phone", "dark"),
+    ],
+)
+def test_it_opens_without_an_error_and_axe_finds_nothing(browser, pages, name, size, scheme):
+    width, height = SIZES[size]
+    page, said = opened(browser, pages[name], viewport={"width": width, "height": height}, color_scheme=scheme)
+    found = Axe().run(page, options={"runOnly": RULES}).response
+    assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found["violations"]] == []
+    assert {"color-contrast", "document-title"} <= {one["id"] for one in found["passes"]}
+    assert said == []
+    assert page.title() != "taken"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.context.close()
+
+
+def visible(page, column):
+    return page.eval_on_selector_all(
+        "#texts tbody tr:not([hidden])", f"rows => rows.map(row => row.cells[{column}].textContent)"
+    )
+
+
+def test_the_texts_sort_and_filter(browser, pages):
+    page, said = opened(browser, pages["one"])
+    page.click("#texts th button:text-is('reward')")
+    rewards = [float(text.replace("−", "-")) for text in visible(page, 3)]
+    assert rewards == sorted(rewards, reverse=True)
+    assert page.get_attribute("#texts th:has(button:text-is('reward'))", "aria-sort") == "descending"
+    page.click("#texts th button:text-is('reward')")
+    assert [float(text.replace("−", "-")) for text in visible(page, 3)] == sorted(rewards)
+    page.fill("[name=words]", "LIFT")
+    assert visible(page, 0) == ["the lift is stuck"] * 2
+    assert page.text_content("#found") == "2 of 12 texts"
+    page.fill("[name=words]", "")
+    page.select_option("[name=kept]", "yes")
+    page.select_option("[name=arrival]", "2 south")
+    assert set(visible(page, 7)) == {"yes"}
+    assert set(visible(page, 1)) == {"2 south"}
+    page.select_option("[name=label]", "urgent")
+    assert visible(page, 2) == ["urgent"]
+    assert said == []
+    page.context.close()
+
+
+def test_it_is_all_there_without_javascript_and_on_paper(browser, pages):
+    page, _ = opened(browser, pages["one"], java_script_enabled=False)
+    assert page.locator("#texts tbody tr").count() == 12
+    assert page.locator("#texts tbody tr").first.is_visible()
+    assert not page.locator("#filters").is_visible()
+    assert page.locator("figure svg").first.is_visible()
+    page.emulate_media(media="print")
+    assert not page.locator("nav").is_visible()
+    assert page.locator("#texts tbody tr").first.is_visible()
+    page.context.close()

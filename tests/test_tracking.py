@@ -1,0 +1,172 @@
+"""Tracking: names, axes, and that no tracker can harm a run. Each tracker is tested where it is installed."""
+
+import importlib.util
+import tomllib
+
+import pytest
+
+from crosslm import tracking
+from crosslm.config import Config
+from crosslm.errors import ConfigError
+from crosslm.experiment import run_local
+from crosslm.rundir import RunDir
+from crosslm.tracking import figures_of, tracked, wanted
+
+
+def needs(name):
+    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
+
+
+UPDATE = {"event": "update", "time": 1.0, "step": 1, "client": "a", "number": 0, "loss": 2.0, "kl_loss": 0.5}
+STEP = {
+    "event": "step",
+    "time": 2.0,
+    "step": 1,
+    "client": "a",
+    "slm/accuracy": 0.8,
+    "reward/pool": 0.4,
+    "selected": 4.0,
+}
+LLM = {"event": "llm", "time": 3.0, "moment": "after", "arrival": 1, "nlu_accuracy": 0.7}
+
+
+def test_names_are_those_of_the_design():
+    assert figures_of(UPDATE, 7) == ({"llm/loss": 2.0, "llm/kl_loss": 0.5}, "update", 7)
+    assert figures_of(STEP, 7) == (
+        {"slm/accuracy": 0.8, "reward/pool": 0.4, "selection/selected": 4.0, "slm/accuracy/a": 0.8},
+        "arrival",
+        1,
+    )
+    assert figures_of(LLM, 7) == ({"llm/nlu_accuracy": 0.7}, "arrival", 1)
+    assert figures_of({"event": "upload", "bytes": 7}, 0)[0] == {}
+    assert figures_of({"event": "warning", "message": "x"}, 0)[0] == {}
+
+
+class Keeps:
+    """A tracker in memory."""
+
+    def __init__(self, path, config):
+        self.logged, self.closed, self.config = [], False, config
+
+    def log(self, figures, axis, place):
+        self.logged.append((figures, axis, place))
+
+    def close(self):
+        self.closed = True
+
+
+def track(run, config, monkeypatch, maker, notes):
+    monkeypatch.setattr(tracking, "wanted", lambda _: ("mine",))
+    monkeypatch.setitem(tracking.TRACKERS, "mine", maker)
+    return tracked(run, config, notes.append)
+
+
+def test_a_whole_run_is_tracked(config, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(tracking, "wanted", lambda _: ("mine",))
+    monkeypatch.setitem(tracking.TRACKERS, "mine", lambda *given: made.append(Keeps(*given)) or made[0])
+    run_local(config, tmp_path / "run", tmp_path)
+    (tracker,) = made
+    assert tracker.closed
+    assert tracker.config["task"]["labels"] == ["bad", "good"]
+    places = {}
+    for figures, axis, place in tracker.logged:
+        for name in figures:
+            places.setdefault(name, []).append((axis, place))
+    assert places["slm/accuracy"] == [("arrival", 1), ("arrival", 2)]
+    assert places["llm/kl_loss"] == [("update", number) for number in range(1, 5)]
+    for name in ("llm/nlu_accuracy", "llm/nlg_accuracy", "llm/perplexity"):
+        assert places[name] == [("arrival", 0), ("arrival", 2)]
+    assert all(isinstance(value, float) for figures, _, _ in tracker.logged for value in figures.values())
+
+
+def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(config, tmp_path, monkeypatch):
+    class Fails(Keeps):
+        def log(self, figures, axis, place):
+            raise ConnectionError("no route")
+
+    run, notes = RunDir.create(tmp_path / "run", config), []
+    with track(run, config, monkeypatch, Fails, notes):
+        run.event(**{"kind": "step", **{k: v for k, v in STEP.items() if k not in ("event", "time")}})
+        run.event(**{"kind": "step", **{k: v for k, v in STEP.items() if k not in ("event", "time")}})
+    assert notes == ["warning: tracking by mine stopped: no route"]
+    assert len(run.events()) == 2
+
+
+def test_one_that_cannot_be_started_is_an_error(config, tmp_path, monkeypatch):
+    def fails(path, config):
+        raise RuntimeError("no account")
+
+    run = RunDir.create(tmp_path / "run", config)
+    with pytest.raises(ConfigError, match=r"tracking: mine cannot be started: no account"):
+        track(run, config, monkeypatch, fails, []).__enter__()
+
+
+def test_what_is_asked_for(settings, monkeypatch):
+    def of(value):
+        return wanted(Config.model_validate({**settings, **({} if value is None else {"tracking": value})}))
+
+    monkeypatch.setattr(tracking, "_installed", lambda name: name == "tensorboard")
+    assert of(None) == ("tensorboard",)
+    assert of([]) == ()
+    with pytest.raises(ConfigError, match=r"tracking names 'mlflow', which is not installed: pip install mlflow"):
+        of(["mlflow"])
+    monkeypatch.setattr(tracking, "_installed", lambda name: False)
+    assert of(None) == ()
+
+
+def test_the_field_goes_round(settings):
+    config = Config.model_validate({**settings, "tracking": ["wandb"]})
+    assert tomllib.loads(config.dump())["tracking"] == ["wandb"]
+    assert "tracking" not in tomllib.loads(Config.model_validate(settings).dump())
+
+
+def logged_to(name, settings, tmp_path):
+    """A run folder whose three events went to this tracker."""
+    config = Config.model_validate({**settings, **({"tracking": [name]} if name else {})})
+    run, notes = RunDir.create(tmp_path / "run", config), []
+    with tracked(run, config, notes.append):
+        for event in (UPDATE, STEP, LLM):
+            run.event(event["event"], **{key: value for key, value in event.items() if key not in ("event", "time")})
+    assert notes == []
+    return run.path
+
+
+@needs("tensorboard")
+@pytest.mark.parametrize("name", ["tensorboard", None])
+def test_tensorboard_asked_for_and_by_default(settings, tmp_path, name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(logged_to(name, settings, tmp_path) / "tensorboard")).Reload()
+    assert {"llm/loss", "slm/accuracy", "slm/accuracy/a", "llm/nlu_accuracy"} <= set(events.Tags()["scalars"])
+    (scalar,) = events.Scalars("slm/accuracy")
+    assert (scalar.step, scalar.value) == (1, pytest.approx(0.8))
+
+
+@needs("mlflow")
+@pytest.mark.filterwarnings("default")
+def test_mlflow(settings, tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    logged_to("mlflow", settings, tmp_path)
+    (run,) = mlflow.search_runs(experiment_names=["crosslm"], output_format="list")
+    assert run.data.metrics["llm/nlu_accuracy"] == 0.7
+    assert run.info.run_name == "run"
+
+
+@needs("wandb")
+@pytest.mark.filterwarnings("default")
+def test_wandb(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    path = logged_to("wandb", settings, tmp_path)
+    assert list(path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@needs("trackio")
+@pytest.mark.filterwarnings("default")
+def test_trackio(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    logged_to("trackio", settings, tmp_path)
+    assert list((tmp_path / "trackio").rglob("*.db"))
