@@ -139,7 +139,9 @@ class _Run:
         if not self.journal.accuracy["crosslm"]:
             failures = (event for event in self.run.events() if event["event"] == "failure")
             said = [f"client {event['client']}: {event['error']}" for event in failures]
-            raise RunError("\n".join([f"{self.run.path}: no client could be served; when this is mended, run again:", *said]))
+            raise RunError(
+                "\n".join([f"{self.run.path}: no client could be served; when this is mended, run again:", *said])
+            )
         return self._finish()
 
     # -- the beginning, and going on ---------------------------------------------------------
@@ -291,17 +293,6 @@ class _Run:
         }
 
     # -- parts -------------------------------------------------------------------------------
-
-    def _test(self, method: str, who: str, slm: SLM) -> None:
-        """Measure a client's SLM on its test rows, and keep which of them it got right."""
-        tests, test = list(self.split.tests.values()), self.split.tests[who]
-        predicted: list[int] = slm.predict_proba(test.texts).argmax(dim=1).tolist()
-        right = [given == label for given, label in zip(predicted, test.labels, strict=True)]
-        self.accuracy[method][who] = sum(right) / len(right)
-        self.confusion[method][who] = evaluate.confusion_counts(predicted, test.labels, len(self.task.labels))
-        # clients with the same test rows have the same number here: their figures move together
-        rows = tests.index(test)
-        self.run.event("test", method=method, client=who, rows=rows, right="".join(str(int(value)) for value in right))
 
     def _folder(self, name: str) -> str:
         if name not in self._folders:

@@ -18,8 +18,6 @@ from crosslm.config import Config
 from crosslm.errors import RunError
 
 if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from crosslm.models.llm import LLM
@@ -168,8 +166,6 @@ class RunDir:
         line = json.dumps({"event": kind, "time": round(time.time(), 3), "pid": os.getpid()})
         with (self.path / SESSIONS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        for listen in self.listeners:
-            listen(event)
 
     def barred(self) -> list[str]:
         """Clients that a rollback has shut out from the beginning of this folder's own arrivals."""

@@ -85,7 +85,6 @@ def evaluate(
     from crosslm.display import display_for
     from crosslm.models.sources import cache_folder
     from crosslm.reevaluate import evaluate_run
-    from crosslm.rundir import RunDir
 
     measures = evaluate_run(RunDir.open(run_folder), cache_folder(cache_dir), display_for(console))
     for name, value in measures.items():
@@ -105,7 +104,6 @@ def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool) ->
     from crosslm.experiment import run_local
     from crosslm.models.sources import cache_folder
     from crosslm.report import closing
-    from crosslm.rundir import next_free
 
     stop = StopRequest().listen()
     try:
