@@ -16,7 +16,6 @@ AnyRun = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, fi
 def status(run_folder: AnyRun) -> None:
     """Say what a run has done, what each arrival was and what came of it, and how to go on."""
     from crosslm.checkpoint import Checkpoints
-    from crosslm.config_file import load
 
     run = RunDir.open(run_folder)
     checkpoints = Checkpoints(run)
@@ -36,7 +35,6 @@ def status(run_folder: AnyRun) -> None:
     if run.barred():
         console.print(f"rolled back: without {', '.join(run.barred())}", highlight=False, markup=False)
     if state == "stopped":
-        load(run_folder / CONFIG)
         how = f"To go on: crosslm run {run_folder / CONFIG} --output {run_folder} --resume"
         console.print(how, highlight=False, markup=False, soft_wrap=True)
 
