@@ -21,6 +21,7 @@ from test_end_to_end import command, config_file  # noqa: F401
 
 from crosslm import experiment, rundir
 from crosslm.checkpoint import Checkpoints
+from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.errors import RunError, StoppedError
 from crosslm.experiment import run_local
@@ -301,3 +302,32 @@ def test_ctrl_c_stops_at_the_safe_point_with_130_and_again_at_once(small_file, t
         assert "--resume" in err
         assert ("stopped at once" in err) == (presses == 2)
     assert len(Checkpoints(RunDir(folder)).numbers()) <= 2
+
+
+def test_a_client_that_fails_right_after_it_was_served_is_told_apart(small, tmp_path, monkeypatch):
+    small["gate"] = {"enabled": False}
+    train = experiment.Client.train
+    monkeypatch.setattr(experiment, "LocalExchange", in_turn(experiment.LocalExchange))
+
+    def fails_later(client):
+        if client.rounds == 1:
+            raise MemoryError("no memory at this silo")
+        return train(client)
+
+    monkeypatch.setattr(experiment.Client, "train", fails_later)
+    run_local(Config.model_validate(small | {"checkpoint": {"keep": 9}}), tmp_path / "run", tmp_path)
+    checkpoints = Checkpoints(RunDir(tmp_path / "run"))
+    outcomes = [checkpoints.read(number)["cause"]["outcome"] for number in checkpoints.numbers()]
+    assert outcomes == ["beginning", "served", "failed", "served", "failed"]
+
+
+def in_turn(exchange_class):
+    """An engine in which each client comes twice in a row."""
+
+    def made(*arguments):
+        exchange = exchange_class(*arguments)
+        order = sorted(who for _, who in exchange._waiting)
+        exchange._waiting = list(enumerate(order, start=1))
+        return exchange
+
+    return made

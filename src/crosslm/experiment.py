@@ -16,7 +16,7 @@ from crosslm.cards import write_cards
 from crosslm.checkpoint import Checkpoints
 from crosslm.client import Client
 from crosslm.config import Config
-from crosslm.errors import RunError, StoppedError
+from crosslm.errors import ConfigError, RunError, StoppedError
 from crosslm.federation.exchange import serve
 from crosslm.federation.intake import Intake
 from crosslm.federation.local import LocalExchange
@@ -118,6 +118,8 @@ class _Run:
         """Measure, run the federation, measure again, and write it all down."""
         config = self.config
         record = self.checkpoints.last()
+        if record and record["state"] is None:
+            raise RunError(f"{self.run.path}: arrival {record['arrival']} has been pruned and cannot be gone on from")
         self.run.go_back(record["state"]["events"] if record else 0)
         self.llm = LLM.load(self.llm_folder, config.llm, seed_for(config.seed, "llm"), config.device)
         self.encoder = SentenceEncoder(self._folder(config.selection.encoder), config.device)
@@ -177,8 +179,6 @@ class _Run:
 
     def _restore(self, record: dict[str, Any]) -> None:
         state, get = record["state"], self.checkpoints.get
-        if state is None:
-            raise RunError(f"{self.run.path}: arrival {record['arrival']} has been pruned and cannot be gone on from")
         self._kept = state["kept"]
         if self._kept["inputs"] != snapshot.inputs_digest(self.split):
             raise RunError(
@@ -211,6 +211,10 @@ class _Run:
         base = self.journal.base_pool
         texts = base.examples(range(min(len(base.samples), self.config.gate.texts)))
         fixed = Examples(texts.texts + self.public.texts, texts.labels + self.public.labels)
+        if len(set(fixed.labels)) < 2:
+            raise ConfigError(
+                "gate: all texts to probe with have one label; raise selection.pool or give gate.public_texts"
+            )
         self.server.gate = Gate(self.config, fixed)
 
     # -- between arrivals --------------------------------------------------------------------
@@ -245,6 +249,7 @@ class _Run:
         }
         self.checkpoints.write(self.exchange.arrivals, cause, put(snapshot.adapter_bytes(self.server)), state)
         self._saved = self.exchange.arrivals
+        self.journal.cause = {}  # of the next arrival nothing is known yet
 
     # -- the end -----------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ def roll_back(run: RunDir, client_id: str, output: Path) -> int:
     }
     partial.write(ROLLBACK, json.dumps(origin, indent=2) + "\n")
     if output.is_dir():
-        output.rmdir()  # empty: it was checked
+        shutil.rmtree(output)  # empty but for a lock: it was checked
     partial.path.rename(output)  # last, so that a folder that exists is whole
     return int(before[-1]["arrival"])
 

@@ -32,7 +32,6 @@ def status(folder: RunOrKit) -> None:
 def run_status(run_folder: Path) -> None:
     """What a run has done so far."""
     from crosslm.checkpoint import Checkpoints
-    from crosslm.config_file import load
 
     run = RunDir.open(run_folder)
     checkpoints = Checkpoints(run)
@@ -52,7 +51,6 @@ def run_status(run_folder: Path) -> None:
     if run.barred():
         console.print(f"rolled back: without {', '.join(run.barred())}", highlight=False, markup=False)
     if state == "stopped":
-        load(run_folder / CONFIG)
         how = f"To go on: crosslm run {run_folder / CONFIG} --output {run_folder} --resume"
         console.print(how, highlight=False, markup=False, soft_wrap=True)
 

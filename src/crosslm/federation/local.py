@@ -71,6 +71,8 @@ class LocalExchange:
         self.bytes_down[who] += len(data)
         try:
             checked = self._intake.download(data, who) if self._intake else decode_download(data)
-            self._on_decision(self.clients[who], self.clients[who].install(checked))
+            decision = self.clients[who].install(checked)
         except Exception as error:  # noqa: BLE001
             self._on_failure(who, error)
+        else:
+            self._on_decision(self.clients[who], decision)
