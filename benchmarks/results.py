@@ -7,36 +7,16 @@ python benchmarks/results.py render            # docs/results.md and the table i
 import argparse
 import io
 import json
-import os
-import platform
-import subprocess
-import time
 from pathlib import Path
 
 from rich.console import Console
 
+from crosslm.provenance import provenance
 from crosslm.report import llm_table, slm_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- demo table, written by benchmarks/results.py -->", "<!-- end of demo table -->"
-
-
-def machine() -> str:
-    """What the figures were taken on, in words."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
-    return f"{os.cpu_count()} cores ({names[0] if names else platform.processor()}), {platform.system()}, no GPU used"
-
-
-def provenance() -> dict[str, str]:
-    """Commit, machine and date."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {"commit": commit.stdout.strip() or "unknown", "machine": machine(), "date": time.strftime("%Y-%m-%d")}
 
 
 def keep(name: str, figures: dict) -> None:

@@ -12,7 +12,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # who may import whom: a module may import from its own layer's earlier names and all lower layers
 LAYERS = [
-    {"errors", "seeding", "progress"},
+    {"errors", "seeding", "progress", "provenance"},
     {"config"},
     {"config_file"},
     {"task", "records"},
@@ -22,14 +22,22 @@ LAYERS = [
     {"models.llm", "models.slm"},
     {"synthesis", "client"},
     {"server", "evaluate", "rundir"},
-    {"baselines", "federation.exchange", "federation.messages"},
+    {"baselines", "arrivals", "federation.exchange", "federation.messages"},
     {"federation.local"},
     {"preparation"},
     {"experiment"},
     {"reevaluate"},
+    {"reproduce.scale", "reproduce.bootstrap"},
+    {"reproduce.benchmarks"},
+    {"reproduce.plan"},
+    {"reproduce.store", "reproduce.figures"},
+    {"reproduce.tables", "reproduce.work"},
+    {"reproduce.headline", "reproduce.markdown", "reproduce.plots"},
+    {"reproduce.report"},
+    {"reproduce.driver"},
     {"report", "display"},
     {"cli.app"},
-    {"cli.runs", "cli.models"},
+    {"cli.runs", "cli.models", "cli.reproduce"},
     {"cli.main"},
 ]
 
@@ -81,8 +89,9 @@ def test_configuration_and_task_need_no_torch():
         ("datasets", {"data"}),
         ("peft", {"models.llm"}),
         ("sentence_transformers", {"models.encoder"}),
-        ("typer", {"cli.app", "cli.main", "cli.runs", "cli.models"}),
-        ("subprocess", {"demo"}),
+        ("typer", {"cli.app", "cli.main", "cli.runs", "cli.models", "cli.reproduce"}),
+        ("subprocess", {"demo", "provenance"}),
+        ("matplotlib", {"reproduce.plots"}),
     ],
 )
 def test_a_library_is_used_in_its_place_only(library, allowed):

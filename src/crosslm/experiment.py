@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from crosslm import evaluate
+from crosslm import arrivals, evaluate
 from crosslm.baselines import data_free_kd
 from crosslm.client import Client
 from crosslm.config import Config, SLMSpec
@@ -30,7 +30,7 @@ from crosslm.preparation import (
     perplexity_text_of,
 )
 from crosslm.progress import Display, Progress
-from crosslm.records import Download, SyntheticSet, Upload
+from crosslm.records import Download, Examples, SyntheticSet, Upload
 from crosslm.rundir import RunDir, versions
 from crosslm.seeding import seed_for
 from crosslm.server import Server, StepRecord, receive_slm
@@ -132,7 +132,7 @@ class _Run:
         final = self._synthesize("enhanced LLM", config.evaluation.nlg_samples, "final")
         first = SyntheticSet(self.base_pool.samples[: config.evaluation.nlg_samples])
         for moment, texts, measures in (("before", first, before), ("after", final, after)):
-            measures |= self._nlg_measures(texts)
+            measures |= self._nlg_measures(moment, texts)
             run.event("llm", moment=moment, **measures)
         run.save_synthetic("final", self.task.labels, final)
         summary = {
@@ -147,6 +147,7 @@ class _Run:
             "tokens_generated": self.tokens_generated,
             "texts_removed": self.removed,
             "judge_accuracy": judge_accuracy,
+            "reward_hacking": arrivals.reward_hacking(run.events(), progress.note),
             "test_rows": {name: len(test) for name, test in self.split.tests.items()},
             "clients": {
                 name: {
@@ -172,17 +173,17 @@ class _Run:
             return
         slm = receive_slm(upload, self.task, self.config)
         self.standalone[who] = slm
-        self.accuracy["standalone"][who] = slm.accuracy(self.split.tests[who])
+        self.accuracy["standalone"][who] = self._test("standalone", who, slm)
         pool = SyntheticSet(self.base_pool.samples[: self.config.selection.pool])
         student = data_free_kd(upload, pool, self.config, self.task, self.encoder, self.progress)
-        self.accuracy["data_free_kd"][who] = student.accuracy(self.split.tests[who])
+        self.accuracy["data_free_kd"][who] = self._test("data_free_kd", who, student)
 
     def served(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """Keep what the step wrote, and measure the SLM that goes back."""
         who, step = upload.client_id, download.step
         slm = SLM.from_state(download.slm, self.config.device)
         slm.order_labels(self.task.labels)
-        self.accuracy["crosslm"][who] = slm.accuracy(self.split.tests[who])
+        self.accuracy["crosslm"][who] = self._test("crosslm", who, slm)
         for iteration, (drafts, rewards) in enumerate(record.drafts):
             self.run.save_synthetic(f"step-{step:04}-drafts-{iteration}", self.task.labels, drafts, rewards)
             self._count(drafts)
@@ -200,7 +201,8 @@ class _Run:
             "reward/pool": sum(receipt.reward for receipt in record.receipts) / len(record.receipts),
             "diversity/pool": sum(receipt.diversity for receipt in record.receipts) / len(record.receipts),
             "distinct_2/pool": evaluate.distinct_ngrams(record.pool.texts),
-            **({"judge/pool": evaluate.label_agreement(self.judge, record.pool)} if self.judge else {}),
+            **arrivals.text_measures(record, self.task),
+            **(arrivals.judge_measures(self.judge, record) if self.judge else {}),
             **(
                 {"judge/selected": evaluate.label_agreement(self.judge, SyntheticSet(kept))}
                 if self.judge and kept
@@ -263,7 +265,10 @@ class _Run:
             self.removed[reason] = self.removed.get(reason, 0) + number
 
     def _llm_measures(self, moment: str) -> dict[str, float]:
-        measures = {"nlu_accuracy": evaluate.nlu_accuracy(self.llm, self.task, self.nlu_rows, self.progress, moment)}
+        gold = self.nlu_rows.labels
+        predicted = evaluate.nlu_predictions(self.llm, self.task, self.nlu_rows, self.progress, moment)
+        self.run.save_predictions(f"nlu/{moment}", gold, predicted)
+        measures = {"nlu_accuracy": evaluate.share_right(gold, predicted)}
         if self.perplexity_text is not None:
             limit = self.config.evaluation.perplexity_tokens
             with self.progress.stage("evaluate", f"perplexity, {moment}", 1, "text") as advance:
@@ -271,16 +276,28 @@ class _Run:
                 advance(1)
         return measures
 
-    def _nlg_measures(self, texts: SyntheticSet) -> dict[str, float]:
+    def _nlg_measures(self, moment: str, texts: SyntheticSet) -> dict[str, float]:
         """The same judges before and after: the SLMs as first uploaded, and the independent one."""
-        agreement = [evaluate.label_agreement(slm, texts) for slm in self.standalone.values()]
+        agreement = [
+            self._rows(f"nlg/{moment}/slm/{who}", slm, texts.examples()) for who, slm in self.standalone.items()
+        ]
         measures = {
             "nlg_accuracy": sum(agreement) / len(agreement),
             "distinct_2": evaluate.distinct_ngrams(texts.texts),
         }
         if self.judge:
-            measures["nlg_judge_accuracy"] = evaluate.label_agreement(self.judge, texts)
+            measures["nlg_judge_accuracy"] = self._rows(f"nlg/{moment}/judge", self.judge, texts.examples())
         return measures
+
+    def _test(self, method: str, who: str, slm: SLM) -> float:
+        """Accuracy on the client's test rows."""
+        return self._rows(f"slm/{method}/{who}", slm, self.split.tests[who])
+
+    def _rows(self, name: str, slm: SLM, examples: Examples) -> float:
+        """Accuracy; what was predicted for each row is kept."""
+        predicted = slm.predict_proba(examples.texts).argmax(dim=1).tolist()
+        self.run.save_predictions(name, examples.labels, predicted)
+        return evaluate.share_right(examples.labels, predicted)
 
 
 def peak_memory_bytes() -> int:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,10 @@ class RunDir:
             row |= {"seed": sample.seed, "prompt_ids": sample.prompt_ids, "completion_ids": sample.completion_ids}
             lines.append(json.dumps(row, ensure_ascii=False))
         self.write(f"synthetic/{name}.jsonl", "\n".join(lines) + "\n")
+
+    def save_predictions(self, name: str, gold: Sequence[int], predicted: Sequence[int]) -> None:
+        """Write what was predicted for each row beside what is right, as places in the task's labels."""
+        self.write(f"predictions/{name}.json", json.dumps({"gold": gold, "predicted": predicted}) + "\n")
 
     def save_slm(self, client_id: str, slm: SLM) -> None:
         """Write a classifier folder for transformers."""
