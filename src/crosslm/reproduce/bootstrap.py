@@ -83,7 +83,9 @@ def worst(parts: Sequence[Means], of: Callable[..., Array]) -> Means:
 
 def estimate(means: Means, column: int = 0) -> Estimate:
     """A column's mean and the 2.5 and 97.5 % points of its replicates."""
-    low, high = np.quantile(means.draws[:, column], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    draws = means.draws[:, column]
+    there = draws[np.isfinite(draws)]  # a ratio of few rows may have nothing below the line
+    low, high = np.quantile(there, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(there) else (np.nan, np.nan)
     return Estimate(float(means.point[column]), float(low), float(high), means.seeds)
 
 

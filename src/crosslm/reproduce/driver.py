@@ -1,4 +1,4 @@
-"""The loop: check everything, do the cells that are not there, and write the tables after each."""
+"""The loop: check everything, do the cells that are not there, and write the tables now and then and at the end."""
 
 import time
 from collections.abc import Sequence
@@ -7,16 +7,19 @@ from typing import Any
 
 from crosslm.data import load_split
 from crosslm.errors import CrosslmError, RunError
-from crosslm.models.sources import resolve_device
+from crosslm.models.sources import model_folder, resolve_device
+from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.preparation import check_models, client_specs, perplexity_text_of
 from crosslm.progress import Display, Silent
-from crosslm.provenance import provenance
+from crosslm.provenance import commit, machine
 from crosslm.reproduce.benchmarks import BENCHMARKS, load_benchmark
 from crosslm.reproduce.plan import RUN, Cell, Choice, plan
 from crosslm.reproduce.report import write_report
 from crosslm.reproduce.store import Store, differences
 from crosslm.reproduce.work import do, settings_of
 from crosslm.rundir import versions
+
+REPORT_SECONDS = 60.0  # between two writings of the tables, which take some seconds when there is much in them
 
 
 def reproduce(
@@ -45,7 +48,7 @@ def reproduce(
     todo = [cell for cell in cells if not is_done(cell, choice, store)]
     if render_only:
         todo = []
-    check_input(todo, choice)
+    check_input(todo, choice, cache, display)
     with store.locked():
         display.note(f"{len(cells)} cells: {len(cells) - len(todo)} there, {len(todo)} to do")
         failed = _work(todo, choice, store, cache, display)
@@ -73,7 +76,7 @@ def is_done(cell: Cell, choice: Choice, store: Store) -> bool:
     return True
 
 
-def check_input(cells: Sequence[Cell], choice: Choice) -> None:
+def check_input(cells: Sequence[Cell], choice: Choice, cache: Path, display: Display) -> None:
     """Find what is wrong with data, models or device before anything long is begun.
 
     Raises:
@@ -84,8 +87,10 @@ def check_input(cells: Sequence[Cell], choice: Choice) -> None:
         if cell.stage in BENCHMARKS:
             key = ("", "", cell.stage)
             if key not in seen:
+                benchmark, model = BENCHMARKS[cell.stage], choice.cell_config(cell).llm.model
                 for name in ("train.csv", f"{choice.split}.csv"):
-                    load_benchmark(BENCHMARKS[cell.stage], choice.data_dir / cell.stage, name)
+                    load_benchmark(benchmark, choice.data_dir / cell.stage, name)
+                verbalizer_ids(load_tokenizer(model_folder(model, cache, display.note), model), benchmark.task())
         else:
             key = (cell.task, cell.variation.name, "")
             if key not in seen:
@@ -99,11 +104,13 @@ def check_input(cells: Sequence[Cell], choice: Choice) -> None:
 def _work(todo: Sequence[Cell], choice: Choice, store: Store, cache: Path, display: Display) -> list[str]:
     """Do cells; returns a line for each that failed, since one that fails must not cost a night's others."""
     failed: list[str] = []
+    source, packages = commit(), versions()  # of the code that is loaded now, whatever comes later
+    reported = time.monotonic()
     for number, cell in enumerate(todo, start=1):
         display.note(f"cell {number} of {len(todo)}: {cell.path}")
         started = time.perf_counter()
         device = resolve_device(choice.cell_config(cell).device)
-        origin = provenance(device) | {"versions": versions()}
+        origin = {"commit": source, "machine": machine(device), "date": time.strftime("%Y-%m-%d"), "versions": packages}
         try:
             figures: dict[str, Any] = do(cell, choice, store, cache, display)
         except CrosslmError as error:
@@ -114,5 +121,7 @@ def _work(todo: Sequence[Cell], choice: Choice, store: Store, cache: Path, displ
         store.keep(cell, {**origin, "seconds": seconds, "settings": settings_of(cell, choice), "figures": figures})
         if cell.stage == RUN:
             store.drop_classifiers(cell)
-        write_report(store, choice, display.note, plots=False)
+        if time.monotonic() - reported > REPORT_SECONDS:
+            write_report(store, choice, display.note, plots=False)
+            reported = time.monotonic()
     return failed

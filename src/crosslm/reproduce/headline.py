@@ -1,5 +1,6 @@
 """The figures of ``headline.json``: means over the tasks for each preset, with intervals and seeds."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,13 +31,13 @@ def headline(figures: Figures, choice: Choice) -> dict[str, Any]:
     """
     result: dict[str, Any] = {"units": UNITS, "tasks": list(choice.scale.tasks), "split": choice.split}
     for preset in PRESET_NAMES:
-        there = {name: part for name, part in _parts(figures, choice, preset).items() if part is not None}
-        estimates = {name: estimate(part) for name, part in there.items()}
+        there = {name: estimate(part) for name, part in _parts(figures, choice, preset).items() if part is not None}
+        estimates = {name: found for name, found in there.items() if math.isfinite(found.value)}
         result[preset] = {
             **{name: found.value for name, found in estimates.items()},
             "intervals": {name: [found.low, found.high] for name, found in estimates.items()},
             "seeds": {name: found.seeds for name, found in estimates.items()},
-            "missing": [name for name in UNITS if name not in there],
+            "missing": [name for name in UNITS if name not in estimates],
         }
     return result
 

@@ -10,7 +10,7 @@ from crosslm.config import PRESETS, Config, Preset, merged
 from crosslm.config_file import load, packaged
 from crosslm.errors import ConfigError
 from crosslm.reproduce.benchmarks import BENCHMARKS
-from crosslm.reproduce.scale import Scale, Tables, Varied, with_split
+from crosslm.reproduce.scale import Scale, Tables, with_split
 
 TABLES = ("4", "5", "6", "7", "8", "skew", "clients", "rows", "ablation")
 PRESET_NAMES: tuple[Preset, ...] = ("paper", "recommended")
@@ -55,6 +55,10 @@ class Choice:
     presets: tuple[Preset, ...] = PRESET_NAMES
     split: str = "test"
     data_dir: Path = Path()
+    known_variations: dict[tuple[str, str, str], list[Variation]] = field(
+        init=False, default_factory=dict, compare=False
+    )
+    """Found once for each table, task and preset, since many configurations are read for it."""
 
     def config(self, task: str, preset: Preset, seed: int, tables: Tables) -> Config:
         """The configuration of a run: the task's, the scale's tables, and these over them."""
@@ -110,7 +114,9 @@ def plan(choice: Choice) -> list[Cell]:
     cells: dict[Cell, None] = {}
     for seed in range(choice.seeds):
         for table in choice.tables:
-            cells |= dict.fromkeys(_cells(table, choice, seed))
+            varied = choice.scale.varied().get(table)
+            if varied is None or varied.seeds is None or seed < varied.seeds:
+                cells |= dict.fromkeys(_cells(table, choice, seed))
     return list(cells)
 
 
@@ -131,32 +137,31 @@ def _cells(table: str, choice: Choice, seed: int) -> Iterable[Cell]:
 
 def tasks_of(table: str, choice: Choice) -> tuple[str, ...]:
     """The chosen tasks that a table has."""
-    scale = choice.scale
-    own: dict[str, Varied] = {
-        "skew": scale.skew,
-        "clients": scale.clients,
-        "rows": scale.rows,
-        "ablation": scale.ablation,
-    }
-    return tuple(task for task in choice.tasks if table not in own or task in own[table].tasks)
+    varied = choice.scale.varied().get(table)
+    return tuple(task for task in choice.tasks if varied is None or task in varied.tasks)
 
 
 def variations(table: str, choice: Choice, task: str, preset: Preset) -> list[Variation]:
     """What a table varies; a change that changes nothing is the base."""
+    key = (table, task, preset)
+    if key not in choice.known_variations:
+        base = choice.config(task, preset, 0, {})
+        choice.known_variations[key] = [
+            Variation(BASE) if choice.config(task, preset, 0, tables) == base else Variation(slug(name), tables)
+            for name, tables in _changes(table, choice, task, preset).items()
+        ]
+    return choice.known_variations[key]
+
+
+def _changes(table: str, choice: Choice, task: str, preset: Preset) -> dict[str, Tables]:
     scale = choice.scale
-    varied: dict[str, dict[str, Tables]] = {
-        "skew": {f"alpha-{alpha:g}": {"data": {"alpha": alpha}} for alpha in scale.skew.alpha},
-        "clients": {f"clients-{count}": {"data": {"num_clients": count}} for count in scale.clients.num_clients},
-        "rows": {f"rows-{count}": {"data": {"rows_per_client": count}} for count in scale.rows.rows_per_client},
-    }
-    changes = _ablations(choice, task, preset) if table == "ablation" else varied.get(table)
-    if not changes:
-        return [Variation(BASE)]
-    base = choice.config(task, preset, 0, {})
-    return [
-        Variation(BASE) if choice.config(task, preset, 0, tables) == base else Variation(slug(name), tables)
-        for name, tables in changes.items()
-    ]
+    if table == "skew":
+        return {f"alpha-{alpha:g}": {"data": {"alpha": alpha}} for alpha in scale.skew.alpha}
+    if table == "clients":
+        return {f"clients-{count}": {"data": {"num_clients": count}} for count in scale.clients.num_clients}
+    if table == "rows":
+        return {f"rows-{count}": {"data": {"rows_per_client": count}} for count in scale.rows.rows_per_client}
+    return _ablations(choice, task, preset) if table == "ablation" else {BASE: {}}
 
 
 def _ablations(choice: Choice, task: str, preset: Preset) -> dict[str, Tables]:

@@ -31,6 +31,8 @@ class Varied(Section):
     """A table that some tasks have."""
 
     tasks: tuple[str, ...]
+    seeds: Positive | None = None
+    """At most so many seeds; as many as the other tables if not set."""
 
 
 class Skew(Varied):
@@ -76,6 +78,10 @@ class Scale(Section):
     clients: Clients
     rows: Rows
     ablation: Ablation
+
+    def varied(self) -> dict[str, Varied]:
+        """The tables that are not the paper's."""
+        return {"skew": self.skew, "clients": self.clients, "rows": self.rows, "ablation": self.ablation}
 
 
 def load_scale(path: Path | None = None) -> Scale:

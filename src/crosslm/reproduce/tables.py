@@ -1,10 +1,13 @@
 """The tables: ours with intervals, and the paper's figures beside them. What has not been run is left out."""
 
+import math
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache
 from typing import Any
+
+import numpy as np
 
 from crosslm.config import Preset
 from crosslm.reproduce.benchmarks import BENCHMARKS
@@ -51,9 +54,9 @@ def change(to: int, since: int) -> Statistic:
 
 
 def ratio(columns: Array) -> Array:
-    """The first column over the second."""
-    result: Array = columns[..., 0] / columns[..., 1]
-    return result
+    """The first column over the second; not a number where that is 0."""
+    above, below = columns[..., 0], columns[..., 1]
+    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below != 0)
 
 
 def growth(columns: Array) -> Array:
@@ -63,8 +66,11 @@ def growth(columns: Array) -> Array:
 
 
 def cell(part: Part, statistic: Statistic, unit: str) -> dict[str, Any] | None:
-    """A figure with its interval, or None if it has not been run."""
-    return None if part is None else {**asdict(estimate(part.statistic(statistic))), "unit": unit}
+    """A figure with its interval, or None if it has not been run or is not a number."""
+    if part is None:
+        return None
+    found = estimate(part.statistic(statistic))
+    return {**asdict(found), "unit": unit} if math.isfinite(found.value) else None
 
 
 def row(name: str, parts: Sequence[Part], statistic: Statistic, unit: str) -> dict[str, Any]:
@@ -214,8 +220,21 @@ def varied(key: str, figures: Figures, choice: Choice) -> dict[str, Any] | None:
                     cell(ceiling, ratio, SHARE),
                 ]
                 rows.append({"name": f"{NAMES.get(task, task)}, {preset}, {value:g}", "by": "ours", "cells": cells})
+    if not any_varied(key, figures, choice):
+        return None
     columns = ("Standalone", "Data-free KD", "CrossLM", "gain, points", "ceiling", "share of ceiling")
     return table(key, columns, rows)
+
+
+def any_varied(key: str, figures: Figures, choice: Choice) -> bool:
+    """Whether more has been run than the base, which all tables share."""
+    return any(
+        figures.runs(task, preset, variation.name)
+        for task in tasks_of(key, choice)
+        for preset in choice.presets
+        for variation in variations(key, choice, task, preset)
+        if variation.name != BASE
+    )
 
 
 def ablation(figures: Figures, choice: Choice) -> dict[str, Any] | None:
@@ -235,5 +254,7 @@ def ablation(figures: Figures, choice: Choice) -> dict[str, Any] | None:
                 ]
                 shown = "no change" if name == BASE else name
                 rows.append({"name": f"{NAMES.get(task, task)}, {preset}, {shown}", "by": "ours", "cells": cells})
+    if not any_varied("ablation", figures, choice):
+        return None
     columns = ("SLM", "SLM gain, points", "NLU after", "NLG (judge) after", "distinct-2 after", "perplexity growth, %")
     return table("ablation", columns, rows)
