@@ -1,5 +1,6 @@
 """`crosslm reproduce` on tiny models: whole, stopped and gone on with."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from crosslm.reproduce.plan import TABLES, choose, plan
 from crosslm.reproduce.scale import Scale, load_scale
 from crosslm.reproduce.store import Store
 
+ROOT = Path(__file__).parents[1]
 LABELS = {
     "sst2": ("negative", "positive"),
     "imdb": ("negative", "positive"),
@@ -390,6 +392,16 @@ def test_the_tables_are_of_everything_that_is_there(scale, data, tmp_path, quick
     assert headline["recommended"]["seeds"]["nlu_gain"] == 2
     assert headline["recommended"]["seeds"]["skew_share_of_ceiling"] == 1
     (tmp_path / "scale.toml").write_text(tomli_w.dumps(scale))
+    # docs/results.md takes what is kept of it
+    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    results.collect(tmp_path / "out/test", tmp_path / "results", tmp_path / "plots")
+    kept = json.loads((tmp_path / "results/reproduce.json").read_text())
+    section = "\n".join(results.reproduction_section(kept, ["sst2"]))
+    assert text.removeprefix("# Results\n\n").rstrip() in section
+    assert "![sst2](plots/sst2.svg)" in section
+    assert json.loads((tmp_path / "results/headline.json").read_text()) == headline
     (tmp_path / "out/test/tables.md").unlink()
     options = ["--scale", tmp_path / "scale.toml", "--output", tmp_path / "out", "--data-dir", data]
     code, out, _ = command(monkeypatch, capsys, "--render", *options)

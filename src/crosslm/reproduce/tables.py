@@ -56,7 +56,8 @@ def change(to: int, since: int) -> Statistic:
 def ratio(columns: Array) -> Array:
     """The first column over the second; not a number where that is 0."""
     above, below = columns[..., 0], columns[..., 1]
-    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below != 0)
+    result: Array = np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below != 0)
+    return result
 
 
 def growth(columns: Array) -> Array:
