@@ -160,10 +160,20 @@ def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, capsys
     assert set(tables) == {"4", "5", "6", "7", "8"}
     shown = {row["name"]: row["cells"][0] for row in tables["4"]["rows"]}
     assert shown["Standalone"] == {"value": 0.706, "unit": "share"}  # the paper's
-    assert shown["paper: CrossLM"]["value"] == pytest.approx(run["slm"]["crosslm"]["mean"])
-    assert shown["paper: CrossLM"]["low"] <= shown["paper: CrossLM"]["value"] <= shown["paper: CrossLM"]["high"]
+    assert shown["preset paper: CrossLM"]["value"] == pytest.approx(run["slm"]["crosslm"]["mean"])
+    assert (
+        shown["preset paper: CrossLM"]["low"]
+        <= shown["preset paper: CrossLM"]["value"]
+        <= shown["preset paper: CrossLM"]["high"]
+    )
     text = (output / "test/tables.md").read_text()
-    for words in ("Table 4", "Table 7", "Table 8", "*paper, GPT2-Large, CrossLM*", "What differs from the paper"):
+    for words in (
+        "Table 4",
+        "Table 7",
+        "Table 8",
+        "*in the paper: GPT2-Large, CrossLM*",
+        "What differs from the paper",
+    ):
         assert words in text
 
     headline = json.loads((output / "test/headline.json").read_text())
@@ -375,11 +385,11 @@ def test_the_tables_are_of_everything_that_is_there(scale, data, tmp_path, quick
     reproduce(chosen(scale, data, "4", "7", seeds=2), tmp_path / "out", tmp_path)
     text = (tmp_path / "out/test/tables.md").read_text()
     assert "### Label skew" in text
-    assert "| SST-2, recommended, 1 |" in text
-    assert "SST-2, paper, 1 " not in text  # has not been run
+    assert "| SST-2, preset recommended, 1 |" in text
+    assert "SST-2, preset paper, 1 " not in text  # has not been run
     assert "sst2/recommended/base/seed-0 (arrival 1)" in text
-    # 8 rows in all, right by CrossLM alone or by both: a binomial of 8 draws, whose 2.5 % point is 1
-    assert "| recommended: CrossLM - Standalone, points | +50.0 [+12.5, +87.5] |" in text
+    # 4 test rows, half of them right by CrossLM alone: a binomial of 4 draws
+    assert "| preset recommended: CrossLM - Standalone, points | +50.0 [+0.0, +100.0] |" in text
     headline = json.loads((tmp_path / "out/test/headline.json").read_text())
     assert {name for name in HEADLINE if name in headline["recommended"]} == HEADLINE
     assert headline["recommended"]["skew_share_of_ceiling"] == 1.0
@@ -413,6 +423,7 @@ def test_the_tables_are_of_everything_that_is_there(scale, data, tmp_path, quick
 def test_wrong_input_is_found_before_anything_is_run(scale, data, tmp_path, quick, monkeypatch, capsys):
     for arguments, message in (
         (["9"], "no table '9'; there are: 4, 5, 6, 7, 8, skew, clients, rows, ablation"),
+        (["4", "--tasks", "sst2", "imdb"], "'imdb' is no table but a task: name tasks with commas, --tasks sst2,imdb"),
         (["4", "--tasks", "sst3"], "no task 'sst3'; there are: ag_news"),
         (["4", "--presets", "best"], "no preset 'best'; there are: paper, recommended"),
         (["4", "--split", "train"], "no split 'train'; there are: test, validation"),

@@ -42,10 +42,18 @@ def test_rows_are_drawn_in_a_seed():
     assert (found.value, found.low, found.high, found.seeds) == (0.5, 1 / 8, 7 / 8, 1)
 
 
-def test_a_seed_drawn_twice_has_its_rows_drawn_twice():
-    # two seeds with the same 4 rows are 8 rows: the same binomial, not one of 4 draws
+def test_two_seeds_on_the_same_test_rows_are_no_more_rows():
+    # 4 rows, right or wrong under both seeds: a binomial of 4 draws; P(X = 0) = 6 %
     found = estimate(bootstrap([[np.array([[0.0, 1.0] * 2])]] * 2))
-    assert (found.low, found.high) == (1 / 8, 7 / 8)
+    assert (found.value, found.low, found.high) == (0.5, 0, 1)
+    # rows that one seed gets right and the other wrong are 1/2 whatever is drawn, and so only seeds are left
+    opposite = bootstrap([[np.array([[0.0, 1.0] * 2])], [np.array([[1.0, 0.0] * 2])]])
+    assert 0.3 < np.mean(opposite.draws == 0.5) < 0.75
+
+
+def test_groups_of_different_length_are_drawn_each_by_itself():
+    means = bootstrap([[np.ones((1, 3))], [np.zeros((1, 5))]])
+    assert set(np.unique(means.draws)) == {0, 0.5, 1}
 
 
 def test_columns_of_a_group_are_paired_and_groups_are_not():
@@ -99,15 +107,15 @@ def test_a_table_of_hand_made_cells_leaves_out_what_was_not_run():
     assert table["columns"] == ["SST-2", "IMDb", "Average"]
     ours = {row["name"]: row["cells"] for row in table["rows"] if row["by"] == "ours"}
     assert set(ours) == {
-        "paper: Standalone",
-        "paper: Data-free KD",
-        "paper: CrossLM",
-        "paper: CrossLM - Standalone, points",
-        "paper: CrossLM - Data-free KD, points",
+        "preset paper: Standalone",
+        "preset paper: Data-free KD",
+        "preset paper: CrossLM",
+        "preset paper: CrossLM - Standalone, points",
+        "preset paper: CrossLM - Data-free KD, points",
     }
-    assert ours["paper: Standalone"][0]["value"] == 3 / 8
-    assert ours["paper: CrossLM - Standalone, points"][0]["value"] == pytest.approx(37.5)
-    assert ours["paper: CrossLM"][1:] == [None, None]  # no IMDb, and so no average
+    assert ours["preset paper: Standalone"][0]["value"] == 3 / 8
+    assert ours["preset paper: CrossLM - Standalone, points"][0]["value"] == pytest.approx(37.5)
+    assert ours["preset paper: CrossLM"][1:] == [None, None]  # no IMDb, and so no average
     paper = {row["name"]: row["cells"] for row in table["rows"] if row["by"] == "paper"}
     assert [cell["value"] for cell in paper["CrossLM (Llama-7B)"]] == [0.880, 0.881, 0.823]
     assert figures.perplexity("sst2", "paper") is None

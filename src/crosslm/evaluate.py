@@ -44,8 +44,8 @@ def nlu_predictions(llm: LLM, task: Task, examples: Examples, progress: Progress
 
 
 def nlu_rows(config: Config, test: Examples) -> Examples:
-    """The test rows that the LLM classifies: the same ones before and after."""
-    seed = seed_for(config.seed, "nlu rows")
+    """The test rows that the LLM classifies: the same ones before and after, and for every seed of a run."""
+    seed = seed_for(0, "nlu rows")
     return balanced_sample(test, config.evaluation.nlu_rows, len(config.task.labels), seed)
 
 

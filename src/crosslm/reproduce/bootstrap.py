@@ -41,11 +41,12 @@ class Estimate:
 
 
 def bootstrap(seeds: Sequence[Sequence[Group]], seed: int = 0, replicates: int = REPLICATES) -> Means:
-    """Resample seeds with replacement and, in each seed drawn, rows with replacement.
+    """Resample seeds with replacement, and rows with replacement.
 
     Args:
         seeds: for each seed its groups. Rows of a group are drawn together (the same test rows under two methods:
-            a paired difference), those of different groups independently. Every seed has the same columns.
+            a paired difference), those of different groups independently. Every seed has the same groups; since test
+            rows are the same for every seed, the same places are drawn in each, and more seeds make no more rows.
         seed: of the drawing.
         replicates: how many.
 
@@ -53,14 +54,11 @@ def bootstrap(seeds: Sequence[Sequence[Group]], seed: int = 0, replicates: int =
         Means of the columns of all groups, one after the other.
     """
     generator = np.random.default_rng(seed)
-    point = np.mean([_means(groups) for groups in seeds], axis=0)
-    draws = np.zeros((replicates, len(point)))
-    for _ in seeds:
-        drawn = generator.integers(len(seeds), size=replicates)
-        for number, groups in enumerate(seeds):
-            places = np.flatnonzero(drawn == number)
-            draws[places] += np.concatenate([_resampled(group, len(places), generator) for group in groups], axis=1)
-    return Means(point, draws / len(seeds), len(seeds))
+    count = len(seeds)
+    shares = generator.multinomial(count, [1 / count] * count, size=replicates) / count
+    point = np.mean([np.concatenate([group.mean(axis=1) for group in groups]) for groups in seeds], axis=0)
+    draws = [_resampled(same, shares, generator) for same in zip(*seeds, strict=True)]
+    return Means(point, np.concatenate(draws, axis=1), count)
 
 
 def average(parts: Sequence[Means]) -> Means:
@@ -89,15 +87,20 @@ def estimate(means: Means, column: int = 0) -> Estimate:
     return Estimate(float(means.point[column]), float(low), float(high), means.seeds)
 
 
-def _means(groups: Sequence[Group]) -> Array:
-    return np.concatenate([group.mean(axis=1) for group in groups])
+def _resampled(groups: Sequence[Group], shares: Array, generator: np.random.Generator) -> Array:
+    """Means of rows drawn with replacement, ``(replicates, columns)``.
 
-
-def _resampled(group: Group, count: int, generator: np.random.Generator) -> Array:
-    """Means of rows drawn with replacement, ``(count, columns)``."""
-    rows = group.shape[1]
-    parts = [np.zeros((0, len(group)))]
-    for start in range(0, count, CHUNK):
-        places = generator.integers(rows, size=(min(CHUNK, count - start), rows))
-        parts.append(group[:, places].mean(axis=2).T)
-    return np.concatenate(parts)
+    Args:
+        groups: the same group of each seed.
+        shares: ``(replicates, seeds)``, how much each seed counts.
+        generator: draws the rows.
+    """
+    result = np.zeros((len(shares), len(groups[0])))
+    for start in range(0, len(shares), CHUNK):
+        part = shares[start : start + CHUNK]
+        places = np.zeros((0, 0), dtype=int)
+        for number, group in enumerate(groups):
+            if places.shape[1] != group.shape[1]:  # the first, or texts of which another seed has fewer
+                places = generator.integers(group.shape[1], size=(len(part), group.shape[1]))
+            result[start : start + CHUNK] += part[:, [number]] * group[:, places].mean(axis=2).T
+    return result

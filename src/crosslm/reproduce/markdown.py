@@ -34,7 +34,7 @@ def markdown_table(table: Mapping[str, Any]) -> list[str]:
         "| --- |" + " ---: |" * (len(table["columns"]) + 1),
     ]
     for row in table["rows"]:
-        name = f"*paper, {row['name']}*" if row["by"] == "paper" else row["name"]
+        name = f"*in the paper: {row['name']}*" if row["by"] == "paper" else row["name"]
         lines.append(f"| {name} | " + " | ".join(map(figure, row["cells"])) + f" | {seeds(row)} |")
     return [*lines, ""]
 
@@ -44,7 +44,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     origin = report["origin"]
     lines = [
         f"Measured on the {report['split']} split; in brackets the 95 % interval of a bootstrap over seeds and test "
-        "rows (with one seed: over test rows alone). "
+        "rows (with one seed: over test rows alone); test rows are the same for every seed. "
         f"Commits {', '.join(f'`{commit[:10]}`' for commit in origin['commits'])}, {' to '.join(origin['dates'])}, "
         f"{'; '.join(origin['machines'])}; {origin['cells']} cells, {origin['hours']:.1f} hours.",
         "",
@@ -71,7 +71,7 @@ def headline_table(headline: Mapping[str, Any]) -> list[str]:
             found = headline[preset]
             if name in found:
                 low, high = found["intervals"][name]
-                cells.append(f"{found[name]:.3g} [{low:.3g}, {high:.3g}], {found['seeds'][name]} seeds")
+                cells.append(f"{found[name]:.3g} [{low:.3g}, {high:.3g}], seeds: {found['seeds'][name]}")
             else:
                 cells.append("")
         if any(cells):

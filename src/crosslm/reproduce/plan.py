@@ -88,6 +88,9 @@ def choose(
     Raises:
         ConfigError: a table, task, preset or split is unknown.
     """
+    task_names = [name for name in tables if name in packaged()]
+    if task_names:
+        raise ConfigError(f"{task_names[0]!r} is no table but a task: name tasks with commas, --tasks sst2,imdb")
     allowed: tuple[tuple[str, Sequence[str], Iterable[str]], ...] = (
         ("table", tables, TABLES),
         ("task", (*tasks, *scale.tasks), packaged()),

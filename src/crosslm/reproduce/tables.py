@@ -136,12 +136,12 @@ def table_4(figures: Figures, tasks: Sequence[str], presets: Sequence[Preset]) -
         slm = [figures.slm(task, preset) for task in tasks]
         ceiling = [figures.ceiling(task, preset) for task in tasks]
         rows += [
-            row(f"{preset}: Standalone", slm, column(STANDALONE), SHARE),
-            row(f"{preset}: Data-free KD", slm, column(DATA_FREE_KD), SHARE),
-            row(f"{preset}: CrossLM", slm, column(CROSSLM), SHARE),
-            row(f"{preset}: CrossLM - Standalone, points", slm, change(CROSSLM, STANDALONE), POINTS),
-            row(f"{preset}: CrossLM - Data-free KD, points", slm, change(CROSSLM, DATA_FREE_KD), POINTS),
-            row(f"{preset}: CrossLM / ceiling", ceiling, ratio, SHARE),
+            row(f"preset {preset}: Standalone", slm, column(STANDALONE), SHARE),
+            row(f"preset {preset}: Data-free KD", slm, column(DATA_FREE_KD), SHARE),
+            row(f"preset {preset}: CrossLM", slm, column(CROSSLM), SHARE),
+            row(f"preset {preset}: CrossLM - Standalone, points", slm, change(CROSSLM, STANDALONE), POINTS),
+            row(f"preset {preset}: CrossLM - Data-free KD, points", slm, change(CROSSLM, DATA_FREE_KD), POINTS),
+            row(f"preset {preset}: CrossLM / ceiling", ceiling, ratio, SHARE),
         ]
     ceilings = [next((part for preset in presets if (part := figures.ceiling(task, preset))), None) for task in tasks]
     rows.append(row("ceiling: one SLM on all clients' text", ceilings, column(1), SHARE))
@@ -158,7 +158,11 @@ def _before_after(name: str, parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 def table_5(figures: Figures, tasks: Sequence[str], presets: Sequence[Preset]) -> dict[str, Any] | None:
     """The LLM's accuracy before and after."""
-    rows = [row for preset in presets for row in _before_after(preset, [figures.nlu(task, preset) for task in tasks])]
+    rows = [
+        row
+        for preset in presets
+        for row in _before_after(f"preset {preset}", [figures.nlu(task, preset) for task in tasks])
+    ]
     return table("5", [*tasks, "average"], rows)
 
 
@@ -168,7 +172,7 @@ def table_6(figures: Figures, tasks: Sequence[str], presets: Sequence[Preset]) -
         row
         for preset in presets
         for who, judge in (("by the SLMs", False), ("by the judge", True))
-        for row in _before_after(f"{preset}, {who}", [figures.nlg(task, preset, judge) for task in tasks])
+        for row in _before_after(f"preset {preset}, {who}", [figures.nlg(task, preset, judge) for task in tasks])
     ]
     return table("6", [*tasks, "average"], rows)
 
@@ -179,7 +183,7 @@ def table_7(figures: Figures, tasks: Sequence[str], presets: Sequence[Preset]) -
     starts = [(ORIGINAL, ORIGINAL), *((task, preset) for preset in presets for task in tasks)]
     for task, preset in starts:
         parts = [figures.benchmark(name, task, preset) for name in BENCHMARKS]
-        name = "original" if task == ORIGINAL else f"{preset}, after {NAMES.get(task, task)}"
+        name = "original" if task == ORIGINAL else f"preset {preset}, after {NAMES.get(task, task)}"
         accuracy = row(name, parts, column(AFTER), SHARE)
         accuracy["cells"].append(cell(figures.matthews("cola", task, preset), column(0), CORRELATION))
         rows.append(accuracy)
@@ -195,9 +199,9 @@ def table_8(figures: Figures, tasks: Sequence[str], presets: Sequence[Preset]) -
     for preset in presets:
         parts = [figures.perplexity(task, preset) for task in tasks]
         rows += [
-            row(f"{preset}: before", parts, column(BEFORE), PERPLEXITY),
-            row(f"{preset}: after", parts, column(AFTER), PERPLEXITY),
-            row(f"{preset}: growth, %", parts, growth, PERCENT),
+            row(f"preset {preset}: before", parts, column(BEFORE), PERPLEXITY),
+            row(f"preset {preset}: after", parts, column(AFTER), PERPLEXITY),
+            row(f"preset {preset}: growth, %", parts, growth, PERCENT),
         ]
     return table("8", [*tasks, "average"], rows)
 
@@ -220,7 +224,9 @@ def varied(key: str, figures: Figures, choice: Choice) -> dict[str, Any] | None:
                     cell(ceiling, column(1), SHARE),
                     cell(ceiling, ratio, SHARE),
                 ]
-                rows.append({"name": f"{NAMES.get(task, task)}, {preset}, {value:g}", "by": "ours", "cells": cells})
+                rows.append(
+                    {"name": f"{NAMES.get(task, task)}, preset {preset}, {value:g}", "by": "ours", "cells": cells}
+                )
     if not any_varied(key, figures, choice):
         return None
     columns = ("Standalone", "Data-free KD", "CrossLM", "gain, points", "ceiling", "share of ceiling")
@@ -254,7 +260,9 @@ def ablation(figures: Figures, choice: Choice) -> dict[str, Any] | None:
                     cell(figures.perplexity(task, preset, name), growth, PERCENT),
                 ]
                 shown = "no change" if name == BASE else name
-                rows.append({"name": f"{NAMES.get(task, task)}, {preset}, {shown}", "by": "ours", "cells": cells})
+                rows.append(
+                    {"name": f"{NAMES.get(task, task)}, preset {preset}, {shown}", "by": "ours", "cells": cells}
+                )
     if not any_varied("ablation", figures, choice):
         return None
     columns = ("SLM", "SLM gain, points", "NLU after", "NLG (judge) after", "distinct-2 after", "perplexity growth, %")
