@@ -350,6 +350,11 @@ def test_a_cell_made_with_other_settings_is_refused_and_a_new_field_is_not(scale
     scale["run"]["llm"]["samples"] = 5
     with pytest.raises(RunError, match=r"seed-0/run.json: was made with other settings \(llm.samples\); take another"):
         reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
+    # its cell deleted, the run is made again, though its folder is there and whole
+    for preset in PRESETS:
+        (tmp_path / f"out/test/cells/sst2/{preset}/base/seed-0/run.json").unlink()
+    reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
+    assert len(quick) == made + 2
     # the ceiling does not depend on the LLM
     cells = [cell for cell in plan(chosen(scale, data, "4")) if cell.stage == "ceiling"]
     assert all(driver.is_done(cell, chosen(scale, data, "4"), Store(tmp_path / "out", "test")) for cell in cells)

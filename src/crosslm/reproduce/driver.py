@@ -1,5 +1,6 @@
 """The loop: check everything, do the cells that are not there, and write the tables now and then and at the end."""
 
+import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,6 +118,7 @@ def _work(todo: Sequence[Cell], choice: Choice, store: Store, cache: Path, displ
             failed.append(f"{cell.path}: {error}")
             display.note(f"failed: {failed[-1]}")
             continue
+        gc.collect()  # a run's models refer to each other in circles, and are gigabytes
         seconds = round(time.perf_counter() - started, 2)
         store.keep(cell, {**origin, "seconds": seconds, "settings": settings_of(cell, choice), "figures": figures})
         if cell.stage == RUN:

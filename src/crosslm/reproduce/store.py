@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from crosslm.config import Config
 from crosslm.errors import RunError
 from crosslm.reproduce.plan import CEILING, ORIGINAL, Cell, leaves
-from crosslm.rundir import SUMMARY, RunDir
+from crosslm.rundir import CONFIG, SUMMARY, RunDir
 
 MACHINES_OWN = (("data", "dir"), ("device",))
 CEILING_SECTIONS = ("seed", "task", "data", "clients", "slm")
@@ -66,10 +67,19 @@ class Store:
         except OSError as error:
             raise RunError(f"{self.folder / name}: cannot be written: {error}") from error
 
-    def fresh_run_folder(self, cell: Cell) -> Path:
-        """The run folder; what a run that was stopped left there is removed."""
+    def fresh_run_folder(self, cell: Cell, config: Config) -> Path:
+        """The run folder: with the finished run of this configuration, or empty.
+
+        What a run that was stopped left there is removed, and so is a run of another configuration whose cell has
+        been deleted.
+        """
         folder = self.run_folder(cell)
-        if not (folder / SUMMARY).is_file():
+        now = {"config": config.model_dump(mode="json", exclude_none=True)}
+        try:
+            then = {"config": tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))}
+        except (OSError, ValueError):
+            then = {}
+        if not (folder / SUMMARY).is_file() or differences(cell, then, now):
             shutil.rmtree(folder, ignore_errors=True)
         return folder
 
@@ -92,10 +102,9 @@ class Store:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
-        except BlockingIOError as error:
-            raise RunError(f"{self.folder}: another crosslm reproduce is at work here; choose another --output") from (
-                error
-            )
+        except BlockingIOError:
+            message = f"{self.folder}: another crosslm reproduce is at work here; choose another --output"
+            raise RunError(message) from None
         finally:
             os.close(handle)
 

@@ -38,7 +38,7 @@ def do(cell: Cell, choice: Choice, store: Store, cache: Path, display: Display |
     """
     config = choice.cell_config(cell)
     if cell.stage == RUN:
-        folder = store.fresh_run_folder(cell)
+        folder = store.fresh_run_folder(cell, config)
         if not (folder / SUMMARY).is_file():
             run_local(config, folder, cache, display)
         return run_figures(RunDir.open(folder))
