@@ -19,7 +19,7 @@ from crosslm.records import SyntheticText
 from crosslm.reproduce.benchmarks import BENCHMARKS, label_logits, load_benchmark, matthews, queries_of, start_llm
 from crosslm.reproduce.bootstrap import average, bootstrap, estimate, worst
 from crosslm.reproduce.figures import Figures
-from crosslm.reproduce.markdown import figure, headline_table
+from crosslm.reproduce.markdown import figure, headline_table, short
 from crosslm.reproduce.plan import BASE, RUN, Cell, Variation, slug
 from crosslm.reproduce.tables import change, growth, paper_tables, ratio, table_4
 from crosslm.reproduce.work import digits
@@ -139,6 +139,8 @@ def test_figures_in_words():
     assert slug("reward.baseline = none") == "reward.baseline-none"
     assert digits([0, 1, 1], [0, 0, 1]) == "101"
     assert share_right([0, 1, 1], [0, 0, 1]) == pytest.approx(2 / 3)
+    assert short("0123456789abcdef") == "`0123456789`"
+    assert short("0123456789abcdef+changes") == "`0123456789` with changes"
     empty = {"units": {"nlu_gain": "points"}, "paper": {}, "recommended": {}}
     assert headline_table(empty) == []
 

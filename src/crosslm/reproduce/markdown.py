@@ -45,7 +45,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"Measured on the {report['split']} split; in brackets the 95 % interval of a bootstrap over seeds and test "
         "rows (with one seed: over test rows alone); test rows are the same for every seed. "
-        f"Commits {', '.join(f'`{commit[:10]}`' for commit in origin['commits'])}, {' to '.join(origin['dates'])}, "
+        f"Commits {', '.join(map(short, origin['commits']))}, {' to '.join(origin['dates'])}, "
         f"{'; '.join(origin['machines'])}; {origin['cells']} cells, {origin['hours']:.1f} hours.",
         "",
         *headline_table(report["headline"]),
@@ -60,6 +60,11 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         "",
     ]
     return lines
+
+
+def short(commit: str) -> str:
+    """Ten digits of a commit, and whether the source was changed since."""
+    return f"`{commit[:10]}`" + (" with changes" if commit.endswith("+changes") else "")
 
 
 def headline_table(headline: Mapping[str, Any]) -> list[str]:
