@@ -1,6 +1,5 @@
 """The loop: check everything, do the cells that are not there, and write the tables now and then and at the end."""
 
-import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,12 +45,11 @@ def reproduce(
     """
     display = display or Silent()
     cells, store = plan(choice), Store(output, choice.split)
-    todo = [cell for cell in cells if not is_done(cell, choice, store)]
-    if render_only:
-        todo = []
+    todo = [] if render_only else [cell for cell in cells if not is_done(cell, choice, store)]
     check_input(todo, choice, cache, display)
     with store.locked():
-        display.note(f"{len(cells)} cells: {len(cells) - len(todo)} there, {len(todo)} to do")
+        if not render_only:
+            display.note(f"{len(cells)} cells: {len(cells) - len(todo)} there, {len(todo)} to do")
         failed = _work(todo, choice, store, cache, display)
         write_report(store, choice, display.note)
     if failed:
@@ -118,7 +116,6 @@ def _work(todo: Sequence[Cell], choice: Choice, store: Store, cache: Path, displ
             failed.append(f"{cell.path}: {error}")
             display.note(f"failed: {failed[-1]}")
             continue
-        gc.collect()  # a run's models refer to each other in circles, and are gigabytes
         seconds = round(time.perf_counter() - started, 2)
         store.keep(cell, {**origin, "seconds": seconds, "settings": settings_of(cell, choice), "figures": figures})
         if cell.stage == RUN:

@@ -1,5 +1,6 @@
 """Doing a cell: a run, a ceiling, or a benchmark, to figures that can be kept."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def do(cell: Cell, choice: Choice, store: Store, cache: Path, display: Display |
         folder = store.fresh_run_folder(cell, config)
         if not (folder / SUMMARY).is_file():
             run_local(config, folder, cache, display)
+            gc.collect()  # a run's models refer to themselves in circles, and are gigabytes
         return run_figures(RunDir.open(folder))
     config = config.model_copy(update={"device": resolve_device(config.device)})
     if cell.stage == CEILING:
@@ -129,4 +131,6 @@ def benchmark(
     with progress.stage("fine-tune LLM", cell.path, work, "rows") as advance:
         data = choice.data_dir / cell.stage
         gold, predicted = fine_tune(llm, cell.stage, data, choice.split, budget, cell.seed, advance)
+    del llm
+    gc.collect()
     return {"correct": digits(gold, predicted), "matthews": matthews(gold, predicted), "test_rows": len(gold)}
