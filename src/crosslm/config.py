@@ -237,6 +237,8 @@ class SelectionConfig(Section):
     """Fresh texts from the enhanced LLM."""
     fraction: Fraction = 0.25
     """alpha % of section 4.2."""
+    score: Literal["product", "reward", "diversity"] = "product"
+    """What ranks the texts: the paper's product of reward and diversity, or one factor alone."""
     nonpositive_rewards: Literal["keep", "drop"] = "keep"
     """``drop``: never take a text with r <= 0."""
     class_balance: bool = False

@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,13 +20,19 @@ def packaged() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def load(source: str | Path, overrides: tuple[str, ...] = (), data_dir: str | None = None) -> Config:
+def load(
+    source: str | Path,
+    overrides: tuple[str, ...] = (),
+    data_dir: str | None = None,
+    over: Mapping[str, Any] = MappingProxyType({}),
+) -> Config:
     """Read a configuration file and check it.
 
     Args:
         source: path of a TOML file, or the name of a packaged one (:func:`packaged`).
         overrides: ``section.key=value``; the value is TOML, or else taken as a string.
         data_dir: replaces ``data.dir``; relative to the working directory.
+        over: tables that lie over the file's, and under the overrides.
 
     Raises:
         ConfigError: not found, not TOML, or an unknown key or impossible value; names the key and
@@ -40,6 +47,7 @@ def load(source: str | Path, overrides: tuple[str, ...] = (), data_dir: str | No
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as a TOML file, which it must be: {error}") from error
+    given = merged(given, over)
     for override in overrides:
         _set(given, override)
     if data_dir is not None:

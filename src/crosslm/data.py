@@ -66,7 +66,8 @@ def load_split(config: Config) -> Split:
         warnings.extend(loaded.warnings())
         return loaded.examples
 
-    test = balanced_sample(rows(str(data.test)), data.test_rows, len(labels), seed_for(config.seed, "test"))
+    # the same test rows for every seed of a run, so that seeds can be compared on them
+    test = balanced_sample(rows(str(data.test)), data.test_rows, len(labels), seed_for(0, "test"))
     judge = rows(data.judge) if data.judge else Examples([], [])
     if config.clients:
         private = {client.id: rows(client.train) for client in config.clients}

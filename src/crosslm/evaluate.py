@@ -3,8 +3,6 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-
 from crosslm.config import Config
 from crosslm.data import balanced_sample
 from crosslm.models.llm import LLM
@@ -19,26 +17,35 @@ NLU_CHUNK = 64
 NLU_TOKENS = 256  # of a text; with the query well inside the 1,024 of GPT-2
 
 
+def share_right(gold: Sequence[int], predicted: Sequence[int]) -> float:
+    """Accuracy: the share of rows whose predicted label is theirs."""
+    return sum(right == said for right, said in zip(gold, predicted, strict=True)) / len(gold)
+
+
 def nlu_accuracy(llm: LLM, task: Task, examples: Examples, progress: Progress, detail: str) -> float:
-    """Share of texts that the LLM classifies right by the verbalizers (Eq. 1).
+    """Share of texts that the LLM classifies right by the verbalizers (Eq. 1)."""
+    return share_right(examples.labels, nlu_predictions(llm, task, examples, progress, detail))
+
+
+def nlu_predictions(llm: LLM, task: Task, examples: Examples, progress: Progress, detail: str) -> list[int]:
+    """The label that the LLM gives each text by the verbalizers (Eq. 1).
 
     Of each text the first 256 tokens are read.
     """
     verbalizers = verbalizer_ids(llm.tokenizer, task)
-    right = 0
+    predicted: list[int] = []
     with progress.stage("evaluate", f"LLM classifies, {detail}", len(examples), "texts") as advance:
         for start in range(0, len(examples), NLU_CHUNK):
             rows = examples.take(range(start, min(start + NLU_CHUNK, len(examples))))
             queries = [task.query(llm.shorten(text, NLU_TOKENS)) for text in rows.texts]
-            predicted = llm.classify(queries, verbalizers).argmax(dim=1)
-            right += int((predicted == torch.tensor(rows.labels)).sum())
+            predicted += llm.classify(queries, verbalizers).argmax(dim=1).tolist()
             advance(len(rows))
-    return right / len(examples)
+    return predicted
 
 
 def nlu_rows(config: Config, test: Examples) -> Examples:
-    """The test rows that the LLM classifies: the same ones before and after."""
-    seed = seed_for(config.seed, "nlu rows")
+    """The test rows that the LLM classifies: the same ones before and after, and for every seed of a run."""
+    seed = seed_for(0, "nlu rows")
     return balanced_sample(test, config.evaluation.nlu_rows, len(config.task.labels), seed)
 
 

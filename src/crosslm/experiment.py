@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crosslm import evaluate, snapshot
+from crosslm import arrivals, evaluate, snapshot
 from crosslm.cards import write_cards
 from crosslm.checkpoint import Checkpoints
 from crosslm.client import Client
@@ -260,7 +260,7 @@ class _Run:
         final = self._synthesize("enhanced LLM", config.evaluation.nlg_samples, "final")
         first = SyntheticSet(self.journal.base_pool.samples[: config.evaluation.nlg_samples])
         for moment, texts, measures in (("before", first, before), ("after", final, after)):
-            measures |= self._nlg_measures(texts)
+            measures |= self._nlg_measures(moment, texts)
             run.event("llm", moment=moment, arrival=0 if moment == "before" else self.server.steps, **measures)
         summary = self._summary(before, after)
         write_cards(run, config, summary)
@@ -283,6 +283,7 @@ class _Run:
             "texts_removed": journal.removed,
             "judge_accuracy": self.judge_accuracy,
             "nlu_rows": len(self.nlu_rows),
+            "reward_hacking": arrivals.reward_hacking(self.run.events(), self.progress.note),
             "test_rows": {name: len(test) for name, test in self.split.tests.items()},
             "clients": {
                 name: {
@@ -327,7 +328,10 @@ class _Run:
         return texts
 
     def _llm_measures(self, moment: str) -> dict[str, float]:
-        measures = {"nlu_accuracy": evaluate.nlu_accuracy(self.llm, self.task, self.nlu_rows, self.progress, moment)}
+        gold = self.nlu_rows.labels
+        predicted = evaluate.nlu_predictions(self.llm, self.task, self.nlu_rows, self.progress, moment)
+        self.run.save_predictions(f"nlu/{moment}", gold, predicted)
+        measures = {"nlu_accuracy": evaluate.share_right(gold, predicted)}
         if self.perplexity_text is not None:
             limit = self.config.evaluation.perplexity_tokens
             with self.progress.stage("evaluate", f"perplexity, {moment}", 1, "text") as advance:
@@ -335,16 +339,24 @@ class _Run:
                 advance(1)
         return measures
 
-    def _nlg_measures(self, texts: SyntheticSet) -> dict[str, float]:
+    def _nlg_measures(self, moment: str, texts: SyntheticSet) -> dict[str, float]:
         """The same judges before and after: the SLMs as first uploaded, and the independent one."""
-        agreement = [evaluate.label_agreement(slm, texts) for slm in self.journal.standalone.values()]
+        slms = self.journal.standalone
+        agreement = [self._rows(f"nlg/{moment}/slm/{who}", slm, texts.examples()) for who, slm in slms.items()]
         measures = {
             "nlg_accuracy": sum(agreement) / len(agreement),
             "distinct_2": evaluate.distinct_ngrams(texts.texts),
         }
         if self.journal.judge:
-            measures["nlg_judge_accuracy"] = evaluate.label_agreement(self.journal.judge, texts)
+            judge = self.journal.judge
+            measures["nlg_judge_accuracy"] = self._rows(f"nlg/{moment}/judge", judge, texts.examples())
         return measures
+
+    def _rows(self, name: str, slm: SLM, examples: Examples) -> float:
+        """Accuracy; what was predicted for each row is kept."""
+        predicted = slm.predict_proba(examples.texts).argmax(dim=1).tolist()
+        self.run.save_predictions(name, examples.labels, predicted)
+        return evaluate.share_right(examples.labels, predicted)
 
 
 def peak_memory_bytes() -> int:

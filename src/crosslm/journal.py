@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from crosslm import evaluate
+from crosslm import arrivals, evaluate
 from crosslm.baselines import data_free_kd
 from crosslm.checkpoint import Checkpoints
 from crosslm.client import Client, Decision
@@ -86,6 +86,7 @@ class RunJournal:
         """Measure a client's SLM on its test rows, and keep which of them it got right."""
         tests, test = list(self.split.tests.values()), self.split.tests[who]
         predicted: list[int] = slm.predict_proba(test.texts).argmax(dim=1).tolist()
+        self.run.save_predictions(f"slm/{method}/{who}", test.labels, predicted)
         right = [given == label for given, label in zip(predicted, test.labels, strict=True)]
         self.accuracy[method][who] = sum(right) / len(right)
         self.confusion[method][who] = evaluate.confusion_counts(predicted, test.labels, len(self.task.labels))
@@ -95,7 +96,6 @@ class RunJournal:
 
     def _measure(self, who: str, step: int, download: Download, record: StepRecord) -> None:
         kept = [sample for sample, receipt in zip(record.pool.samples, record.receipts, strict=True) if receipt.kept]
-        judged = {"judge/pool": record.pool} | ({"judge/selected": SyntheticSet(kept)} if kept else {})
         measures = {
             "slm/standalone": self.accuracy["standalone"][who],
             "slm/data_free_kd": self.accuracy["data_free_kd"][who],
@@ -104,9 +104,12 @@ class RunJournal:
             "reward/pool": sum(receipt.reward for receipt in record.receipts) / len(record.receipts),
             "diversity/pool": sum(receipt.diversity for receipt in record.receipts) / len(record.receipts),
             "distinct_2/pool": evaluate.distinct_ngrams(record.pool.texts),
+            **arrivals.text_measures(record, self.task),
         }
         if self.judge:
-            measures |= {name: evaluate.label_agreement(self.judge, texts) for name, texts in judged.items()}
+            measures |= arrivals.judge_measures(self.judge, record)
+        if self.judge and kept:
+            measures["judge/selected"] = evaluate.label_agreement(self.judge, SyntheticSet(kept))
         self.run.event("step", step=step, client=who, **measures, **download.metrics)
         wanted = self.config.selection.fraction * len(record.receipts)
         if len(kept) < wanted / 2:

@@ -63,4 +63,9 @@ def closing(summary: Mapping[str, Any]) -> Group:
         f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB, "
         f"{summary['tokens_generated']:,} tokens generated.",
     ]
+    hacking = summary.get("reward_hacking") or {}
+    if hacking.get("arrivals") or hacking.get("whole_run"):
+        lines.append(
+            "The reward rose while the judge's agreement fell (reward hacking): see reward_hacking in summary.json."
+        )
     return Group(slm_table(summary), llm_table(summary), Text("\n".join(lines)))

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -204,6 +204,10 @@ class RunDir:
         self.write_data(f"quarantine/{name}.safetensors", upload)
         self.write(f"quarantine/{name}.json", json.dumps({"reason": reason, **figures}, indent=2) + "\n")
         return self.path / "quarantine"
+
+    def save_predictions(self, name: str, gold: Sequence[int], predicted: Sequence[int]) -> None:
+        """Write what was predicted for each row beside what is right, as places in the task's labels."""
+        self.write(f"predictions/{name}.json", json.dumps({"gold": gold, "predicted": predicted}) + "\n")
 
     def save_slm(self, client_id: str, slm: SLM, folder: str = "slm") -> None:
         """Write a classifier folder for transformers."""

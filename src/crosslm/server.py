@@ -301,6 +301,8 @@ def select(
     vectors = encoder.encode(pool.texts)
     diversities = diversity(vectors) if len(vectors) <= EXACT_TEXTS else approximate_diversity(vectors)
     scores = quality_diversity_scores(rewards, diversities)
+    if config.score != "product":
+        scores = rewards if config.score == "reward" else diversities
     labels = pool.labels if config.class_balance else None
     kept: list[int] = select_top(scores, config.fraction, rewards, config.nonpositive_rewards, labels).tolist()
     ranks = torch.argsort(torch.argsort(scores, descending=True, stable=True)) + 1

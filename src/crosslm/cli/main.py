@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from crosslm import __version__
-from crosslm.cli import federation, models, recovery, reports, runs, start, use  # noqa: F401  they join the application
+from crosslm.cli import (  # noqa: F401  their commands join the application
+    federation,
+    models,
+    recovery,
+    reports,
+    reproduce,
+    runs,
+    start,
+    use,
+)
 from crosslm.cli.app import app, console, errors
 from crosslm.errors import CrosslmError, StoppedError
 

@@ -1,0 +1,44 @@
+"""Where a figure comes from: machine, commit and date."""
+
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def machine(device: str = "cpu") -> str:
+    """What the figures were taken on, in words."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
+    used = "no GPU used" if device == "cpu" else f"on {device}"
+    return f"{os.cpu_count()} cores ({names[0] if names else platform.processor()}), {platform.system()}, {used}"
+
+
+def commit() -> str:
+    """The commit that this source is of, with ``+changes`` if it is not as committed; ``unknown`` without git."""
+    # a virtual environment may lie in another project's checkout: this file itself must be in the repository
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return "unknown"
+    head = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    return "unknown" if head is None else head + ("+changes" if changed else "")
+
+
+def provenance(device: str = "cpu") -> dict[str, str]:
+    """Commit, machine and date."""
+    return {"commit": commit(), "machine": machine(device), "date": time.strftime("%Y-%m-%d")}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

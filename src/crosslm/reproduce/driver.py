@@ -1,0 +1,126 @@
+"""The loop: check everything, do the cells that are not there, and write the tables now and then and at the end."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crosslm.data import load_split
+from crosslm.errors import CrosslmError, RunError
+from crosslm.models.sources import model_folder, resolve_device
+from crosslm.models.tokens import load_tokenizer, verbalizer_ids
+from crosslm.preparation import check_models, client_specs, perplexity_text_of
+from crosslm.progress import Display, Silent
+from crosslm.provenance import commit, machine
+from crosslm.reproduce.benchmarks import BENCHMARKS, load_benchmark
+from crosslm.reproduce.plan import RUN, Cell, Choice, plan
+from crosslm.reproduce.report import write_report
+from crosslm.reproduce.store import Store, differences
+from crosslm.reproduce.work import do, settings_of
+from crosslm.rundir import versions
+
+REPORT_SECONDS = 60.0  # between two writings of the tables, which take some seconds when there is much in them
+
+
+def reproduce(
+    choice: Choice, output: Path, cache: Path, display: Display | None = None, render_only: bool = False
+) -> Path:
+    """Do every cell of the chosen tables that is not there, and write the tables, plots and headline figures.
+
+    It may be stopped at any moment: what is kept of a cell is a whole file or none, and the next call goes on.
+
+    Args:
+        choice: tables, tasks, seeds, presets, split and scale.
+        output: folder for cells, run folders and tables.
+        cache: where converted models are kept.
+        display: shows progress.
+        render_only: write the tables of what is there and do nothing else.
+
+    Returns:
+        The folder with the tables.
+
+    Raises:
+        CrosslmError: the input is wrong, which is found before a model is loaded; a kept cell was made with other
+            settings; or cells have failed, which is said after all others have been done.
+    """
+    display = display or Silent()
+    cells, store = plan(choice), Store(output, choice.split)
+    todo = [] if render_only else [cell for cell in cells if not is_done(cell, choice, store)]
+    check_input(todo, choice, cache, display)
+    with store.locked():
+        if not render_only:
+            display.note(f"{len(cells)} cells: {len(cells) - len(todo)} there, {len(todo)} to do")
+        failed = _work(todo, choice, store, cache, display)
+        write_report(store, choice, display.note)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(cells)} cells failed:\n" + "\n".join(failed))
+    return store.folder
+
+
+def is_done(cell: Cell, choice: Choice, store: Store) -> bool:
+    """Whether a cell is there.
+
+    Raises:
+        RunError: it is there and was made with other settings.
+    """
+    kept = store.read(cell)
+    if kept is None:
+        return False
+    changed = differences(cell, kept["settings"], settings_of(cell, choice))
+    if changed:
+        raise RunError(
+            f"{store.folder / 'cells' / cell.path}.json: was made with other settings ({', '.join(changed)}); "
+            "take another --output, or delete it (and its folder in runs/) to have it done again"
+        )
+    return True
+
+
+def check_input(cells: Sequence[Cell], choice: Choice, cache: Path, display: Display) -> None:
+    """Find what is wrong with data, models or device before anything long is begun.
+
+    Raises:
+        CrosslmError: it is.
+    """
+    seen: set[tuple[str, str, str]] = set()
+    for cell in cells:
+        if cell.stage in BENCHMARKS:
+            key = ("", "", cell.stage)
+            if key not in seen:
+                benchmark, model = BENCHMARKS[cell.stage], choice.cell_config(cell).llm.model
+                for name in ("train.csv", f"{choice.split}.csv"):
+                    load_benchmark(benchmark, choice.data_dir / cell.stage, name)
+                verbalizer_ids(load_tokenizer(model_folder(model, cache, display.note), model), benchmark.task())
+        else:
+            key = (cell.task, cell.variation.name, "")
+            if key not in seen:
+                config = choice.cell_config(cell)
+                resolve_device(config.device)
+                check_models(config, client_specs(config, list(load_split(config).private)))
+                perplexity_text_of(config)
+        seen.add(key)
+
+
+def _work(todo: Sequence[Cell], choice: Choice, store: Store, cache: Path, display: Display) -> list[str]:
+    """Do cells; returns a line for each that failed, since one that fails must not cost a night's others."""
+    failed: list[str] = []
+    source, packages = commit(), versions()  # of the code that is loaded now, whatever comes later
+    reported = time.monotonic()
+    for number, cell in enumerate(todo, start=1):
+        display.note(f"cell {number} of {len(todo)}: {cell.path}")
+        started = time.perf_counter()
+        device = resolve_device(choice.cell_config(cell).device)
+        origin = {"commit": source, "machine": machine(device), "date": time.strftime("%Y-%m-%d"), "versions": packages}
+        try:
+            figures: dict[str, Any] = do(cell, choice, store, cache, display)
+        except CrosslmError as error:
+            failed.append(f"{cell.path}: {error}")
+            display.note(f"failed: {failed[-1]}")
+            continue
+        seconds = round(time.perf_counter() - started, 2)
+        store.keep(cell, {**origin, "seconds": seconds, "settings": settings_of(cell, choice), "figures": figures})
+        if cell.stage == RUN:
+            store.drop_classifiers(cell)
+        if time.monotonic() - reported > REPORT_SECONDS:
+            write_report(store, choice, display.note, plots=False)
+            reported = time.monotonic()
+    return failed

@@ -1,0 +1,74 @@
+"""The figures of ``headline.json``: means over the tasks for each preset, with intervals and seeds."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from crosslm.config import Preset
+from crosslm.reproduce.benchmarks import BENCHMARKS
+from crosslm.reproduce.bootstrap import Array, Means, average, estimate, worst
+from crosslm.reproduce.figures import AFTER, BEFORE, CROSSLM, DATA_FREE_KD, STANDALONE, Figures
+from crosslm.reproduce.plan import PRESET_NAMES, Choice, variations
+from crosslm.reproduce.tables import Part, Statistic, change, growth, ratio
+
+UNITS = {
+    "slm_gain_vs_standalone": "points, mean of the tasks",
+    "slm_gain_vs_data_free_kd": "points, mean of the tasks",
+    "nlu_gain": "points, mean of the tasks",
+    "nlg_judge_gain": "points, mean of the tasks",
+    "generalization_min_change": "points, the worst benchmark and task",
+    "ptb_growth_percent": "percent, the worst task",
+    "skew_share_of_ceiling": "share from 0 to 1, mean of the skew table's tasks at its smallest alpha",
+}
+
+
+def headline(figures: Figures, choice: Choice) -> dict[str, Any]:
+    """For each preset every figure whose cells are all there; the others are named under ``missing``.
+
+    ``intervals`` and ``seeds`` have the same keys.
+    """
+    result: dict[str, Any] = {"units": UNITS, "tasks": list(choice.scale.tasks), "split": choice.split}
+    for preset in PRESET_NAMES:
+        there = {name: estimate(part) for name, part in _parts(figures, choice, preset).items() if part is not None}
+        estimates = {name: found for name, found in there.items() if math.isfinite(found.value)}
+        result[preset] = {
+            **{name: found.value for name, found in estimates.items()},
+            "intervals": {name: [found.low, found.high] for name, found in estimates.items()},
+            "seeds": {name: found.seeds for name, found in estimates.items()},
+            "missing": [name for name in UNITS if name not in estimates],
+        }
+    return result
+
+
+def _parts(figures: Figures, choice: Choice, preset: Preset) -> dict[str, Part]:
+    tasks = choice.scale.tasks
+    slm = [figures.slm(task, preset) for task in tasks]
+    smallest = choice.scale.skew.alpha.index(min(choice.scale.skew.alpha))
+    skewed = {task: variations("skew", choice, task, preset)[smallest].name for task in choice.scale.skew.tasks}
+    changes = [figures.benchmark(name, task, preset) for name in BENCHMARKS for task in tasks]
+    return {
+        "slm_gain_vs_standalone": _mean(slm, change(CROSSLM, STANDALONE)),
+        "slm_gain_vs_data_free_kd": _mean(slm, change(CROSSLM, DATA_FREE_KD)),
+        "nlu_gain": _mean([figures.nlu(task, preset) for task in tasks], change(AFTER, BEFORE)),
+        "nlg_judge_gain": _mean([figures.nlg(task, preset, judge=True) for task in tasks], change(AFTER, BEFORE)),
+        "generalization_min_change": _worst(changes, change(AFTER, BEFORE), np.min),
+        "ptb_growth_percent": _worst([figures.perplexity(task, preset) for task in tasks], growth, np.max),
+        "skew_share_of_ceiling": _mean([figures.ceiling(task, preset, name) for task, name in skewed.items()], ratio),
+    }
+
+
+def _complete(parts: Sequence[Part], statistic: Statistic) -> list[Means] | None:
+    there = [part.statistic(statistic) for part in parts if part is not None]
+    return there if there and len(there) == len(parts) else None
+
+
+def _mean(parts: Sequence[Part], statistic: Statistic) -> Part:
+    there = _complete(parts, statistic)
+    return None if there is None else average(there)
+
+
+def _worst(parts: Sequence[Part], statistic: Statistic, of: Callable[..., Array]) -> Part:
+    there = _complete(parts, statistic)
+    return None if there is None else worst(there, of)

