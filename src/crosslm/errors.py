@@ -21,5 +21,9 @@ class UploadError(CrosslmError):
     """An uploaded or downloaded message does not hold what it must."""
 
 
+class LeakError(CrosslmError):
+    """Text that comes back to a silo is too near to its private text."""
+
+
 class RunError(CrosslmError):
     """A run folder cannot be written or read."""

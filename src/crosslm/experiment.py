@@ -9,6 +9,7 @@ from typing import Any
 
 from crosslm import evaluate
 from crosslm.baselines import data_free_kd
+from crosslm.canaries import plant
 from crosslm.client import Client
 from crosslm.config import Config, SLMSpec
 from crosslm.data import Split, load_split
@@ -16,8 +17,10 @@ from crosslm.errors import CrosslmError, RunError, UploadError
 from crosslm.federation.exchange import serve
 from crosslm.federation.local import LocalExchange
 from crosslm.federation.messages import describe
+from crosslm.leaks import LeakCheck
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
+from crosslm.models.private_fit import PrivateTraining, require_opacus
 from crosslm.models.slm import SLM, check_layers
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
@@ -29,6 +32,7 @@ from crosslm.preparation import (
     original_llm,
     perplexity_text_of,
 )
+from crosslm.privacy import privacy_summary
 from crosslm.progress import Display, Progress
 from crosslm.records import Download, SyntheticSet, Upload
 from crosslm.rundir import RunDir, versions
@@ -65,6 +69,8 @@ def run_local(config: Config, output: Path, cache: Path, display: Display | None
     split = load_split(config)
     specs = client_specs(config, list(split.private))
     check_models(config, specs)
+    if config.privacy.epsilon:
+        require_opacus()
     perplexity_text = perplexity_text_of(config)
     RunDir.check_free(output)
     for client_id, spec in specs.items():
@@ -157,6 +163,7 @@ class _Run:
                 }
                 for name, examples in self.split.private.items()
             },
+            "privacy": privacy_summary(run.events()),
             "peak_memory_bytes": peak_memory_bytes(),
         }
         run.summarise(summary)
@@ -168,6 +175,7 @@ class _Run:
         """Measure Standalone and Data-free KD when a client comes for the first time."""
         who = upload.client_id
         self.run.event("upload", **describe(upload))
+        self.run.save_upload(upload)
         if who in self.standalone:
             return
         slm = receive_slm(upload, self.task, self.config)
@@ -247,7 +255,11 @@ class _Run:
             config.slm.freeze_embeddings,
             config.device,
         )
-        return Client(client_id, self.split.private[client_id], slm, config.slm.private, config.seed, self.progress)
+        rows, privacy = self.split.private[client_id], config.privacy
+        private = plant(rows, slm.tokenizer, len(self.task.labels), privacy.canaries, config.seed, client_id)
+        training = PrivateTraining(privacy, config.federation.participations) if privacy.epsilon else None
+        leaks = LeakCheck(private.texts, privacy, self.encoder) if privacy.checks_leaks else None
+        return Client(client_id, private, slm, config.slm.private, config.seed, self.progress, training, leaks)
 
     def _synthesize(self, detail: str, count: int, purpose: str) -> SyntheticSet:
         seed = seed_for(self.config.seed, purpose)

@@ -14,13 +14,13 @@ from crosslm.config import Config
 from crosslm.errors import RunError
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
-from crosslm.records import Receipt, SyntheticSet
+from crosslm.records import Receipt, SyntheticSet, Upload
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 
 
 class RunDir:
-    """``config.toml``, ``metrics.jsonl``, ``summary.json``, ``synthetic/``, ``slm/``, ``llm/``."""
+    """``config.toml``, ``metrics.jsonl``, ``summary.json``, ``synthetic/``, ``uploads/``, ``slm/``, ``llm/``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -110,6 +110,10 @@ class RunDir:
     def save_slm(self, client_id: str, slm: SLM) -> None:
         """Write a classifier folder for transformers."""
         slm.save(str(self.path / "slm" / client_id))
+
+    def save_upload(self, upload: Upload) -> None:
+        """Write a client's classifier as it came, for ``crosslm audit``; a later one takes the place of an earlier."""
+        SLM.from_state(upload.slm).save(str(self.path / "uploads" / upload.client_id))
 
     def save_llm(self, llm: LLM) -> None:
         """Write the adapter folder for PEFT, or the whole model after full fine-tuning."""

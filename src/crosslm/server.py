@@ -86,7 +86,8 @@ class Server:
 
         self.steps += 1
         metrics = {"selected": float(len(kept)), **{f"fit/{name}": value for name, value in fitted.items()}}
-        return Download(who, upload.client_round, self.steps, metrics, slm.to_state()), record
+        texts = tuple(record.pool.examples(kept).texts) if config.privacy.checks_leaks else ()
+        return Download(who, upload.client_round, self.steps, metrics, slm.to_state(), texts), record
 
     def update_llm(self, drafts: SyntheticSet, rewards: Tensor, seed: int, who: str = "") -> list[dict[str, float]]:
         """One pass over the drafts, minimising Eq. 9.
