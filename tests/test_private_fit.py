@@ -26,6 +26,7 @@ from crosslm.privacy_config import PrivacyConfig
 from crosslm.records import Examples
 
 LABELS = ("bad", "good")
+FIT = FitConfig(epochs=2, batch_size=20, learning_rate=1e-3)
 EXAMPLES = Examples(sentences(BAD) + sentences(GOOD), [0] * 40 + [1] * 40)
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MORE = {
@@ -108,9 +109,8 @@ def test_one_step_is_clipped_gradients_by_definition(folders, family, frozen):
 def test_each_family_is_trained_and_left_clean(folders, family):
     slm = load(folders, family)
     before, table = weights(slm), slm.model.get_input_embeddings().weight.clone()
-    fit = FitConfig(epochs=2, batch_size=20, learning_rate=1e-3)
     seen = []
-    metrics = PrivateTraining(PrivacyConfig(epsilon=8), 1, secret()).fit(slm, EXAMPLES, fit, 0, seen.append)
+    metrics = PrivateTraining(PrivacyConfig(epsilon=8), 1, secret()).fit(slm, EXAMPLES, FIT, 0, seen.append)
     changed = [name for name, value in weights(slm).items() if not torch.equal(value, before[name])]
     trained = [name for name, parameter in slm.model.named_parameters() if parameter.requires_grad]
     assert changed == trained
@@ -123,7 +123,7 @@ def test_each_family_is_trained_and_left_clean(folders, family):
 
 
 def test_epsilon_is_that_of_opacuss_own_accountant(folders):
-    privacy, fit = PrivacyConfig(epsilon=3, delta=1e-4), FitConfig(epochs=3, batch_size=16)
+    privacy, fit = PrivacyConfig(epsilon=3), FitConfig(epochs=3, batch_size=16)
     training = PrivateTraining(privacy, 2, secret())
     slm = load(folders, "bert")
     for upload in (1, 2):
@@ -131,7 +131,7 @@ def test_epsilon_is_that_of_opacuss_own_accountant(folders):
         accountant = RDPAccountant()
         for _ in range(int(told["dp/steps"])):  # as Opacus counts, one step after the other
             accountant.step(noise_multiplier=told["dp/noise_multiplier"], sample_rate=told["dp/sample_rate"])
-        assert told["dp/epsilon"] == pytest.approx(accountant.get_epsilon(1e-4))
+        assert told["dp/epsilon"] == pytest.approx(accountant.get_epsilon(1e-5))
         assert told["dp/steps"] == 15 * upload
     assert 2.98 < told["dp/epsilon"] <= 3  # both uploads together use the budget, and no more
     with pytest.raises(ConfigError, match=r"set for 2 upload\(s\) and is spent"):
@@ -165,15 +165,13 @@ def test_the_noise_does_not_come_from_the_runs_seed(folders):
     results = []
     for _ in range(2):
         training = PrivateTraining(PrivacyConfig(epsilon=8), 1)
-        client = Client(
-            "a", EXAMPLES, load(folders, "bert"), FitConfig(epochs=2, batch_size=20), seed=7, privacy=training
-        )
+        client = Client("a", EXAMPLES, load(folders, "bert"), FIT, seed=7, privacy=training)
         results.append(client.train().slm.weights)
     assert not torch.equal(results[0]["classifier.weight"], results[1]["classifier.weight"])
 
 
 def test_a_private_upload_tells_no_loss_and_no_count(folders):
-    fit = FitConfig(epochs=2, batch_size=20, patience=2)
+    fit = FIT.model_copy(update={"patience": 2})
     for how, check in (("hidden", lambda counts: counts == (0, 0)), ("exact", lambda counts: counts == (40, 40))):
         training = PrivateTraining(PrivacyConfig(epsilon=8, class_counts=how), 1)
         upload = Client("a", EXAMPLES, load(folders, "bert"), fit, seed=0, privacy=training).train()
@@ -184,15 +182,15 @@ def test_a_private_upload_tells_no_loss_and_no_count(folders):
 
 
 def test_noisy_counts_cost_their_part_once_and_are_drawn_once(folders):
-    privacy = PrivacyConfig(epsilon=3, class_counts="noisy", count_epsilon=1.0)
+    privacy = PrivacyConfig(epsilon=4, class_counts="noisy", count_epsilon=1.0)
     training = PrivateTraining(privacy, 2)
     first = training.class_counts((500, 30))
     assert training.class_counts((500, 30)) == first
     assert min(first) >= 0
-    told = training.fit(load(folders, "bert"), EXAMPLES, FitConfig(epochs=1), 0, lambda _: None)
-    mechanism = plan(80, FitConfig(epochs=1), privacy, 2)
+    told = training.fit(load(folders, "bert"), EXAMPLES, FitConfig(epochs=3), 0, lambda _: None)
+    mechanism = plan(80, FitConfig(epochs=3), privacy, 2)
     assert told["dp/epsilon"] == pytest.approx(mechanism.epsilon(1e-5, 1) + 1.0)
-    assert 1.98 < mechanism.epsilon(1e-5, 2) <= 2.0
+    assert 2.98 < mechanism.epsilon(1e-5, 2) <= 3
 
 
 def test_discrete_laplace_by_its_definition():
@@ -215,14 +213,14 @@ def test_only_the_highest_layers_can_be_trained(folders, family):
     assert not any(".0." in name or "embed" in name or "wpe" in name for name in inside)
     with frozen_below(slm, 0):
         head = {name for name, parameter in slm.model.named_parameters() if parameter.requires_grad}
-    assert head
-    assert not any(private_fit.LAYER.search(name) for name in head)
+    body = slm.model.base_model_prefix
+    assert head == {name for name in trained if not name.startswith(f"{body}.")}
 
 
 def test_a_parameter_without_gradients_of_rows_is_found(folders):
     slm = load(folders, "bert")
     slm.model.stray = torch.nn.Linear(2, 2)
-    with pytest.raises(ModelError, match="stray.weight has no gradient of each row"):
+    with pytest.raises(ModelError, match=r"stray\.weight has no gradient of each row"):
         dp_sgd(slm, EXAMPLES, FitConfig(), Mechanism(1.0, 0.5, 1), 1.0, secret(), lambda _: None)
 
 
@@ -234,6 +232,6 @@ def test_without_opacus_it_is_said_what_to_install(monkeypatch):
 
 def test_it_learns_where_the_noise_is_small(folders):
     slm = load(folders, "bert")
-    fit = FitConfig(epochs=8, batch_size=8, learning_rate=3e-3)
-    dp_sgd(slm, EXAMPLES, fit, Mechanism(0.02, 0.1, 80), 1.0, secret(), lambda _: None)
+    fit = FitConfig(epochs=6, batch_size=8, learning_rate=3e-3)
+    dp_sgd(slm, EXAMPLES, fit, Mechanism(0.001, 0.1, 60), 1.0, secret(), lambda _: None)
     assert slm.accuracy(EXAMPLES) > 0.9

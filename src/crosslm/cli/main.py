@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from crosslm import __version__
-from crosslm.cli import models, runs  # noqa: F401  their commands join the application
+from crosslm.cli import audit, models, runs  # noqa: F401  their commands join the application
 from crosslm.cli.app import app, console, errors
 from crosslm.errors import CrosslmError
 
