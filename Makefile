@@ -5,13 +5,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-privacy audit check format bench clean
 
 demo: $(VENV)/.demo                ## install what the main job needs and run it; ARGS="--quick" for a few minutes
 	$(BIN)/crosslm demo $(ARGS)
 
 test: $(VENV)/.dev check           ## install what the tests need and pass them
 	$(BIN)/python -m pytest $(ARGS)
+
+test-privacy: $(VENV)/.dev         ## the tests of DP, attacks, canaries and the leak check alone; `make test` runs them too
+	$(BIN)/python -m pytest tests/test_private_fit.py tests/test_membership.py tests/test_leaks.py tests/test_audit.py \
+		tests/test_security.py $(ARGS)
+
+audit: $(VENV)/.audit              ## look the pinned dependencies up among known vulnerabilities
+	$(BIN)/python .ci/audit.py
 
 check: $(VENV)/.dev                ## lint, format, types
 	$(BIN)/ruff check .
@@ -39,3 +46,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[dev]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.audit: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[audit]'
+	touch $@

@@ -3,7 +3,7 @@
     python benchmarks/privacy.py DATA                 # DATA: a folder with train_sentences.csv and test.csv
     python benchmarks/privacy.py DATA --rows 1000 --seeds 3
 
-Each cell, one seed under one budget, is written to benchmarks/results/privacy-sst2.json when it is done and skipped when
+Each cell, one seed under one budget, is written to benchmarks/results/privacy-sst2.json when done, and skipped when
 it is there. One silo's rows and the rows of the attacker's reference model are drawn from the training sentences; the
 attack's others are the test rows, on which accuracy is measured too. Without DP the settings are those of the packaged
 configuration sst2. With DP they were chosen on validation.csv: head only, every row in every batch.
