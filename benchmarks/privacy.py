@@ -80,7 +80,7 @@ class Bench:
         else:
             fit = FitConfig(epochs=DP_EPOCHS, batch_size=len(private), learning_rate=DP_RATE, weight_decay=0.0)
             budget = PrivacyConfig(epsilon=epsilon, clip=DP_CLIP, trained_layers=0)
-            secret = torch.Generator().manual_seed(seed_for(self.seed, "noise", str(epsilon)))  # repeatable: no secret
+            secret = random.Random(seed_for(self.seed, "noise", str(epsilon)))  # repeatable: no secret
             told = PrivateTraining(budget, 1, secret).fit(slm, private, fit, self.seed, lambda _: None)
         seconds = time.perf_counter() - started
         loss, count = losses(slm, self.both.texts, self.both.labels), len(self.members)

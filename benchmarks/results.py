@@ -212,7 +212,7 @@ def privacy_table(result: dict) -> str:
         "SST-2, MiniLM with 6 layers and frozen embeddings as the SLM, one silo. Mean over the seeds and, after it, "
         "lowest to highest. AUC and true-positive rate (TPR) of the calibrated attack against the test rows; exposure "
         "of canaries in the SLM, in bits (not learned: 1.44; most that can be seen: 8). Without DP the settings are "
-        "those of the packaged configuration; with DP the head alone is trained, on settings chosen on validation rows.",
+        "those of the packaged configuration; with DP the head alone is trained, settings chosen on validation rows.",
         "",
         "| rows | epsilon | seeds | accuracy | AUC | TPR at 1 % FPR | exposure |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -7,8 +7,11 @@ differentially private towards adding or removing one row.
 
 The coins and the noise come from the operating system's entropy and never from the run's seed: the server knows
 that seed, and noise that can be drawn again can be taken off again. So a private run cannot be repeated to the bit.
+PyTorch's generator takes 32 bits of a seed on the CPU, few enough to try them all; therefore each step has a new one.
 """
 
+import math
+import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -101,7 +104,7 @@ def _noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> 
 class PrivateTraining:
     """A silo's budget, and the training that keeps to it. It lives as long as the silo's client does."""
 
-    def __init__(self, privacy: PrivacyConfig, uploads: int, secret: torch.Generator | None = None) -> None:
+    def __init__(self, privacy: PrivacyConfig, uploads: int, secret: random.Random | None = None) -> None:
         """Set up, with the secret drawn from the operating system.
 
         Args:
@@ -115,9 +118,7 @@ class PrivateTraining:
         """
         require_opacus()
         self.privacy, self.uploads = privacy, uploads
-        self._secret = secret or torch.Generator()
-        if secret is None:
-            self._secret.seed()
+        self._secret = secret or random.SystemRandom()
         self._made = 0
         self._counts: tuple[int, ...] | None = None
 
@@ -179,12 +180,13 @@ class PrivateTraining:
         return counts
 
 
-def discrete_laplace(count: int, epsilon: float, generator: torch.Generator) -> list[int]:
+def discrete_laplace(count: int, epsilon: float, draw: random.Random) -> list[int]:
     """Integers k with ``P(k) ~ exp(-epsilon |k|)``: the difference of two geometric draws."""
-    uniform = torch.rand(2, count, generator=generator, dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny)
-    first, second = (uniform.log() / -epsilon).floor().long()
-    drawn: list[int] = (first - second).tolist()
-    return drawn
+
+    def geometric() -> int:
+        return math.floor(math.log(1 - draw.random()) / -epsilon)
+
+    return [geometric() - geometric() for _ in range(count)]
 
 
 def dp_sgd(
@@ -193,7 +195,7 @@ def dp_sgd(
     config: FitConfig,
     mechanism: Mechanism,
     clip: float,
-    secret: torch.Generator,
+    secret: random.Random,
     on_rows: Callable[[float], None],
 ) -> None:
     """So many steps of DP-SGD; what is frozen stays so.
@@ -205,7 +207,7 @@ def dp_sgd(
 
     rows = slm.encode(examples.texts)
     optimizer, schedule = slm.optimizer(config, len(rows))
-    noise = torch.Generator(slm.device).manual_seed(int(torch.randint(2**62, (1,), generator=secret)))
+    noise = torch.Generator(slm.device)
     optimizer = DPOptimizer(
         optimizer,
         noise_multiplier=mechanism.noise_multiplier,
@@ -216,8 +218,9 @@ def dp_sgd(
     slm.model.train()
     with _gradients_of_each_row(slm.model):
         for _ in range(mechanism.steps):
-            drawn = torch.rand(len(rows), generator=secret) < mechanism.sample_rate
-            batch = sorted(drawn.nonzero().flatten().tolist(), key=lambda row: len(rows[row]))
+            drawn = [row for row in range(len(rows)) if secret.random() < mechanism.sample_rate]
+            batch = sorted(drawn, key=lambda row: len(rows[row]))
+            noise.manual_seed(secret.getrandbits(63))
             _step(slm, [rows[row] for row in batch], [examples.labels[row] for row in batch], optimizer)
             schedule.step()
             on_rows(len(batch))
