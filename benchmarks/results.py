@@ -203,35 +203,39 @@ def performance(loaded: dict[str, dict]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def ranged(values: list[float], interval: list[float] | None = None) -> str:
+    """The mean, and from where to where the values, or the interval, go."""
+    low, high = interval or (min(values), max(values))
+    return f"{sum(values) / len(values):.3f}" + (f" ({low:.3f} to {high:.3f})" if low < high else "")
+
+
 def privacy_table(result: dict) -> str:
     """Accuracy, attacks and canaries without DP and under each budget, the mean over seeds (lowest to highest)."""
     cells = result["cells"]
     budgets = {tuple(key.split("/")[:2]) for key in cells}
     groups = sorted(budgets, key=lambda it: (int(it[0]), -float(it[1]) if it[1] != "none" else -float("inf")))
     lines = [
-        "SST-2, MiniLM with 6 layers and frozen embeddings as the SLM, one silo. Mean over the seeds and, after it, "
-        "lowest to highest. AUC and true-positive rate (TPR) of the calibrated attack against the test rows; exposure "
-        "of canaries in the SLM, in bits (not learned: 1.44; most that can be seen: 8). Without DP the settings are "
-        "those of the packaged configuration; with DP the head alone is trained, settings chosen on validation rows.",
+        "SST-2, MiniLM with 6 layers and frozen embeddings as the SLM, one silo; mean over the seeds and, after it, "
+        "lowest to highest (for one seed the bootstrap's 95 % interval). Membership inference by the loss and by the "
+        "calibrated loss, against the test rows; TPR is the true-positive rate at 1 % false positives. Exposure of "
+        "canaries in the SLM in bits (not learned: 1.44; most that can be seen: 8). Without DP the settings are those "
+        "of the packaged configuration; with DP the head alone is trained, settings chosen on validation rows.",
         "",
-        "| rows | epsilon | seeds | accuracy | AUC | TPR at 1 % FPR | exposure |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| rows | epsilon | seeds | accuracy | AUC, loss | AUC, calibrated | TPR, loss | TPR, calibrated | exposure |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-
-    def spread(values: list[float]) -> str:
-        more = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-        return f"{sum(values) / len(values):.3f}{more}"
-
     for rows, budget in groups:
         found = [cell for key, cell in cells.items() if key.split("/")[:2] == [rows, budget]]
-        attacks = [cell["attacks"]["calibrated"] for cell in found]
-        exposures = [bits for cell in found for bits in cell["exposure"]]
         bound = max(cell["epsilon"] for cell in found) if budget != "none" else None
-        lines.append(
-            f"| {rows} | {'no DP' if bound is None else f'{bound:.2f}'} | {len(found)} "
-            f"| {spread([cell['accuracy'] for cell in found])} | {spread([it['auc'] for it in attacks])} "
-            f"| {spread([it['tpr'] for it in attacks])} | {sum(exposures) / len(exposures):.2f} |"
-        )
+        exposures = [bits for cell in found for bits in cell["exposure"]]
+        shown = [rows, "no DP" if bound is None else f"{bound:.2f}", str(len(found))]
+        shown.append(ranged([cell["accuracy"] for cell in found]))
+        for figure in ("auc", "tpr"):
+            for attack in ("loss", "calibrated"):
+                attacks = [cell["attacks"][attack] for cell in found]
+                interval = attacks[0][f"{figure}_interval"] if len(found) == 1 else None
+                shown.append(ranged([it[figure] for it in attacks], interval))
+        lines.append(f"| {' | '.join(shown)} | {sum(exposures) / len(exposures):.2f} |")
     lines += [
         "",
         f"Commit `{result['commit'][:10]}`, {result['date']}, {result['machine']}; `python benchmarks/privacy.py DATA` "
