@@ -106,12 +106,13 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     path = RESULTS / f"{NAME}.json"
     figures = json.loads(path.read_text()) if path.exists() else {**provenance(), "cells": {}}
+    commit = provenance()["commit"]
     for seed in range(arguments.seeds):
         bench = Bench(arguments.data, arguments.rows, seed)
         for name, epsilon in BUDGETS.items():
             key = f"{arguments.rows}/{name}/{seed}"
             if key not in figures["cells"]:
-                figures["cells"][key] = bench.cell(epsilon)
+                figures["cells"][key] = bench.cell(epsilon) | {"commit": commit}
                 keep(NAME, figures)
                 print(key, json.dumps(figures["cells"][key]), flush=True)
 

@@ -213,6 +213,7 @@ def privacy_table(result: dict) -> str:
     """Accuracy, attacks and canaries without DP and under each budget, the mean over seeds (lowest to highest)."""
     cells = result["cells"]
     budgets = {tuple(key.split("/")[:2]) for key in cells}
+    commits = sorted({cell.get("commit", result["commit"])[:10] for cell in cells.values()})
     groups = sorted(budgets, key=lambda it: (int(it[0]), -float(it[1]) if it[1] != "none" else -float("inf")))
     lines = [
         "SST-2, MiniLM with 6 layers and frozen embeddings as the SLM, one silo; mean over the seeds and, after it, "
@@ -238,7 +239,7 @@ def privacy_table(result: dict) -> str:
         lines.append(f"| {' | '.join(shown)} | {sum(exposures) / len(exposures):.2f} |")
     lines += [
         "",
-        f"Commit `{result['commit'][:10]}`, {result['date']}, {result['machine']}; `python benchmarks/privacy.py DATA` "
+        f"Commit `{'`, `'.join(commits)}`, {result['date']}, {result['machine']}; `python benchmarks/privacy.py DATA` "
         "measures again. The goal was an AUC of at most 0.55 at epsilon 8 for at most 3 points of accuracy.",
     ]
     return "\n".join(lines)
