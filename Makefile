@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-faults test-federation test-report docs check format bench clean
+.PHONY: demo test test-faults test-federation test-privacy test-report audit docs check format bench clean
 
 demo: $(VENV)/.demo                ## install what the main job needs and run it; ARGS="--quick" for a few minutes
 	$(BIN)/crosslm demo $(ARGS)
@@ -24,6 +24,13 @@ test-report: $(VENV)/.browser      ## the report in headless Chromium, which mus
 
 docs: $(VENV)/.docs                ## the documentation site in docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+test-privacy: $(VENV)/.dev         ## the tests of DP, attacks, canaries and the leak check alone; `make test` runs them too
+	$(BIN)/python -m pytest tests/test_private_fit.py tests/test_membership.py tests/test_leaks.py tests/test_audit.py \
+		tests/test_security.py $(ARGS)
+
+audit: $(VENV)/.audit              ## look the pinned dependencies up among known vulnerabilities
+	$(BIN)/python .ci/audit.py
 
 check: $(VENV)/.dev                ## lint, format, types
 	$(BIN)/ruff check .
@@ -58,4 +65,8 @@ $(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.dev
 
 $(VENV)/.browser: pyproject.toml constraints.txt $(VENV)/.dev
 	$(PIP) --editable '.[browser]'
+	touch $@
+
+$(VENV)/.audit: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[audit]'
 	touch $@

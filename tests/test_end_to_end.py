@@ -235,7 +235,7 @@ def test_a_folder_that_is_no_run_ends_with_code_2(command, tmp_path, name):
     assert "the run is not complete" in err
 
 
-@pytest.mark.parametrize("name", ["run", "demo", "evaluate", "report"])
+@pytest.mark.parametrize("name", ["run", "demo", "evaluate", "report", "audit"])
 def test_help_is_complete(command, name):
     code, out, _ = command(name, "--help")
     assert code == 0

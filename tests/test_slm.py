@@ -9,7 +9,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from crosslm.config import FitConfig
 from crosslm.errors import ModelError, UploadError
-from crosslm.models.slm import SLM, _batches
+from crosslm.models.rows import batches as row_batches
+from crosslm.models.slm import SLM
 from crosslm.records import Examples
 
 LABELS = ("bad", "good")
@@ -36,12 +37,12 @@ def test_training_teaches_and_follows_the_seed(slm, models):
 
 def test_every_row_comes_once_among_rows_of_like_length():
     rows = [[0] * (1 + (7 * place) % 29) for place in range(203)]
-    batches = _batches(rows, 8, torch.Generator().manual_seed(0))
+    batches = row_batches(rows, 8, torch.Generator().manual_seed(0))
     assert sorted(row for batch in batches for row in batch) == list(range(203))
     assert max(map(len, batches)) == 8
     padding = sum(max(len(rows[row]) for row in batch) * len(batch) for batch in batches) / sum(map(len, rows))
     assert padding < 1.3  # 1.8 in random order
-    assert batches != _batches(rows, 8, torch.Generator().manual_seed(1))
+    assert batches != row_batches(rows, 8, torch.Generator().manual_seed(1))
 
 
 def test_weights_can_be_moved_back_by_hand(slm):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from crosslm.config import AcceptanceConfig, FitConfig
+from crosslm.leaks import LeakCheck
+from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
 from crosslm.records import Download, Examples, SlmState, Upload
@@ -36,6 +38,8 @@ class Client:
         seed: int,
         progress: Progress | None = None,
         acceptance: AcceptanceConfig | None = None,
+        privacy: PrivateTraining | None = None,
+        leaks: LeakCheck | None = None,
     ) -> None:
         self.id = client_id
         self.slm = slm
@@ -47,17 +51,22 @@ class Client:
         self._seed = seed
         self._progress = progress or Progress()
         self._acceptance = acceptance or AcceptanceConfig()
+        self._privacy = privacy
+        self._leaks = leaks
 
     def train(self) -> Upload:
         """Step 1: train the SLM on the private text, and pack it for upload."""
         seed = seed_for(self._seed, "client", self.id, self.rounds)
         training = self._private
-        if self._acceptance.enabled and not self._fit.patience:
+        if self._acceptance.enabled and (self._privacy or not self._fit.patience):  # DP-SGD holds no rows out
             training = self._private.take(self._order(self.rounds)[self._held() :])
         rows = len(training) * self._fit.epochs
         with self._progress.stage("train SLM on private text", self.id, rows, "rows") as advance:
-            metrics = self.slm.fit(training, self._fit, seed, advance)
+            fit = self._privacy.fit if self._privacy else SLM.fit
+            metrics = fit(self.slm, training, self._fit, seed, advance)
         counts = tuple(self._private.class_counts(len(self.slm.labels)))
+        if self._privacy:
+            counts = self._privacy.class_counts(counts)
         upload = Upload(self.id, self.rounds, counts, metrics, self.slm.to_state())
         self.rounds += 1
         return upload
@@ -67,7 +76,12 @@ class Client:
 
         The rows are those that the last training held out; with ``acceptance.enabled = false``, and
         where there are too few rows to hold one out, it is installed untried.
+
+        Raises:
+            LeakError: it was trained on text that is too near to private text; the SLM stays the one it was.
         """
+        if self._leaks:
+            self._leaks.check(download.texts)
         returned = SLM.from_state(download.slm, str(self.slm.device))
         returned.order_labels(self.slm.labels)
         returned.freeze_embeddings(not self.slm.model.get_input_embeddings().weight.requires_grad)

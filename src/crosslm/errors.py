@@ -33,6 +33,10 @@ class StoppedError(CrosslmError):
     """The run was asked to stop and did, at a safe point (exit code 130)."""
 
 
+class LeakError(CrosslmError):
+    """Text that comes back to a silo is too near to its private text."""
+
+
 class RunError(CrosslmError):
     """A run folder cannot be written or read."""
 

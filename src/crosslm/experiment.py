@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crosslm import arrivals, evaluate, snapshot
+from crosslm.canaries import plant
 from crosslm.cards import write_cards
 from crosslm.checkpoint import Checkpoints
 from crosslm.client import Client
@@ -22,11 +23,14 @@ from crosslm.federation.intake import Intake
 from crosslm.federation.local import LocalExchange
 from crosslm.gate import Gate
 from crosslm.journal import RunJournal
+from crosslm.leaks import LeakCheck
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
+from crosslm.models.private_fit import PrivateTraining, require_opacus
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.preparation import Prepared, check_same, class_report, describe_spec, prepare
+from crosslm.privacy import privacy_summary
 from crosslm.progress import Display, Progress
 from crosslm.records import Examples, SyntheticSet
 from crosslm.rundir import CONFIG, SUMMARY, RunDir, versions
@@ -78,6 +82,8 @@ def run_local(
     else:
         RunDir.check_free(output)
     wanted(config)
+    if config.privacy.epsilon:
+        require_opacus()
     prepared = prepare(config, cache, progress.note)
     with RunDir(output).locked():
         run = RunDir.open(output) if goes_on else RunDir.create(output, given)
@@ -295,6 +301,7 @@ class _Run:
                 }
                 for name, examples in self.split.private.items()
             },
+            "privacy": privacy_summary(run.events()),
             "peak_memory_bytes": peak_memory_bytes(),
         }
 
@@ -316,8 +323,12 @@ class _Run:
             config.slm.freeze_embeddings,
             config.device,
         )
-        private, fit = self.split.private[client_id], config.slm.private
-        return Client(client_id, private, slm, fit, config.seed, self.progress, config.acceptance)
+        rows, privacy = self.split.private[client_id], config.privacy
+        private = plant(rows, slm.tokenizer, len(self.task.labels), privacy.canaries, config.seed, client_id)
+        training = PrivateTraining(privacy, config.federation.participations) if privacy.epsilon else None
+        leaks = LeakCheck(private.texts, privacy, self.encoder) if privacy.checks_leaks else None
+        fit, accept = config.slm.private, config.acceptance
+        return Client(client_id, private, slm, fit, config.seed, self.progress, accept, training, leaks)
 
     def _synthesize(self, detail: str, count: int, purpose: str) -> SyntheticSet:
         seed = seed_for(self.config.seed, purpose)

@@ -52,6 +52,7 @@ class RunJournal:
         who = upload.client_id
         self.cause = {"client": who, "round": upload.client_round, "outcome": "refused"}
         self.run.event("upload", **describe(upload))
+        self.run.save_upload(upload)
         if who in self.standalone:
             return
         slm = receive_slm(upload, self.task, self.config)

@@ -123,3 +123,5 @@ class Download:
     """How many SLMs the LLM had met, this one included."""
     metrics: dict[str, float]
     slm: SlmState
+    texts: tuple[str, ...] = ()
+    """The synthetic texts that trained it, where ``privacy`` has the client look at them."""

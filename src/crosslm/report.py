@@ -7,6 +7,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from crosslm.privacy import privacy_line
+
 METHODS = {"standalone": "Standalone", "data_free_kd": "Data-free KD", "crosslm": "CrossLM"}
 LLM_MEASURES = {
     "nlu_accuracy": "classifies test text right (NLU, Eq. 1)",
@@ -62,6 +64,7 @@ def closing(summary: Mapping[str, Any]) -> Group:
         f"Time {seconds['total'] / 60:.1f} min (of these {stages}), "
         f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB, "
         f"{summary['tokens_generated']:,} tokens generated.",
+        privacy_line(summary),
     ]
     hacking = summary.get("reward_hacking") or {}
     if hacking.get("arrivals") or hacking.get("whole_run"):

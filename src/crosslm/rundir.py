@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
 
     from crosslm.models.llm import LLM
     from crosslm.models.slm import SLM
-    from crosslm.records import Receipt, SyntheticSet
+    from crosslm.records import Receipt, SyntheticSet, Upload
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 LOCK, ROLLBACK, PARTIAL = ".lock", "rollback.json", ".partial"
@@ -30,7 +30,7 @@ SESSIONS = "sessions.jsonl"
 
 
 class RunDir:
-    """``config.toml``, ``metrics.jsonl``, ``summary.json``, ``synthetic/``, ``slm/``, ``llm/``."""
+    """``config.toml``, ``metrics.jsonl``, ``summary.json``, ``synthetic/``, ``uploads/``, ``slm/``, ``llm/``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -212,6 +212,12 @@ class RunDir:
     def save_slm(self, client_id: str, slm: SLM, folder: str = "slm") -> None:
         """Write a classifier folder for transformers."""
         self._write_folder(f"{folder}/{client_id}", slm.save)
+
+    def save_upload(self, upload: Upload) -> None:
+        """Write a client's classifier as it came, for ``crosslm audit``; a later one takes the place of an earlier."""
+        from crosslm.models.slm import SLM
+
+        SLM.from_state(upload.slm).save(str(self.path / "uploads" / upload.client_id))
 
     def save_llm(self, llm: LLM) -> None:
         """Write the adapter folder for PEFT, or the whole model after full fine-tuning."""

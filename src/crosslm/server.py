@@ -112,7 +112,8 @@ class Server:
         fitted = train_on_synthetic(slm, record.pool.examples(kept), upload, config, self.progress, who)
 
         metrics = {"selected": float(len(kept)), **{f"fit/{name}": value for name, value in fitted.items()}}
-        return Download(who, upload.client_round, self.steps + 1, metrics, slm.to_state()), record
+        texts = tuple(record.pool.examples(kept).texts) if config.privacy.checks_leaks else ()
+        return Download(who, upload.client_round, self.steps + 1, metrics, slm.to_state(), texts), record
 
     def _snapshot(self) -> tuple[list[Tensor], dict[str, Any]] | None:
         """The adapter and the optimiser's state; not after full fine-tuning, where they are several models."""

@@ -8,6 +8,7 @@ import typer
 
 from crosslm import __version__
 from crosslm.cli import (  # noqa: F401  their commands join the application
+    audit,
     federation,
     models,
     recovery,

@@ -29,11 +29,11 @@ CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_TENSORS, MAX_NAME = 4096, 256
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 FLOATS = ("F32", "F16", "BF16")
-MAX_COUNT, MAX_METRICS = 10**9, 64
+MAX_COUNT, MAX_METRICS, MAX_TEXTS = 10**9, 64, 10**6
 UNFORESEEN = "a check could not be made"
 FIELDS = {
     "upload": {"version", "kind", "client_id", "client_round", "class_counts", "metrics", "slm"},
-    "download": {"version", "kind", "client_id", "client_round", "step", "metrics", "slm"},
+    "download": {"version", "kind", "client_id", "client_round", "step", "metrics", "texts", "slm"},
 }
 SLM_FIELDS = {"architecture", "tokenizer", "labels", "max_length"}
 
@@ -205,6 +205,9 @@ def _fields(header: Mapping[str, Any], kind: str, client_id: str) -> dict[str, A
         raise UploadError(f"its metrics are more than {MAX_METRICS}, or have names that are too long")
     if not all(type(value) in (int, float) and math.isfinite(value) for value in metrics.values()):
         raise UploadError("its metrics are not all finite numbers")
+    texts = _listed(fields.get("texts", []))
+    if len(texts) > MAX_TEXTS or not all(isinstance(text, str) for text in texts):
+        raise UploadError(f"its texts must be strings, at most {MAX_TEXTS}")
     if kind == "upload" and len(fields["class_counts"]) != len(_listed(fields["slm"]["labels"])):
         raise UploadError(f"its class counts are {str(fields['class_counts'])[:80]}; one for each label is needed")
     return fields

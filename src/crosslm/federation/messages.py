@@ -63,6 +63,7 @@ def decode_download(data: bytes) -> Download:
             int(fields["step"]),
             {str(name): float(value) for name, value in fields["metrics"].items()},
             slm,
+            tuple(map(str, fields["texts"])),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UploadError(

@@ -21,10 +21,10 @@ from transformers import (
 from crosslm.config import FitConfig
 from crosslm.errors import ModelError, UploadError
 from crosslm.models.architecture import SPECIAL_TOKENS, special_tokens, travelling
+from crosslm.models.rows import batches, hold_out
 from crosslm.records import Examples, SlmState
 
 PREDICTION_BATCH = 64
-WINDOW = 8  # batches whose rows are sorted by length together
 
 
 class SLM:
@@ -127,11 +127,10 @@ class SLM:
             ``holdout_accuracy`` of the weights that were taken.
         """
         generator = torch.Generator().manual_seed(seed)
-        order: list[int] = torch.randperm(len(examples), generator=generator).tolist()
-        held = round(config.holdout_fraction * len(order)) if config.patience else 0
-        training, holdout = examples.take(order[held:]), examples.take(order[:held])
-        rows = self._encode(training.texts)
-        optimizer, schedule = self._optimizer(config, len(rows))
+        trained, held_out = hold_out(len(examples), config, generator)
+        training, holdout = examples.take(trained), examples.take(held_out)
+        rows = self.encode(training.texts)
+        optimizer, schedule = self.optimizer(config, len(rows))
         metrics: dict[str, float] = {}
         best: dict[str, Tensor] | None = None
         waited = 0
@@ -140,7 +139,7 @@ class SLM:
             for epoch in range(config.epochs):
                 loss = self._epoch(rows, training.labels, config, generator, optimizer, schedule, on_rows)
                 metrics |= {"loss": loss, "epochs": float(epoch + 1)}
-                if not held:
+                if not held_out:
                     continue
                 holdout_loss, accuracy = self._holdout(holdout)
                 if holdout_loss < metrics.get("holdout_loss", torch.inf):
@@ -172,7 +171,7 @@ class SLM:
     def predict_proba(self, texts: Sequence[str]) -> Tensor:
         """``S(.|x)`` of each text: ``(texts, labels)``, rows sum to 1, on the CPU."""
         self.model.eval()
-        rows = self._encode(texts)
+        rows = self.encode(texts)
         probabilities = torch.zeros(len(rows), len(self.labels))
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         for start in range(0, len(order), PREDICTION_BATCH):
@@ -185,6 +184,29 @@ class SLM:
         """Share of rows whose most likely class is their label."""
         predicted = self.predict_proba(examples.texts).argmax(dim=1)
         return float((predicted == torch.tensor(examples.labels)).float().mean())
+
+    # -- what training is made of ------------------------------------------------------------
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text, cut at ``max_length``."""
+        if not texts:
+            return []
+        rows: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        return rows
+
+    def losses(self, rows: list[list[int]], labels: Sequence[int]) -> Tensor:
+        """Cross-entropy of each encoded row with its label, ``(rows,)``."""
+        outputs = torch.tensor([self._outputs[label] for label in labels], device=self.device)
+        return cross_entropy(self.model(**self._pad(rows)).logits, outputs, reduction="none")
+
+    def optimizer(self, config: FitConfig, rows: int) -> tuple[torch.optim.Optimizer, Any]:
+        """AdamW over what is trained, and its schedule over ``config.epochs`` of so many rows."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        fused = self.device.type in ("cpu", "cuda")  # the whole step in one kernel
+        decay = config.weight_decay
+        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=decay, fused=fused)
+        steps = config.epochs * -(-rows // config.batch_size)
+        return optimizer, get_linear_schedule_with_warmup(optimizer, round(config.warmup_fraction * steps), steps)
 
     # -- as a value that travels, and as a folder --------------------------------------------
 
@@ -251,12 +273,6 @@ class SLM:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        rows: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
-        return rows
-
     def _pad(self, rows: list[list[int]]) -> dict[str, Tensor]:
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), int(self.tokenizer.pad_token_id or 0))
@@ -265,14 +281,6 @@ class SLM:
             ids[index, : len(row)] = torch.tensor(row)
             mask[index, : len(row)] = 1
         return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
-
-    def _optimizer(self, config: FitConfig, rows: int) -> tuple[torch.optim.Optimizer, Any]:
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        fused = self.device.type in ("cpu", "cuda")  # the whole step in one kernel
-        decay = config.weight_decay
-        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=decay, fused=fused)
-        steps = config.epochs * -(-rows // config.batch_size)
-        return optimizer, get_linear_schedule_with_warmup(optimizer, round(config.warmup_fraction * steps), steps)
 
     def _epoch(
         self,
@@ -286,11 +294,8 @@ class SLM:
     ) -> float:
         self.model.train()
         total = 0.0
-        for batch in _batches(rows, config.batch_size, generator):
-            logits = self.model(**self._pad([rows[row] for row in batch])).logits
-            loss = cross_entropy(
-                logits, torch.tensor([self._outputs[labels[row]] for row in batch], device=self.device)
-            )
+        for batch in batches(rows, config.batch_size, generator):
+            loss = self.losses([rows[row] for row in batch], [labels[row] for row in batch]).mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -306,16 +311,6 @@ class SLM:
         labels = torch.tensor(examples.labels)
         loss = float(-probabilities[torch.arange(len(labels)), labels].clamp_min(1e-9).log().mean())
         return loss, float((probabilities.argmax(dim=1) == labels).float().mean())
-
-
-def _batches(rows: list[list[int]], size: int, generator: torch.Generator) -> list[list[int]]:
-    """Every row once, in random batches; rows of like length meet, so that little is padding."""
-    order: list[int] = torch.randperm(len(rows), generator=generator).tolist()
-    batches: list[list[int]] = []
-    for start in range(0, len(order), WINDOW * size):
-        window = sorted(order[start : start + WINDOW * size], key=lambda row: len(rows[row]))
-        batches += [window[first : first + size] for first in range(0, len(window), size)]
-    return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def check_layers(folder: str, layers: int | None, who: str) -> None:

@@ -1,0 +1,49 @@
+"""How near one set of texts is to another: longest shared word sequences and nearest neighbours. Pure functions."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case; what is no letter or digit only separates."""
+    return "".join(sign.lower() if sign.isalnum() else " " for sign in text).split()
+
+
+def longest_shared(texts: Sequence[str], private: Sequence[str]) -> list[int]:
+    """For each text the number of words of the longest sequence that it shares with any private text.
+
+    Args:
+        texts: to be looked at.
+        private: to be looked for.
+    """
+    grams: dict[int, set[tuple[str, ...]]] = {}
+    sources = [words(text) for text in private]
+    longest = max((len(source) for source in sources), default=0)
+    found = []
+    for text in texts:
+        tokens, length = words(text), 0
+        while length < min(len(tokens), longest):
+            if length + 1 not in grams:
+                grams[length + 1] = {gram for source in sources for gram in _grams(source, length + 1)}
+            if not any(gram in grams[length + 1] for gram in _grams(tokens, length + 1)):
+                break
+            length += 1
+        found.append(length)
+    return found
+
+
+def nearest_similarity(vectors: Tensor, private: Tensor) -> Tensor:
+    """Cosine of each vector and its nearest private one, ``(texts,)``.
+
+    Args:
+        vectors: ``(texts, dimensions)``.
+        private: ``(rows, dimensions)``.
+    """
+    return torch.as_tensor((normalize(vectors, dim=1) @ normalize(private, dim=1).T).max(dim=1).values)
+
+
+def _grams(tokens: Sequence[str], length: int) -> list[tuple[str, ...]]:
+    return [tuple(tokens[place : place + length]) for place in range(len(tokens) - length + 1)]

@@ -1,0 +1,94 @@
+"""The command that measures what a run gives away."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from crosslm.cli.app import CacheOption, RunArgument, app, console, quiet_libraries
+from crosslm.rundir import RunDir
+
+
+@app.command()
+def audit(
+    run_folder: RunArgument,
+    shadows: Annotated[
+        int, typer.Option("--shadows", help="Shadow models of the LiRA attack for each client, an even number.")
+    ] = 0,
+    cache_dir: CacheOption = None,
+) -> None:
+    """Attack a run's uploaded SLMs: who was in their training, what of it is in the LLM and its texts."""
+    quiet_libraries()
+    from crosslm.audit import audit_run
+    from crosslm.display import display_for
+    from crosslm.models.sources import cache_folder
+
+    figures = audit_run(RunDir.open(run_folder), cache_folder(cache_dir), shadows, display_for(console))
+    for table in (membership_table(figures), overlap_table(figures), canary_table(figures)):
+        if table.row_count:
+            console.print(table)
+    console.print(f"Everything is in {run_folder / 'audit.json'}.", highlight=False, markup=False, soft_wrap=True)
+
+
+def membership_table(figures: Mapping[str, Any]) -> Table:
+    """How well each attack tells members from others."""
+    table = Table(title="Membership inference on the uploaded SLMs (95 % intervals)", title_justify="left")
+    for name in ("client", "epsilon", "attack", "rows", "AUC", "TPR at 1 % FPR"):
+        table.add_column(name)
+    for client, parts in figures["clients"].items():
+        bound = figures["privacy"].get(client)
+        membership = parts["membership"]
+        for attack, found in membership["attacks"].items():
+            table.add_row(
+                client,
+                f"{bound['epsilon']:.2f}" if bound else "none",
+                attack,
+                f"{membership['members']} + {membership['others']}",
+                with_interval(found["auc"], found["auc_interval"]),
+                with_interval(found["tpr"], found["tpr_interval"]),
+            )
+    return table
+
+
+def overlap_table(figures: Mapping[str, Any]) -> Table:
+    """How near the texts that trained SLMs are to private rows, and to rows that nobody had."""
+    table = Table(title="Synthetic texts that trained SLMs, beside real ones", title_justify="left")
+    for name in ("client", "beside", "longest shared words", "mean", "nearest similarity", "mean"):
+        table.add_column(name)
+    for client, parts in figures["clients"].items():
+        for name in ("private", "held out"):
+            found = parts["overlap"][name]
+            table.add_row(
+                client,
+                name,
+                str(found["longest_shared_words"]),
+                f"{found['mean_shared_words']:.2f}",
+                f"{found['nearest_similarity']:.3f}",
+                f"{found['mean_similarity']:.3f}",
+            )
+    return table
+
+
+def canary_table(figures: Mapping[str, Any]) -> Table:
+    """Exposure of planted sentences in bits: 1.44 in the mean for what was not learned."""
+    table = Table(title="Canaries: exposure in bits, mean and most (not learned: 1.44)", title_justify="left")
+    for name in ("client", "planted", "in the SLM", "in the LLM", "words in a row in its texts"):
+        table.add_column(name)
+    for client, parts in figures["clients"].items():
+        if found := parts.get("canaries"):
+            table.add_row(
+                client,
+                str(found["planted"]),
+                *(
+                    f"{sum(found[key]) / len(found[key]):.2f}, {max(found[key]):.2f}"
+                    for key in ("slm_exposure", "llm_exposure")
+                ),
+                str(found["most_shared_words_in_texts"]),
+            )
+    return table
+
+
+def with_interval(value: float, interval: tuple[float, float]) -> str:
+    """A figure and where it may be."""
+    return f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"

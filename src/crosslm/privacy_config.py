@@ -1,0 +1,60 @@
+"""The ``[privacy]`` section, and what every section of the configuration is."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of the configuration: cannot be changed, knows no other keys than its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class PrivacyConfig(Section):
+    """Bounds on what an upload tells of single private rows, and the means to look for what it does tell."""
+
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    """Train step 1 with DP-SGD, within this budget for all uploads of a client together. Needs
+    ``crosslm[privacy]``; ``slm.private.patience`` is not heeded then. Not set: no bound."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Well below one over the number of rows."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Norm that each row's gradient is clipped to."""
+    trained_layers: Annotated[int, Field(ge=0)] | None = None
+    """Under DP train only so many of the highest layers and what lies above them; 0: only the classification head;
+    not set: all that is trained without DP."""
+    class_counts: Literal["hidden", "noisy", "exact"] = "hidden"
+    """Under DP, what the upload tells of the rows of each label. ``exact`` is outside the bound."""
+    count_epsilon: Annotated[float, Field(gt=0)] = 0.5
+    """Part of ``epsilon`` that noisy class counts take."""
+    canaries: Annotated[int, Field(ge=0)] = 0
+    """Plant so many sentences of random words in each client's rows, for ``crosslm audit``."""
+    max_shared_words: Annotated[int, Field(gt=0)] | None = None
+    """A client takes no SLM back that was trained on a text that has more words in a row from one of its private
+    texts. Not set: any."""
+    max_similarity: Annotated[float, Field(gt=-1, le=1)] | None = None
+    """The same for the cosine of the sentence vectors of such a text and a private one."""
+
+    @property
+    def checks_leaks(self) -> bool:
+        """Whether clients look at the texts that trained what comes back."""
+        return self.max_shared_words is not None or self.max_similarity is not None
+
+    @property
+    def epsilon_of_counts(self) -> float:
+        """What the class counts cost."""
+        return self.count_epsilon if self.class_counts == "noisy" else 0.0
+
+    @property
+    def epsilon_of_training(self) -> float:
+        """What is left for training."""
+        return (self.epsilon or 0.0) - self.epsilon_of_counts
+
+    @model_validator(mode="after")
+    def _a_budget_for_training(self) -> Self:
+        if self.epsilon is not None and self.epsilon_of_training <= 0:
+            raise ValueError(
+                f"count_epsilon = {self.count_epsilon} leaves nothing of epsilon = {self.epsilon} for training"
+            )
+        return self

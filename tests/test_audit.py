@@ -1,0 +1,167 @@
+"""A whole run with DP, canaries and the leak check, and its audit."""
+
+import json
+import random
+
+import pytest
+import torch
+from conftest import BAD, GOOD, THINGS
+
+from crosslm.audit import attack_rows, audit_run, figures_of
+from crosslm.cli import main as cli
+from crosslm.client import Client
+from crosslm.config import Config, FitConfig
+from crosslm.errors import ConfigError, DataError, RunError
+from crosslm.experiment import run_local
+from crosslm.models.rows import hold_out
+from crosslm.models.slm import SLM
+from crosslm.privacy import privacy_line
+from crosslm.privacy_config import PrivacyConfig
+from crosslm.records import Examples
+from crosslm.rundir import RunDir
+
+
+def rows(count, seed):
+    draw = random.Random(seed)
+    made = set()
+    while len(made) < count:
+        label = draw.choice(["good", "bad"])
+        words = draw.choices(GOOD if label == "good" else BAD, k=2) + draw.choices(THINGS, k=2)
+        made.add(f'"a {words[0]} {words[2]} and a {words[1]} {words[3]}.",{label}')
+    return sorted(made)
+
+
+@pytest.fixture
+def private_run(settings, data_folder, tmp_path):
+    """A run with everything of ``[privacy]`` switched on."""
+    everything = rows(260, 0)
+    random.Random(1).shuffle(everything)
+    for name, part in (("train", everything[:120]), ("test", everything[120:])):
+        (data_folder / f"{name}.csv").write_text("text,label\n" + "\n".join(part) + "\n")
+    settings["data"]["judge_rows"] = 20
+    fit = {"epochs": 2, "batch_size": 20, "learning_rate": 1e-3, "patience": 1}
+    settings["slm"] |= {"private": fit, "models": settings["slm"]["models"][:1]}
+    settings["privacy"] = {"epsilon": 8.0, "canaries": 2, "max_shared_words": 40, "class_counts": "noisy"}
+    run = tmp_path / "run"
+    summary = run_local(Config.model_validate(settings), run, tmp_path / "cache")
+    return run, summary
+
+
+def test_a_private_run_tells_its_bound_and_is_audited(private_run, tmp_path, monkeypatch, capsys):
+    run, summary = private_run
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    uploads = {event["client_id"]: event["metrics"] for event in events if event["event"] == "upload"}
+    assert set(summary["privacy"]) == set(uploads) == {name for name in summary["slm"]["crosslm"] if name != "mean"}
+    for client, bound in summary["privacy"].items():
+        assert 7.9 < bound["epsilon"] == uploads[client]["dp/epsilon"] <= 8
+        assert "loss" not in uploads[client]
+        assert f"{client} {bound['epsilon']:.2f}" in privacy_line(summary)
+
+    monkeypatch.setattr("sys.argv", ["crosslm", "audit", str(run), "--shadows", "2", "--cache-dir", str(tmp_path)])
+    cli.app(standalone_mode=False)
+    out = capsys.readouterr().out
+    assert "Membership inference" in out
+    assert "Canaries" in out
+    figures = json.loads((run / "audit.json").read_text())
+    for client, parts in figures["clients"].items():
+        membership = parts["membership"]
+        assert set(membership["attacks"]) == {"loss", "calibrated loss", "LiRA, 2 shadow models"}
+        for attack in membership["attacks"].values():
+            assert attack["auc_interval"][0] <= attack["auc"] <= attack["auc_interval"][1]
+        assert membership["others"] <= membership["members"]
+        assert len(parts["canaries"]["slm_exposure"]) == len(parts["canaries"]["llm_exposure"]) == 2
+        assert 0 <= parts["canaries"]["most_shared_words_in_texts"] < 8
+        uploaded = SLM.load_trained(str(run / "uploads" / client))
+        returned = SLM.load_trained(str(run / "slm" / client))
+        text = ["a good day"]
+        assert not torch.equal(uploaded.predict_proba(text), returned.predict_proba(text))
+
+    (run / "uploads" / client).rename(run / "elsewhere")
+    with pytest.raises(RunError, match="did not keep what the client uploaded"):
+        audit_run(RunDir.open(run), tmp_path)
+    with pytest.raises(RunError, match="must be an even number, found 3"):
+        audit_run(RunDir.open(run), tmp_path, shadows=3)
+
+
+def test_a_leak_stops_the_return_in_a_run(settings, tmp_path, monkeypatch):
+    """With the SLM's texts taken for private ones, no client takes its SLM back, and the run says so."""
+    settings["privacy"] = {"max_shared_words": 1}
+    sent = []
+    install = Client.install
+    monkeypatch.setattr(
+        Client, "install", lambda self, download: sent.append(download.texts) or install(self, download)
+    )
+    monkeypatch.setattr("crosslm.leaks.longest_shared", lambda texts, private: [9] * len(texts))
+    run_local(Config.model_validate(settings), tmp_path / "run", tmp_path / "cache")
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    stopped = [event["error"] for event in events if event["event"] == "failure"]
+    assert len(stopped) == len(sent) == 2
+    assert all(error.startswith("LeakError: 6 of 6 synthetic texts share more than 1 words") for error in stopped)
+    kept = [json.loads(line) for line in (tmp_path / "run/synthetic/step-0001-pool.jsonl").read_text().splitlines()]
+    assert sorted(sent[0]) == sorted(row["text"] for row in kept if row["kept"])  # what came is what trained it
+
+
+def test_the_attacked_rows_are_disjoint_and_have_the_members_labels():
+    members = Examples([f"m{place}" for place in range(40)], [0] * 30 + [1] * 10)
+    pool = Examples([f"p{place}" for place in range(200)], [0, 1] * 100)
+    split = attack_rows(members, pool, 0)
+    assert split.others.class_counts(2) == split.reference.class_counts(2) == [30, 10]
+    assert not set(split.others.texts) & set(split.reference.texts)
+    scarce = attack_rows(members, pool.take(range(60)), 0)  # 30 of each label: half of what members would want
+    assert scarce.others.class_counts(2) == [15, 5]
+    with pytest.raises(DataError, match="an audit needs 20 private rows and 40 held-out ones"):
+        attack_rows(members, pool.take(range(20)), 0)
+
+
+def test_an_overfitted_classifier_is_found_out_and_a_fresh_one_is_not(models):
+    """Labels at random: nothing can be known of them but by having seen them."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(GOOD + BAD + THINGS, k=6)) for _ in range(120)]
+    labels = [draw.randrange(2) for _ in texts]
+    slm = SLM.load(str(models / "bert"), ("bad", "good"), 32, 0)
+    found = []
+    for epochs in (0, 40):
+        if epochs:
+            fit = FitConfig(epochs=epochs, batch_size=10, learning_rate=3e-3)
+            slm.fit(Examples(texts[:60], labels[:60]), fit, 0)
+        probabilities = slm.predict_proba(texts)
+        loss = -probabilities[torch.arange(120), torch.tensor(labels)].log()
+        found.append(figures_of(-loss[:60], -loss[60:], 0))
+    assert found[0]["auc_interval"][0] < 0.5 < found[0]["auc_interval"][1]
+    assert found[1]["auc_interval"][0] > 0.6
+
+
+def test_the_held_out_rows_are_no_members(models, monkeypatch):
+    slm = SLM.load(str(models / "bert"), ("bad", "good"), 32, 0)
+    texts = [f"a {word} day" for word in GOOD + BAD]
+    fit = FitConfig(epochs=1, patience=1, holdout_fraction=0.25)
+    encoded = []
+    original = slm.encode
+    monkeypatch.setattr(slm, "encode", lambda rows: encoded.append(list(rows)) or original(rows))
+    slm.fit(Examples(texts, [0, 1] * 8), fit, 5)
+    trained, held = hold_out(16, fit, torch.Generator().manual_seed(5))
+    assert encoded[0] == [texts[place] for place in trained]
+    assert sorted(trained + held) == list(range(16))
+    assert len(held) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epsilon": 0}, "greater than 0"),
+        ({"delta": 1}, "less than 1"),
+        ({"epsilon": 0.4, "class_counts": "noisy"}, r"count_epsilon = 0\.5 leaves nothing of epsilon = 0\.4"),
+        ({"eps": 1}, "Extra inputs"),
+    ],
+)
+def test_an_impossible_budget_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        PrivacyConfig.model_validate(given)
+
+
+def test_a_run_without_opacus_stops_before_a_model_is_loaded(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "opacus", None)
+    settings["privacy"] = {"epsilon": 1.0}
+    with pytest.raises(ConfigError, match=r"crosslm\[privacy\]"):
+        run_local(Config.model_validate(settings), tmp_path / "run", tmp_path / "cache")
+    assert not (tmp_path / "run").exists()

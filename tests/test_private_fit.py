@@ -1,0 +1,238 @@
+"""DP-SGD on tiny classifiers of several families, against the definition and against Opacus's own accountant."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import BAD, GOOD, sentences
+from opacus.accountants import RDPAccountant
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from crosslm.client import Client
+from crosslm.config import FitConfig
+from crosslm.errors import ConfigError, ModelError
+from crosslm.models import private_fit
+from crosslm.models.private_fit import Mechanism, PrivateTraining, discrete_laplace, dp_sgd, frozen_below, plan
+from crosslm.models.slm import SLM
+from crosslm.privacy_config import PrivacyConfig
+from crosslm.records import Examples
+
+LABELS = ("bad", "good")
+FIT = FitConfig(epochs=2, batch_size=20, learning_rate=1e-3)
+EXAMPLES = Examples(sentences(BAD) + sentences(GOOD), [0] * 40 + [1] * 40)
+WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MORE = {
+    "roberta": lambda size: RobertaForSequenceClassification(
+        RobertaConfig(**WIDE, vocab_size=size, pad_token_id=0, max_position_embeddings=64)
+    ),
+    "albert": lambda size: AlbertForSequenceClassification(  # its layers share their weights
+        AlbertConfig(**WIDE, embedding_size=16, vocab_size=size, pad_token_id=0, max_position_embeddings=64)
+    ),
+    "llama": lambda size: LlamaForSequenceClassification(
+        LlamaConfig(**WIDE, num_key_value_heads=2, vocab_size=size, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    ),
+}
+FAMILIES = ["bert", "distilbert", "gpt2", *MORE]
+
+
+@pytest.fixture(scope="module")
+def folders(models, tmp_path_factory):
+    tokenizer = AutoTokenizer.from_pretrained(models / "bert")
+    made = {name: models / name for name in ("bert", "distilbert", "gpt2")}
+    torch.manual_seed(0)
+    for name, model in MORE.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        model(len(tokenizer)).save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+    return made
+
+
+def load(folders, name, frozen=True):
+    return SLM.load(str(folders[name]), LABELS, 32, seed=0, freeze_embeddings=frozen)
+
+
+def weights(slm):
+    return {name: parameter.detach().clone() for name, parameter in slm.model.named_parameters()}
+
+
+def secret(seed=0):
+    return random.Random(seed)
+
+
+def plain_sgd(slm):
+    """Steps of length 1 along the gradient, and no schedule."""
+    slm.optimizer = lambda *_: (
+        torch.optim.SGD([p for p in slm.model.parameters() if p.requires_grad], lr=1.0),
+        SimpleNamespace(step=lambda: None),
+    )
+
+
+def without_dropout(slm):
+    for module in slm.model.modules():
+        for name in ("p", "dropout", "attention_dropout", "attn_dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_step_is_clipped_gradients_by_definition(folders, family, frozen):
+    """Without noise and with plain SGD: the mean of each row's gradient, clipped to a norm of ``clip``."""
+    slm, clip, rows = load(folders, family, frozen), 0.05, EXAMPLES.take(range(30, 50))
+    without_dropout(slm)
+    before, expected = weights(slm), {}
+    encoded = slm.encode(rows.texts)
+    for row, label in zip(encoded, rows.labels, strict=True):  # each alone, through plain autograd
+        slm.model.zero_grad()
+        slm.losses([row], [label]).sum().backward()
+        gradient = {name: p.grad.clone() for name, p in slm.model.named_parameters() if p.grad is not None}
+        norm = torch.cat([value.flatten() for value in gradient.values()]).norm()
+        for name, value in gradient.items():
+            expected[name] = expected.get(name, 0) + value * min(1.0, clip / float(norm)) / len(rows)
+    assert ("embed" in " ".join(expected)) or frozen or family == "gpt2"
+    plain_sgd(slm)
+    slm.model.zero_grad()
+    dp_sgd(slm, rows, FitConfig(), Mechanism(0.0, 1.0, 1), clip, secret(), lambda _: None)
+    for name, value in weights(slm).items():
+        torch.testing.assert_close(before[name] - value, expected.get(name, torch.zeros_like(value)), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_is_trained_and_left_clean(folders, family):
+    slm = load(folders, family)
+    before, table = weights(slm), slm.model.get_input_embeddings().weight.clone()
+    seen = []
+    metrics = PrivateTraining(PrivacyConfig(epsilon=8), 1, secret()).fit(slm, EXAMPLES, FIT, 0, seen.append)
+    changed = [name for name, value in weights(slm).items() if not torch.equal(value, before[name])]
+    trained = [name for name, parameter in slm.model.named_parameters() if parameter.requires_grad]
+    assert changed == trained
+    assert torch.equal(slm.model.get_input_embeddings().weight, table)
+    assert all(not hasattr(parameter, "grad_sample") for parameter in slm.model.parameters())
+    assert metrics["dp/steps"] == len(seen) == 8
+    assert len(set(seen)) > 1  # Poisson sampling: batches of different size
+    again = SLM.from_state(slm.to_state())
+    torch.testing.assert_close(again.predict_proba(EXAMPLES.texts), slm.predict_proba(EXAMPLES.texts))
+
+
+def test_epsilon_is_that_of_opacuss_own_accountant(folders):
+    privacy, fit = PrivacyConfig(epsilon=3), FitConfig(epochs=3, batch_size=16)
+    training = PrivateTraining(privacy, 2, secret())
+    slm = load(folders, "bert")
+    for upload in (1, 2):
+        told = training.fit(slm, EXAMPLES, fit, upload, lambda _: None)
+        accountant = RDPAccountant()
+        for _ in range(int(told["dp/steps"])):  # as Opacus counts, one step after the other
+            accountant.step(noise_multiplier=told["dp/noise_multiplier"], sample_rate=told["dp/sample_rate"])
+        assert told["dp/epsilon"] == pytest.approx(accountant.get_epsilon(1e-5))
+        assert told["dp/steps"] == 15 * upload
+    assert 2.98 < told["dp/epsilon"] <= 3  # both uploads together use the budget, and no more
+    with pytest.raises(ConfigError, match=r"set for 2 upload\(s\) and is spent"):
+        training.fit(slm, EXAMPLES, fit, 3, lambda _: None)
+
+
+@pytest.mark.parametrize(("rows", "batch", "epochs"), [(80, 16, 3), (50, 64, 5)])
+def test_the_noise_is_enough_and_not_much_more(rows, batch, epochs):
+    for epsilon in (0.3, 3.0):
+        privacy = PrivacyConfig(epsilon=epsilon)
+        mechanism = plan(rows, FitConfig(epochs=epochs, batch_size=batch), privacy, 1)
+        assert epsilon - 0.011 <= mechanism.epsilon(privacy.delta) <= epsilon
+    with pytest.raises(ConfigError, match="cannot be kept over"):
+        plan(50, FitConfig(epochs=5, batch_size=64), PrivacyConfig(epsilon=1e-9), 1)
+
+
+def test_noise_is_of_the_right_size_even_for_an_empty_batch(folders):
+    slm = load(folders, "bert")
+    plain_sgd(slm)
+    before = weights(slm)
+    seen = []
+    dp_sgd(slm, EXAMPLES, FitConfig(), Mechanism(2.0, 1e-9, 1), 0.5, secret(), seen.append)
+    assert seen == [0]
+    moved = [before[name] - value for name, value in weights(slm).items() if not torch.equal(before[name], value)]
+    noise = torch.cat([value.flatten() for value in moved]) * (1e-9 * len(EXAMPLES))  # over the expected batch's size
+    assert float(noise.std()) == pytest.approx(2.0 * 0.5, rel=0.02)
+
+
+def test_the_noise_does_not_come_from_the_runs_seed(folders):
+    """Two clients that are alike in all that the server knows end with different weights."""
+    results = []
+    for _ in range(2):
+        training = PrivateTraining(PrivacyConfig(epsilon=8), 1)
+        client = Client("a", EXAMPLES, load(folders, "bert"), FIT, seed=7, privacy=training)
+        results.append(client.train().slm.weights)
+    assert not torch.equal(results[0]["classifier.weight"], results[1]["classifier.weight"])
+
+
+def test_a_private_upload_tells_no_loss_and_no_count(folders):
+    fit = FIT.model_copy(update={"patience": 2})
+    for how, check in (("hidden", lambda counts: counts == (0, 0)), ("exact", lambda counts: counts == (40, 40))):
+        training = PrivateTraining(PrivacyConfig(epsilon=8, class_counts=how), 1)
+        upload = Client("a", EXAMPLES, load(folders, "bert"), fit, seed=0, privacy=training).train()
+        assert check(upload.class_counts)
+        assert set(upload.metrics) == {"epochs"} | {
+            f"dp/{name}" for name in ("epsilon", "delta", "clip", "noise_multiplier", "sample_rate", "steps")
+        }
+
+
+def test_noisy_counts_cost_their_part_once_and_are_drawn_once(folders):
+    privacy = PrivacyConfig(epsilon=4, class_counts="noisy", count_epsilon=1.0)
+    training = PrivateTraining(privacy, 2)
+    first = training.class_counts((500, 30))
+    assert training.class_counts((500, 30)) == first
+    assert min(first) >= 0
+    told = training.fit(load(folders, "bert"), EXAMPLES, FitConfig(epochs=3), 0, lambda _: None)
+    mechanism = plan(80, FitConfig(epochs=3), privacy, 2)
+    assert told["dp/epsilon"] == pytest.approx(mechanism.epsilon(1e-5, 1) + 1.0)
+    assert 2.98 < mechanism.epsilon(1e-5, 2) <= 3
+
+
+def test_discrete_laplace_by_its_definition():
+    drawn = torch.tensor(discrete_laplace(100_000, 0.7, secret()))
+    ratio = torch.tensor(-0.7).exp()
+    for k in (-2, -1, 0, 1, 2):  # P(k) = (1 - a) / (1 + a) a^|k|
+        expected = (1 - ratio) / (1 + ratio) * ratio ** abs(k)
+        assert float((drawn == k).double().mean()) == pytest.approx(float(expected), rel=0.03)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2", "roberta"])
+def test_only_the_highest_layers_can_be_trained(folders, family):
+    slm = load(folders, family)
+    trained = {name for name, parameter in slm.model.named_parameters() if parameter.requires_grad}
+    with frozen_below(slm, 1):
+        inside = {name for name, parameter in slm.model.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in slm.model.named_parameters() if parameter.requires_grad} == trained
+    assert inside < trained
+    assert any(private_fit.LAYER.search(name) and ".1." in name for name in inside)
+    assert not any(".0." in name or "embed" in name or "wpe" in name for name in inside)
+    with frozen_below(slm, 0):
+        head = {name for name, parameter in slm.model.named_parameters() if parameter.requires_grad}
+    body = slm.model.base_model_prefix
+    assert head == {name for name in trained if not name.startswith(f"{body}.")}
+
+
+def test_a_parameter_without_gradients_of_rows_is_found(folders):
+    slm = load(folders, "bert")
+    slm.model.stray = torch.nn.Linear(2, 2)
+    with pytest.raises(ModelError, match=r"stray\.weight has no gradient of each row"):
+        dp_sgd(slm, EXAMPLES, FitConfig(), Mechanism(1.0, 0.5, 1), 1.0, secret(), lambda _: None)
+
+
+def test_without_opacus_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "opacus", None)
+    with pytest.raises(ConfigError, match=r"pip install 'crosslm\[privacy\]'"):
+        private_fit.require_opacus()
+
+
+def test_clipping_and_sampling_alone_do_not_keep_it_from_learning(folders):
+    slm = load(folders, "bert", frozen=False)
+    fit = FitConfig(epochs=8, batch_size=8, learning_rate=3e-3)
+    dp_sgd(slm, EXAMPLES, fit, Mechanism(0.0, 0.1, 80), 1.0, secret(), lambda _: None)
+    assert slm.accuracy(EXAMPLES) > 0.9
