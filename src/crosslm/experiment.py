@@ -301,7 +301,7 @@ class _Run:
                 }
                 for name, examples in self.split.private.items()
             },
-            "privacy": privacy_summary(run.events()),
+            "privacy": privacy_summary(self.run.events()),
             "peak_memory_bytes": peak_memory_bytes(),
         }
 

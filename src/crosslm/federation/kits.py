@@ -11,9 +11,10 @@ from typing import Annotated, Literal, Self, TypeVar
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from crosslm.config import AcceptanceConfig, Config, FitConfig, IntakeConfig, Positive, Section, SLMSpec
+from crosslm.config import AcceptanceConfig, Config, FitConfig, IntakeConfig, Positive, SLMSpec
 from crosslm.config_file import load
 from crosslm.errors import FederationError
+from crosslm.privacy_config import Section
 
 SERVER_FILE = "server.toml"
 SILO_FILE = "silo.toml"

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from crosslm.config import NonNegative, Positive, Preset, Section
+from crosslm.config import NonNegative, Positive, Preset
 from crosslm.errors import ConfigError
+from crosslm.privacy_config import Section
 
 HERE = Path(__file__).parent
 Tables = dict[str, Any]
