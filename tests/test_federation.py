@@ -2,11 +2,13 @@
 
 import asyncio
 import copy
+import dataclasses
 import json
 import stat
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -19,8 +21,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from crosslm.config import Config, FederationConfig
-from crosslm.errors import DataError, FederationError, UploadError
-from crosslm.federation.flower import client_app, gateway
+from crosslm.errors import DataError, FederationError, LeakError, UploadError
+from crosslm.federation.flower import client_app, gateway, processes
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import PART, joined, split
 from crosslm.federation.intake import Intake
@@ -30,6 +32,7 @@ from crosslm.federation.provision import provision
 from crosslm.federation.silo import Silo
 from crosslm.federation.spool import Spool
 from crosslm.models.encoder import SentenceEncoder
+from crosslm.privacy_config import PrivacyConfig
 from crosslm.records import Download
 from crosslm.server import Server
 from crosslm.task import Task
@@ -286,7 +289,11 @@ def test_what_comes_back_is_checked(silo, federated, models, what):
     assert not (silo.state / "slm").exists()
 
 
-def test_the_dry_run_names_all_that_the_upload_then_holds(silo):
+@pytest.mark.parametrize("private", [False, True])
+def test_the_dry_run_names_all_that_the_upload_then_holds(silo, private):
+    if private:
+        change(silo.kit, privacy=PrivacyConfig(epsilon=8.0))
+        silo = Silo(silo.kit, silo.cache)
     promised = json.loads(json.dumps(silo.would_send()))
     data = silo.upload(silo.settings.experiment, 0)
     (receipt,) = silo.receipts()
@@ -297,6 +304,9 @@ def test_the_dry_run_names_all_that_the_upload_then_holds(silo):
     for name in same:
         assert receipt["fields"][name] == promised["fields"][name]
     assert receipt["bytes_sent"] == len(data)
+    if private:
+        assert receipt["fields"]["class_counts"] == [0, 0]
+        assert receipt["fields"]["metrics"]["dp/epsilon"] <= 8.0
     # and the bytes hold no more than that: tensors, and a header of these fields
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert set(header) - {"__metadata__"} == set(receipt["tensors"])
@@ -576,3 +586,44 @@ def test_bytes_survive_as_arrays():
     assert b"".join(joined(arrays)) == data
     assert len(arrays) == 0
     assert isinstance(ConfigRecord({"round": 1})["round"], int)
+
+
+def test_the_silos_budget_holds_over_processes(silo, federated, models):
+    """Each request may meet a new process; what was spent before is counted."""
+    change(silo.kit, privacy=PrivacyConfig(epsilon=8.0, class_counts="noisy"), max_participations=2)
+    silo = Silo(silo.kit, silo.cache)
+    first, download = answer(silo, Config.model_validate(federated), models)
+    silo.install(silo.settings.experiment, 0, encode(download))
+    second = decode_upload(Silo(silo.kit, silo.cache).upload(silo.settings.experiment, 1))
+    assert second.class_counts == first.class_counts  # told again, not drawn again
+    assert first.metrics["dp/epsilon"] < second.metrics["dp/epsilon"] <= 8.0
+    assert second.metrics["dp/steps"] == 2 * first.metrics["dp/steps"]
+
+
+def test_a_leak_stops_the_return_at_the_silo(silo, federated, models):
+    federated["privacy"] = {"max_shared_words": 2}
+    change(silo.kit, privacy=PrivacyConfig(max_shared_words=2), encoder=str(models / "encoder"))
+    silo = Silo(silo.kit, silo.cache)
+    _, download = answer(silo, Config.model_validate(federated), models)
+    near = dataclasses.replace(download, texts=(silo.private().texts[0],))
+    with pytest.raises(LeakError, match=r"privacy\.max_shared_words"):
+        silo.install(silo.settings.experiment, 0, encode(near))
+    assert silo.installed == 0
+
+
+def test_flower_builds_the_app_and_there_is_no_code_in_it(kits, tmp_path, monkeypatch):
+    app = kits / "server" / "app"
+    environment = processes.environment(kits / "server")
+    done = subprocess.run(
+        [processes.program("flwr"), "build", "--app", str(app)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (fab,) = [*tmp_path.glob("*.fab"), *app.glob("*.fab")]
+    names = zipfile.ZipFile(fab).namelist()
+    assert not [name for name in names if name.endswith(".py")]
+    assert "pyproject.toml" in names

@@ -46,6 +46,8 @@ class Client:
         self.previous: SLM | None = None
         """The SLM that the last accepted one took the place of."""
         self.rounds = 0
+        self.told_counts: tuple[int, ...] | None = None
+        """Rows of each label as the last upload told them."""
         self._private = private
         self._fit = fit
         self._seed = seed
@@ -67,6 +69,7 @@ class Client:
         counts = tuple(self._private.class_counts(len(self.slm.labels)))
         if self._privacy:
             counts = self._privacy.class_counts(counts)
+        self.told_counts = counts
         upload = Upload(self.id, self.rounds, counts, metrics, self.slm.to_state())
         self.rounds += 1
         return upload
@@ -90,14 +93,16 @@ class Client:
             self.previous, self.slm = self.slm, returned
         return decision
 
-    def restore(self, state: SlmState, rounds: int) -> None:
-        """Go on from an earlier state: the SLM that the client had after so many trainings."""
+    def restore(self, state: SlmState, rounds: int, told_counts: tuple[int, ...] | None) -> None:
+        """Go on from an earlier state: the SLM after so many trainings, and what was told of the rows."""
         frozen = not self.slm.model.get_input_embeddings().weight.requires_grad
         labels = self.slm.labels
         self.slm = SLM.from_state(state, str(self.slm.device))
         self.slm.order_labels(labels)
         self.slm.freeze_embeddings(frozen)
-        self.rounds = rounds
+        self.rounds, self.told_counts = rounds, told_counts
+        if self._privacy:
+            self._privacy.go_on(rounds, told_counts)
 
     def _try(self, returned: SLM) -> Decision:
         if not self._acceptance.enabled or not self._held() or not self.rounds:

@@ -202,7 +202,8 @@ class _Run:
             snapshot.restore_gate(self.server.gate, get(state["gate"]))
         self._clients = state["clients"]
         for client_id, kept in self._clients.items():
-            self.exchange.clients[client_id].restore(snapshot.slm_state(get(kept["slm"])), kept["rounds"])
+            told = None if kept["counts"] is None else tuple(kept["counts"])
+            self.exchange.clients[client_id].restore(snapshot.slm_state(get(kept["slm"])), kept["rounds"], told)
         self.exchange.bytes_up |= state["bytes_up"]
         self.exchange.bytes_down |= state["bytes_down"]
         self.exchange.go_on(record["arrival"], self.run.barred())
@@ -240,7 +241,8 @@ class _Run:
         put, who = self.checkpoints.put, cause.get("client")
         if who:
             client = self.exchange.clients[who]
-            self._clients[who] = {"rounds": client.rounds, "slm": put(snapshot.slm_bytes(client.slm.to_state()))}
+            slm = put(snapshot.slm_bytes(client.slm.to_state()))
+            self._clients[who] = {"rounds": client.rounds, "slm": slm, "counts": client.told_counts}
         state = {
             "kept": self._kept,
             "journal": self.journal.state(),

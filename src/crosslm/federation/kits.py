@@ -11,10 +11,10 @@ from typing import Annotated, Literal, Self, TypeVar
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from crosslm.config import AcceptanceConfig, Config, FitConfig, IntakeConfig, Positive, SLMSpec
+from crosslm.config import AcceptanceConfig, Config, FitConfig, IntakeConfig, Positive, SelectionConfig, SLMSpec
 from crosslm.config_file import load
 from crosslm.errors import FederationError
-from crosslm.privacy_config import Section
+from crosslm.privacy_config import PrivacyConfig, Section
 
 SERVER_FILE = "server.toml"
 SILO_FILE = "silo.toml"
@@ -74,6 +74,9 @@ class SiloSettings(Section):
     """Whether an SLM that comes back is tried on held-out private rows before it is installed."""
     intake: IntakeConfig = IntakeConfig()
     """Bounds of what may come back."""
+    privacy: PrivacyConfig = PrivacyConfig()
+    """DP-SGD in step 1, what is told of the class counts, and the leak check, whose encoder is ``encoder``."""
+    encoder: str = SelectionConfig().encoder
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:

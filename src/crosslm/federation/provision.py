@@ -203,6 +203,8 @@ def _silo_settings(config: Config, client: ClientConfig, server: ServerSettings,
         fit=config.slm.private,
         acceptance=config.acceptance,
         intake=config.intake,
+        privacy=config.privacy,
+        encoder=config.selection.encoder,
     )
 
 

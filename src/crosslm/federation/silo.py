@@ -21,11 +21,15 @@ from crosslm.errors import FederationError
 from crosslm.federation.intake import Intake
 from crosslm.federation.kits import SiloSettings, read_silo
 from crosslm.federation.messages import decode_download, decode_upload, describe, encode
+from crosslm.leaks import LeakCheck
+from crosslm.models.encoder import SentenceEncoder
+from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.records import Examples, SlmState, Upload
 from crosslm.seeding import seed_for
 
+DP_METRICS = ("epsilon", "delta", "clip", "noise_multiplier", "sample_rate", "steps")
 DTYPES = {"float32": float32, "float16": float16}
 
 
@@ -88,7 +92,7 @@ class Silo:
         if not mine.exists():
             raise FederationError(f"silo {self.settings.id}: a download for round {number}, which was never uploaded")
         settings = self.settings
-        upload = decode_upload(mine.read_bytes())
+        upload = self._uploaded(number)
         download = Intake(settings.labels, settings.intake).download(data, settings.id)
         if download.client_round != number:
             raise FederationError(
@@ -97,7 +101,7 @@ class Silo:
             )
         check_same_model(upload.slm, download.slm, f"silo {settings.id}")
         client = self.client()
-        client.restore(upload.slm, number + 1)
+        client.restore(upload.slm, number + 1, upload.class_counts)
         decision = client.install(download)
         client.slm.save(str(self.state / "slm"))
         _write(self.state / f"download-{number:04}.safetensors", data)
@@ -117,10 +121,20 @@ class Silo:
     def client(self) -> Client:
         """The client of the method, with the SLM as it is after all complete rounds."""
         settings = self.settings
-        private, slm = self.private(), self.slm()
-        client = Client(settings.id, private, slm, settings.fit, settings.seed, acceptance=settings.acceptance)
-        client.rounds = self.installed
+        private, slm, privacy, leaks = self.private(), self.slm(), None, None
+        if settings.privacy.epsilon:
+            privacy = PrivateTraining(settings.privacy, settings.max_participations)
+        if settings.privacy.checks_leaks:
+            encoder = SentenceEncoder(model_folder(settings.encoder, self.cache), resolve_device(settings.device))
+            leaks = LeakCheck(private.texts, settings.privacy, encoder)
+        accept = settings.acceptance
+        client = Client(settings.id, private, slm, settings.fit, settings.seed, None, accept, privacy, leaks)
+        if self.installed:
+            client.restore(slm.to_state(), self.installed, self._uploaded(self.installed - 1).class_counts)
         return client
+
+    def _uploaded(self, number: int) -> Upload:
+        return decode_upload((self.state / f"upload-{number:04}.safetensors").read_bytes())
 
     def private(self) -> Examples:
         """The private rows.
@@ -143,7 +157,7 @@ class Silo:
             if self.decision(number)["accepted"]:
                 state = decode_download((self.state / f"download-{number:04}.safetensors").read_bytes()).slm
             else:
-                state = decode_upload((self.state / f"upload-{number:04}.safetensors").read_bytes()).slm
+                state = self._uploaded(number).slm
             slm = SLM.from_state(state, device)
             slm.order_labels(settings.labels)
             slm.freeze_embeddings(settings.freeze_embeddings)
@@ -168,10 +182,14 @@ class Silo:
         slm.predict_proba(private.texts[:1])  # a tokenizer that was used once has its truncation written in it
         counts = tuple(private.class_counts(len(self.settings.labels)))
         upload = Upload(self.settings.id, self.installed, counts, {}, slm.to_state())
-        names = ["loss", "epochs"]
-        if self.settings.fit.patience:
-            names += ["holdout_loss", "holdout_accuracy"]
-        found = contents(_as_dtype(upload, self.settings.wire_dtype))
+        found, privacy = contents(_as_dtype(upload, self.settings.wire_dtype)), self.settings.privacy
+        if privacy.epsilon:
+            names = ["epochs", *(f"dp/{name}" for name in DP_METRICS)]
+            if privacy.class_counts != "exact":
+                hidden = privacy.class_counts == "hidden"
+                found["fields"]["class_counts"] = [0] * len(counts) if hidden else "the counts, with noise"
+        else:
+            names = ["loss", "epochs"] + (["holdout_loss", "holdout_accuracy"] if self.settings.fit.patience else [])
         return {**found, "metrics_after_training": names}
 
     def receipts(self) -> list[dict[str, Any]]:

@@ -164,6 +164,10 @@ class PrivateTraining:
             "dp/steps": float(mechanism.steps * self._made),
         }
 
+    def go_on(self, made: int, told: tuple[int, ...] | None) -> None:
+        """Count the uploads that were made before this process began; the counts that were told then are told again."""
+        self._made, self._counts = made, told
+
     def class_counts(self, counts: tuple[int, ...]) -> tuple[int, ...]:
         """What is told of the rows of each label: nothing (zeros), noisy numbers, or the exact ones.
 
