@@ -23,7 +23,7 @@ LAYERS = [
     {"models.decoding", "models.rows", "leaks"},
     {"models.llm", "models.slm", "canaries", "privacy"},
     {"models.private_fit"},
-    {"synthesis", "client", "gate"},
+    {"synthesis", "classification", "client", "gate"},
     {"server", "evaluate", "rundir"},
     {
         "baselines",

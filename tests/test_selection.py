@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosslm.algorithm.selection import approximate_diversity, diversity, quality_diversity_scores, select_top
+from crosslm.algorithm.selection import (
+    agreed_rewards,
+    approximate_diversity,
+    diversity,
+    quality_diversity_scores,
+    select_top,
+)
 from crosslm.config import SelectionConfig
 from crosslm.records import SyntheticSet, SyntheticText
 from crosslm.server import select
@@ -61,6 +67,11 @@ def test_a_duplicate_has_no_diversity():
 def test_score_by_hand():
     scores = quality_diversity_scores(torch.tensor([0.8, -0.5]), torch.tensor([0.5, 0.2]))
     torch.testing.assert_close(scores, torch.tensor([0.4, -0.1]))
+
+
+def test_rewards_that_the_llm_agrees_with_by_hand():
+    rewards, posteriors = torch.tensor([0.8, 0.8, 0.0, -0.5]), torch.tensor([0.5, 1.0, 0.9, 0.1])
+    assert agreed_rewards(rewards, posteriors).tolist() == pytest.approx([0.4, 0.8, 0.0, -0.5])
 
 
 def test_among_negative_rewards_the_near_duplicate_wins_as_written_and_drop_prevents_it():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import BAD, GOOD, sentences, tiny_llm
 
+from crosslm import server as server_module
 from crosslm.algorithm.losses import token_kl
 from crosslm.algorithm.rewards import leave_one_out_advantages
 from crosslm.client import Client
@@ -247,6 +248,28 @@ def test_receipts_say_why(models, task, config):
     assert [receipt.rank for receipt in receipts] == [2, 3, 1, 4]
     assert receipts[0].diversity == pytest.approx(0, abs=1e-6)
     assert receipts[2].score == pytest.approx(0.5 * (1 - 0.5**0.5), abs=1e-6)
+
+
+def test_the_llm_has_a_say_in_what_is_kept(models, task, config):
+    pool = SyntheticSet(synthesize(tiny_llm(models, "gpt2"), task, config.synthesis, 4, 1).samples)
+    rewards, posteriors = torch.tensor([0.9, 0.1, 0.5, 0.4]), torch.tensor([1.0, 1.0, 0.2, 0.9])
+    receipts, kept = select(pool, rewards, TableEncoder(), SelectionConfig(fraction=0.25), posteriors)
+    assert kept == [3]  # 0.5 is the better reward, but the LLM finds the text to be of another label
+    assert receipts[2].score == pytest.approx(0.5 * 0.2 * (1 - 0.5**0.5), abs=1e-6)
+    assert receipts[2].reward == pytest.approx(0.5)
+
+
+def test_the_llm_is_asked_with_llm_posterior_alone(models, task, config, upload, monkeypatch):
+    asked = []
+    real = server_module.label_posteriors
+    monkeypatch.setattr(server_module, "label_posteriors", lambda *given: asked.append(given) or real(*given))
+    for wanted in (False, True):
+        choice = config.selection.model_copy(update={"llm_posterior": wanted})
+        server_for(config.model_copy(update={"selection": choice}), task, models).step(upload)
+    assert len(asked) == 1
+    posteriors = real(*asked[0])
+    assert posteriors.shape == (config.selection.pool,)
+    assert 0 < posteriors.min() <= posteriors.max() < 1
 
 
 def test_selection_can_be_balanced_over_the_labels_and_without_bad_texts(models, task, config):

@@ -3,6 +3,8 @@
 The other baseline, Standalone, is the SLM as its client uploads it first.
 """
 
+from torch import Tensor
+
 from crosslm.config import Config
 from crosslm.models.encoder import Encoder
 from crosslm.models.slm import SLM
@@ -13,7 +15,13 @@ from crosslm.task import Task
 
 
 def data_free_kd(
-    upload: Upload, pool: SyntheticSet, config: Config, task: Task, encoder: Encoder, progress: Progress
+    upload: Upload,
+    pool: SyntheticSet,
+    config: Config,
+    task: Task,
+    encoder: Encoder,
+    progress: Progress,
+    posteriors: Tensor | None = None,
 ) -> SLM:
     """The uploaded SLM after training on the best of a pool that the original LLM wrote.
 
@@ -24,9 +32,11 @@ def data_free_kd(
         task: the labels.
         encoder: for the diversity of Eq. 10.
         progress: is told of the training.
+        posteriors: ``(texts,)``, the original LLM's probability of the intended labels, for
+            ``selection.llm_posterior``.
     """
     slm = receive_slm(upload, task, config)
     rewards = slm_rewards(slm, pool, upload, config.reward)
-    _, kept = select(pool, rewards, encoder, config.selection)
+    _, kept = select(pool, rewards, encoder, config.selection, posteriors)
     train_on_synthetic(slm, pool.examples(kept), upload, config, progress, f"{upload.client_id}, data-free KD")
     return slm

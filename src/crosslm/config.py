@@ -235,6 +235,9 @@ class SelectionConfig(Section):
     """alpha % of section 4.2."""
     score: Literal["product", "reward", "diversity"] = "product"
     """What ranks the texts: the paper's product of reward and diversity, or one factor alone."""
+    llm_posterior: bool = False
+    """Weigh each reward by the LLM's own probability of the intended label (Eq. 1), so that a text is kept where
+    both find what it was written for (ours)."""
     nonpositive_rewards: Literal["keep", "drop"] = "keep"
     """``drop``: never take a text with r <= 0."""
     class_balance: bool = False
@@ -323,7 +326,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "recommended": {
         "reward": {"baseline": "leave_one_out", "correct_prior": True},
         "llm": {"gamma_kl": 0.1},
-        "selection": {"class_balance": True},
+        "selection": {"class_balance": True, "llm_posterior": True},
         "slm": {"interpolation": 0.7},
         "gate": {"enabled": True},
         "acceptance": {"enabled": True},

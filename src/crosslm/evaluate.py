@@ -3,18 +3,15 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+from crosslm.classification import class_probabilities
 from crosslm.config import Config
 from crosslm.data import balanced_sample
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
-from crosslm.models.tokens import verbalizer_ids
 from crosslm.progress import Progress
 from crosslm.records import Examples, SyntheticSet
 from crosslm.seeding import seed_for
 from crosslm.task import Task
-
-NLU_CHUNK = 64
-NLU_TOKENS = 256  # of a text; with the query well inside the 1,024 of GPT-2
 
 
 def share_right(gold: Sequence[int], predicted: Sequence[int]) -> float:
@@ -28,18 +25,9 @@ def nlu_accuracy(llm: LLM, task: Task, examples: Examples, progress: Progress, d
 
 
 def nlu_predictions(llm: LLM, task: Task, examples: Examples, progress: Progress, detail: str) -> list[int]:
-    """The label that the LLM gives each text by the verbalizers (Eq. 1).
-
-    Of each text the first 256 tokens are read.
-    """
-    verbalizers = verbalizer_ids(llm.tokenizer, task)
-    predicted: list[int] = []
+    """The label that the LLM gives each text by the verbalizers (Eq. 1)."""
     with progress.stage("evaluate", f"LLM classifies, {detail}", len(examples), "texts") as advance:
-        for start in range(0, len(examples), NLU_CHUNK):
-            rows = examples.take(range(start, min(start + NLU_CHUNK, len(examples))))
-            queries = [task.query(llm.shorten(text, NLU_TOKENS)) for text in rows.texts]
-            predicted += llm.classify(queries, verbalizers).argmax(dim=1).tolist()
-            advance(len(rows))
+        predicted: list[int] = class_probabilities(llm, task, examples.texts, advance).argmax(dim=1).tolist()
     return predicted
 
 

@@ -15,6 +15,7 @@ from crosslm import arrivals, evaluate, snapshot
 from crosslm.canaries import plant
 from crosslm.cards import write_cards
 from crosslm.checkpoint import Checkpoints
+from crosslm.classification import label_posteriors
 from crosslm.client import Client
 from crosslm.config import Config
 from crosslm.errors import ConfigError, RunError, StoppedError
@@ -169,12 +170,16 @@ class _Run:
         run.event("start", versions=versions(), specs=specs)
         count = max(config.selection.pool, config.evaluation.nlg_samples)
         journal.base_pool = self._synthesize("original LLM", count, "base")
+        if config.selection.llm_posterior:
+            with self.progress.stage("generate", "original LLM reads its texts", count, "texts") as advance:
+                journal.base_posteriors = label_posteriors(self.llm, self.task, journal.base_pool, advance).tolist()
         self.before = self._llm_measures("before")
         put = self.checkpoints.put
         self._kept: dict[str, Any] = {
             "judge": put(snapshot.slm_bytes(journal.judge.to_state())) if journal.judge else None,
             "judge_accuracy": self.judge_accuracy,
             "base_pool": put(snapshot.texts_bytes(journal.base_pool)),
+            "base_posteriors": journal.base_posteriors,
             "before": self.before,
             "inputs": snapshot.inputs_digest(self.split),
         }
@@ -195,6 +200,7 @@ class _Run:
             self.journal.judge.order_labels(self.task.labels)
         self.judge_accuracy, self.before = self._kept["judge_accuracy"], self._kept["before"]
         self.journal.base_pool = snapshot.texts_of(get(self._kept["base_pool"]))
+        self.journal.base_posteriors = self._kept["base_posteriors"]
         self.journal.restore(state["journal"])
         snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), state["steps"])
         self._open_gate()

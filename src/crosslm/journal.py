@@ -3,6 +3,8 @@
 import logging
 from typing import Any
 
+from torch import tensor
+
 from crosslm import arrivals, evaluate
 from crosslm.baselines import data_free_kd
 from crosslm.checkpoint import Checkpoints
@@ -34,6 +36,8 @@ class RunJournal:
         self.task = Task.from_config(config.task)
         self.judge: SLM | None = None
         self.base_pool = SyntheticSet([])
+        self.base_posteriors: list[float] | None = None
+        """The original LLM's own probability of each of their labels, with ``selection.llm_posterior``."""
         self.accuracy: dict[str, dict[str, float]] = {"standalone": {}, "data_free_kd": {}, "crosslm": {}}
         self.confusion: dict[str, dict[str, list[list[int]]]] = {method: {} for method in self.accuracy}
         self.standalone: dict[str, SLM] = {}
@@ -59,8 +63,9 @@ class RunJournal:
         self._first[who] = self.checkpoints.put(encode(upload))
         self.standalone[who] = slm
         self._test("standalone", who, slm)
-        pool = SyntheticSet(self.base_pool.samples[: self.config.selection.pool])
-        student = data_free_kd(upload, pool, self.config, self.task, self.encoder, self.progress)
+        size, known = self.config.selection.pool, self.base_posteriors
+        pool, posteriors = SyntheticSet(self.base_pool.samples[:size]), None if known is None else tensor(known[:size])
+        student = data_free_kd(upload, pool, self.config, self.task, self.encoder, self.progress, posteriors)
         self._test("data_free_kd", who, student)
 
     def served(self, upload: Upload, download: Download, record: StepRecord) -> None:

@@ -11,11 +11,13 @@ from crosslm.algorithm.losses import generation_loss, kl_loss, language_modeling
 from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
 from crosslm.algorithm.selection import (
     EXACT_TEXTS,
+    agreed_rewards,
     approximate_diversity,
     diversity,
     quality_diversity_scores,
     select_top,
 )
+from crosslm.classification import label_posteriors
 from crosslm.config import Config, RewardConfig, SelectionConfig
 from crosslm.errors import ModelError, UploadError
 from crosslm.gate import Gate, as_rewarding, stranger_proba
@@ -107,7 +109,8 @@ class Server:
         record.pool = self._synthesize(f"{who}: texts to choose from", config.selection.pool, seed)  # step 5
         with self.progress.stage("select", who, 1, "pool") as advance:
             rewards = slm_rewards(slm, record.pool, upload, config.reward)
-            record.receipts, kept = select(record.pool, rewards, self.encoder, config.selection)  # Eq. 10
+            posteriors = label_posteriors(self.llm, self.task, record.pool) if config.selection.llm_posterior else None
+            record.receipts, kept = select(record.pool, rewards, self.encoder, config.selection, posteriors)  # Eq. 10
             advance(1)
         fitted = train_on_synthetic(slm, record.pool.examples(kept), upload, config, self.progress, who)
 
@@ -292,18 +295,26 @@ def slm_rewards(slm: SLM, drafts: SyntheticSet, upload: Upload, config: RewardCo
 
 
 def select(
-    pool: SyntheticSet, rewards: Tensor, encoder: Encoder, config: SelectionConfig
+    pool: SyntheticSet, rewards: Tensor, encoder: Encoder, config: SelectionConfig, posteriors: Tensor | None = None
 ) -> tuple[list[Receipt], list[int]]:
     """Quality times diversity, and the best alpha % of the pool (Eq. 10).
+
+    Args:
+        pool: texts to choose from.
+        rewards: ``(texts,)``, Eq. 4.
+        encoder: for the diversity.
+        config: how.
+        posteriors: ``(texts,)``, the LLM's probability of the intended labels; the rewards are weighed by them.
 
     Returns:
         A receipt for each text, and the places of those kept, best first.
     """
     vectors = encoder.encode(pool.texts)
     diversities = diversity(vectors) if len(vectors) <= EXACT_TEXTS else approximate_diversity(vectors)
-    scores = quality_diversity_scores(rewards, diversities)
+    quality = rewards if posteriors is None else agreed_rewards(rewards, posteriors)
+    scores = quality_diversity_scores(quality, diversities)
     if config.score != "product":
-        scores = rewards if config.score == "reward" else diversities
+        scores = quality if config.score == "reward" else diversities
     labels = pool.labels if config.class_balance else None
     kept: list[int] = select_top(scores, config.fraction, rewards, config.nonpositive_rewards, labels).tolist()
     ranks = torch.argsort(torch.argsort(scores, descending=True, stable=True)) + 1

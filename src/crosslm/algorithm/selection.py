@@ -106,6 +106,23 @@ def quality_diversity_scores(rewards: Tensor, diversities: Tensor) -> Tensor:
     return rewards * diversities
 
 
+def agreed_rewards(rewards: Tensor, posteriors: Tensor) -> Tensor:
+    """What takes the place of r in the score with ``selection.llm_posterior`` (ours): ``r * p(y|x)`` where r > 0.
+
+    The client's SLM and the LLM err on different texts; a text that both find to be of its label is more often
+    of it than one that either finds so. A reward that is not positive stays: times a probability it would rank
+    higher the surer the LLM is that the SLM is right.
+
+    Args:
+        rewards: ``(texts,)``, Eq. 4.
+        posteriors: ``(texts,)``, the LLM's probability of the intended label, Eq. 1.
+
+    Returns:
+        ``(texts,)``, in [-1, 1].
+    """
+    return torch.where(rewards > 0, rewards * posteriors, rewards)
+
+
 def select_top(
     scores: Tensor,
     fraction: float,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from crosslm.evaluate import NLU_TOKENS
+from crosslm.classification import MAX_TOKENS
 from crosslm.reproduce.figures import Figures
 from crosslm.reproduce.headline import headline
 from crosslm.reproduce.markdown import markdown
@@ -106,7 +106,7 @@ def differs(kept: Kept, choice: Choice) -> list[str]:
         f"SLMs: {' and '.join(slms)} for BERT-base and DistilBERT.",
         f"Data: samples of the datasets, of a client at most {rows} rows and {config['data'].get('test_rows', 'all')} "
         f"test rows ({NAMES.get(config['name'], config['name'])}). Long texts are cut: an SLM reads "
-        f"{config['slm']['max_length']} tokens (other tasks: `slm.max_length`), the LLM {NLU_TOKENS}.",
+        f"{config['slm']['max_length']} tokens (other tasks: `slm.max_length`), the LLM {MAX_TOKENS}.",
         f"{config['llm']['samples']} texts to learn from an arrival and a pool of {config['selection']['pool']}; "
         "the paper does not say how many.",
         "The judge (Table 6) and the ceiling (Table 4) are not in the paper.",
