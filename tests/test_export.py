@@ -221,3 +221,14 @@ def test_without_the_datasets_library_the_rest_can_be_had(finished, tmp_path, mo
         export.export_run(finished, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     export.export_run(finished, tmp_path / "out", parts=["slm"])
+
+
+def test_cards_say_which_guarantee_holds(finished):
+    open_run, card = finished.summary, cards.llm_card(finished.config, finished.summary)
+    assert "no privacy guarantee" in card
+    clients = list(open_run["clients"])
+    bounded = {**open_run, "privacy": {client: {"epsilon": 3.2, "delta": 1e-5} for client in clients}}
+    assert f"{clients[0]}: 3.20 at delta 1e-05" in cards.llm_card(finished.config, bounded)
+    assert "3.20 at delta" in cards.slm_card(clients[0], 1, finished.config, bounded)
+    half = {**open_run, "privacy": {clients[0]: {"epsilon": 3.2, "delta": 1e-5}}}
+    assert "no privacy guarantee" in cards.dataset_card(finished.config, {"all": 1}, half)

@@ -117,8 +117,7 @@ On {summary["test_rows"][client]} test rows; one seed, so differences of a few p
 
 ## Privacy
 
-No private text is in these files, but the weights were fitted to it, without differential privacy: no privacy
-guarantee holds, and weights can reveal things about the text that they were fitted to. To train it,
+No private text is in these files, but the weights were fitted to it, {_guarantee(summary, [client])} To train it,
 {about["bytes_up"]:,} bytes (weights, tokenizer, label names, the rows of each label and training metrics) left the
 silo; the rows of each label stand above. Ask the silo before you give this model or this card to anybody else.
 """
@@ -176,17 +175,17 @@ Labels and the prompts that it was trained on:
 
 ## Privacy
 
-The adapter follows classifiers that were fitted to private text, without differential privacy: no privacy guarantee
-holds for what it learned from them.
+The adapter follows classifiers that were fitted to private text, {_guarantee(summary, list(summary["clients"]))}
 """
 
 
-def dataset_card(config: Config, counts: Mapping[str, int]) -> str:
+def dataset_card(config: Config, counts: Mapping[str, int], summary: Mapping[str, Any]) -> str:
     """The card of the synthetic text as a data set.
 
     Args:
         config: of the run.
         counts: rows of each of its parts, as in the folder ``data``.
+        summary: what ``summary.json`` holds.
     """
     parts = [(f"`{name}`", f"{count:,}", PARTS[name]) for name, count in counts.items()]
     data = DatasetCardData(
@@ -221,8 +220,25 @@ texts = load_dataset("FOLDER OR REPOSITORY", "all", split="train")
 ## Privacy
 
 The texts are a language model's, but which of them got a high reward depends on classifiers that were fitted to
-private text, without differential privacy: no privacy guarantee holds.
+private text, {_guarantee(summary, list(summary["clients"]))}
 """
+
+
+def _guarantee(summary: Mapping[str, Any], clients: Sequence[str]) -> str:
+    """What bounds what is told of these clients' rows, in words."""
+    bounds = {client: bound for client, bound in (summary.get("privacy") or {}).items() if client in clients}
+    if set(bounds) != set(clients):
+        return (
+            "without differential privacy for all of them: no privacy guarantee\n"
+            "holds, and weights can reveal things about the text that they were fitted to."
+        )
+    told = ", ".join(
+        f"{client}: {bound['epsilon']:.2f} at delta {bound['delta']:g}" for client, bound in bounds.items()
+    )
+    return (
+        f"with DP-SGD, whose epsilon for all uploads together is\n{told}. That bounds what can be learned of one\n"
+        "private row; counts of rows in this card and decisions by held-out rows are not covered by it."
+    )
 
 
 def _use_of_llm(whole: bool, base: str) -> str:

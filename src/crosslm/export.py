@@ -181,7 +181,7 @@ def _dataset(run: Run, folder: Path) -> Path:
     with _quiet():
         for name, rows in parts.items():
             Dataset.from_list(rows, features=features).to_parquet(folder / "data" / f"{name}.parquet")
-    card = cards.dataset_card(run.config, {name: len(rows) for name, rows in parts.items()})
+    card = cards.dataset_card(run.config, {name: len(rows) for name, rows in parts.items()}, run.summary)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
 
