@@ -203,6 +203,7 @@ def tiny_llm(models: Path, family: str, **changes: object) -> LLM:
 
 
 TINY = {
+    "gate.enabled": "false",
     "device": "cpu",
     "llm.samples": 4,
     "llm.batch_size": 4,
