@@ -35,7 +35,8 @@ One arrival by hand, for a loop of one's own:
     >>> llm = crosslm.LLM.load(run.original_llm(), run.config.llm, seed=0)
     >>> server = crosslm.Server(run.config, run.task, llm, encoder)
     >>> download, record = server.step(client.train())
-    >>> client.install(download)
+    >>> client.install(download).accepted
+    True
     >>> len(record.receipts) == run.config.selection.pool
     True
 """
