@@ -11,7 +11,7 @@ demo: $(VENV)/.demo                ## install what the main job needs and run it
 	$(BIN)/crosslm demo $(ARGS)
 
 test: $(VENV)/.dev check           ## install what the tests need and pass them
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 test-federation: $(VENV)/.dev      ## the tests of separate machines alone; `make test` runs them too
 	$(BIN)/python -m pytest tests/test_federation.py tests/test_federation_live.py $(ARGS)
