@@ -30,6 +30,8 @@ from crosslm.rundir import RunDir
 CLOCK = ("time", "seconds", "peak_memory_bytes")
 """What differs between any two runs: wall-clock time, and the memory of the process."""
 UNCOMPARED = ("sessions.jsonl", ".lock")
+TRACKER = "tensorboard/"
+"""A tracker's files: one for each session, named by time and process. They show the run and are none of its results."""
 
 
 def without_clock(value):
@@ -43,7 +45,7 @@ def contents(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_dir() or name in UNCOMPARED:
+        if path.is_dir() or name in UNCOMPARED or name.startswith(TRACKER):
             continue
         if path.name == "metrics.jsonl":
             found[name] = [without_clock(json.loads(line)) for line in path.read_text().splitlines()]
@@ -217,7 +219,13 @@ def test_another_configuration_or_other_data_are_refused(config, config_file, st
     code, _, err = command("run", config_file, "--output", stopped, "--resume")
     assert code == 2
     assert "the data files have changed since this run began" in err
-    assert contents(stopped) == before
+    after = contents(stopped)
+    # the last event says how the last session ended, for who follows the run
+    ended, refused = before["metrics.jsonl"].pop(), after["metrics.jsonl"].pop()
+    assert ended["event"] == refused["event"] == "end"
+    assert refused["error"].startswith("RunError: ")
+    assert "the data files have changed" in refused["error"]
+    assert after == before
 
 
 @pytest.mark.parametrize("how", ["cut", "changed", "blob cut", "blob gone"])

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,24 @@ from rich.console import Console
 
 from crosslm import errors
 from crosslm.cli import main as cli
-from crosslm.errors import ConfigError, CrosslmError, DataError, ModelError, RunError, UploadError
+from crosslm.errors import (
+    ConfigError,
+    CrosslmError,
+    DataError,
+    FederationError,
+    LeakError,
+    ModelError,
+    QuarantineError,
+    RunError,
+    StoppedError,
+    UploadError,
+)
 
 SOURCE = Path(__file__).parents[1] / "src" / "crosslm"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
 CLASSES = {each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, CrosslmError)}
+STRICT_GATE = ("--set", "gate.enabled=true", "--set", "gate.margin=0.49", "--set", "gate.confidence=0.51")
+LEAK_BOUND = ("--set", "gate.enabled=false", "--set", "privacy.max_similarity=-0.99")
 OVERRIDES = [part for amount in TINY_AMOUNTS for part in ("--set", amount)]
 
 
@@ -39,6 +53,14 @@ def caught(monkeypatch):
     return found
 
 
+@pytest.fixture
+def listener():
+    """Ctrl-C is heard after the test by whom it was heard before."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def weights_not_finite(monkeypatch):
     from crosslm import experiment
 
@@ -54,6 +76,18 @@ def weights_not_finite(monkeypatch):
     monkeypatch.setattr(experiment.Client, "train", damaged)
 
 
+def ctrl_c_while_a_client_trains(monkeypatch):
+    from crosslm import experiment
+
+    train = experiment.Client.train
+
+    def pressed(client):
+        signal.raise_signal(signal.SIGINT)
+        return train(client)
+
+    monkeypatch.setattr(experiment.Client, "train", pressed)
+
+
 # for each class: what is typed in a folder with tickets.toml, what is done to the program, what is said
 CASES = {
     ConfigError: (("run", "tickets.toml", "--set", "llm.sampels=3"), None, r"tickets.toml: unknown key .*did you mean"),
@@ -64,17 +98,41 @@ CASES = {
     UploadError: (
         ("run", "tickets.toml", "--output", "run", *OVERRIDES),
         weights_not_finite,
-        r"run: no client could be served; run its .*UploadError: client north: its weight \S+ is not finite; lower",
+        r"run: no client could be served; when this is mended, run again:"
+        r".*UploadError: client north: its weight \S+ is not finite; lower",
+    ),
+    QuarantineError: (
+        ("run", "tickets.toml", "--output", "run", *OVERRIDES, *STRICT_GATE),
+        None,
+        r"client north: quarantined: its AUC is .*; look at that client's data.*error: run: no client could be served",
+    ),
+    LeakError: (
+        ("run", "tickets.toml", "--output", "run", *OVERRIDES, *LEAK_BOUND),
+        None,
+        r"client north failed: .*\(privacy.max_similarity\); the SLM is not taken back; look at",
+    ),
+    FederationError: (("server", "nowhere"), None, r"nowhere: has no server.toml.* crosslm provision made"),
+    StoppedError: (
+        ("run", "tickets.toml", "--output", "run", *OVERRIDES),
+        ctrl_c_while_a_client_trains,
+        r"stopped after arrival 1; .*To go on: crosslm run run/config.toml --output run --resume",
     ),
 }
+ENDS = {UploadError: (2, [RunError]), QuarantineError: (2, [RunError]), LeakError: (0, []), StoppedError: (130, None)}
+"""Exit code, and the class that the command line catches, where they are not 2 and the class itself.
+
+The first three end one client's arrival and not the run, which says so while it goes on. It fails if it has served
+nobody; a client that was served and has not taken its SLM back does not make it fail.
+"""
 
 
 def test_every_class_has_a_case():
     assert set(CASES) == CLASSES - {CrosslmError}
 
 
+@pytest.mark.usefixtures("listener")
 @pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
-def test_every_class_reaches_the_user_as_words_and_code_2(kind, shell, caught, workplace, tmp_path, monkeypatch):
+def test_every_class_reaches_the_user_as_words_and_a_code(kind, shell, caught, workplace, tmp_path, monkeypatch):
     for path in workplace.glob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path)
@@ -82,13 +140,13 @@ def test_every_class_reaches_the_user_as_words_and_code_2(kind, shell, caught, w
     (tmp_path / "tickets.toml").write_text((tmp_path / "tickets.toml").read_text().replace(str(workplace), "."))
     if prepare:
         prepare(monkeypatch)
-    code, _, err = shell(*arguments)
-    assert code == 2
-    assert err.startswith("error: ")
+    code, out, err = shell(*arguments)
+    expected, classes = ENDS.get(kind, (2, None))
+    assert code == expected, err
+    assert err.startswith("error: ") == (code == 2)
     assert "Traceback" not in err
-    assert re.search(message, err, re.S), err
-    if kind is not UploadError:  # which is an event of a run
-        assert [type(error) for error in caught] == [kind]
+    assert re.search(message, out + err, re.S), out + err
+    assert [type(error) for error in caught] == ([kind] if classes is None else classes)
 
 
 def raise_sites():
@@ -98,6 +156,8 @@ def raise_sites():
         for node in ast.walk(ast.parse(path.read_text())):
             call = node.exc if isinstance(node, ast.Raise) else None
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in names:
+                if path.relative_to(SOURCE).as_posix() in PARTS or words_of(call.args[0]) in PARTS_OF_GATE:
+                    continue
                 yield pytest.param(call.args[0], id=f"{path.relative_to(SOURCE)}:{node.lineno}")
 
 
@@ -108,9 +168,16 @@ def words_of(message):
     return message.value if isinstance(message, ast.Constant) else None
 
 
+PARTS = {"federation/intake.py", "federation/strict_json.py", "federation/tokenizer_rules.py", "models/architecture.py"}
+"""What these files say of a stranger's bytes is part of one sentence, and its beginning names the client (or the
+silo, or the model folder). It says what was found. Nobody is to mend such bytes but who made them by hand: what an
+honest client sends passes."""
+PARTS_OF_GATE = {"the SLM cannot classify: {}: {}", "the SLM gives probabilities that are not finite"}
+"""The gate and the server put the client's name before these, which are found in a stranger's classifier, too."""
+
 NEXT = re.compile(
     r"must|needs?\b|give|set |choose|name |name\b.*new|\bput\b|lower|raise|look at|run[: ]|install|delete|unpack|start|"
-    r"known|allowed|are[: ]|add |say|mend|write|keep|use |did you|\?|\n",
+    r"known|allowed|are[: ]|add |say|mend|write|keep|use |go on|did you|\?|\n",
 )
 
 

@@ -121,7 +121,7 @@ class _Audit:
             slm = SLM.load_trained(str(folder), self.config.device)
             slm.order_labels(self.task.labels)
         except (OSError, ValueError) as error:
-            raise ModelError(f"{folder}: the classifier cannot be loaded: {error}") from error
+            raise ModelError(f"{folder}: the classifier cannot be loaded: {error}; run the run again") from error
         return slm
 
     def _trained_on(self, client: str) -> Examples:

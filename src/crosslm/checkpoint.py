@@ -45,9 +45,9 @@ class Checkpoints:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise RunError(f"{path}: cannot be read: {error.strerror}{self._hint()}") from error
+            raise RunError(f"{path}: cannot be read: {error.strerror}; to go on, {_hint()}") from error
         if hashlib.sha256(data).hexdigest() != name:
-            raise RunError(f"{path}: damaged (its SHA-256 is not its name){self._hint()}")
+            raise RunError(f"{path}: damaged (its SHA-256 is not its name); to go on, {_hint()}")
         return data
 
     def numbers(self) -> list[int]:
@@ -72,10 +72,10 @@ class Checkpoints:
             record: dict[str, Any] = entry["record"]
             whole = entry["sha256"] == _digest(record) and record["version"] == VERSION
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path}: damaged: {error}{self._hint(number)}") from error
+            raise RunError(f"{path}: damaged: {error}; to go on, {_hint(number)}") from error
         if not whole:
             raise RunError(
-                f"{path}: damaged (its checksum does not match, or it is of another version){self._hint(number)}"
+                f"{path}: damaged (its checksum does not match, or it is of another version); to go on, {_hint(number)}"
             )
         return record
 
@@ -105,10 +105,11 @@ class Checkpoints:
     def _write(self, number: int, record: dict[str, Any]) -> None:
         self.run.write(_file(number), json.dumps({"sha256": _digest(record), "record": record}, indent=1) + "\n")
 
-    def _hint(self, number: int | None = None) -> str:
-        if number is None:
-            return "; remove the newest file in checkpoints/ to go on from the arrival before"
-        return f"; remove it to go on from the arrival before {number}"
+
+def _hint(number: int | None = None) -> str:
+    if number is None:
+        return "remove the newest file in checkpoints/: the run goes on from the arrival before"
+    return f"remove it: the run goes on from the arrival before {number}"
 
 
 def _names(value: Any) -> Iterator[str]:

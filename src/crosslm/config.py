@@ -275,6 +275,7 @@ class GateConfig(Section):
     """Which SLM may reward the LLM (ours): ``docs/robustness.md`` has the statistics."""
 
     enabled: bool = False
+    """Probe every upload with texts of known labels before it rewards the LLM; one that fails is kept apart."""
     texts: Positive = 1024
     """At most so many texts of the original LLM, and as many of the last accepted arrival, to probe with."""
     public_texts: str | None = None
@@ -282,6 +283,7 @@ class GateConfig(Section):
     margin: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
     """An SLM is refused if its AUC on the probe is below 0.5 + margin with the given confidence, or not above 0.5."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """How sure, one-sided, the tests of ``margin`` and ``min_correlation`` must be before an SLM is refused."""
     max_share: Fraction = 0.98
     """An SLM is refused if it finds one label in more than this share of the probe."""
     min_correlation: Annotated[float, Field(ge=-1, lt=1)] = 0.1

@@ -126,7 +126,9 @@ class _Run:
         config = self.config
         record = self.checkpoints.last()
         if record and record["state"] is None:
-            raise RunError(f"{self.run.path}: arrival {record['arrival']} has been pruned and cannot be gone on from")
+            raise RunError(
+                f"{self.run.path}: arrival {record['arrival']} has been pruned and cannot be gone on from; run it again"
+            )
         self.run.go_back(record["state"]["events"] if record else 0)
         self.llm = LLM.load(self.llm_folder, config.llm, seed_for(config.seed, "llm"), config.device)
         self.encoder = SentenceEncoder(self._folder(config.selection.encoder), config.device)

@@ -70,7 +70,11 @@ class Gate:
             reasons.append(f"it finds one label in {share:.1%} of the texts; {bounds.max_share:.1%} are allowed")
         reasons += self._against_others(own, upload.client_id, figures)
         if reasons:
-            raise QuarantineError(f"client {upload.client_id}: quarantined: {'; '.join(reasons)}", figures)
+            raise QuarantineError(
+                f"client {upload.client_id}: quarantined: {'; '.join(reasons)}; look at that client's data, "
+                "or set [gate] otherwise",
+                figures,
+            )
         return Verdict(figures, own)
 
     def accepted(self, verdict: Verdict, upload: Upload, pool: SyntheticSet) -> None:

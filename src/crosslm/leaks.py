@@ -26,7 +26,10 @@ class LeakCheck:
             LeakError: a text is nearer, or no texts were sent along.
         """
         if not texts:
-            raise LeakError("no texts came with the SLM, so privacy.max_shared_words and max_similarity cannot be kept")
+            raise LeakError(
+                "no texts came with the SLM, so privacy.max_shared_words and max_similarity cannot be kept; the server "
+                "must send them: privacy must be set there too"
+            )
         words, similarity = self._limits.max_shared_words, self._limits.max_similarity
         if words is not None:
             shared = longest_shared(texts, self._private)
@@ -34,7 +37,8 @@ class LeakCheck:
                 above = sum(length > words for length in shared)
                 raise LeakError(
                     f"{above} of {len(texts)} synthetic texts share more than {words} words in a row with a private "
-                    f"text, at most {max(shared)} (privacy.max_shared_words); the SLM is not taken back"
+                    f"text, at most {max(shared)} (privacy.max_shared_words); the SLM is not taken back; "
+                    "look at what the LLM writes, or raise the bound"
                 )
         if similarity is not None:
             near = nearest_similarity(self._encoder.encode(texts), self._encoder.encode(self._private))
@@ -42,5 +46,5 @@ class LeakCheck:
                 raise LeakError(
                     f"{int((near > similarity).sum())} of {len(texts)} synthetic texts have a similarity above "
                     f"{similarity} to a private text, at most {float(near.max()):.3f} (privacy.max_similarity); "
-                    "the SLM is not taken back"
+                    "the SLM is not taken back; look at what the LLM writes, or raise the bound"
                 )

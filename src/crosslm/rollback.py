@@ -35,7 +35,8 @@ def roll_back(run: RunDir, client_id: str, output: Path) -> int:
     if first is None:
         served = sorted({record["cause"]["client"] for record in records if record["cause"]["outcome"] == "served"})
         raise RunError(
-            f"{run.path}: {client_id!r} has not changed the LLM; those that have: {', '.join(served) or 'nobody'}"
+            f"{run.path}: {client_id!r} has not changed the LLM; those that have: {', '.join(served) or 'nobody'}; "
+            "name one of these"
         )
     before = [record for record in records if record["arrival"] < first]
     if before[-1]["state"] is None:
@@ -47,6 +48,8 @@ def roll_back(run: RunDir, client_id: str, output: Path) -> int:
     partial = RunDir(output.with_name(output.name + ".partial"))
     shutil.rmtree(partial.path, ignore_errors=True)
     _copy(run, partial, checkpoints, before)
+    later = {record["cause"].get("client") for record in records if record["arrival"] >= first}
+    _copy_predictions(run, partial, [who for who in before[-1]["state"]["journal"]["returned"] if who not in later])
     origin = {
         "clients": sorted({*run.barred(), client_id}),
         "of": run.path.name,
@@ -80,3 +83,14 @@ def _copy(run: RunDir, partial: RunDir, checkpoints: Checkpoints, records: list[
     for client_id in state["journal"]["returned"]:
         if (previous / client_id).is_dir():
             shutil.copytree(previous / client_id, partial.path / "slm-previous" / client_id)
+
+
+def _copy_predictions(run: RunDir, partial: RunDir, clients: list[str]) -> None:
+    """What the LLM predicted before the run, and what the SLMs did of clients that did not come again.
+
+    Those of a client that did were replaced then, and are of an SLM that the copy may never see.
+    """
+    for path in sorted((run.path / "predictions").rglob("*.json")):
+        name = path.relative_to(run.path).as_posix()
+        if name == "predictions/nlu/before.json" or (path.parts[-3] == "slm" and path.stem in clients):
+            partial.write_data(name, path.read_bytes())

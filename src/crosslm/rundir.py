@@ -88,13 +88,13 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / LOCK).open("a")
         except OSError as error:
-            raise RunError(f"{self.path}: cannot be written: {error}") from error
+            raise RunError(f"{self.path}: cannot be written: {error}; choose another --output") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise RunError(
-                    f"{self.path}: another process is at work on this run; wait for it, or stop it"
+                    f"{self.path}: another process is at work on this run; wait for it, stop it, or use another folder"
                 ) from error
             yield
 

@@ -61,7 +61,9 @@ def slm_state(data: bytes) -> SlmState:
     try:
         return decode_download(data).slm
     except UploadError as error:
-        raise RunError(f"the checkpoint's classifier cannot be read: {error}") from error
+        raise RunError(
+            f"the checkpoint's classifier cannot be read: {error}; delete that checkpoint to go on from the one before"
+        ) from error
 
 
 def texts_bytes(texts: SyntheticSet) -> bytes:
@@ -104,4 +106,6 @@ def _load(data: bytes) -> dict[str, Tensor]:
     try:
         return load(data)
     except SafetensorError as error:
-        raise RunError(f"the checkpoint's tensors cannot be read: {error}") from error
+        raise RunError(
+            f"the checkpoint's tensors cannot be read: {error}; delete that checkpoint to go on from the one before"
+        ) from error

@@ -48,7 +48,7 @@ def follow(run: RunDir, pause: Callable[[float], None] = time.sleep) -> Iterator
             try:
                 last = json.loads(line)
             except ValueError as error:
-                raise RunError(f"{path}: damaged: {error}") from error
+                raise RunError(f"{path}: damaged: {error}; run it again") from error
             yield last
         if not whole:
             if over:

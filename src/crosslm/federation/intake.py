@@ -250,7 +250,7 @@ def _check_numbers(state: SlmState, bounds: IntakeConfig) -> None:
         # a sum of squares in fp32 is infinite for numbers that are no weights, and refused
         root_mean_square = float(weight.float().norm()) / math.sqrt(weight.numel())
         if not math.isfinite(root_mean_square):
-            raise UploadError(f"its weight {name} is not finite")
+            raise UploadError(f"its weight {name} is not finite; lower the learning rate that it was trained with")
         if root_mean_square > bounds.max_rms:
             raise UploadError(
                 f"its weight {name} has a root mean square of {root_mean_square:.3g}; at most {bounds.max_rms:g} "

@@ -121,11 +121,13 @@ def dump(settings: Section) -> str:
 def _read(kit: Path, name: str, kind: type[Kit]) -> Kit:
     path = kit / name
     if not path.is_file():
-        raise FederationError(f"{kit}: has no {name}, so it is no kit of this kind; crosslm provision makes kits")
+        raise FederationError(
+            f"{kit}: has no {name}, so it is no kit of this kind; name a folder that crosslm provision made"
+        )
     try:
         return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FederationError(f"{path}: cannot be read as a TOML file: {error}") from error
+        raise FederationError(f"{path}: cannot be read as a TOML file: {error}; mend it") from error
     except ValidationError as error:
         found = [f"{path}: {'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()]
         raise FederationError("\n".join(found)) from None

@@ -118,7 +118,9 @@ def provision(config: Config, address: str, output: Path) -> list[Path]:
     if (server / SERVER_FILE).exists():
         settings = read_server(server)
         if not settings.experiment.startswith(config.name + "-") or settings.address != address:
-            raise FederationError(f"{output}: holds the kits of {settings.experiment} at {settings.address}")
+            raise FederationError(
+                f"{output}: holds the kits of {settings.experiment} at {settings.address}; choose another --output"
+            )
     else:
         settings = ServerSettings(experiment=f"{config.name}-{secrets.token_hex(4)}", address=address)
         _authority(output / "authority")

@@ -90,7 +90,10 @@ class Silo:
             return self._confirmation(number)
         mine = self.state / f"upload-{number:04}.safetensors"
         if not mine.exists():
-            raise FederationError(f"silo {self.settings.id}: a download for round {number}, which was never uploaded")
+            raise FederationError(
+                f"silo {self.settings.id}: a download for round {number}, which was never uploaded; give it back "
+                f"the folder {self.state.name} that it had then"
+            )
         settings = self.settings
         upload = self._uploaded(number)
         download = Intake(settings.labels, settings.intake).download(data, settings.id)
@@ -201,16 +204,18 @@ class Silo:
         settings = self.settings
         if experiment != settings.experiment:
             raise FederationError(
-                f"silo {settings.id}: takes part in {settings.experiment!r}, and not in {experiment!r}"
+                f"silo {settings.id}: takes part in {settings.experiment!r}, and not in {experiment!r}; "
+                "start the server and the silo from kits that were made together"
             )
         if number >= settings.max_participations:
             raise FederationError(
                 f"silo {settings.id}: agrees to {settings.max_participations} uploads (max_participations) "
-                f"and was asked for number {number + 1}"
+                f"and was asked for number {number + 1}; raise that number in its kit if you agree to more"
             )
         if number > self.installed:
             raise FederationError(
-                f"silo {settings.id}: was asked about round {number}, but has completed only {self.installed}"
+                f"silo {settings.id}: was asked about round {number}, but has completed only {self.installed}; "
+                f"give it back the state folder that this silo had before"
             )
 
     def _receipt(self, number: int, upload: Upload, data: bytes, slm: SLM) -> None:
@@ -252,9 +257,15 @@ def check_same_model(mine: SlmState, returned: SlmState, who: str) -> None:
         FederationError: it is another one.
     """
     if (mine.architecture, mine.tokenizer, mine.labels) != (returned.architecture, returned.tokenizer, returned.labels):
-        raise FederationError(f"{who}: the SLM that came back has another architecture, tokenizer or label order")
+        raise FederationError(
+            f"{who}: the SLM that came back has another architecture, tokenizer or label order, and is not installed; "
+            "this silo must not be served by that server until its operator knows why"
+        )
     if _shapes(mine.weights) != _shapes(returned.weights):
-        raise FederationError(f"{who}: the SLM that came back has other tensors than the one that was sent")
+        raise FederationError(
+            f"{who}: the SLM that came back has other tensors than the one that was sent, and is not installed; "
+            "this silo must not be served by that server until its operator knows why"
+        )
 
 
 def _shapes(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -83,7 +83,9 @@ class Spool:
             self._database.execute("PRAGMA synchronous = FULL")
             self._database.executescript(SCHEMA)
         except (OSError, sqlite3.Error) as error:
-            raise FederationError(f"{folder}: the spool cannot be opened: {error}") from error
+            raise FederationError(
+                f"{folder}: the spool cannot be opened: {error}; it must be a folder that can be written"
+            ) from error
 
     def hold(self, seconds: float = 60.0) -> None:
         """Keep every other process from serving from this spool until this one ends.
@@ -99,7 +101,9 @@ class Spool:
                 return
             except BlockingIOError:
                 if time.time() > end:
-                    raise FederationError(f"{self.folder}: another process serves from it") from None
+                    raise FederationError(
+                        f"{self.folder}: another process serves from it; end that one, or use another kit"
+                    ) from None
                 time.sleep(0.5)
 
     def close(self) -> None:
@@ -132,7 +136,8 @@ class Spool:
                     return False
                 raise FederationError(
                     f"silo {silo}: round {number} was received before with other contents "
-                    f"(SHA-256 {known.sha256[:12]}, now {digest[:12]}); the first one counts"
+                    f"(SHA-256 {known.sha256[:12]}, now {digest[:12]}); the first one counts, "
+                    "and the silo must not use another state folder"
                 )
             os.replace(path.with_suffix(".part"), path)
             _sync_folder(self.folder)
@@ -257,8 +262,11 @@ def _read(path: Path, expected: str) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise FederationError(f"{path}: cannot be read: {error}") from error
+        raise FederationError(f"{path}: cannot be read: {error}; put it back from a backup") from error
     digest = hashlib.sha256(data).hexdigest()
     if digest != expected:
-        raise FederationError(f"{path}: has changed since it was written (SHA-256 {digest[:12]}, not {expected[:12]})")
+        raise FederationError(
+            f"{path}: has changed since it was written (SHA-256 {digest[:12]}, not {expected[:12]}); "
+            "put it back from a backup"
+        )
     return data

@@ -70,11 +70,11 @@ class RunView:
         try:
             config = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise RunError(f"{run.path / CONFIG}: damaged: {error}") from error
+            raise RunError(f"{run.path / CONFIG}: damaged: {error}; run it again") from error
         try:
             events: list[Mapping[str, Any]] = list(run.events())
         except ValueError as error:
-            raise RunError(f"{run.path / METRICS}: damaged: {error}") from error
+            raise RunError(f"{run.path / METRICS}: damaged: {error}; run it again") from error
         pools = _pools(run, events, config.get("selection", {}))
         return cls(
             run.path.resolve().name,
@@ -178,7 +178,7 @@ def _pools(run: RunDir, events: list[Mapping[str, Any]], selection: Mapping[str,
                 ]
             )
         except (ValueError, KeyError) as error:
-            raise RunError(f"{path}: damaged: {error!r}") from error
+            raise RunError(f"{path}: damaged: {error!r}; run it again") from error
     return pools
 
 

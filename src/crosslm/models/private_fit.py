@@ -84,7 +84,8 @@ def plan(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int) -> Mec
         noise = _noise_multiplier(privacy.epsilon_of_training, privacy.delta, rate, steps * uploads)
     except (ValueError, OverflowError) as error:
         raise ConfigError(
-            f"privacy.epsilon = {privacy.epsilon} cannot be kept over {steps * uploads} steps of {rows} rows: {error}"
+            f"privacy.epsilon = {privacy.epsilon} cannot be kept over {steps * uploads} steps of {rows} rows: {error}; "
+            "raise it, or lower slm.private.epochs"
         ) from error
     return Mechanism(noise, rate, steps)
 
@@ -282,7 +283,9 @@ def _gradients_of_each_row(model: nn.Module) -> Iterator[None]:
     try:
         hooks = GradSampleHooks(model, loss_reduction="sum")
     except NotImplementedError as error:
-        raise ModelError(f"the classifier cannot be trained with privacy.epsilon: {str(error)[:100]}") from error
+        raise ModelError(
+            f"the classifier cannot be trained with privacy.epsilon: {str(error)[:100]}; choose another of slm.models"
+        ) from error
     try:
         with _quiet():
             yield
@@ -306,7 +309,10 @@ def frozen_below(slm: SLM, layers: int | None) -> Iterator[None]:
         body = f"{slm.model.base_model_prefix}."
         numbers = {name: int(found.group(1)) for name in trained if (found := LAYER.search(name))}
         if not numbers or not any(name.startswith(body) for name in trained):
-            raise ModelError("privacy.trained_layers: this classifier's layers have no numbers to tell them apart by")
+            raise ModelError(
+                "privacy.trained_layers: this classifier's layers have no numbers to tell them apart by; "
+                "leave trained_layers out, or choose another of slm.models"
+            )
         lowest = max(numbers.values()) - layers + 1
         for name, parameter in trained.items():
             above = layers > 0 and name not in numbers and not EMBEDDINGS.search(name)

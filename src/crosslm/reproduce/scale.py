@@ -95,7 +95,7 @@ def load_scale(path: Path | None = None) -> Scale:
     try:
         return Scale.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a TOML file: {error}") from error
+        raise ConfigError(f"{path}: cannot be read as a TOML file: {error}; mend it") from error
     except ValidationError as error:
         found = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()]
         raise ConfigError(f"{path}: " + "; ".join(found)) from None

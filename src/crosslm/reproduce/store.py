@@ -65,7 +65,7 @@ class Store:
         try:
             self._files.write(name, text)
         except OSError as error:
-            raise RunError(f"{self.folder / name}: cannot be written: {error}") from error
+            raise RunError(f"{self.folder / name}: cannot be written: {error}; choose another --output") from error
 
     def fresh_run_folder(self, cell: Cell, config: Config) -> Path:
         """The run folder: with the finished run of this configuration, or empty.
@@ -98,7 +98,7 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR)
         except OSError as error:
-            raise RunError(f"{self.folder}: cannot be written: {error}") from error
+            raise RunError(f"{self.folder}: cannot be written: {error}; choose another --output") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield

@@ -91,7 +91,8 @@ class FlowerExchange:
             upload = self.intake.upload(self.spool.upload(arrival), arrival.silo)
             if upload.client_round != arrival.round:
                 raise UploadError(
-                    f"silo {arrival.silo}: its upload of round {arrival.round} claims to be of {upload.client_round}"
+                    f"silo {arrival.silo}: its upload of round {arrival.round} claims to be of {upload.client_round}; "
+                    "look at that silo's client.toml and state, or make it a new kit"
                 )
         except (UploadError, FederationError) as error:
             self.refuse(arrival.silo, arrival.round, error)

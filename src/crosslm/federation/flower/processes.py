@@ -134,7 +134,7 @@ class ServerProcesses:
         self.settings = read_server(self.kit)
         for name in ("server.crt", "server.key", "ca.crt"):
             if not (self.kit / name).is_file():
-                raise FederationError(f"{self.kit}: has no {name}; crosslm provision makes kits")
+                raise FederationError(f"{self.kit}: has no {name}; name a folder that crosslm provision made")
         self.spool = Spool(self.kit / "spool")
         self.superlink = Child("superlink", superlink_command(self.kit), self.kit)
         self.registered: set[str] = set()
@@ -343,7 +343,9 @@ def wait_for_port(host: str, port: int, child: Child) -> None:
                 return
         except OSError:
             time.sleep(0.2)
-    raise FederationError(f"{child.name} does not listen on {host}:{port} after {START_TIME:.0f} s; see {child.log}")
+    raise FederationError(
+        f"{child.name} does not listen on {host}:{port} after {START_TIME:.0f} s; look at {child.log}"
+    )
 
 
 def is_alive(pid: int) -> bool:
