@@ -110,7 +110,9 @@ def test_kits_hold_what_each_party_needs_and_no_secret_of_another(kits):
 
 
 def test_the_server_kit_has_the_run_and_the_silo_kit_its_own_settings(kits, federated):
-    assert server_config(kits / "server").task == Config.model_validate(federated).task
+    config = server_config(kits / "server")
+    assert config.task == Config.model_validate(federated).task
+    assert config.data.dir == str((kits / "server").absolute())  # and no folder of the machine that made the kits
     settings = read_silo(kits / "silos" / "silo-1")
     assert settings.experiment == read_server(kits / "server").experiment
     assert settings.slm.model == federated["clients"][1]["model"]

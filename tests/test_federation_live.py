@@ -97,6 +97,7 @@ class Federation:
         (self.server_kit / "server.toml").write_text(
             server.replace("9091", str(ports[1])).replace("0.0.0.0", "127.0.0.1")
         )
+        shutil.copy(Path(self.config.data.dir) / "test.csv", self.server_kit)  # rows that the server may see
         for name, port in zip(names, ports[2:], strict=True):
             kit = self.kit(name)
             settings = read_silo(kit)
@@ -226,6 +227,8 @@ def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
     assert receipt["bytes_sent"] == sizes["middle"]
     summary = json.loads((run.server_kit / "run" / "summary.json").read_text())
     assert [step["client"] for step in summary["steps"]] == [arrival.silo for arrival in arrivals]
+    assert all(0 <= step["slm/accuracy"] <= 1 for step in summary["steps"])
+    assert set(summary["llm"]) == {"before", "after"}
     assert summary["not_delivered"] == []
     assert (run.server_kit / "run" / "llm" / "adapter_model.safetensors").exists()
 
@@ -280,3 +283,15 @@ def test_processes_that_die_and_a_silo_that_never_answers(start, models):
     for arrival in spool.arrivals():
         assert encode(method.step(decode_upload(spool.upload(arrival)))[0]) == spool.download(arrival)
     spool.close()
+
+
+def test_a_server_whose_files_are_missing_says_which(start):
+    run = start(["alone"])
+    (run.server_kit / "config.toml").write_text(
+        (run.server_kit / "config.toml")
+        .read_text()
+        .replace("vocabulary_texts = []", 'vocabulary_texts = ["words.txt"]')
+    )
+    server = run.start("server", run.server_kit)
+    assert server.wait() == 2
+    assert "words.txt" in server.text()

@@ -73,7 +73,9 @@ SERVER_README = """\
 # crosslm server of {experiment}
 
 1. `pip install 'crosslm[federation]'` (the same version as the silos).
-2. Check `config.toml` (the task, the LLM, where the test rows are) and `server.toml` (where to listen).
+2. Check `config.toml` (the task, the LLM) and `server.toml` (where to listen). Files that `config.toml` names for the
+   server (`data.test`, `llm.vocabulary_texts`, `gate.public_texts`) belong into this folder; without the file of
+   `data.test` nothing is measured here. Files of silos (`clients.train`) do not belong here.
 3. `crosslm server .`, or `./start.sh`, or the systemd unit `crosslm-server.service`: each starts again what dies.
 4. `crosslm status .` says who has uploaded, what is being trained, what waits, and since when.
 
@@ -166,7 +168,8 @@ def _server_kit(kit: Path, settings: ServerSettings, config: Config, authority: 
     _file(kit / "server.crt", certificate.public_bytes(serialization.Encoding.PEM))
     _secret(kit / "server.key", _private(key))
     _text(kit / SERVER_FILE, dump(settings))
-    _text(kit / "config.toml", config.dump())
+    here = config.data.model_copy(update={"dir": "."})  # what the server may see is put into its kit
+    _text(kit / "config.toml", config.model_copy(update={"data": here}).dump())
     _text(kit / "app" / "pyproject.toml", FLOWER_APP)
     _text(kit / "README.md", SERVER_README.format(experiment=settings.experiment, address=settings.address))
     _start_files(kit, "server", "crosslm-server", "server")

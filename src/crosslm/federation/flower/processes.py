@@ -145,11 +145,17 @@ class ServerProcesses:
 
         Returns:
             Silos that have not taken their download.
+
+        Raises:
+            FederationError: the configuration, a file or a model of the kit cannot be used.
         """
         self._configure()
         self._start_gateway()
         try:
+            self.spool.note("refused", "")
             while self.spool.fact("finished") is None:
+                if refused := self.spool.fact("refused"):
+                    raise FederationError(f"{self.kit}: the run cannot go on: {refused}")
                 self._keep_up()
                 time.sleep(1.0)
             time.sleep(2.0)  # the last answers are on their way

@@ -7,6 +7,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from crosslm.errors import CrosslmError
 from crosslm.federation.deployment import Deployment
 from crosslm.federation.exchange import serve
 from crosslm.federation.flower.client_app import KIT
@@ -25,9 +26,23 @@ DELIVERY_TIME = 24 * 3600.0  # seconds that downloads are kept on offer after th
 def main(grid: Grid, context: Context) -> None:
     """Serve uploads until the run is complete, then wait until the downloads are delivered."""
     kit = Path(os.environ[KIT])
-    config, spool = server_config(kit), Spool(kit / "spool")
+    spool = Spool(kit / "spool")
     spool.hold()
     spool.note("process", f"{os.getpid()} {time.time()}")
+    try:
+        serve_kit(kit, grid, spool)
+    except CrosslmError as error:  # what is wrong stays wrong: crosslm server says it and ends
+        spool.note("refused", str(error))
+        raise
+
+
+def serve_kit(kit: Path, grid: Grid, spool: Spool) -> None:
+    """The whole run of a server's kit over a grid.
+
+    Raises:
+        CrosslmError: the kit's configuration, files or models cannot be used.
+    """
+    config = server_config(kit)
     intake = Intake(config.task.labels, config.intake)
     exchange = FlowerExchange(grid, spool, read_server(kit).experiment, silo_names(kit), config.federation, intake)
     exchange.start()  # uploads are taken in while models load
