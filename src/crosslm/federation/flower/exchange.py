@@ -139,7 +139,8 @@ class FlowerExchange:
     def _carry(self) -> None:
         try:
             while not self._stop.is_set():
-                moved = [self._move(line, self._online()) for line in self._lines.values()]
+                online = self._online()
+                moved = [self._move(line, online) for line in self._lines.values()]
                 if time.time() - self._beat > HEARTBEAT:
                     self._beat = time.time()
                     self.spool.note("alive", str(self._beat))
@@ -157,8 +158,10 @@ class FlowerExchange:
         """Do what can be done for one silo now; whether something was done."""
         if line.open_message is not None:
             return self._look_for_reply(line)
-        task = self._task(line)
-        if task is None or time.time() < line.not_before or line.silo not in online:
+        if time.time() < line.not_before or line.silo not in online:
+            return False
+        task = self._task(line)  # reads a download, which may be large: only when it can be sent
+        if task is None:
             return False
         kind, number, content = task
         message = Message(content, online[line.silo], f"train.{kind}", ttl=self.config.reply_minutes * 60)
