@@ -36,7 +36,7 @@ def roll_back(run: RunDir, client_id: str, output: Path) -> int:
         served = sorted({record["cause"]["client"] for record in records if record["cause"]["outcome"] == "served"})
         raise RunError(
             f"{run.path}: {client_id!r} has not changed the LLM; those that have: {', '.join(served) or 'nobody'}; "
-            "name one of these"
+            "--client must name one that has"
         )
     before = [record for record in records if record["arrival"] < first]
     if before[-1]["state"] is None:
