@@ -148,8 +148,11 @@ class _Run:
             self._begin()
         serve(self.exchange, self.server, self.journal, self._between_arrivals)
         if not self.journal.accuracy["crosslm"]:
-            failures = (event for event in self.run.events() if event["event"] == "failure")
-            said = [f"client {event['client']}: {event['error']}" for event in failures]
+            said = [
+                f"client {event['client']}: {event.get('error') or event['reason']}"
+                for event in self.run.events()
+                if event["event"] == "failure" or (event["event"] == "gate" and not event["passed"])
+            ]
             raise RunError(
                 "\n".join([f"{self.run.path}: no client could be served; when this is mended, run again:", *said])
             )
