@@ -136,7 +136,7 @@ def test_an_slm_that_fails_after_the_update_leaves_the_llm_as_it_was(models, con
 def test_a_quarantined_upload_is_kept_with_its_figures_and_counts_nowhere(settings, data_folder, tmp_path, monkeypatch):
     rows = [f"{text},{label}" for label, words in (("good", GOOD), ("bad", BAD)) for text in sentences(words)]
     (data_folder / "public.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
-    settings["gate"] = {"enabled": True, "texts": 2, "public_texts": "public.csv"}
+    settings["gate"] = {"enabled": True, "min_texts": 1, "texts": 2, "public_texts": "public.csv"}
     settings["slm"]["private"] = {"epochs": 20, "batch_size": 4, "learning_rate": 2e-3}
     train = experiment.Client.train
 

@@ -73,6 +73,7 @@ def small(settings):
     # a gate that is on and lets everybody pass: texts of models this small have no label
     settings["gate"] = {
         "enabled": True,
+        "min_texts": 1,
         "margin": 0.0,
         "confidence": 0.999999,
         "max_share": 1.0,

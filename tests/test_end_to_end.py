@@ -85,7 +85,8 @@ def test_a_run_leaves_everything_that_is_promised(command, config_file, settings
         pool[0]
     )
     for row in pool:
-        assert row["score"] == pytest.approx(row["reward"] * row["diversity"], abs=1e-6)
+        product = row["reward"] * row["diversity"]  # and with selection.llm_posterior at most that
+        assert min(product, 0) - 1e-6 <= row["score"] <= max(product, 0) + 1e-6
         assert row["label"] in TASK["labels"]
         assert not row["kept"] or row["rank"] <= 6
 

@@ -224,3 +224,10 @@ def test_an_slm_that_breaks_on_a_text_is_an_upload_that_is_refused(settings, hon
     monkeypatch.setattr(slm, "predict_proba", breaks)
     with pytest.raises(UploadError, match="cannot classify: IndexError"):
         gate_for(settings).judge(slm, honest["north"])
+
+
+def test_with_too_few_texts_nobody_is_refused(settings, hostile):
+    gate = gate_for(settings, min_texts=10_000)
+    verdict = judged(gate, hostile["flipped labels"])
+    assert set(verdict.figures) == {"texts"}
+    assert verdict.predictions.shape == (len(gate.fixed), 2)

@@ -278,6 +278,8 @@ class GateConfig(Section):
     """Probe every upload with texts of known labels before it rewards the LLM; one that fails is kept apart."""
     texts: Positive = 1024
     """At most so many texts of the original LLM, and as many of the last accepted arrival, to probe with."""
+    min_texts: Positive = 100
+    """With fewer texts to probe with, the gate can tell nothing and lets every SLM pass."""
     public_texts: str | None = None
     """Labelled public file in ``data.dir`` whose rows are probed with too."""
     margin: Annotated[float, Field(ge=0, lt=0.5)] = 0.05

@@ -55,6 +55,8 @@ class Gate:
         bounds, texts = self.config.gate, [*self.fixed.texts, *self.latest.texts]
         labels = torch.tensor([*self.fixed.labels, *self.latest.labels])
         predictions = stranger_proba(slm, texts)
+        if len(texts) < bounds.min_texts:
+            return Verdict({"texts": float(len(texts))}, predictions[: len(self.fixed)])
         area, error = label_auc(predictions, labels)
         found = self._as_rewarding(slm, predictions, upload).argmax(dim=1)
         share = float(torch.bincount(found, minlength=predictions.shape[1]).max()) / len(texts)
