@@ -204,7 +204,7 @@ def test_disagreement_with_the_others_alone_is_a_reason(settings, honest, hostil
 
 
 def test_a_small_probe_refuses_only_what_is_plainly_bad(settings, honest, hostile):
-    gate = gate_for(settings)
+    gate = gate_for(settings, min_texts=1)
     small = Gate(gate.config, gate.fixed.take([*range(30, 36), *range(44, 50)]))
     for upload in honest.values():
         judged(small, upload)
