@@ -330,7 +330,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "recommended": {
         "reward": {"baseline": "leave_one_out", "correct_prior": True},
         "llm": {"gamma_kl": 0.1},
-        "selection": {"class_balance": True, "llm_posterior": True},
+        "selection": {"class_balance": True},
         "slm": {"interpolation": 0.7},
         "gate": {"enabled": True},
         "acceptance": {"enabled": True},
