@@ -4,6 +4,7 @@ import asyncio
 import copy
 import dataclasses
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from crosslm.federation.flower import client_app, gateway, processes
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import PART, joined, split
 from crosslm.federation.intake import Intake
-from crosslm.federation.kits import SILO_FILE, dump, read_server, read_silo, server_config, silo_names
+from crosslm.federation.kits import KIT, SILO_FILE, dump, read_server, read_silo, server_config, silo_names
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
 from crosslm.federation.silo import Silo
@@ -412,7 +413,7 @@ def from_kit(kit, monkeypatch):
     """A silo's real application."""
 
     def answered(message):
-        monkeypatch.setenv(client_app.KIT, str(kit))
+        monkeypatch.setenv(KIT, str(kit))
         handler = client_app.install if message.metadata.message_type == "train.install" else client_app.upload
         return handler(message, Context(1, 1, {}, RecordDict(), {}))
 
@@ -629,3 +630,23 @@ def test_flower_builds_the_app_and_there_is_no_code_in_it(kits, tmp_path, monkey
     names = zipfile.ZipFile(fab).namelist()
     assert not [name for name in names if name.endswith(".py")]
     assert "pyproject.toml" in names
+
+
+@pytest.mark.parametrize("module", ["client_app", "server_app", "exchange", "payload", "processes"])
+def test_flower_is_told_to_be_quiet_before_it_is_imported(module):
+    """Though the user's environment asks for the opposite; and who only starts processes does not import it."""
+    code = (
+        "import importlib.abc, os, sys\n"
+        "class Look(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'flwr':\n"
+        "            told = [os.environ[name] for name in ('FLWR_TELEMETRY_ENABLED', 'FLWR_DISABLE_UPDATE_CHECK')]\n"
+        "            print('at import', *told)\n"
+        "sys.meta_path.insert(0, Look())\n"
+        f"import crosslm.federation.flower.{module}\n"
+        "print('imported' if 'flwr' in sys.modules else 'not imported')\n"
+    )
+    loud = {**os.environ, "FLWR_TELEMETRY_ENABLED": "1", "FLWR_DISABLE_UPDATE_CHECK": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=loud, capture_output=True, text=True, check=True)
+    expected = ["not imported"] if module == "processes" else ["at import 0 1", "imported"]
+    assert done.stdout.splitlines() == expected

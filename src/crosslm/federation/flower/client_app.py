@@ -11,13 +11,12 @@ from crosslm import __version__
 from crosslm.errors import CrosslmError
 from crosslm.federation import messages
 from crosslm.federation.flower.payload import joined, split
+from crosslm.federation.kits import KIT
 from crosslm.federation.silo import Silo
 from crosslm.models.sources import cache_folder
 
 app = ClientApp()
 logger = logging.getLogger(__name__)
-
-KIT = "CROSSLM_KIT"
 
 
 @app.train("upload")

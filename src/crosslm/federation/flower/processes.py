@@ -22,8 +22,7 @@ from pathlib import Path
 import psutil
 
 from crosslm.errors import FederationError
-from crosslm.federation.flower.client_app import KIT
-from crosslm.federation.kits import read_server, read_silo, silo_names
+from crosslm.federation.kits import KIT, QUIET, read_server, read_silo, silo_names
 from crosslm.federation.silo import Silo
 from crosslm.federation.spool import Spool
 
@@ -105,7 +104,7 @@ class Child:
 
 def environment(kit: Path) -> dict[str, str]:
     """The environment of Flower's processes: nothing is reported anywhere, nothing is asked of the internet."""
-    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = QUIET | {"TOKENIZERS_PARALLELISM": "false"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # they call each other
     return {**os.environ, **quiet, "PATH": path, "FLWR_HOME": str(kit / "flower"), KIT: str(kit)}
 

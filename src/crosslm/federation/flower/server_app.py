@@ -10,10 +10,9 @@ from flwr.serverapp import Grid, ServerApp
 from crosslm.errors import CrosslmError
 from crosslm.federation.deployment import Deployment
 from crosslm.federation.exchange import serve
-from crosslm.federation.flower.client_app import KIT
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.intake import Intake
-from crosslm.federation.kits import read_server, server_config, silo_names
+from crosslm.federation.kits import KIT, read_server, server_config, silo_names
 from crosslm.federation.spool import Spool
 from crosslm.models.sources import cache_folder
 
