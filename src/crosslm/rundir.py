@@ -243,7 +243,7 @@ class RunDir:
         """Read ``summary.json``.
 
         Raises:
-            RunError: the run has not been completed.
+            RunError: the run has not been completed, or was one between machines.
         """
         path = self.path / SUMMARY
         if not path.is_file():
@@ -252,6 +252,11 @@ class RunDir:
             loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(f"{path}: damaged; run the {CONFIG} beside it again: {error}") from error
+        if "slm" not in loaded:
+            raise RunError(
+                f"{path}: is of a run between machines, which has other figures: read this file, or give the kit to "
+                "crosslm status; report, evaluate, predict, generate, export and audit need a run of crosslm run"
+            )
         return loaded
 
 
