@@ -224,7 +224,7 @@ def fake_run(calls):
         (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n")
         llm = {"perplexity": {"before": 100.0, "after": 101.0}, "distinct_2": {"before": 0.8, "after": 0.7}}
         flag = {"arrivals": [1] if better else [], "whole_run": False}
-        summary = {"llm": llm, "seconds": {"total": 1.0}, "reward_hacking": flag}
+        summary = {"slm": {}, "llm": llm, "seconds": {"total": 1.0}, "reward_hacking": flag}
         (folder / "summary.json").write_text(json.dumps(summary))
 
     return run
