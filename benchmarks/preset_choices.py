@@ -15,11 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors.torch import load as load_tensors
 
 sys.path.insert(0, str(Path(__file__).parent))
 from results import RESULTS, keep, provenance
 
 from crosslm import evaluate
+from crosslm.checkpoint import Checkpoints
+from crosslm.classification import label_posteriors
 from crosslm.client import Client
 from crosslm.config import Config
 from crosslm.config_file import load
@@ -31,20 +34,23 @@ from crosslm.models.sources import cache_folder, model_folder, resolve_device
 from crosslm.preparation import client_specs, original_llm, perplexity_text_of
 from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, SyntheticText, Upload
+from crosslm.rundir import RunDir
 from crosslm.seeding import seed_for
 from crosslm.server import Server, receive_slm, select, slm_rewards, train_on_synthetic
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 
-# name: correct_prior, nonpositive_rewards, class_balance, interpolation
+# name: correct_prior, nonpositive_rewards, class_balance, llm_posterior, interpolation
 VARIANTS = {
-    "paper": (False, "keep", False, 1.0),
-    "correct_prior": (True, "keep", False, 1.0),
-    "nonpositive_rewards = drop": (False, "drop", False, 1.0),
-    "class_balance": (False, "keep", True, 1.0),
-    "interpolation = 0.7": (False, "keep", False, 0.7),
-    "correct_prior, class_balance": (True, "keep", True, 1.0),
-    "correct_prior, class_balance, interpolation = 0.7": (True, "keep", True, 0.7),
+    "paper": (False, "keep", False, False, 1.0),
+    "correct_prior": (True, "keep", False, False, 1.0),
+    "nonpositive_rewards = drop": (False, "drop", False, False, 1.0),
+    "class_balance": (False, "keep", True, False, 1.0),
+    "llm_posterior": (False, "keep", False, True, 1.0),
+    "interpolation = 0.7": (False, "keep", False, False, 0.7),
+    "correct_prior, class_balance": (True, "keep", True, False, 1.0),
+    "correct_prior, class_balance, interpolation = 0.7": (True, "keep", True, False, 0.7),
+    "correct_prior, class_balance, llm_posterior, interpolation = 0.7": (True, "keep", True, True, 0.7),
 }
 # name: fields of llm, fields of reward
 UPDATES = {
@@ -88,7 +94,7 @@ class Bench:
             self.folder(self.config.slm.models[0].model), self.config, self.split.judge, Progress()
         )
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        self.pools = {step["client"]: f"step-{step['step']:04}-pool" for step in steps if step["event"] == "step"}
+        self.arrivals = {step["client"]: step["step"] for step in steps if step["event"] == "step"}
 
     def folder(self, name: str) -> str:
         """Where a model is."""
@@ -112,21 +118,34 @@ class Bench:
         self.uploads[client_id] = client.train()
         return self.uploads[client_id]
 
+    def enhanced_llm(self, arrival: int) -> LLM:
+        """The LLM that wrote this arrival's pool, from the run's checkpoint."""
+        config, kept = self.config, Checkpoints(RunDir.open(self.run))
+        llm = LLM.load(original_llm(config, self.cache, print), config.llm, seed_for(config.seed, "llm"))
+        weights = load_tensors(kept.get(kept.read(arrival)["adapter"]))
+        with torch.no_grad():
+            for name, parameter in llm.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(weights[name])
+        return llm
+
     def selection(self, client_id: str) -> dict:
         """Step 5 under each variant."""
         upload = self.upload(client_id)
-        pool = read_texts(self.run / "synthetic" / f"{self.pools[client_id]}.jsonl", self.task)
+        arrival = self.arrivals[client_id]
+        pool = read_texts(self.run / "synthetic" / f"step-{arrival:04}-pool.jsonl", self.task)
+        posteriors = label_posteriors(self.enhanced_llm(arrival), self.task, pool)
         vectors = SentenceEncoder(self.folder(self.config.selection.encoder)).encode(pool.texts)
         encoder = SimpleNamespace(encode=lambda texts: vectors)
         standalone = receive_slm(upload, self.task, self.config).accuracy(self.split.tests[client_id])
         cells = {}
-        for name, (corrected, nonpositive, balanced, share) in VARIANTS.items():
+        for name, (corrected, nonpositive, balanced, agreed, share) in VARIANTS.items():
             slm = receive_slm(upload, self.task, self.config)
             rewards = slm_rewards(slm, pool, upload, self.config.reward.model_copy(update={"correct_prior": corrected}))
             choice = self.config.selection.model_copy(
                 update={"nonpositive_rewards": nonpositive, "class_balance": balanced}
             )
-            _, kept = select(pool, rewards, encoder, choice)
+            _, kept = select(pool, rewards, encoder, choice, posteriors if agreed else None)
             config = self.config.model_copy(update={"slm": self.config.slm.model_copy(update={"interpolation": share})})
             train_on_synthetic(slm, pool.examples(kept), upload, config, Progress(), client_id)
             agreement = evaluate.label_agreement(self.judge, SyntheticSet([pool.samples[place] for place in kept]))
@@ -146,7 +165,7 @@ class Bench:
         llm = LLM.load(original_llm(config, self.cache, print), llm_config, seed_for(config.seed, "llm"))
         server = Server(config, self.task, llm, SimpleNamespace())
         arrivals = []
-        for step, client_id in enumerate(self.pools):
+        for step, client_id in enumerate(self.arrivals):
             seed = seed_for(config.seed, "server", step, 0)
             drafts = synthesize(server.llm, self.task, config.synthesis, llm_config.samples, seed)
             upload = self.upload(client_id)
@@ -179,7 +198,7 @@ def main() -> None:
     figures = json.loads(path.read_text()) if path.exists() else {**provenance(), "selection": {}, "update": {}}
     bench = Bench(arguments.run)
     torch.manual_seed(0)
-    clients = arguments.clients.split(",") if arguments.clients else list(bench.pools)
+    clients = arguments.clients.split(",") if arguments.clients else list(bench.arrivals)
     cells = [("selection", client) for client in clients] + [("update", name) for name in UPDATES]
     for part, name in cells:
         if part not in arguments.cells or name in figures[part]:
