@@ -24,13 +24,12 @@ from results import RESULTS, keep, provenance
 
 from crosslm.audit import figures_of, losses, slm_exposures
 from crosslm.canaries import draw_canaries
-from crosslm.config import FitConfig
+from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.config_file import load
 from crosslm.data import load_examples
 from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, model_folder
-from crosslm.privacy_config import PrivacyConfig
 from crosslm.records import Examples
 from crosslm.seeding import seed_for
 

@@ -12,7 +12,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # who may import whom: a module may import from its own layer's earlier names and all lower layers
 LAYERS = [
-    {"errors", "seeding", "progress", "provenance", "privacy_config"},
+    {"errors", "seeding", "progress", "provenance", "sections.section"},
+    {"sections.privacy", "sections.task", "sections.models", "sections.federation"},
+    {"sections.method"},
     {"config"},
     {"config_file"},
     {"task", "records", "rows"},
@@ -107,8 +109,17 @@ def test_the_algorithm_is_pure():
 
 
 def test_configuration_and_task_need_no_torch():
-    for name in ("config", "privacy_config", "config_file", "task", "errors", "seeding", "progress"):
-        assert not any(module.split(".")[0] in ("torch", "transformers") for module in imports(SOURCE / f"{name}.py"))
+    for name in (
+        "config",
+        *(f"sections.{path.stem}" for path in (SOURCE / "sections").glob("*.py")),
+        "config_file",
+        "task",
+        "errors",
+        "seeding",
+        "progress",
+    ):
+        path = SOURCE / f"{name.replace('.', '/')}.py"
+        assert not any(module.split(".")[0] in ("torch", "transformers") for module in imports(path))
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,12 @@ from conftest import BAD, GOOD, THINGS
 from crosslm.audit import attack_rows, audit_run, figures_of
 from crosslm.cli import main as cli
 from crosslm.client import Client
-from crosslm.config import Config, FitConfig
+from crosslm.config import Config, FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError, DataError, RunError
 from crosslm.experiment import run_local
 from crosslm.models.rows import hold_out
 from crosslm.models.slm import SLM
 from crosslm.privacy import privacy_line
-from crosslm.privacy_config import PrivacyConfig
 from crosslm.records import Examples
 from crosslm.rundir import RunDir
 

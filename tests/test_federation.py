@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from crosslm.config import Config, FederationConfig
+from crosslm.config import Config, FederationConfig, PrivacyConfig
 from crosslm.errors import DataError, FederationError, LeakError, UploadError
 from crosslm.federation.flower import client_app, gateway, processes
 from crosslm.federation.flower.exchange import FlowerExchange
@@ -33,7 +33,6 @@ from crosslm.federation.provision import provision
 from crosslm.federation.silo import Silo
 from crosslm.federation.spool import Spool
 from crosslm.models.encoder import SentenceEncoder
-from crosslm.privacy_config import PrivacyConfig
 from crosslm.records import Download
 from crosslm.server import Server
 from crosslm.task import Task

@@ -9,12 +9,11 @@ from transformers import AutoTokenizer
 
 from crosslm.canaries import WORDS, draw_canaries, plant
 from crosslm.client import Client
-from crosslm.config import FitConfig
+from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.errors import LeakError, ModelError
 from crosslm.federation.messages import decode_download, encode
 from crosslm.leaks import LeakCheck
 from crosslm.models.slm import SLM
-from crosslm.privacy_config import PrivacyConfig
 from crosslm.records import Download, Examples
 
 PRIVATE = ["Mrs. Jones came in on Monday with a broken arm.", "a good day"]

@@ -18,12 +18,11 @@ from transformers import (
 )
 
 from crosslm.client import Client
-from crosslm.config import FitConfig
+from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError, ModelError
 from crosslm.models import private_fit
 from crosslm.models.private_fit import Mechanism, PrivateTraining, discrete_laplace, dp_sgd, frozen_below, plan
 from crosslm.models.slm import SLM
-from crosslm.privacy_config import PrivacyConfig
 from crosslm.records import Examples
 
 LABELS = ("bad", "good")

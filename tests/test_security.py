@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import crosslm
-from crosslm.privacy_config import PrivacyConfig
+from crosslm.config import PrivacyConfig
 
 ROOT = Path(__file__).parents[1]
 SECURITY = (ROOT / "SECURITY.md").read_text()

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from crosslm.algorithm.overlap import longest_shared, nearest_similarity
+from crosslm.config import PrivacyConfig
 from crosslm.errors import LeakError
 from crosslm.models.encoder import Encoder
-from crosslm.privacy_config import PrivacyConfig
 
 
 class LeakCheck:

@@ -11,10 +11,18 @@ from typing import Annotated, Literal, Self, TypeVar
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from crosslm.config import AcceptanceConfig, Config, FitConfig, IntakeConfig, Positive, SelectionConfig, SLMSpec
+from crosslm.config import (
+    AcceptanceConfig,
+    Config,
+    FitConfig,
+    IntakeConfig,
+    PrivacyConfig,
+    SelectionConfig,
+    SLMSpec,
+)
 from crosslm.config_file import load
 from crosslm.errors import FederationError
-from crosslm.privacy_config import PrivacyConfig, Section
+from crosslm.sections.section import Positive, Section
 
 KIT = "CROSSLM_KIT"
 """Environment variable that tells Flower's processes which kit they run."""

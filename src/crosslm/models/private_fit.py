@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crosslm.config import FitConfig
+from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError, ModelError
 from crosslm.models.slm import SLM
-from crosslm.privacy_config import PrivacyConfig
 from crosslm.records import Examples
 
 ACCOUNTANT = "rdp"  # Renyi; Opacus's tighter PRV accountant fails where every row is in every batch

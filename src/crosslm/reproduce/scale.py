@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from crosslm.config import NonNegative, Positive, Preset
+from crosslm.config import Preset
 from crosslm.errors import ConfigError
-from crosslm.privacy_config import Section
+from crosslm.sections.section import NonNegative, Positive, Section
 
 HERE = Path(__file__).parent
 Tables = dict[str, Any]

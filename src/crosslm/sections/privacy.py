@@ -1,14 +1,10 @@
-"""The ``[privacy]`` section, and what every section of the configuration is."""
+"""The ``[privacy]`` section."""
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """A part of the configuration: cannot be changed, knows no other keys than its own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+from crosslm.sections.section import Section
 
 
 class PrivacyConfig(Section):

@@ -1,0 +1,1 @@
+"""The sections of a configuration file; :mod:`crosslm.config` is the whole."""

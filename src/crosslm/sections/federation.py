@@ -1,0 +1,68 @@
+"""Who comes when, what is let in, and what is kept: ``[federation]`` to ``[checkpoint]``."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from crosslm.sections.section import Fraction, Positive, Section
+
+
+class FederationConfig(Section):
+    """Step 2: who comes when."""
+
+    participations: Positive = 1
+    """How often each client uploads; 1 is one-shot. In one process the order is drawn from the seed."""
+    arrivals: Positive | None = None
+    """Between machines: end after so many uploads were served, whoever sent them."""
+    deadline_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Between machines: take no upload in later than so many minutes after the start."""
+    reply_minutes: Annotated[float, Field(gt=0)] = 60.0
+    """Between machines: a silo that has not answered for so long is asked again."""
+
+
+class IntakeConfig(Section):
+    """What an upload or download may be, before anything of it is loaded."""
+
+    max_bytes: Positive = 2 * 2**30
+    """Size of the whole file."""
+    max_rms: Annotated[float, Field(gt=0)] = 100.0
+    """Root mean square of the numbers of one tensor."""
+    max_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """Time for the checks."""
+
+
+class GateConfig(Section):
+    """Which SLM may reward the LLM (ours): ``docs/robustness.md`` has the statistics."""
+
+    enabled: bool = False
+    """Probe every upload with texts of known labels before it rewards the LLM; one that fails is kept apart."""
+    texts: Positive = 1024
+    """At most so many texts of the original LLM, and as many of the last accepted arrival, to probe with."""
+    min_texts: Positive = 100
+    """With fewer texts to probe with, the gate can tell nothing and lets every SLM pass."""
+    public_texts: str | None = None
+    """Labelled public file in ``data.dir`` whose rows are probed with too."""
+    margin: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
+    """An SLM is refused if its AUC on the probe is below 0.5 + margin with the given confidence, or not above 0.5."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """How sure, one-sided, the tests of ``margin`` and ``min_correlation`` must be before an SLM is refused."""
+    max_share: Fraction = 0.98
+    """An SLM is refused if it finds one label in more than this share of the probe."""
+    min_correlation: Annotated[float, Field(ge=-1, lt=1)] = 0.1
+    """An SLM is refused if its correlation with the mean of at least two others is below this, with the confidence."""
+
+
+class AcceptanceConfig(Section):
+    """What a client does with the SLM that comes back (ours)."""
+
+    enabled: bool = False
+    """Try it on held-out private rows and install it only if it is not worse; the old one is kept."""
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """So much accuracy it may lose there."""
+
+
+class CheckpointConfig(Section):
+    """What a run keeps to go on from, and to go back to."""
+
+    keep: Positive = 20
+    """Of the last so many arrivals everything is kept; of those before, the LLM's adapter and its cause."""

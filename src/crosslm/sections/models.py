@@ -1,0 +1,92 @@
+"""The models and how they are trained: ``[slm]`` and ``[llm]``."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from crosslm.sections.section import Fraction, NonNegative, Positive, Section
+
+
+class SLMSpec(Section):
+    """One SLM architecture that clients may be given."""
+
+    model: str
+    """Folder, Hugging Face id or ``package:MODULE``."""
+    num_hidden_layers: Positive | None = None
+    """Keep only the lowest layers of ``model``."""
+
+
+class FitConfig(Section):
+    """How a classifier is trained on labelled text by cross-entropy."""
+
+    epochs: Positive = 3
+    """Passes over the rows; at most so many with ``patience``."""
+    batch_size: Positive = 16
+    """Rows in one optimiser step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    """Of AdamW, at its highest."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the learning rate rises; then it falls to 0."""
+    weight_decay: NonNegative = 0.01
+    """Of AdamW."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many epochs without a lower hold-out loss and go back to the best; 0: never."""
+    holdout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the rows that is held out when ``patience`` is set."""
+
+
+class SLMConfig(Section):
+    """The clients' classifiers."""
+
+    models: tuple[SLMSpec, ...] = Field(min_length=1)
+    """Architectures; each client without a model of its own gets one by the seed (section 5.1)."""
+    max_length: Positive = 128
+    """Tokens of a text that the SLM reads."""
+    freeze_embeddings: bool = False
+    """Train all but the word vectors."""
+    private: FitConfig = FitConfig(epochs=8, patience=3)
+    """Step 1: training on the private rows."""
+    synthetic: FitConfig = FitConfig(epochs=3, learning_rate=3e-5)
+    """Step 5: training on the selected synthetic rows."""
+    interpolation: Fraction = 1.0
+    """Share of step 5's weights in the SLM that goes back, the rest being those that came (ours,
+    after Wortsman et al. 2022); 1 is the paper's."""
+
+
+class LLMConfig(Section):
+    """The server's model and its update (Eq. 5 to 9)."""
+
+    model: str
+    """Folder, Hugging Face id or ``package:MODULE``."""
+    vocabulary_texts: tuple[str, ...] = ()
+    """Text files in ``data.dir``, or ``package:MODULE`` for the words of a tokenizer. The vocabulary
+    is trimmed to what these need (and single bytes), which is faster; empty: the whole vocabulary.
+    They must be texts that the server may see."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the weights are loaded as."""
+    adapter: Literal["lora", "full"] = "lora"
+    """``lora``: theta_old is the adapter switched off. ``full``: theta_old is a frozen copy."""
+    lora_rank: Positive = 16
+    """Rank of the adapter's matrices."""
+    lora_alpha: Positive = 32
+    """The adapter is scaled by ``lora_alpha / lora_rank``."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Of AdamW; lower it if the perplexity on other text rises too much."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    samples: Positive = 256
+    """Synthetic texts written and trained on in one iteration, each once."""
+    iterations: Positive = 1
+    """Generate, reward, update: so often for one arriving SLM."""
+    batch_size: Positive = 16
+    """Texts in one optimiser step."""
+    micro_batch_size: Positive = 16
+    """Sequences in one backward pass; smaller needs less memory and computes the same."""
+    gamma_generation: NonNegative = 1.0
+    """Weight of the generation loss in Eq. 9."""
+    gamma_language_modeling: NonNegative = 0.1
+    """Weight of the language-modelling loss in Eq. 9."""
+    gamma_kl: NonNegative = 0.05
+    """Weight of the divergence from the original LLM in Eq. 9."""
+    token_reduction: Literal["sum", "mean"] = "sum"
+    """Log-likelihoods summed over tokens (Eq. 6) or averaged; the same in Eq. 5, 7 and 8."""

@@ -1,0 +1,102 @@
+"""What is classified, and whose text: ``[task]``, ``[data]`` and ``[[clients]]``."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from crosslm.sections.section import Positive, Section
+
+Paraphrases = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    Field(min_length=1),
+]
+
+
+class TaskConfig(Section):
+    """A classification task as data (section 3): nothing of it is code."""
+
+    labels: tuple[str, ...] = Field(min_length=2)
+    """Class names, as they stand in the data files."""
+    query: str
+    """M(x) of Eq. 1; ``{text}`` stands for the text, the verbalizer comes right after."""
+    prompt: dict[str, Paraphrases]
+    """M(y) of Eq. 3 for each label: one prompt or several, drawn from uniformly."""
+    statement: dict[str, Paraphrases]
+    """M'(y) of Eq. 7 for each label; ``{text}`` may stand for x, otherwise x comes first."""
+    verbalizer: dict[str, str]
+    """V(y) of Eq. 1 for each label: the words that follow the query."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels must differ from each other, found {list(self.labels)}")
+        if self.query.count("{text}") != 1:
+            raise ValueError(f"query must contain {{text}} exactly once, found {self.query!r}")
+        for name in ("prompt", "statement", "verbalizer"):
+            table: Mapping[str, Any] = getattr(self, name)
+            missing = [label for label in self.labels if not table.get(label)]
+            unknown = [label for label in table if label not in self.labels]
+            if missing:
+                raise ValueError(f"{name} is missing for the label(s) {missing}")
+            if unknown:
+                raise ValueError(f"{name} names {unknown}, which are not among the labels {list(self.labels)}")
+        return self
+
+
+class ClientConfig(Section):
+    """One silo with a file of its own."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """The silo's name in reports and folders."""
+    train: str
+    """Private labelled text, in ``data.dir``."""
+    test: str | None = None
+    """The silo's own test file; without it ``data.test`` is used."""
+    model: str | None = None
+    """The silo's own SLM; without it one of ``slm.models`` is drawn from the seed."""
+    num_hidden_layers: Positive | None = None
+    """Keep only the lowest layers of ``model``: a smaller architecture from the same weights."""
+
+    @model_validator(mode="after")
+    def _layers_of_a_model(self) -> Self:
+        if self.num_hidden_layers is not None and self.model is None:
+            raise ValueError("num_hidden_layers needs a model of the client's own")
+        if self.id == "mean":
+            raise ValueError("id must not be 'mean', which is what the mean over clients is called")
+        return self
+
+
+class DataConfig(Section):
+    """Where the labelled texts are. Either one ``train`` file that is split, or ``clients``."""
+
+    dir: str = "."
+    """Folder that the file names are in, relative to the configuration file."""
+    train: str | None = None
+    """CSV, CSV.gz or JSONL file, or ``hf:DATASET[/CONFIG]:SPLIT``; split among ``num_clients``."""
+    test: str | None = None
+    """Rows that every SLM and the LLM are tested on."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    label_column: str = "label"
+    """Column that holds the label's name."""
+    num_clients: Positive = 4
+    """Clients that ``train`` is split among."""
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    """Dirichlet concentration of the label split among clients: the smaller, the more skewed."""
+    rows_per_client: Positive | None = None
+    """At most so many private rows a client; all that are there if not set."""
+    test_rows: Positive | None = None
+    """At most so many test rows, balanced over the labels; all if not set."""
+    judge: str | None = None
+    """Held-out labelled text for the independent judge; if not set, the judge is trained on
+    ``judge_rows`` rows of ``train`` that no client has."""
+    judge_rows: Annotated[int, Field(ge=0)] = 2000
+    """Rows for the judge; 0 means no judge."""
+
+    @model_validator(mode="after")
+    def _test_is_named(self) -> Self:
+        if self.test is None:
+            raise ValueError("test must name a file: without test rows nothing can be measured")
+        return self
