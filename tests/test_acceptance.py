@@ -62,6 +62,27 @@ def test_what_is_as_good_is_installed_and_the_old_one_kept_too(models):
     assert client.slm is not had
 
 
+@pytest.mark.parametrize(
+    ("lost", "gained", "accepted"),
+    # of 10 rows; the sign test by hand: 1/8, 1/16, 6/32, and 1/2
+    [(3, 0, True), (4, 0, False), (4, 1, True), (1, 0, True), (0, 3, True)],
+)
+def test_few_rows_lost_by_chance_are_no_reason(models, monkeypatch, lost, gained, accepted):
+    client = client_of(models)
+    upload = client.train()
+    rows, wrong = holdout(client), [range(lost, lost + gained), range(lost)]  # by the old one, by the new one
+
+    def opinion(slm, texts):
+        return torch.eye(2)[
+            [label ^ (place in wrong[slm is not client.slm]) for place, label in enumerate(rows.labels)]
+        ]
+
+    monkeypatch.setattr(SLM, "predict_proba", opinion)
+    assert client._try(SLM.from_state(upload.slm)).accepted is accepted
+    client._acceptance = AcceptanceConfig(enabled=True, confidence=0.5, margin=0.0)
+    assert client._try(SLM.from_state(upload.slm)).accepted is (lost <= gained)
+
+
 def test_the_margin_and_the_switch_are_fields(models, worse):
     for acceptance, rows in (({"margin": 0.99}, 10), ({"enabled": False}, 0)):
         client = client_of(models, **acceptance)

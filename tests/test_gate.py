@@ -10,7 +10,7 @@ from conftest import BAD, GOOD, sentences
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosslm.algorithm.agreement import correlation, label_auc, normal_quantile, upper_correlation
+from crosslm.algorithm.agreement import correlation, label_auc, normal_quantile, sign_test, upper_correlation
 from crosslm.client import Client
 from crosslm.config import Config, FitConfig
 from crosslm.errors import QuarantineError, UploadError
@@ -71,6 +71,14 @@ def test_correlation_and_its_bound_by_hand():
     assert correlation(one, two_labels([0.9, 0.8, 0.7, 0.6])) == pytest.approx(-1, abs=1e-6)
     assert correlation(one, two_labels([0.5, 0.5, 0.5, 0.5])) == 0
     assert normal_quantile(0.95) == pytest.approx(1.6449, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "expected"),
+    [(0, 0, 1.0), (0, 3, 1.0), (3, 0, 1 / 8), (4, 1, (5 + 1) / 32), (2, 2, (6 + 4 + 1) / 16)],
+)
+def test_sign_test_by_hand(lost, gained, expected):
+    assert sign_test(lost, gained) == pytest.approx(expected)
     assert upper_correlation(0.0, 103, 0.95) == pytest.approx(math.tanh(0.16449), abs=1e-4)
     assert upper_correlation(0.5, 3, 0.95) == 1.0
 

@@ -1,9 +1,10 @@
-"""The silo's side: step 1, train on private text; step 5, take the enhanced SLM back, if it is no worse."""
+"""The silo's side: step 1, train on private text; step 5, take the enhanced SLM back, unless it is worse."""
 
 from dataclasses import dataclass
 
 import torch
 
+from crosslm.algorithm.agreement import sign_test
 from crosslm.config import AcceptanceConfig, FitConfig
 from crosslm.leaks import LeakCheck
 from crosslm.models.private_fit import PrivateTraining
@@ -75,7 +76,7 @@ class Client:
         return upload
 
     def install(self, download: Download) -> Decision:
-        """Step 5: use the enhanced SLM from now on, if on held-out private rows it is not worse by the margin.
+        """Step 5: use the enhanced SLM from now on, unless held-out private rows show that it is worse by the margin.
 
         The rows are those that the last training held out; with ``acceptance.enabled = false``, and
         where there are too few rows to hold one out, it is installed untried.
@@ -108,8 +109,13 @@ class Client:
         if not self._acceptance.enabled or not self._held() or not self.rounds:
             return Decision(accepted=True, rows=0)
         holdout = self._private.take(self._order(self.rounds - 1)[: self._held()])
-        before, after = self.slm.accuracy(holdout), returned.accuracy(holdout)
-        return Decision(after >= before - self._acceptance.margin, len(holdout), before, after)
+        labels = torch.tensor(holdout.labels)
+        before, after = (slm.predict_proba(holdout.texts).argmax(dim=1) == labels for slm in (self.slm, returned))
+        lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
+        is_worse = (lost - gained) / len(holdout) > self._acceptance.margin
+        is_sure = sign_test(lost, gained) <= 1 - self._acceptance.confidence
+        shares = float(before.float().mean()), float(after.float().mean())
+        return Decision(not (is_worse and is_sure), len(holdout), *shares)
 
     def _held(self) -> int:
         """How many rows are held out; as :meth:`SLM.fit` counts them."""

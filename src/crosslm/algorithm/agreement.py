@@ -1,4 +1,7 @@
-"""How well a classifier's opinion goes with known labels, and with that of others (ours; the gate's statistics)."""
+"""How well a classifier's opinion goes with known labels, and with that of others.
+
+Ours: what the gate and the clients' acceptance decide by.
+"""
 
 import math
 from statistics import NormalDist
@@ -65,6 +68,23 @@ def upper_correlation(value: float, texts: int, confidence: float) -> float:
         return 1.0
     bounded = min(max(value, -0.999999), 0.999999)
     return math.tanh(math.atanh(bounded) + normal_quantile(confidence) / math.sqrt(texts - 3))
+
+
+def sign_test(lost: int, gained: int) -> float:
+    """Probability that chance alone would lose so many rows or more, one-sided (the exact test of McNemar 1947).
+
+    Of the rows on which two classifiers of equal accuracy differ, either is right on as many, in the mean: the number
+    that the second loses is binomial with 1/2.
+
+    Args:
+        lost: rows that only the first classifier is right on.
+        gained: rows that only the second is right on.
+
+    Returns:
+        In (0, 1]; 1 if nothing is lost.
+    """
+    differ = lost + gained
+    return float(sum(math.comb(differ, number) for number in range(lost, differ + 1)) / 2**differ)
 
 
 def normal_quantile(confidence: float) -> float:

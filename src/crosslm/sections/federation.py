@@ -59,6 +59,9 @@ class AcceptanceConfig(Section):
     """Try it on held-out private rows and install it only if it is not worse; the old one is kept."""
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """So much accuracy it may lose there."""
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.9
+    """How sure, one-sided, the client must be that it has lost any before it is refused: of a handful of held-out rows
+    one or two are lost by chance."""
 
 
 class CheckpointConfig(Section):
