@@ -4,10 +4,10 @@
     python benchmarks/attacks.py sst2 --data-dir DATA --quick --attacks flipped,constant
 
 For each attack one run with the gate and one without, and for all of them a run in which the hostile client stays away:
-the same split, the same honest rows, the same order of arrival. The hostile client is the second to arrive, so that
-there is an upload to copy and honest clients come after it. It attacks by what it uploads, through the same bytes and
-checks as all others. Each cell is written to benchmarks/results/attacks-NAME.json when done, and skipped when it is
-there. With --quick the amounts are smaller: a few minutes for each cell on two cores with the models of sst2.
+the same split, the same honest rows, the same order of arrival. The hostile client is the third to arrive unless
+--place says otherwise: there are uploads to copy, and an honest client comes after it. It attacks by what it uploads,
+through the same bytes and checks as all others. Each cell is written to benchmarks/results/attacks-NAME.json when done,
+and skipped when it is there. With --quick the amounts are smaller.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from crosslm.experiment import run_local
 from crosslm.federation.local import arrival_order
 from crosslm.finished import Run
 from crosslm.models.slm import SLM
-from crosslm.models.sources import cache_folder
+from crosslm.models.sources import cache_folder, resolve_device
 from crosslm.records import Examples, Upload
 from crosslm.rundir import RunDir
 from crosslm.seeding import seed_for
@@ -165,24 +165,28 @@ def with_weights(upload: Upload, changed: dict[str, torch.Tensor]) -> Upload:
 # -- the cells -------------------------------------------------------------------------------
 
 
-def hostile_client(config: Config) -> str:
-    """The second client to arrive.
+def hostile_client(config: Config, place: int) -> str:
+    """The client that is the ``place``-th to arrive for the first time.
 
     Raises:
-        ConfigError: there are too few clients, or there is no judge.
+        ConfigError: there is no such place after another client, or there is no judge.
     """
     split = load_split(config)
-    if len(split.private) < 3 or not len(split.judge):
+    if not len(split.judge):
         raise ConfigError(
-            f"{config.name}: has {len(split.private)} clients and {len(split.judge)} rows for the judge; at least 3 "
-            "clients and a judge (data.judge_rows) are needed"
+            f"{config.name}: has no rows for the judge, without whom nothing is told; set data.judge_rows"
         )
-    return list(dict.fromkeys(arrival_order(list(split.private), config.federation.participations, config.seed)))[1]
+    order = arrival_order(list(split.private), config.federation.participations, config.seed)
+    if not 2 <= place <= len(split.private):
+        raise ConfigError(
+            f"{config.name}: the hostile client's place must be from 2 to {len(split.private)}, is {place}"
+        )
+    return list(dict.fromkeys(order))[place - 1]
 
 
-def cell(config: Config, attack: str, trigger: str, cache: Path) -> dict[str, Any]:
+def cell(config: Config, attack: str, trigger: str, place: int, cache: Path) -> dict[str, Any]:
     """One run with a hostile client, or with ``none`` without it, and its figures; the run itself is not kept."""
-    hostile, started = hostile_client(config), time.perf_counter()
+    hostile, started = hostile_client(config, place), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
         try:
@@ -205,19 +209,23 @@ def measured(run: Run, hostile: str) -> dict[str, Any]:
             accuracy[event["client"]] = event["right"].count("1") / len(event["right"])
     gates = [event for event in events if event["event"] == "gate"]
     dropped = {"event", "time", "client", "step"}
+    (weights,) = sorted(run.llm_folder.glob("*.safetensors"))
     return {
         "hostile": hostile,
         "uploads": {
             "served": sum(event["event"] == "step" and event["client"] == hostile for event in events),
             "quarantined": sum(event["client"] == hostile and not event["passed"] for event in gates),
-            "refused": sum(event["event"] == "failure" and event["client"] == hostile for event in events),
+            "failed": sum(event["event"] == "failure" and event["client"] == hostile for event in events),
         },
         "gate": [
             {name: value for name, value in event.items() if name not in dropped}
             for event in gates
             if event["client"] == hostile
         ],
-        "honest_quarantined": [event["client"] for event in gates if event["client"] != hostile and not event["passed"]],
+        "honest_quarantined": [
+            event["client"] for event in gates if event["client"] != hostile and not event["passed"]
+        ],
+        "llm_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "nlg_judge": run.summary["llm"]["nlg_judge_accuracy"]["after"],
         "nlu": run.summary["llm"]["nlu_accuracy"]["after"],
         "honest": accuracy,
@@ -226,7 +234,7 @@ def measured(run: Run, hostile: str) -> dict[str, Any]:
 
 
 def trigger_found(run: Run, hostile: str, trigger: str) -> float:
-    """Share of test rows of other labels that honest clients' SLMs give the last label with the trigger word in them."""
+    """Share of test rows of other labels that, begun with the word, get the last label from honest clients' SLMs."""
     target, shares = len(run.task.labels) - 1, []
     tests = load_split(run.config).tests
     for client in run.clients:
@@ -250,6 +258,7 @@ def fill(
     attacks: list[str],
     seeds: int,
     trigger: str,
+    place: int,
     cache: Path,
     done: Callable[[str], None],
 ) -> None:
@@ -261,6 +270,7 @@ def fill(
         attacks: which ones.
         seeds: how many, from 0.
         trigger: the word.
+        place: of the hostile client in the order of first arrivals, from 2.
         cache: where converted models are kept.
         done: called with the key of each new cell.
     """
@@ -271,22 +281,23 @@ def fill(
                 continue
             attack, gate, _ = key.split("/")
             gated = config.gate.model_copy(update={"enabled": gate == "on"})
-            cells[key] = cell(config.model_copy(update={"seed": seed, "gate": gated}), attack, trigger, cache)
+            cells[key] = cell(config.model_copy(update={"seed": seed, "gate": gated}), attack, trigger, place, cache)
             if key != reference and "error" not in cells[key]:
                 cells[key]["difference"] = difference(cells[key], cells[reference])
             done(key)
 
 
-def started(path: Path, config: Config, trigger: str) -> dict[str, Any]:
+def started(path: Path, config: Config, trigger: str, place: int) -> dict[str, Any]:
     """What a file of figures holds so far.
 
     Raises:
         RunError: its figures are of other settings.
     """
     settings = config.model_dump(mode="json", exclude={"seed": True, "data": {"dir"}, "gate": {"enabled"}})
-    digest = hashlib.sha256(json.dumps([settings, trigger], sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([settings, trigger, place], sort_keys=True).encode()).hexdigest()[:16]
     if not path.exists():
-        return {**provenance(), "task": config.name, "preset": config.preset, "settings": digest, "cells": {}}
+        origin = {**provenance(resolve_device(config.device)), "task": config.name, "preset": config.preset}
+        return {**origin, "place": place, "settings": digest, "cells": {}}
     figures: dict[str, Any] = json.loads(path.read_text())
     if figures["settings"] != digest:
         raise RunError(f"{path}: has figures of other settings; remove it, or give the same ones")
@@ -302,6 +313,7 @@ def main() -> None:
     parser.add_argument("--attacks", default=",".join(ATTACKS), help="with commas between them (default: all)")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--trigger", default="today", help="a word that an LLM writes and that says nothing of a label")
+    parser.add_argument("--place", type=int, default=3, help="of the hostile client in the order of arrival")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     attacks = arguments.attacks.split(",")
@@ -312,7 +324,7 @@ def main() -> None:
     try:
         config = load(arguments.config, (*(QUICK if arguments.quick else ()), *arguments.set), arguments.data_dir)
         name = f"attacks-{config.name}" + ("-quick" if arguments.quick else "")
-        figures = started(RESULTS / f"{name}.json", config, arguments.trigger)
+        figures = started(RESULTS / f"{name}.json", config, arguments.trigger, arguments.place)
         commit = provenance()["commit"]
 
         def done(key: str) -> None:
@@ -320,7 +332,9 @@ def main() -> None:
             keep(name, figures)
             print(key, json.dumps(figures["cells"][key]), flush=True)
 
-        fill(config, figures["cells"], attacks, arguments.seeds, arguments.trigger, cache_folder(), done)
+        fill(
+            config, figures["cells"], attacks, arguments.seeds, arguments.trigger, arguments.place, cache_folder(), done
+        )
     except CrosslmError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
