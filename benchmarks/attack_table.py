@@ -27,10 +27,10 @@ def attack_table(name: str, result: dict[str, Any]) -> str:
     none = [cell for key, cell in cells.items() if key.startswith(f"{NONE}/")]
     barred = sum(len(cell.get("honest_quarantined", ())) for cell in cells.values())
     lines = [
-        f"**{name}**, preset {result['preset']}, {len(none[0]['honest'])} honest clients and a hostile one that is "
-        f"number {result['place']} to arrive; means over {_plural(len(none), 'seed')}. In brackets the difference "
-        "to the run without the hostile client, in points (with several seeds: lowest to highest). Honest SLMs are tested as they "
-        f"return. The gate stopped {_plural(barred, 'honest upload')}.",
+        f"**{name}**, preset {result['preset']}: {len(none[0]['honest'])} honest clients and a hostile one, number "
+        f"{result['place']} to arrive; means over {_plural(len(none), 'seed')}. In brackets the difference to the run "
+        "without the hostile client, in points (with several seeds: lowest to highest). Honest SLMs are tested as "
+        f"they return. The gate stopped {_plural(barred, 'honest upload')}.",
         "",
         "| attack | gate | hostile uploads | the same LLM | judge finds the LLM's texts to be of their label | NLU | "
         "honest SLMs, mean |",

@@ -97,7 +97,7 @@ def four(models, writer, tmp_path_factory):
             "llm": {"model": str(writer), "samples": 128, "batch_size": 8, "learning_rate": 2e-3, "lora_rank": 8},
             "synthesis": {"max_new_tokens": 24, "max_attempts": 100},
             "selection": {"pool": 128, "encoder": str(models / "encoder")},
-            "evaluation": {"nlu_rows": 60, "nlg_samples": 200, "judge": fit},
+            "evaluation": {"nlu_rows": 60, "nlg_samples": 400, "judge": fit},
         }
     )
 
@@ -139,7 +139,7 @@ def test_without_the_gate_flipped_labels_make_the_llm_write_to_the_wrong_label(c
     assert hurt["gate"] == []
     assert hurt["llm_sha256"] != none["llm_sha256"]
     assert hurt["difference"]["nlg_judge"] == pytest.approx(100 * (hurt["nlg_judge"] - none["nlg_judge"]))
-    assert hurt["difference"]["nlg_judge"] < -3
+    assert hurt["difference"]["nlg_judge"] < -2
 
 
 @pytest.mark.parametrize("attack", ["constant", "copy"])
@@ -267,7 +267,10 @@ def test_the_table_says_what_was_measured(attacks):
     }
     result = {"preset": "paper", "place": 3, "commit": "c" * 40, "date": "today", "machine": "a machine"}
     lines = table.attack_tables({"attacks-sst2": result | {"cells": cells}}).splitlines()
-    assert "**sst2**, preset paper, 1 honest clients and a hostile one that is number 3 to arrive" in lines[0]
+    assert (
+        "**sst2**, preset paper: 1 honest clients and a hostile one, number 3 to arrive; means over 2 seeds."
+        in lines[0]
+    )
     assert "The gate stopped 0 honest uploads." in lines[0]
     assert "| none: it stays away | | | | 0.900 | 0.800 | 0.700 |" in lines
     assert "| trigger word | on | 2 quarantined | 2 of 2 | 0.900 (+0.0) | 0.800 (+0.0) | 0.700 (+0.0) |" in lines
