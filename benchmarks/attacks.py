@@ -209,7 +209,7 @@ def measured(run: Run, hostile: str) -> dict[str, Any]:
             accuracy[event["client"]] = event["right"].count("1") / len(event["right"])
     gates = [event for event in events if event["event"] == "gate"]
     dropped = {"event", "time", "client", "step"}
-    (weights,) = sorted(run.llm_folder.glob("*.safetensors"))
+    weights = b"".join(path.read_bytes() for path in sorted(run.llm_folder.glob("*.safetensors")))
     return {
         "hostile": hostile,
         "uploads": {
@@ -225,7 +225,7 @@ def measured(run: Run, hostile: str) -> dict[str, Any]:
         "honest_quarantined": [
             event["client"] for event in gates if event["client"] != hostile and not event["passed"]
         ],
-        "llm_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "llm_sha256": hashlib.sha256(weights).hexdigest(),
         "nlg_judge": run.summary["llm"]["nlg_judge_accuracy"]["after"],
         "nlu": run.summary["llm"]["nlu_accuracy"]["after"],
         "honest": accuracy,
