@@ -16,8 +16,9 @@ test: $(VENV)/.dev check           ## install what the tests need and pass them
 test-federation: $(VENV)/.dev      ## the tests of separate machines alone; `make test` runs them too
 	$(BIN)/python -m pytest tests/test_federation.py tests/test_federation_live.py $(ARGS)
 
-test-faults: $(VENV)/.dev          ## only: crashes, hostile uploads, the gate
-	$(BIN)/python -m pytest tests/test_crash.py tests/test_intake.py tests/test_gate.py tests/test_acceptance.py $(ARGS)
+test-faults: $(VENV)/.dev          ## only: crashes, hostile uploads, the gate, attacks on whole runs
+	$(BIN)/python -m pytest tests/test_crash.py tests/test_intake.py tests/test_gate.py tests/test_acceptance.py \
+		tests/test_attacks.py $(ARGS)
 
 test-report: $(VENV)/.browser      ## the report in headless Chromium, which must be installed, with axe
 	$(BIN)/python -m pytest tests/test_report.py tests/test_report_browser.py $(ARGS)

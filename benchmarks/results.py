@@ -9,9 +9,13 @@ import argparse
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parent))
+from attack_table import attack_tables
 
 from crosslm.html_report.collect import RunView
 from crosslm.html_report.plots import accuracy_chart, llm_chart
@@ -24,6 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "docs" / "plots"
 START, END = "<!-- demo table, written by benchmarks/results.py -->", "<!-- end of demo table -->"
 PRIVACY_START, PRIVACY_END = "<!-- privacy table, written by benchmarks/results.py -->", "<!-- end of privacy table -->"
+ATTACKS_START, ATTACKS_END = "<!-- attack table, written by benchmarks/results.py -->", "<!-- end of attack table -->"
 
 
 def keep(name: str, figures: dict) -> None:
@@ -281,7 +286,7 @@ def between(text: str, start: str, table: str, end: str) -> str:
 
 
 def documents() -> dict[Path, str]:
-    """What results.md, performance.md, privacy.md and README.md must hold."""
+    """What results.md, performance.md, privacy.md, robustness.md and README.md must hold."""
     lines = [
         "# Results",
         "",
@@ -309,6 +314,9 @@ def documents() -> dict[Path, str]:
         privacy = ROOT / "docs" / "privacy.md"
         table = f"\n{privacy_table(loaded['privacy-sst2'])}\n\n"
         written[privacy] = between(privacy.read_text(), PRIVACY_START, table, PRIVACY_END)
+    if attacks := attack_tables(loaded):
+        robustness = ROOT / "docs" / "robustness.md"
+        written[robustness] = between(robustness.read_text(), ATTACKS_START, f"\n{attacks}\n\n", ATTACKS_END)
     if any(name.startswith("performance-") for name in loaded):
         written[ROOT / "docs" / "performance.md"] = performance(loaded)
     return written | (pictures(loaded["demo"]) if "demo" in loaded else {})

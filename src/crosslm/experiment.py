@@ -51,6 +51,7 @@ def run_local(
     display: Display | None = None,
     resume: bool = False,
     stop_requested: Callable[[], bool] = lambda: False,
+    make_client: Callable[..., Client] = Client,
 ) -> dict[str, Any]:
     """Run the method and both baselines with all clients in this process.
 
@@ -64,6 +65,8 @@ def run_local(
         display: shows progress.
         resume: go on with the run that is in ``output``, if there is one.
         stop_requested: asked after each arrival whether to stop there.
+        make_client: called for each client as :class:`Client` is; what it gives takes part, a client that behaves
+            otherwise too.
 
     Returns:
         What ``summary.json`` holds.
@@ -91,7 +94,7 @@ def run_local(
         run.note_session("resume" if goes_on else "start")
         try:
             with tracked(run, given, progress.note):
-                return _Run(config, prepared, run, cache, progress, stop_requested).execute()
+                return _Run(config, prepared, run, cache, progress, stop_requested, make_client).execute()
         except BaseException as error:  # Ctrl-C too: who follows the run must know
             run.event("end", error=f"{type(error).__name__}: {error}")
             raise
@@ -108,11 +111,12 @@ class _Run:
         cache: Path,
         progress: Progress,
         stop_requested: Callable[[], bool],
+        make_client: Callable[..., Client],
     ) -> None:
         self.config, self.split, self.specs = config, prepared.split, prepared.specs
         self.perplexity_text, self.llm_folder = prepared.perplexity_text, prepared.llm_folder
         self.public = prepared.public
-        self.run, self.progress, self.stop_requested = run, progress, stop_requested
+        self.run, self.progress, self.stop_requested, self.make_client = run, progress, stop_requested, make_client
         self.checkpoints = Checkpoints(run, config.checkpoint.keep)
         self.task = Task.from_config(config.task)
         self.nlu_rows = evaluate.nlu_rows(config, self.split.test)
@@ -341,7 +345,7 @@ class _Run:
         training = PrivateTraining(privacy, config.federation.participations) if privacy.epsilon else None
         leaks = LeakCheck(private.texts, privacy, self.encoder) if privacy.checks_leaks else None
         fit, accept = config.slm.private, config.acceptance
-        return Client(client_id, private, slm, fit, config.seed, self.progress, accept, training, leaks)
+        return self.make_client(client_id, private, slm, fit, config.seed, self.progress, accept, training, leaks)
 
     def _synthesize(self, detail: str, count: int, purpose: str) -> SyntheticSet:
         seed = seed_for(self.config.seed, purpose)
