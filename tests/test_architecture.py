@@ -12,7 +12,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # who may import whom: a module may import from its own layer's earlier names and all lower layers
 LAYERS = [
-    {"errors", "seeding", "progress", "provenance", "privacy_config"},
+    {"errors", "files", "seeding", "progress", "provenance", "privacy_config"},
     {"config"},
     {"config_file"},
     {"task", "records", "rows"},
@@ -46,6 +46,7 @@ LAYERS = [
     {"federation.flower.payload", "federation.flower.gateway"},
     {"federation.flower.client_app", "federation.flower.exchange"},
     {"federation.flower.server_app", "federation.flower.processes"},
+    {"federation.flower.server_processes", "federation.flower.silo_processes"},
     {"experiment", "doctor"},
     {"finished"},
     {"reevaluate", "rollback", "export", "audit"},
@@ -145,8 +146,8 @@ def test_nothing_trusts_what_it_loads():
 
 
 def test_files_are_written_by_their_writers_only():
-    writers = {"rundir", "demo", "models.sources", "models.vocabulary", "models.llm", "models.slm"}
-    writers |= {f"federation.{name}" for name in ("provision", "silo", "spool", "flower.processes")}
+    writers = {"files", "rundir", "demo", "models.sources", "models.vocabulary", "models.llm", "models.slm"}
+    writers |= {f"federation.{name}" for name in ("provision", "flower.processes", "flower.server_processes")}
     writers |= {"starter", "export", "rows"}
     for path in FILES:
         if re.search(r"write_text\(|write_bytes\(|\.open\(\"[wa]|save_pretrained\(", path.read_text()):

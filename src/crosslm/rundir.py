@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from crosslm.config import Config
 from crosslm.errors import RunError
+from crosslm.files import PARTIAL, write_whole
 
 if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
     from torch import Tensor
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
     from crosslm.records import Receipt, SyntheticSet, Upload
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
-LOCK, ROLLBACK, PARTIAL = ".lock", "rollback.json", ".partial"
+LOCK, ROLLBACK = ".lock", "rollback.json"
 SESSIONS = "sessions.jsonl"
 
 
@@ -114,21 +115,14 @@ class RunDir:
         self.write_data(name, text.encode("utf-8"))
 
     def write_data(self, name: str, data: bytes) -> None:
-        """Write a file whole or not at all: under another name, to the disk, then renamed.
+        """Write a file whole or not at all (:func:`crosslm.files.write_whole`).
 
         Raises:
             RunError: it cannot be written; what was there before is still there.
         """
         target = self.path / name
-        partial = target.with_name(target.name + PARTIAL)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-            _sync_folder(target.parent)
+            write_whole(target, [data])
         except OSError as error:
             raise _unwritable(target, error) from error
 
@@ -258,15 +252,6 @@ class RunDir:
                 "crosslm status; report, evaluate, predict, generate, export and audit need a run of crosslm run"
             )
         return loaded
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a renaming to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unwritable(target: Path, error: OSError) -> RunError:
