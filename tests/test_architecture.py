@@ -28,6 +28,7 @@ LAYERS = [
     {
         "baselines",
         "arrivals",
+        "measures",
         "federation.exchange",
         "federation.messages",
         "federation.strict_json",
@@ -42,6 +43,7 @@ LAYERS = [
     {"journal"},
     {"federation.kits", "federation.spool"},
     {"federation.provision", "federation.silo"},
+    {"federation.summary"},
     {"federation.deployment"},
     {"federation.flower.payload", "federation.flower.gateway"},
     {"federation.flower.client_app", "federation.flower.exchange"},

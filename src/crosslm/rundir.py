@@ -28,6 +28,10 @@ if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 LOCK, ROLLBACK = ".lock", "rollback.json"
 SESSIONS = "sessions.jsonl"
+ENGINE = "flower"
+"""What carried the messages of a run between machines: a field of its first event and of its summary."""
+KIT_FILE = "server.toml"
+"""What a server's kit has in it; its run folder is ``run`` beside that."""
 
 
 class RunDir:
@@ -74,6 +78,8 @@ class RunDir:
         Raises:
             RunError: there is no run in it.
         """
+        if (path / KIT_FILE).is_file():
+            raise RunError(f"{path}: is a server's kit; its run folder is {path / 'run'}: give that")
         if not (path / CONFIG).is_file():
             raise RunError(f"{path}: not a run folder (it has no {CONFIG}); give one that crosslm run has made")
         return cls(path)
@@ -173,6 +179,29 @@ class RunDir:
             [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
         )
 
+    def is_between_machines(self) -> bool:
+        """Whether this is a run of ``crosslm server``, whose private rows and silos are elsewhere."""
+        path = self.path / METRICS
+        lines = (
+            path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        )  # the last may be half written
+        return any(f'"engine": "{ENGINE}"' in line and json.loads(line)["event"] == "start" for line in lines)
+
+    def check_in_one_process(self, wish: str) -> None:
+        """Find out that all clients of this run were in one process.
+
+        Args:
+            wish: what is to be done, as in "cannot be WISH".
+
+        Raises:
+            RunError: they were not; what is wanted needs private rows, which are at the silos.
+        """
+        if self.is_between_machines():
+            raise RunError(
+                f"{self.path}: is of a run between machines and cannot be {wish} here: private rows, and the training "
+                "on them, are at the silos. Give a run of crosslm run with rows of your own and the same configuration"
+            )
+
     def save_synthetic(
         self,
         name: str,
@@ -237,20 +266,19 @@ class RunDir:
         """Read ``summary.json``.
 
         Raises:
-            RunError: the run has not been completed, or was one between machines.
+            RunError: the run has not been completed.
         """
         path = self.path / SUMMARY
         if not path.is_file():
-            raise RunError(f"{self.path}: the run is not complete (it has no {SUMMARY}); run its {CONFIG} again")
+            how = f"run its {CONFIG} again"
+            if self.is_between_machines():
+                kit = self.path.parent
+                how = f"start it again with crosslm server {kit}, and see with crosslm status {kit} who is waited for"
+            raise RunError(f"{self.path}: the run is not complete (it has no {SUMMARY}); {how}")
         try:
             loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(f"{path}: damaged; run the {CONFIG} beside it again: {error}") from error
-        if "slm" not in loaded:
-            raise RunError(
-                f"{path}: is of a run between machines, which has other figures: read this file, or give the kit to "
-                "crosslm status; report, evaluate, predict, generate, export and audit need a run of crosslm run"
-            )
         return loaded
 
 

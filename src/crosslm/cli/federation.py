@@ -42,7 +42,7 @@ def server(kit: KitArgument) -> None:
     end_on_sigterm()
     waiting = ServerProcesses(kit, _say).run()
     _say("complete" + (f"; not delivered to: {', '.join(waiting)}" if waiting else ""))
-    _say(f"Everything is in {kit / 'run'} (summary.json, synthetic/, slm/, llm/).")
+    _say(f"Everything is in {kit / 'run'} (summary.json, synthetic/, slm/, llm/). See it: crosslm report {kit / 'run'}")
 
 
 @app.command()

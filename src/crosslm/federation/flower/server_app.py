@@ -48,5 +48,5 @@ def serve_kit(kit: Path, grid: Grid, spool: Spool) -> None:
     with Deployment.open(kit / "run", config, cache_folder(), exchange.refuse, spool) as deployment:
         serve(exchange, deployment.server, deployment, exchange.finished)
         waiting = exchange.drain(DELIVERY_TIME)
-        deployment.complete(waiting)
+        deployment.complete(exchange.silos)
     spool.note("finished", ",".join(waiting))
