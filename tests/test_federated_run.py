@@ -9,16 +9,20 @@ import pytest
 from conftest import BAD, GOOD, TASK, sentences
 from made_run import write_run
 from rich.console import Console
+from test_federation import MemoryGrid, flower_run  # noqa: F401  the latter a fixture
 
 from crosslm import experiment
 from crosslm.config import Config
-from crosslm.errors import QuarantineError, RunError
+from crosslm.errors import ModelError, QuarantineError, RunError
 from crosslm.experiment import run_local
 from crosslm.federation.deployment import Deployment, measured_on
 from crosslm.federation.exchange import serve
+from crosslm.federation.flower import server_app
 from crosslm.federation.flower.exchange import FlowerExchange
+from crosslm.federation.flower.payload import split
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import decode_upload, encode
+from crosslm.federation.provision import provision
 from crosslm.federation.spool import Spool
 from crosslm.finished import Run
 from crosslm.html_report.collect import RunView
@@ -26,6 +30,9 @@ from crosslm.html_report.findings import findings
 from crosslm.html_report.page import render
 from crosslm.rundir import RunDir
 from crosslm.watch import watch
+
+# Flower, after our package has told it to be quiet
+from flwr.app import ConfigRecord, Message, RecordDict  # isort: skip
 
 SILOS = ("silo-0", "silo-1")
 AT_THE_SILO = "measured at the silo, not known here"
@@ -352,11 +359,60 @@ def test_a_server_that_is_started_again_counts_on(tables, local, tmp_path):
         before.before,
     )
     again.complete(SILOS)
+    assert RunDir.open(kit / "run").summary()["not_delivered"] == [
+        event["client"] for event in events(kit / "run", "step")
+    ]
+    for silo in SILOS:
+        before.spool.delivered(silo, 0)
+    again.summarise(SILOS)
+    assert RunDir.open(kit / "run").summary()["not_delivered"] == []
     expected = RunDir.open(local[0]).summary()
     found = RunDir.open(kit / "run").summary()
     for name in ("tokens_generated", "texts_removed", "llm"):
         assert found[name] == expected[name]
     server.close()
+
+
+def silo_with(upload):
+    """A silo in the grid that has trained: answers with this upload, and takes what comes back."""
+
+    def answered(message):
+        content = RecordDict({"reply": ConfigRecord({"status": "ok", "round": 0})})
+        if message.metadata.message_type == "train.upload":
+            content["message"] = split(upload)
+        return Message(content, reply_to=message)
+
+    return answered
+
+
+@pytest.mark.usefixtures("flower_run")
+def test_downloads_go_out_though_the_llm_cannot_be_measured_and_a_restart_completes_the_run(
+    tables, local, tmp_path, monkeypatch
+):
+    """The whole server application over a grid in memory."""
+    monkeypatch.setenv("CROSSLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(server_app, "DELIVERY_TIME", 60.0)
+
+    def fails(self, silos):
+        raise ModelError("the LLM could not write")
+
+    provision(Config.model_validate(tables), "localhost:9400", tmp_path / "kits")
+    kit = tmp_path / "kits" / "server"
+    shutil.copy(Path(tables["data"]["dir"]) / "public.csv", kit)
+    grid = MemoryGrid({decode_upload(upload).client_id: silo_with(upload) for upload in local[1]})
+    spool = Spool(kit / "spool")
+    with monkeypatch.context() as patch:
+        patch.setattr(Deployment, "complete", fails)
+        with pytest.raises(ModelError, match="could not write"):
+            server_app.serve_kit(kit, grid, spool)
+        assert {arrival.state for arrival in spool.arrivals()} == {"delivered"}
+    server_app.serve_kit(kit, grid, spool)
+    assert spool.fact("finished") == ""
+    summary = RunDir.open(kit / "run").summary()
+    assert set(summary["clients"]) == set(SILOS)
+    assert (summary["not_delivered"], summary["not_uploaded"]) == ([], {})
+    assert AT_THE_SILO in render([RunView.read(RunDir.open(kit / "run"))])
+    spool.close()
 
 
 def test_counts_in_a_silos_own_order_of_labels_are_the_tasks(tables, local, tmp_path):

@@ -14,7 +14,7 @@ from crosslm.data import is_there, test_rows
 from crosslm.errors import QuarantineError, UploadError
 from crosslm.federation.messages import decode_upload, describe, encode
 from crosslm.federation.spool import Spool
-from crosslm.federation.summary import accuracies, summarise
+from crosslm.federation.summary import accuracies, summary_of
 from crosslm.gate import Gate
 from crosslm.measures import LLMMeter, measure_slm
 from crosslm.models.encoder import SentenceEncoder
@@ -66,6 +66,8 @@ class Deployment:
         """
         run = RunDir.open(folder) if (folder / CONFIG).exists() else RunDir.create(folder, config)
         config = config.model_copy(update={"device": resolve_device(config.device)})
+        if Checkpoints(run).last() is None:
+            run.go_back(0)  # a beginning that was cut off is made again
         note = _note(run)
         llm = LLM.load(original_llm(config, cache, note), config.llm, seed_for(config.seed, "llm"), config.device)
         encoder = SentenceEncoder(model_folder(config.selection.encoder, cache, note), config.device)
@@ -178,10 +180,13 @@ class Deployment:
         self._refuse(who, upload.client_round, error)
 
     def complete(self, silos: Iterable[str]) -> None:
-        """The run is over: measure the LLM, and write summary and cards.
+        """The last upload was served: measure the LLM, and write cards and summary.
 
         Args:
             silos: all that have a kit.
+
+        Raises:
+            ModelError: the LLM could not write the texts that it is measured by.
         """
         count = self.config.evaluation.nlg_samples
         self.run.save_llm(self.server.llm)
@@ -191,9 +196,15 @@ class Deployment:
         writing = self.meter.writing(written, self._first_uploads())
         for moment, measures, arrival in (("before", self.before, 0), ("after", after, self.server.steps)):
             self.run.event("llm", moment=moment, arrival=arrival, **measures, **writing[moment])
-        summary = summarise(self.run, self.config, self.spool, silos, self.test, self._counted())
-        write_cards(self.run, self.config, summary)
-        self.run.summarise(summary)
+        write_cards(self.run, self.config, self._summary(silos))
+        self.summarise(silos)
+
+    def summarise(self, silos: Iterable[str]) -> None:
+        """Write ``summary.json`` as things stand; and again when downloads were taken."""
+        self.run.summarise(self._summary(silos))
+
+    def _summary(self, silos: Iterable[str]) -> dict[str, Any]:
+        return summary_of(self.run, self.config, self.spool, silos, self.test, self._counted())
 
     def _first_uploads(self) -> Iterator[tuple[str, SLM]]:
         """The SLM of each silo that was served, as it came first."""

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ METHODS = ("standalone", "data_free_kd", "crosslm")
 Event = Mapping[str, Any]
 
 
-def summarise(
+def summary_of(
     run: RunDir, config: Config, spool: Spool, silos: Iterable[str], test: Examples | None, counted: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the server knows at the end of a run.
@@ -49,7 +48,7 @@ def summarise(
         "seed": config.seed,
         "engine": ENGINE,
         "versions": versions(),
-        "seconds": {**counted["seconds"], "total": round(time.time() - began, 2)},
+        "seconds": {**counted["seconds"], "total": round(events[-1]["time"] - began, 2)},
         "slm": {method: _with_mean(served, accuracy.get(method, {})) for method in METHODS},
         "confusion": {method: _confusion(run, method, accuracy.get(method, {}), served, config) for method in METHODS},
         "llm": {
