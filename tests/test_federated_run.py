@@ -341,7 +341,9 @@ def test_a_quarantined_upload_is_an_event_with_its_figures(tables, local, tmp_pa
     failures = [finding for finding in findings(view) if finding.level == "failure"]
     assert len(failures) == 1  # by the event, and not again by the spool's journal
     assert "quarantined" in failures[0].title
-    assert "quarantined" in text_of(render([view]))  # though nobody was served
+    page = text_of(render([view]))
+    assert "quarantined" in page
+    assert "No silo was served." in page
     assert Run.open(tmp_path / "kit" / "run").clients == ()
 
 
