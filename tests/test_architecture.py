@@ -12,7 +12,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # who may import whom: a module may import from its own layer's earlier names and all lower layers
 LAYERS = [
-    {"errors", "seeding", "progress", "provenance", "sections.section"},
+    {"errors", "files", "seeding", "progress", "provenance", "sections.section"},
     {"sections.privacy", "sections.task", "sections.models", "sections.federation"},
     {"sections.method"},
     {"config"},
@@ -30,6 +30,7 @@ LAYERS = [
     {
         "baselines",
         "arrivals",
+        "measures",
         "federation.exchange",
         "federation.messages",
         "federation.strict_json",
@@ -44,10 +45,12 @@ LAYERS = [
     {"journal"},
     {"federation.kits", "federation.spool"},
     {"federation.provision", "federation.silo"},
+    {"federation.summary"},
     {"federation.deployment"},
     {"federation.flower.payload", "federation.flower.gateway"},
     {"federation.flower.client_app", "federation.flower.exchange"},
     {"federation.flower.server_app", "federation.flower.processes"},
+    {"federation.flower.server_processes", "federation.flower.silo_processes"},
     {"experiment", "doctor"},
     {"finished"},
     {"reevaluate", "rollback", "export", "audit"},
@@ -156,8 +159,8 @@ def test_nothing_trusts_what_it_loads():
 
 
 def test_files_are_written_by_their_writers_only():
-    writers = {"rundir", "demo", "models.sources", "models.vocabulary", "models.llm", "models.slm"}
-    writers |= {f"federation.{name}" for name in ("provision", "silo", "spool", "flower.processes")}
+    writers = {"files", "rundir", "demo", "models.sources", "models.vocabulary", "models.llm", "models.slm"}
+    writers |= {f"federation.{name}" for name in ("provision", "flower.processes", "flower.server_processes")}
     writers |= {"starter", "export", "rows"}
     for path in FILES:
         if re.search(r"write_text\(|write_bytes\(|\.open\(\"[wa]|save_pretrained\(", path.read_text()):

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from crosslm import errors
 from crosslm.cli import main as cli
+from crosslm.cli.stopping import StopRequest
 from crosslm.errors import (
     ConfigError,
     CrosslmError,
@@ -60,14 +61,6 @@ def caught(monkeypatch):
 
     monkeypatch.setattr(cli, "app", recorded)
     return found
-
-
-@pytest.fixture
-def listener():
-    """Ctrl-C is heard after the test by whom it was heard before."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def weights_not_finite(monkeypatch):
@@ -140,7 +133,6 @@ def test_every_class_has_a_case():
     assert set(CASES) == CLASSES - {CrosslmError}
 
 
-@pytest.mark.usefixtures("listener")
 @pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
 def test_every_class_reaches_the_user_as_words_and_a_code(kind, shell, caught, workplace, tmp_path, monkeypatch):
     for path in workplace.glob("*.*"):
@@ -150,13 +142,31 @@ def test_every_class_reaches_the_user_as_words_and_a_code(kind, shell, caught, w
     (tmp_path / "tickets.toml").write_text((tmp_path / "tickets.toml").read_text().replace(str(workplace), "."))
     if prepare:
         prepare(monkeypatch)
+    before = signal.getsignal(signal.SIGINT)
     code, out, err = shell(*arguments)
+    assert signal.getsignal(signal.SIGINT) == before  # whoever heard Ctrl-C before hears it again
     expected, classes = ENDS.get(kind, (2, None))
     assert code == expected, err
     assert err.startswith("error: ") == (code == 2)
     assert "Traceback" not in err
     assert re.search(message, out + err, re.S), out + err
     assert [type(error) for error in caught] == ([kind] if classes is None else classes)
+
+
+def test_ctrl_c_is_heard_within_a_stop_request_and_does_afterwards_what_it_did_before():
+    heard = []
+    former = signal.signal(signal.SIGINT, lambda *_: heard.append("before"))
+    try:
+        with StopRequest() as stop:
+            assert not stop()
+            signal.raise_signal(signal.SIGINT)
+            assert stop()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert heard == ["before"]
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def raise_sites():

@@ -21,8 +21,11 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from crosslm import rundir
 from crosslm.config import Config, FederationConfig, PrivacyConfig
-from crosslm.errors import DataError, FederationError, LeakError, UploadError
+from crosslm.errors import DataError, FederationError, LeakError, RunError, UploadError
+from crosslm.federation import silo as silo_module
+from crosslm.federation import spool as spool_module
 from crosslm.federation.flower import client_app, gateway, processes
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import PART, joined, split
@@ -32,8 +35,10 @@ from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
 from crosslm.federation.silo import Silo
 from crosslm.federation.spool import Spool
+from crosslm.files import write_whole
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.records import Download
+from crosslm.rundir import RunDir
 from crosslm.server import Server
 from crosslm.task import Task
 
@@ -191,6 +196,37 @@ def test_uploads_are_served_in_order_of_arrival_and_none_is_lost_by_a_restart(tm
     spool.delivered("slow", 0)
     assert spool.of("slow")[0].state == "delivered"
     assert spool.of("slow")[0].since >= spool.of("slow")[0].received_at
+
+
+def test_a_file_is_written_whole_or_not_at_all_by_everybody(tmp_path, monkeypatch):
+    """Run folder, spool and silo share one writer; one that is cut off leaves what was there."""
+
+    def cut():
+        yield b"half"
+        raise OSError(28, "No space left on device")
+
+    write_whole(tmp_path / "new" / "file", [b"one ", b"whole"])
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "new" / "file", cut())
+    assert (tmp_path / "new" / "file").read_bytes() == b"one whole"
+    for module in (rundir, spool_module, silo_module):
+        assert module.write_whole is write_whole
+    spool = Spool(tmp_path / "spool")
+    with pytest.raises(OSError, match="No space"):
+        spool.put("a", 0, cut())
+    assert spool.arrivals() == []
+    assert spool.put("a", 0, [b"whole"])
+    assert spool.upload(spool.arrivals()[0]) == b"whole"
+    run = RunDir(tmp_path / "run")
+    run.write("a.txt", "first")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("crosslm.files.os.fsync", full)
+    with pytest.raises(RunError, match=r"a\.txt: cannot be written: No space"):
+        run.write("a.txt", "second")
+    assert (run.path / "a.txt").read_text() == "first"
 
 
 def test_a_file_that_changed_on_disk_is_not_used(tmp_path):
@@ -631,7 +667,9 @@ def test_flower_builds_the_app_and_there_is_no_code_in_it(kits, tmp_path, monkey
     assert "pyproject.toml" in names
 
 
-@pytest.mark.parametrize("module", ["client_app", "server_app", "exchange", "payload", "processes"])
+@pytest.mark.parametrize(
+    "module", ["client_app", "server_app", "exchange", "payload", "processes", "server_processes", "silo_processes"]
+)
 def test_flower_is_told_to_be_quiet_before_it_is_imported(module):
     """Though the user's environment asks for the opposite; and who only starts processes does not import it."""
     code = (
@@ -647,5 +685,5 @@ def test_flower_is_told_to_be_quiet_before_it_is_imported(module):
     )
     loud = {**os.environ, "FLWR_TELEMETRY_ENABLED": "1", "FLWR_DISABLE_UPDATE_CHECK": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=loud, capture_output=True, text=True, check=True)
-    expected = ["not imported"] if module == "processes" else ["at import 0 1", "imported"]
+    expected = ["not imported"] if module.endswith("processes") else ["at import 0 1", "imported"]
     assert done.stdout.splitlines() == expected

@@ -226,10 +226,10 @@ def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
     receipt = json.loads((run.kit("middle") / "state" / "receipts" / "upload-0000.json").read_text())
     assert receipt["bytes_sent"] == sizes["middle"]
     summary = json.loads((run.server_kit / "run" / "summary.json").read_text())
-    assert [step["client"] for step in summary["steps"]] == [arrival.silo for arrival in arrivals]
-    assert all(0 <= step["slm/accuracy"] <= 1 for step in summary["steps"])
-    assert set(summary["llm"]) == {"before", "after"}
-    assert summary["not_delivered"] == []
+    assert [arrival["silo"] for arrival in summary["arrivals"]] == [arrival.silo for arrival in arrivals]
+    assert all(0 <= accuracy <= 1 for accuracy in summary["slm"]["crosslm"].values())
+    assert set(summary["llm"]["nlu_accuracy"]) == {"before", "after"}
+    assert (summary["not_delivered"], summary["not_uploaded"]) == ([], {})
     assert (run.server_kit / "run" / "llm" / "adapter_model.safetensors").exists()
 
 

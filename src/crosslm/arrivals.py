@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from crosslm.config import Config
 from crosslm.evaluate import distinct_ngrams, label_agreement
 from crosslm.models.slm import SLM
 from crosslm.records import SyntheticText
@@ -20,12 +21,16 @@ STANDARD_ERRORS = 2.0
 
 
 def text_measures(record: StepRecord, task: Task) -> dict[str, float]:
-    """Length, label-word echo, distinct-1 and -3 and self-similarity of a step's pool, and numbers of texts.
+    """Mean reward, diversity, length, label-word echo, distinct-n and self-similarity of a step's texts, and numbers.
 
     Self-similarity is the mean cosine of a text with the text most like it, ``1 - mean(D_j)`` of Eq. 10.
     """
     texts = record.pool.texts
     return {
+        "reward/drafts": float(sum(rewards.mean() for _, rewards in record.drafts) / len(record.drafts)),
+        "reward/pool": sum(receipt.reward for receipt in record.receipts) / len(record.receipts),
+        "diversity/pool": sum(receipt.diversity for receipt in record.receipts) / len(record.receipts),
+        "distinct_2/pool": distinct_ngrams(texts),
         "texts/drafts": float(sum(len(drafts.samples) for drafts, _ in record.drafts)),
         "texts/pool": float(len(texts)),
         "length/pool": statistics.fmean(len(text.split()) for text in texts),
@@ -34,6 +39,14 @@ def text_measures(record: StepRecord, task: Task) -> dict[str, float]:
         "distinct_3/pool": distinct_ngrams(texts, 3),
         "self_similarity/pool": 1 - statistics.fmean(receipt.diversity for receipt in record.receipts),
     }
+
+
+def few_selected(who: str, record: StepRecord, config: Config) -> str | None:
+    """A warning where less than half of the texts wanted could be selected; None where all is well."""
+    kept, wanted = sum(receipt.kept for receipt in record.receipts), config.selection.fraction * len(record.receipts)
+    if kept >= wanted / 2:
+        return None
+    return f"client {who}: only {kept} of {wanted:.0f} texts could be selected; its SLM learned little"
 
 
 def judge_measures(judge: SLM, record: StepRecord) -> dict[str, float]:

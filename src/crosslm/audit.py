@@ -81,6 +81,7 @@ class _Audit:
 
     def __init__(self, run: RunDir, cache: Path, shadows: int, display: Display | None) -> None:
         self.summary = run.summary()
+        run.check_in_one_process("audited")
         config = load(run.path / CONFIG)
         self.config: Config = config.model_copy(update={"device": resolve_device(config.device)})
         self.run, self.cache, self.shadows = run, cache, shadows

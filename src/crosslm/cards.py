@@ -62,26 +62,22 @@ def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, A
     """
     about = summary["clients"][client]
     measured = {method: summary["slm"][method].get(client) for method in METHODS}
-    result = EvalResult(
-        task_type="text-classification",
-        dataset_type="private",
-        dataset_name=f"test text of {config.name}, {client}",
-        metric_type="accuracy",
-        metric_value=round(measured["crosslm"], 4),
-    )
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=TAGS,
-        base_model=_hub_id(about["model"]["model"]),
+        base_model=_hub_id(about["model"]["model"]) if about["model"]["model"] else None,
         model_name=f"{config.name}-{client}",
-        eval_results=[result],
+        eval_results=_results(config, client, measured["crosslm"]),
     )
     rows = ", ".join(f"{label} {count}" for label, count in about["rows"].items())
-    accuracy = _table(
-        ("method", "accuracy"),
-        [(METHODS[method], f"{value:.3f}") for method, value in measured.items() if value is not None],
-    )
+    known = [(METHODS[method], f"{value:.3f}") for method, value in measured.items() if value is not None]
+    accuracy = "Measured at the silo, not known to the server that wrote this card."
+    if known:
+        accuracy = (
+            f"On {summary['test_rows'][client]} test rows; one seed, so differences of a few points are noise.\n\n"
+            + _table(("method", "accuracy"), known)
+        )
     return f"""---
 {data.to_yaml()}
 ---
@@ -111,8 +107,6 @@ classify = pipeline("text-classification", model="FOLDER OR REPOSITORY")
 
 ## Accuracy
 
-On {summary["test_rows"][client]} test rows; one seed, so differences of a few points are noise.
-
 {accuracy}
 
 ## Privacy
@@ -137,7 +131,7 @@ def llm_card(config: Config, summary: Mapping[str, Any], merged: bool = False) -
     measures = [
         (title, *(f"{summary['llm'][key][moment]:.3f}" for moment in ("before", "after")))
         for key, title in MEASURES.items()
-        if summary["llm"].get(key, {}).get("after") is not None
+        if None not in (summary["llm"].get(key, {}).get(moment) for moment in ("before", "after"))
     ]
     prompts = [(label, f"`{prompt}`") for label in config.task.labels for prompt in config.task.prompt[label]]
     return f"""---
@@ -285,7 +279,23 @@ def _licence(model: str) -> str:
     return package.licence if package else "see its own card"
 
 
+def _results(config: Config, client: str, accuracy: float | None) -> list[EvalResult] | None:
+    if accuracy is None:
+        return None
+    return [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type="private",
+            dataset_name=f"test text of {config.name}, {client}",
+            metric_type="accuracy",
+            metric_value=round(accuracy, 4),
+        )
+    ]
+
+
 def _layers(spec: Mapping[str, Any]) -> str:
+    if spec["model"] is None:
+        return f"of the type {spec['type']}; its name is known at the silo"
     layers = spec.get("num_hidden_layers")
     return shown(str(spec["model"])) + (f", lowest {layers} layers" if layers else "")
 

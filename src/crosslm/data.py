@@ -109,6 +109,19 @@ def load_split(config: Config) -> Split:
     return Split(private, tests, test, judge, warnings)
 
 
+def test_rows(config: Config) -> Examples | None:
+    """The rows of ``data.test`` as every seed of a run has them; None if the file is not there.
+
+    Raises:
+        DataError: it is there and cannot be used.
+    """
+    data, labels = config.data, config.task.labels
+    if not is_there(str(data.test), data):
+        return None
+    rows = load_examples(str(data.test), data, labels).examples
+    return balanced_sample(rows, data.test_rows, len(labels), seed_for(0, "test"))
+
+
 def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
     """Rows of one file or hub dataset; rows without text or that are not UTF-8 are left out and counted.
 
@@ -262,6 +275,15 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise DataError(f"{path}: line {number} must be an object with the columns as keys, found {line[:60]!r}")
         yield number, row
+
+
+def is_there(name: str, data: DataConfig) -> bool:
+    """Whether :func:`find_file` would find it."""
+    try:
+        find_file(name, data)
+    except DataError:
+        return False
+    return True
 
 
 def find_file(name: str, data: DataConfig) -> Path:

@@ -37,6 +37,14 @@ def nlu_rows(config: Config, test: Examples) -> Examples:
     return balanced_sample(test, config.evaluation.nlu_rows, len(config.task.labels), seed)
 
 
+def base_texts(config: Config) -> int:
+    """How many texts the original LLM writes at the beginning of a run.
+
+    Data-free KD learns from them, the gate probes with them, and they are what the LLM's writing is compared with.
+    """
+    return max(config.selection.pool, config.evaluation.nlg_samples)
+
+
 def label_agreement(slm: SLM, synthetic: SyntheticSet) -> float:
     """Share of synthetic texts whose intended label the classifier gives (NLG accuracy)."""
     predicted = slm.predict_proba(synthetic.texts).argmax(dim=1)

@@ -4,8 +4,6 @@ After each arrival, before the next, everything is in a checkpoint: a run that w
 goes on from there, and ends as one that never was.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +16,14 @@ from crosslm.checkpoint import Checkpoints
 from crosslm.classification import label_posteriors
 from crosslm.client import Client
 from crosslm.config import Config
-from crosslm.errors import ConfigError, RunError, StoppedError
+from crosslm.errors import RunError, StoppedError
 from crosslm.federation.exchange import serve
 from crosslm.federation.intake import Intake
 from crosslm.federation.local import LocalExchange
 from crosslm.gate import Gate
 from crosslm.journal import RunJournal
 from crosslm.leaks import LeakCheck
+from crosslm.measures import LLM_MEASURES, LLMMeter, peak_memory_bytes
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.private_fit import PrivateTraining, require_opacus
@@ -33,15 +32,13 @@ from crosslm.models.sources import model_folder, resolve_device
 from crosslm.preparation import Prepared, check_same, class_report, describe_spec, prepare
 from crosslm.privacy import privacy_summary
 from crosslm.progress import Display, Progress
-from crosslm.records import Examples, SyntheticSet
+from crosslm.records import SyntheticSet
 from crosslm.rundir import CONFIG, SUMMARY, RunDir, versions
 from crosslm.seeding import seed_for
 from crosslm.server import Server
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 from crosslm.tracking import tracked, wanted
-
-LLM_MEASURES = ("nlu_accuracy", "nlg_accuracy", "nlg_judge_accuracy", "distinct_2", "perplexity")
 
 
 def run_local(
@@ -79,6 +76,7 @@ def run_local(
     progress = Progress(display)
     goes_on = resume and (output / CONFIG).is_file()
     if goes_on:
+        RunDir(output).check_in_one_process("gone on with by crosslm run")
         check_same(given, output)
         if (output / SUMMARY).is_file():
             progress.note(f"{output}: the run is complete already")
@@ -114,12 +112,12 @@ class _Run:
         make_client: Callable[..., Client],
     ) -> None:
         self.config, self.split, self.specs = config, prepared.split, prepared.specs
-        self.perplexity_text, self.llm_folder = prepared.perplexity_text, prepared.llm_folder
-        self.public = prepared.public
+        self.llm_folder, self.public = prepared.llm_folder, prepared.public
         self.run, self.progress, self.stop_requested, self.make_client = run, progress, stop_requested, make_client
         self.checkpoints = Checkpoints(run, config.checkpoint.keep)
         self.task = Task.from_config(config.task)
-        self.nlu_rows = evaluate.nlu_rows(config, self.split.test)
+        rows = evaluate.nlu_rows(config, self.split.test)
+        self.meter = LLMMeter(run, config, self.task, progress, rows, prepared.perplexity_text)
         self._folders: dict[str, str] = {}
         self._cache = cache
         self._started = time.perf_counter()
@@ -177,12 +175,12 @@ class _Run:
         self.judge_accuracy = journal.judge.accuracy(self.split.test) if journal.judge else None
         specs = {name: spec.model_dump() for name, spec in self.specs.items()}
         run.event("start", versions=versions(), specs=specs)
-        count = max(config.selection.pool, config.evaluation.nlg_samples)
+        count = evaluate.base_texts(config)
         journal.base_pool = self._synthesize("original LLM", count, "base")
         if config.selection.llm_posterior:
             with self.progress.stage("generate", "original LLM reads its texts", count, "texts") as advance:
                 journal.base_posteriors = label_posteriors(self.llm, self.task, journal.base_pool, advance).tolist()
-        self.before = self._llm_measures("before")
+        self.before = self.meter.reading(self.llm, "before")
         put = self.checkpoints.put
         self._kept: dict[str, Any] = {
             "judge": put(snapshot.slm_bytes(journal.judge.to_state())) if journal.judge else None,
@@ -192,7 +190,7 @@ class _Run:
             "before": self.before,
             "inputs": snapshot.inputs_digest(self.split),
         }
-        self._open_gate()
+        self.server.gate = Gate.open(config, journal.base_pool, self.public)
         self.exchange.go_on(0, run.barred())
         self._saved = -1
         self._save({"outcome": "beginning"})
@@ -212,7 +210,7 @@ class _Run:
         self.journal.base_posteriors = self._kept["base_posteriors"]
         self.journal.restore(state["journal"])
         snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), state["steps"])
-        self._open_gate()
+        self.server.gate = Gate.open(self.config, self.journal.base_pool, self.public)
         if self.server.gate:
             snapshot.restore_gate(self.server.gate, get(state["gate"]))
         self._clients = state["clients"]
@@ -226,18 +224,6 @@ class _Run:
         self._started -= state["seconds"].pop("total")
         self.progress.seconds.update(state["seconds"])
         self.progress.note(f"{self.run.path}: going on after arrival {record['arrival']}")
-
-    def _open_gate(self) -> None:
-        if not self.config.gate.enabled:
-            return
-        base = self.journal.base_pool
-        texts = base.examples(range(min(len(base.samples), self.config.gate.texts)))
-        fixed = Examples(texts.texts + self.public.texts, texts.labels + self.public.labels)
-        if len(set(fixed.labels)) < 2:
-            raise ConfigError(
-                "gate: all texts to probe with have one label; raise selection.pool or give gate.public_texts"
-            )
-        self.server.gate = Gate(self.config, fixed)
 
     # -- between arrivals --------------------------------------------------------------------
 
@@ -277,13 +263,14 @@ class _Run:
     # -- the end -----------------------------------------------------------------------------
 
     def _finish(self) -> dict[str, Any]:
-        config, run, before = self.config, self.run, dict(self.before)
+        config, run, journal, before = self.config, self.run, self.journal, dict(self.before)
         run.save_llm(self.llm)
-        after = self._llm_measures("after")
+        after = self.meter.reading(self.llm, "after")
         final = self._synthesize("enhanced LLM", config.evaluation.nlg_samples, "final")
-        first = SyntheticSet(self.journal.base_pool.samples[: config.evaluation.nlg_samples])
-        for moment, texts, measures in (("before", first, before), ("after", final, after)):
-            measures |= self._nlg_measures(moment, texts)
+        first = SyntheticSet(journal.base_pool.samples[: config.evaluation.nlg_samples])
+        written = self.meter.writing({"before": first, "after": final}, journal.standalone.items(), journal.judge)
+        for moment, measures in (("before", before), ("after", after)):
+            measures |= written[moment]
             run.event("llm", moment=moment, arrival=0 if moment == "before" else self.server.steps, **measures)
         summary = self._summary(before, after)
         write_cards(run, config, summary)
@@ -305,7 +292,7 @@ class _Run:
             "tokens_generated": journal.tokens_generated,
             "texts_removed": journal.removed,
             "judge_accuracy": self.judge_accuracy,
-            "nlu_rows": len(self.nlu_rows),
+            "nlu_rows": len(evaluate.nlu_rows(config, self.split.test)),
             "reward_hacking": arrivals.reward_hacking(self.run.events(), self.progress.note),
             "test_rows": {name: len(test) for name, test in self.split.tests.items()},
             "clients": {
@@ -354,40 +341,3 @@ class _Run:
         self.journal.count(texts)
         self.run.save_synthetic(purpose, self.task.labels, texts)
         return texts
-
-    def _llm_measures(self, moment: str) -> dict[str, float]:
-        gold = self.nlu_rows.labels
-        predicted = evaluate.nlu_predictions(self.llm, self.task, self.nlu_rows, self.progress, moment)
-        self.run.save_predictions(f"nlu/{moment}", gold, predicted)
-        measures = {"nlu_accuracy": evaluate.share_right(gold, predicted)}
-        if self.perplexity_text is not None:
-            limit = self.config.evaluation.perplexity_tokens
-            with self.progress.stage("evaluate", f"perplexity, {moment}", 1, "text") as advance:
-                measures["perplexity"] = self.llm.perplexity(self.perplexity_text, limit)
-                advance(1)
-        return measures
-
-    def _nlg_measures(self, moment: str, texts: SyntheticSet) -> dict[str, float]:
-        """The same judges before and after: the SLMs as first uploaded, and the independent one."""
-        slms = self.journal.standalone
-        agreement = [self._rows(f"nlg/{moment}/slm/{who}", slm, texts.examples()) for who, slm in slms.items()]
-        measures = {
-            "nlg_accuracy": sum(agreement) / len(agreement),
-            "distinct_2": evaluate.distinct_ngrams(texts.texts),
-        }
-        if self.journal.judge:
-            judge = self.journal.judge
-            measures["nlg_judge_accuracy"] = self._rows(f"nlg/{moment}/judge", judge, texts.examples())
-        return measures
-
-    def _rows(self, name: str, slm: SLM, examples: Examples) -> float:
-        """Accuracy; what was predicted for each row is kept."""
-        predicted = slm.predict_proba(examples.texts).argmax(dim=1).tolist()
-        self.run.save_predictions(name, examples.labels, predicted)
-        return evaluate.share_right(examples.labels, predicted)
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

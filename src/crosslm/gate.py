@@ -14,7 +14,7 @@ from torch import Tensor
 from crosslm.algorithm.agreement import correlation, label_auc, normal_quantile, upper_correlation
 from crosslm.algorithm.rewards import correct_prior
 from crosslm.config import Config, RewardConfig
-from crosslm.errors import QuarantineError, UploadError
+from crosslm.errors import ConfigError, QuarantineError, UploadError
 from crosslm.models.slm import SLM
 from crosslm.records import Examples, SyntheticSet, Upload
 
@@ -44,6 +44,31 @@ class Gate:
     """The pool of the last accepted arrival."""
     references: dict[str, Tensor] = field(default_factory=dict)
     """``(fixed texts, labels)`` for each accepted client: the probabilities of its last upload."""
+
+    @classmethod
+    def open(cls, config: Config, base: SyntheticSet, public: Examples) -> "Gate | None":
+        """The gate of a run, before any client has come.
+
+        Args:
+            config: of the run.
+            base: all that the original LLM wrote at the beginning; the first ``gate.texts`` of it are probed with.
+            public: labelled public texts, if there are any.
+
+        Returns:
+            None where ``gate.enabled`` is false.
+
+        Raises:
+            ConfigError: all texts have one label, so that they can tell nothing.
+        """
+        if not config.gate.enabled:
+            return None
+        own = base.examples(range(min(len(base.samples), config.gate.texts)))
+        fixed = Examples(own.texts + public.texts, own.labels + public.labels)
+        if len(set(fixed.labels)) < 2:
+            raise ConfigError(
+                "gate: all texts to probe with have one label; raise selection.pool or give gate.public_texts"
+            )
+        return cls(config, fixed)
 
     def judge(self, slm: SLM, upload: Upload) -> Verdict:
         """Probe an SLM.

@@ -13,6 +13,7 @@ from crosslm.config import Config
 from crosslm.data import Split
 from crosslm.errors import CrosslmError, QuarantineError, UploadError
 from crosslm.federation.messages import decode_upload, describe, encode
+from crosslm.measures import measure_slm
 from crosslm.models.encoder import Encoder
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
@@ -91,14 +92,9 @@ class RunJournal:
     def _test(self, method: str, who: str, slm: SLM) -> None:
         """Measure a client's SLM on its test rows, and keep which of them it got right."""
         tests, test = list(self.split.tests.values()), self.split.tests[who]
-        predicted: list[int] = slm.predict_proba(test.texts).argmax(dim=1).tolist()
-        self.run.save_predictions(f"slm/{method}/{who}", test.labels, predicted)
-        right = [given == label for given, label in zip(predicted, test.labels, strict=True)]
-        self.accuracy[method][who] = sum(right) / len(right)
-        self.confusion[method][who] = evaluate.confusion_counts(predicted, test.labels, len(self.task.labels))
-        # clients with the same test rows have the same number here: their figures move together
-        rows = tests.index(test)
-        self.run.event("test", method=method, client=who, rows=rows, right="".join(str(int(value)) for value in right))
+        self.accuracy[method][who], self.confusion[method][who] = measure_slm(
+            self.run, method, who, slm, test, tests.index(test)
+        )
 
     def _measure(self, who: str, step: int, download: Download, record: StepRecord) -> None:
         kept = [sample for sample, receipt in zip(record.pool.samples, record.receipts, strict=True) if receipt.kept]
@@ -106,10 +102,6 @@ class RunJournal:
             "slm/standalone": self.accuracy["standalone"][who],
             "slm/data_free_kd": self.accuracy["data_free_kd"][who],
             "slm/accuracy": self.accuracy["crosslm"][who],
-            "reward/drafts": float(sum(rewards.mean() for _, rewards in record.drafts) / len(record.drafts)),
-            "reward/pool": sum(receipt.reward for receipt in record.receipts) / len(record.receipts),
-            "diversity/pool": sum(receipt.diversity for receipt in record.receipts) / len(record.receipts),
-            "distinct_2/pool": evaluate.distinct_ngrams(record.pool.texts),
             **arrivals.text_measures(record, self.task),
         }
         if self.judge:
@@ -117,9 +109,7 @@ class RunJournal:
         if self.judge and kept:
             measures["judge/selected"] = evaluate.label_agreement(self.judge, SyntheticSet(kept))
         self.run.event("step", step=step, client=who, **measures, **download.metrics)
-        wanted = self.config.selection.fraction * len(record.receipts)
-        if len(kept) < wanted / 2:
-            message = f"client {who}: only {len(kept)} of {wanted:.0f} texts could be selected; its SLM learned little"
+        if message := arrivals.few_selected(who, record, self.config):
             self.run.event("warning", message=message)
             self.progress.note(f"warning: {message}")
         self.progress.note(

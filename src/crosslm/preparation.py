@@ -40,9 +40,7 @@ def prepare(config: Config, cache: Path, on_news: Callable[[str], None]) -> Prep
     specs = client_specs(config, list(split.private))
     check_models(config, specs)
     perplexity_text = perplexity_text_of(config)
-    public = Examples([], [])
-    if config.gate.public_texts:
-        public = load_examples(config.gate.public_texts, config.data, config.task.labels).examples
+    public = public_texts(config)
     for client_id, spec in specs.items():
         folder = model_folder(spec.model, cache, on_news)
         check_layers(folder, spec.num_hidden_layers, f"client {client_id}")
@@ -50,6 +48,17 @@ def prepare(config: Config, cache: Path, on_news: Callable[[str], None]) -> Prep
     llm_folder = original_llm(config, cache, on_news)
     verbalizer_ids(load_tokenizer(llm_folder, config.llm.model), Task.from_config(config.task))
     return Prepared(split, specs, perplexity_text, llm_folder, public)
+
+
+def public_texts(config: Config) -> Examples:
+    """The rows of ``gate.public_texts``; none where no file is named.
+
+    Raises:
+        DataError: the file is not there, or cannot be used.
+    """
+    if not config.gate.public_texts:
+        return Examples([], [])
+    return load_examples(config.gate.public_texts, config.data, config.task.labels).examples
 
 
 def check_same(config: Config, folder: Path) -> None:

@@ -22,6 +22,8 @@ def privacy_summary(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, 
 def privacy_line(summary: Mapping[str, Any]) -> str:
     """The bound in words."""
     bounds = summary.get("privacy") or {}
+    if not bounds and summary.get("engine"):
+        return "Private rows: no silo says that it trained with DP-SGD, so no bound is known."
     if not bounds:
         return "Private rows: no bound (privacy.epsilon is not set); `crosslm audit` measures what the SLMs give away."
     told = ", ".join(f"{client} {bound['epsilon']:.2f}" for client, bound in bounds.items())

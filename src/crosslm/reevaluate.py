@@ -4,6 +4,7 @@ from pathlib import Path
 
 from crosslm import evaluate
 from crosslm.data import load_split
+from crosslm.federation.deployment import measured_on
 from crosslm.finished import Run
 from crosslm.preparation import perplexity_text_of
 from crosslm.progress import Display, Progress
@@ -22,25 +23,35 @@ def evaluate_run(run: RunDir, cache: Path, display: Display | None = None) -> di
 
     Returns:
         ``slm/accuracy/CLIENT``, ``llm/nlu_accuracy``, ``llm/nlg_accuracy`` by the returned SLMs on
-        newly written text and, where a text is configured, ``llm/perplexity``.
+        newly written text and, where a text is configured, ``llm/perplexity``. Of a run between machines
+        without what the files at the server cannot tell.
 
     Raises:
         CrosslmError: the run is not complete, or its data or models are gone.
     """
     finished = Run.open(run.path, cache)
     config, task = finished.config, finished.task
-    progress, split = Progress(display), load_split(config)
-    perplexity_text = perplexity_text_of(config)
+    progress = Progress(display)
+    if run.is_between_machines():
+        test, perplexity_text = measured_on(config)
+        tests = {} if test is None else dict.fromkeys(finished.clients, test)
+    else:
+        split, perplexity_text = load_split(config), perplexity_text_of(config)
+        test, tests = split.test, split.tests
     slms = {client: finished.slm(client) for client in finished.clients}
-    measures = {f"slm/accuracy/{client}": slm.accuracy(split.tests[client]) for client, slm in slms.items()}
+    measures = {f"slm/accuracy/{client}": slms[client].accuracy(tests[client]) for client in slms if client in tests}
     llm = finished.llm(display)
-    rows = evaluate.nlu_rows(config, split.test)
-    measures["llm/nlu_accuracy"] = evaluate.nlu_accuracy(llm, task, rows, progress, "again")
+    if test is None:
+        progress.note(f"{config.data.test}: not here; accuracies on test rows are left out")
+    else:
+        rows = evaluate.nlu_rows(config, test)
+        measures["llm/nlu_accuracy"] = evaluate.nlu_accuracy(llm, task, rows, progress, "again")
     if perplexity_text is not None:
         measures["llm/perplexity"] = llm.perplexity(perplexity_text, config.evaluation.perplexity_tokens)
     count = config.evaluation.nlg_samples
     with progress.stage("generate", "enhanced LLM", count, "texts") as advance:
         texts = synthesize(llm, task, config.synthesis, count, seed_for(config.seed, "evaluate"), advance)
     agreement = [evaluate.label_agreement(slm, texts) for slm in slms.values()]
-    measures["llm/nlg_accuracy"] = sum(agreement) / len(agreement)
+    if agreement:
+        measures["llm/nlg_accuracy"] = sum(agreement) / len(agreement)
     return measures

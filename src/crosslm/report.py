@@ -1,6 +1,7 @@
 """Tables of a run, from its ``summary.json``."""
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Group
@@ -10,6 +11,7 @@ from rich.text import Text
 from crosslm.privacy import privacy_line
 
 METHODS = {"standalone": "Standalone", "data_free_kd": "Data-free KD", "crosslm": "CrossLM"}
+AT_THE_SILO = "measured at the silo, not known here"
 LLM_MEASURES = {
     "nlu_accuracy": "classifies test text right (NLU, Eq. 1)",
     "nlg_accuracy": "writes to the label, say the clients' SLMs (NLG)",
@@ -33,8 +35,9 @@ def slm_table(summary: Mapping[str, Any]) -> Table:
         if client == "mean":
             table.add_section()
         values = [slm[method].get(client) for method in METHODS]
-        gain = values[-1] - values[0]
-        table.add_row(client, *(f"{value:.3f}" for value in values), f"{gain:+.3f}")
+        known = values[-1] is not None and values[0] is not None
+        figures = ("–" if value is None else f"{value:.3f}" for value in values)
+        table.add_row(client, *figures, f"{values[-1] - values[0]:+.3f}" if known else "–")
     return table
 
 
@@ -52,15 +55,62 @@ def llm_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def uploads_table(summary: Mapping[str, Any]) -> Table:
+    """Who uploaded when in a run between machines, and what became of it."""
+    table = Table(title="Uploads in the order of their arrival (UTC)", title_justify="left")
+    for name in ("silo", "round", "received", "served", "delivered", "state"):
+        table.add_column(name)
+    for arrival in summary["arrivals"]:
+        times = (moment(arrival[name]) for name in ("received_at", "served_at", "delivered_at"))
+        state = f"{arrival['state']}: {arrival['note']}" if arrival["note"] else arrival["state"]
+        table.add_row(Text(arrival["silo"]), str(arrival["round"]), *times, Text(state))
+    return table
+
+
+def moment(seconds: float | None) -> str:
+    """A time in UTC, to the minute; a dash where it has not come."""
+    return "–" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def waited_for(summary: Mapping[str, Any]) -> list[str]:
+    """What a run between machines ended without, in sentences."""
+    lines = [
+        f"{silo} never uploaded" + (f" ({last})." if last else ".")
+        for silo, last in summary.get("not_uploaded", {}).items()
+    ]
+    lines += [
+        f"{arrival['silo']}, round {arrival['round']}: waits in the spool; the run ended before its turn came."
+        for arrival in summary.get("arrivals", [])
+        if arrival["state"] in ("received", "processing")
+    ]
+    return lines + [f"{silo} has not taken its enhanced SLM." for silo in summary.get("not_delivered", [])]
+
+
+def about_accuracy(summary: Mapping[str, Any]) -> str:
+    """What the accuracies of a run between machines are of, and which there are not."""
+    if not summary["slm"]["crosslm"]:
+        return "No silo was served."
+    if not measured(summary):
+        return f"Accuracy of the silos' SLMs: {AT_THE_SILO}. The server has no test rows (data.test)."
+    return (
+        f"Accuracies are of the server's test rows; on each silo's own rows: {AT_THE_SILO}. Data-free KD was not run."
+    )
+
+
+def measured(summary: Mapping[str, Any]) -> bool:
+    """Whether there is any accuracy of an enhanced SLM."""
+    return any(value is not None for value in summary["slm"]["crosslm"].values())
+
+
 def closing(summary: Mapping[str, Any]) -> Group:
     """Everything that a run ends with."""
     seconds = summary["seconds"]
     slowest = sorted((name for name in seconds if name != "total"), key=lambda name: -seconds[name])[:4]
     stages = ", ".join(f"{name} {seconds[name] / 60:.1f}" for name in slowest)
-    rows = set(summary["test_rows"].values())
+    rows = ", ".join(map(str, sorted({count for count in summary["test_rows"].values() if count})))
+    seed = f"one seed ({summary['seed']}): differences of a few points are noise."
     lines = [
-        f"Test rows: {', '.join(map(str, sorted(rows)))}; one seed ({summary['seed']}): "
-        "differences of a few points are noise.",
+        f"Test rows: {rows}; {seed}" if rows else seed.capitalize(),
         f"Time {seconds['total'] / 60:.1f} min (of these {stages}), "
         f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB, "
         f"{summary['tokens_generated']:,} tokens generated.",
@@ -71,4 +121,8 @@ def closing(summary: Mapping[str, Any]) -> Group:
         lines.append(
             "The reward rose while the judge's agreement fell (reward hacking): see reward_hacking in summary.json."
         )
-    return Group(slm_table(summary), llm_table(summary), Text("\n".join(lines)))
+    tables = [slm_table(summary)] if measured(summary) else []
+    if "arrivals" in summary:
+        lines = [about_accuracy(summary), *waited_for(summary), *lines]
+        tables.insert(0, uploads_table(summary))
+    return Group(*tables, llm_table(summary), Text("\n".join(lines)))

@@ -27,8 +27,9 @@ def roll_back(run: RunDir, client_id: str, output: Path) -> int:
         The arrival after which the copy goes on; 0 is the beginning.
 
     Raises:
-        RunError: the client had no influence, or the state before it has been pruned.
+        RunError: the client had no influence, the state before it has been pruned, or the run was between machines.
     """
+    run.check_in_one_process("rolled back")
     checkpoints = Checkpoints(run)
     records = [checkpoints.read(number) for number in checkpoints.numbers()]
     first = next((record["arrival"] for record in records if _influenced(record["cause"], client_id)), None)

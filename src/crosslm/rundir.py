@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from crosslm.config import Config
 from crosslm.errors import RunError
+from crosslm.files import PARTIAL, write_whole
 
 if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
     from torch import Tensor
@@ -25,8 +26,12 @@ if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
     from crosslm.records import Receipt, SyntheticSet, Upload
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
-LOCK, ROLLBACK, PARTIAL = ".lock", "rollback.json", ".partial"
+LOCK, ROLLBACK = ".lock", "rollback.json"
 SESSIONS = "sessions.jsonl"
+ENGINE = "flower"
+"""What carried the messages of a run between machines: a field of its first event and of its summary."""
+KIT_FILE = "server.toml"
+"""What a server's kit has in it; its run folder is ``run`` beside that."""
 
 
 class RunDir:
@@ -73,6 +78,8 @@ class RunDir:
         Raises:
             RunError: there is no run in it.
         """
+        if (path / KIT_FILE).is_file():
+            raise RunError(f"{path}: is a server's kit; its run folder is {path / 'run'}: give that")
         if not (path / CONFIG).is_file():
             raise RunError(f"{path}: not a run folder (it has no {CONFIG}); give one that crosslm run has made")
         return cls(path)
@@ -114,21 +121,14 @@ class RunDir:
         self.write_data(name, text.encode("utf-8"))
 
     def write_data(self, name: str, data: bytes) -> None:
-        """Write a file whole or not at all: under another name, to the disk, then renamed.
+        """Write a file whole or not at all (:func:`crosslm.files.write_whole`).
 
         Raises:
             RunError: it cannot be written; what was there before is still there.
         """
         target = self.path / name
-        partial = target.with_name(target.name + PARTIAL)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-            _sync_folder(target.parent)
+            write_whole(target, [data])
         except OSError as error:
             raise _unwritable(target, error) from error
 
@@ -178,6 +178,29 @@ class RunDir:
         return (
             [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
         )
+
+    def is_between_machines(self) -> bool:
+        """Whether this is a run of ``crosslm server``, whose private rows and silos are elsewhere."""
+        path = self.path / METRICS
+        lines = (
+            path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        )  # the last may be half written
+        return any(f'"engine": "{ENGINE}"' in line and json.loads(line)["event"] == "start" for line in lines)
+
+    def check_in_one_process(self, wish: str) -> None:
+        """Find out that all clients of this run were in one process.
+
+        Args:
+            wish: what is to be done, as in "cannot be WISH".
+
+        Raises:
+            RunError: they were not; what is wanted needs private rows, which are at the silos.
+        """
+        if self.is_between_machines():
+            raise RunError(
+                f"{self.path}: is of a run between machines and cannot be {wish} here: private rows, and the training "
+                "on them, are at the silos. Give a run of crosslm run with rows of your own and the same configuration"
+            )
 
     def save_synthetic(
         self,
@@ -243,30 +266,20 @@ class RunDir:
         """Read ``summary.json``.
 
         Raises:
-            RunError: the run has not been completed, or was one between machines.
+            RunError: the run has not been completed.
         """
         path = self.path / SUMMARY
         if not path.is_file():
-            raise RunError(f"{self.path}: the run is not complete (it has no {SUMMARY}); run its {CONFIG} again")
+            how = f"run its {CONFIG} again"
+            if self.is_between_machines():
+                kit = self.path.parent
+                how = f"start it again with crosslm server {kit}, and see with crosslm status {kit} who is waited for"
+            raise RunError(f"{self.path}: the run is not complete (it has no {SUMMARY}); {how}")
         try:
             loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(f"{path}: damaged; run the {CONFIG} beside it again: {error}") from error
-        if "slm" not in loaded:
-            raise RunError(
-                f"{path}: is of a run between machines, which has other figures: read this file, or give the kit to "
-                "crosslm status; report, evaluate, predict, generate, export and audit need a run of crosslm run"
-            )
         return loaded
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a renaming to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unwritable(target: Path, error: OSError) -> RunError:

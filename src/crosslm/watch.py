@@ -61,23 +61,26 @@ def sentence(event: Event) -> str | None:
     """An event in a line; None for those that are only of use in a report."""
     match event["event"]:
         case "start":
+            if event.get("engine"):
+                return "started; silos come when they are ready"
             return f"started, {len(event.get('specs', {}))} clients"
         case "upload":
             rows = sum(event["class_counts"])
             return f"upload from {event['client_id']}: {rows} private rows, {event['bytes'] / 1e6:.1f} MB of weights"
         case "step":
             judge = f", judge {event['judge/pool']:.3f}" if "judge/pool" in event else ""
-            return (
-                f"step {event['step']}: {event['client']} {event['slm/standalone']:.3f} -> {event['slm/accuracy']:.3f} "
-                f"(data-free KD {event['slm/data_free_kd']:.3f}), reward {event['reward/pool']:+.2f}{judge}"
-            )
+            kd = f" (data-free KD {event['slm/data_free_kd']:.3f})" if "slm/data_free_kd" in event else ""
+            moved = ""  # between machines nobody may know
+            if "slm/standalone" in event and "slm/accuracy" in event:
+                moved = f" {event['slm/standalone']:.3f} -> {event['slm/accuracy']:.3f}{kd}"
+            return f"step {event['step']}: {event['client']}{moved}, reward {event['reward/pool']:+.2f}{judge}"
         case "llm":
             figures = [f"{name} {event[name]:.3f}" for name in LLM_MEASURES if name in event]
             return f"LLM {event['moment']}: {', '.join(figures)}"
         case "warning":
             return f"warning: {event['message']}"
         case "failure":
-            return f"client {event['client']} failed: {event['error']}"
+            return f"{'client ' + event['client'] if event['client'] else 'the server'} failed: {event['error']}"
         case "gate" if not event["passed"]:
             return f"the upload of client {event['client']} was quarantined: {event['reason']}"
         case "end":
@@ -134,7 +137,7 @@ class _View:
         return Group(*parts, *(Text(line) for line in self._lines))
 
     def _table(self) -> Table:
-        table = Table(title="SLM accuracy", title_justify="left")
+        table = Table(title="SLM accuracy (–: not known here)", title_justify="left")
         table.add_column("arrival")
         table.add_column("client")
         for name in ("Standalone", "CrossLM", "reward", "judge"):
@@ -144,8 +147,7 @@ class _View:
             table.add_row(
                 str(event["step"]),
                 event["client"],
-                f"{event['slm/standalone']:.3f}",
-                f"{event['slm/accuracy']:.3f}",
+                *("–" if name not in event else f"{event[name]:.3f}" for name in ("slm/standalone", "slm/accuracy")),
                 f"{event['reward/pool']:+.2f}",
                 "" if judge is None else f"{judge:.3f}",
             )

@@ -36,12 +36,13 @@ def provision(
 @app.command()
 def server(kit: KitArgument) -> None:
     """Run the server of a kit until all silos are served; start it again and it goes on."""
-    from crosslm.federation.flower.processes import ServerProcesses, end_on_sigterm
+    from crosslm.federation.flower.processes import end_on_sigterm
+    from crosslm.federation.flower.server_processes import ServerProcesses
 
     end_on_sigterm()
     waiting = ServerProcesses(kit, _say).run()
     _say("complete" + (f"; not delivered to: {', '.join(waiting)}" if waiting else ""))
-    _say(f"Everything is in {kit / 'run'} (summary.json, synthetic/, slm/, llm/).")
+    _say(f"Everything is in {kit / 'run'} (summary.json, synthetic/, slm/, llm/). See it: crosslm report {kit / 'run'}")
 
 
 @app.command()
@@ -62,7 +63,8 @@ def client(
         _print_contents(silo.would_send())
         return
     silo.private()  # a file that cannot be used is found now, and not when the server asks
-    from crosslm.federation.flower.processes import end_on_sigterm, run_silo
+    from crosslm.federation.flower.processes import end_on_sigterm
+    from crosslm.federation.flower.silo_processes import run_silo
 
     end_on_sigterm()
     run_silo(silo, _say)

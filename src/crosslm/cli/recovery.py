@@ -37,6 +37,8 @@ def run_status(run_folder: Path) -> None:
     checkpoints = Checkpoints(run)
     records = [checkpoints.read(number) for number in checkpoints.numbers()]
     unfinished = "at work" if run.is_locked() else "stopped"
+    if run.is_between_machines():
+        unfinished = f"not complete; crosslm status {run_folder.parent} says more"
     state = "complete" if (run_folder / SUMMARY).is_file() else unfinished
     console.print(f"{run_folder}: {state}, {max(len(records) - 1, 0)} arrivals done", highlight=False, soft_wrap=True)
     for record in records:

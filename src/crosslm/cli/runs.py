@@ -105,9 +105,9 @@ def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool) ->
     from crosslm.models.sources import cache_folder
     from crosslm.report import closing
 
-    stop = StopRequest().listen()
     try:
-        summary = run_local(config, folder, cache_folder(cache_dir), display_for(console), resume, stop)
+        with StopRequest() as stop:
+            summary = run_local(config, folder, cache_folder(cache_dir), display_for(console), resume, stop)
     except KeyboardInterrupt:
         how = f"crosslm run {folder / CONFIG} --output {folder} --resume"
         raise StoppedError(f"stopped at once; what earlier arrivals did is in {folder}. To go on: {how}") from None

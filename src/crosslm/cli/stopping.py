@@ -1,13 +1,17 @@
 """Ctrl-C: a stop at the next safe point."""
 
 import signal
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Self
 
 from crosslm.cli.app import errors
 
 
 class StopRequest:
-    """The first Ctrl-C asks for a stop at the next safe point; the second one ends the process at once."""
+    """The first Ctrl-C asks for a stop at the next safe point; the second one ends the process at once.
+
+    A context: Ctrl-C is heard within it, and does afterwards what it did before.
+    """
 
     def __init__(self) -> None:
         self._asked = False
@@ -16,10 +20,15 @@ class StopRequest:
         """Whether a stop was asked for."""
         return self._asked
 
-    def listen(self) -> "StopRequest":
+    def __enter__(self) -> Self:
         """Hear Ctrl-C from now on."""
-        signal.signal(signal.SIGINT, self._hear)
+        self._former = signal.signal(signal.SIGINT, self._hear)
         return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Put the former handler back."""
+        # None: it was not set from Python, and cannot be set again from there
+        signal.signal(signal.SIGINT, signal.SIG_DFL if self._former is None else self._former)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._asked:

@@ -1,28 +1,32 @@
 """The server's side of a run between machines: its models, its run folder, its journal."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from crosslm import evaluate, snapshot
+from crosslm import arrivals, evaluate, snapshot
+from crosslm.cards import write_cards
 from crosslm.checkpoint import Checkpoints
 from crosslm.config import Config
-from crosslm.data import balanced_sample, find_file, load_examples
-from crosslm.errors import DataError, QuarantineError, UploadError
-from crosslm.federation.messages import describe, encode
+from crosslm.data import is_there, test_rows
+from crosslm.errors import QuarantineError, UploadError
+from crosslm.federation.messages import decode_upload, describe, encode
 from crosslm.federation.spool import Spool
+from crosslm.federation.summary import accuracies, summary_of
 from crosslm.gate import Gate
+from crosslm.measures import LLMMeter, measure_slm
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
-from crosslm.preparation import original_llm
+from crosslm.preparation import original_llm, perplexity_text_of, public_texts
 from crosslm.progress import Progress
 from crosslm.records import Download, Examples, SyntheticSet, Upload
-from crosslm.rundir import CONFIG, RunDir, versions
+from crosslm.rundir import CONFIG, ENGINE, RunDir, versions
 from crosslm.seeding import seed_for
-from crosslm.server import Server, StepRecord
+from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 
@@ -40,8 +44,14 @@ class Deployment:
         self.run, self.config, self.server, self.spool = run, config, server, spool
         self.checkpoints = Checkpoints(run, config.checkpoint.keep)
         self._refuse = refuse
-        self._probe = ""
-        self.test = test_rows(config)
+        self.task, self.progress = server.task, server.progress
+        self.test, text = measured_on(config)
+        rows = None if self.test is None else evaluate.nlu_rows(config, self.test)
+        self.meter = LLMMeter(run, config, self.task, self.progress, rows, text)
+        self.base, self._base_name = SyntheticSet([]), ""
+        self.before: dict[str, float] = {}
+        self.tokens_generated = 0
+        self.removed: Counter[str] = Counter()
 
     @classmethod
     def open(cls, folder: Path, config: Config, cache: Path, refuse: Refuse, spool: Spool) -> "Deployment":
@@ -54,8 +64,10 @@ class Deployment:
             refuse: is told of uploads that cannot be used: silo, round, why.
             spool: remembers what is worked on.
         """
-        config = config.model_copy(update={"device": resolve_device(config.device)})
         run = RunDir.open(folder) if (folder / CONFIG).exists() else RunDir.create(folder, config)
+        config = config.model_copy(update={"device": resolve_device(config.device)})
+        if Checkpoints(run).last() is None:
+            run.go_back(0)  # a beginning that was cut off is made again
         note = _note(run)
         llm = LLM.load(original_llm(config, cache, note), config.llm, seed_for(config.seed, "llm"), config.device)
         encoder = SentenceEncoder(model_folder(config.selection.encoder, cache, note), config.device)
@@ -69,23 +81,24 @@ class Deployment:
         return deployment
 
     def _begin(self) -> None:
-        self.run.event("start", versions=versions(), engine="flower")
-        self._measure_llm("before")
-        probe = SyntheticSet([])
-        if self.config.gate.enabled:
-            seed, count = seed_for(self.config.seed, "base"), self.config.gate.texts
-            probe = synthesize(self.server.llm, self.server.task, self.config.synthesis, count, seed)
-        self._probe = self.checkpoints.put(snapshot.texts_bytes(probe))
-        self._open_gate(probe)
+        """As a run in one process begins: what the original LLM writes is the gate's probe and the measure of later."""
+        self.run.event("start", versions=versions(), engine=ENGINE)
+        self.base = self._synthesize("original LLM", evaluate.base_texts(self.config), "base")
+        self.before = self.meter.reading(self.server.llm, "before")
+        self._base_name = self.checkpoints.put(snapshot.texts_bytes(self.base))
+        self.server.gate = Gate.open(self.config, self.base, public_texts(self.config))
         self._save({"outcome": "beginning"}, None)
 
     def _go_on(self, record: dict[str, Any]) -> None:
         """Put everything back as it was after the last arrival; what was not sent then is owed now."""
         state, get = record["state"], self.checkpoints.get
         self.run.go_back(state["events"])
-        self._probe = state["probe"]
+        self._base_name, self.before = state["base"], state["before"]
+        self.base = snapshot.texts_of(get(self._base_name))
+        self.tokens_generated, self.removed = state["tokens_generated"], Counter(state["texts_removed"])
+        self.progress.seconds.update(state["seconds"])
         snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), state["steps"])
-        self._open_gate(snapshot.texts_of(get(self._probe)))
+        self.server.gate = Gate.open(self.config, self.base, public_texts(self.config))
         if self.server.gate:
             snapshot.restore_gate(self.server.gate, get(state["gate"]))
         cause = record["cause"]
@@ -93,78 +106,124 @@ class Deployment:
             if arrival.round == cause["round"] and arrival.state in ("received", "processing"):
                 self.spool.serve(arrival.silo, arrival.round, get(state["download"]))
 
-    def _open_gate(self, probe: SyntheticSet) -> None:
-        if self.config.gate.enabled:
-            public = Examples([], [])
-            if self.config.gate.public_texts:
-                name, labels = self.config.gate.public_texts, self.config.task.labels
-                public = load_examples(name, self.config.data, labels).examples
-            fixed = probe.examples()
-            self.server.gate = Gate(self.config, Examples(fixed.texts + public.texts, fixed.labels + public.labels))
-
     def _save(self, cause: dict[str, Any], download: bytes | None) -> None:
         put, server = self.checkpoints.put, self.server
         state = {
             "steps": server.steps,
             "optimizer": put(snapshot.optimizer_bytes(server)),
             "gate": put(snapshot.gate_bytes(server.gate)) if server.gate else None,
-            "probe": self._probe,
+            "base": self._base_name,
+            "before": self.before,
             "download": None if download is None else put(download),
             "events": self.run.keep_events(),
+            **self._counted(),
         }
         self.checkpoints.write(server.steps, cause, put(snapshot.adapter_bytes(server)), state)
 
+    def _counted(self) -> dict[str, Any]:
+        return {
+            "seconds": {name: round(value, 2) for name, value in self.progress.seconds.items()},
+            "tokens_generated": self.tokens_generated,
+            "texts_removed": dict(self.removed),
+        }
+
     def uploaded(self, upload: Upload) -> None:
-        """An upload's turn has come."""
-        self.spool.note("working on", f"{upload.client_id}, round {upload.client_round}")
-        self.run.event("upload", **describe(upload))
+        """An upload's turn has come; with test rows, what the silo's SLM can do before the LLM helps it is measured."""
+        who = upload.client_id
+        self.spool.note("working on", f"{who}, round {upload.client_round}")
+        told = dict(zip(upload.slm.labels, upload.class_counts, strict=False))  # in the silo's order of the labels
+        counts = [told[label] for label in self.task.labels if label in told]
+        described = describe(upload) | {"class_counts": counts, "model_type": upload.slm.architecture.get("model_type")}
+        self.run.event("upload", **described)
+        if self.test is not None and upload.client_round == 0:
+            measure_slm(self.run, "standalone", who, receive_slm(upload, self.task, self.config), self.test, 0)
 
     def served(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """Keep what the step wrote and trained."""
-        who, step, labels = upload.client_id, download.step, self.server.task.labels
+        who, step, labels = upload.client_id, download.step, self.task.labels
         for iteration, (drafts, rewards) in enumerate(record.drafts):
             self.run.save_synthetic(f"step-{step:04}-drafts-{iteration}", labels, drafts, rewards)
+            self._count(drafts)
         self.run.save_synthetic(f"step-{step:04}-pool", labels, record.pool, receipts=record.receipts)
+        self._count(record.pool)
         slm = SLM.from_state(download.slm, self.config.device)
         slm.order_labels(labels)
         self.run.save_slm(who, slm)
         self.run.save_llm(self.server.llm)
+        if self.test is not None:
+            measure_slm(self.run, "crosslm", who, slm, self.test, 0)
+        if record.gate:
+            self.run.event("gate", step=step, client=who, passed=True, **record.gate)
         for number, parts in enumerate(record.updates):
             self.run.event("update", step=step, client=who, number=number, **parts)
-        measures = {"reward/pool": sum(receipt.reward for receipt in record.receipts) / len(record.receipts)}
-        if self.test is not None:
-            uploaded = SLM.from_state(upload.slm, self.config.device)
-            uploaded.order_labels(labels)
-            measures |= {"slm/uploaded": uploaded.accuracy(self.test), "slm/accuracy": slm.accuracy(self.test)}
+        accuracy = accuracies(self.run.events())
+        measures = {
+            name: accuracy[method][who]
+            for name, method in (("slm/standalone", "standalone"), ("slm/accuracy", "crosslm"))
+            if who in accuracy.get(method, {})
+        } | arrivals.text_measures(record, self.task)
         self.run.event("step", step=step, client=who, round=upload.client_round, **measures, **download.metrics)
+        if message := arrivals.few_selected(who, record, self.config):
+            self.run.event("warning", message=message)
         cause = {"client": who, "round": upload.client_round, "outcome": "served", "step": step}
         self._save(cause, encode(download))
         self.spool.note("working on", "")
 
     def refused(self, upload: Upload, error: UploadError) -> None:
         """The method cannot use an upload, or the gate has stopped it; it stays in the spool."""
-        figures = error.figures if isinstance(error, QuarantineError) else {}
-        error_text = f"{type(error).__name__}: {error}"
-        self.run.event("failure", client=upload.client_id, error=error_text, figures=figures)
+        who = upload.client_id
+        if isinstance(error, QuarantineError):
+            self.run.event("gate", client=who, passed=False, reason=str(error), **error.figures)
+        else:
+            self.run.event("failure", client=who, error=f"{type(error).__name__}: {error}")
         self.spool.note("working on", "")
-        self._refuse(upload.client_id, upload.client_round, error)
+        self._refuse(who, upload.client_round, error)
 
-    def complete(self, waiting: list[str]) -> None:
-        """The run is over; ``waiting`` are silos that have not taken their download."""
-        self._measure_llm("after")
-        arrivals = [vars(arrival) for arrival in self.spool.arrivals()]
-        summary = {
-            "task": self.config.name,
-            "preset": self.config.preset,
-            "seed": self.config.seed,
-            "versions": versions(),
-            "engine": "flower",
-            "steps": [event for event in self.run.events() if event["event"] == "step"],
-            "llm": {event["moment"]: event["nlu_accuracy"] for event in self.run.events() if event["event"] == "llm"},
-            "arrivals": arrivals,
-            "not_delivered": waiting,
-        }
-        self.run.summarise(summary)
+    def complete(self, silos: Iterable[str]) -> None:
+        """The last upload was served: measure the LLM, and write cards and summary.
+
+        Args:
+            silos: all that have a kit.
+
+        Raises:
+            ModelError: the LLM could not write the texts that it is measured by.
+        """
+        count = self.config.evaluation.nlg_samples
+        self.run.save_llm(self.server.llm)
+        after = self.meter.reading(self.server.llm, "after")
+        final = self._synthesize("enhanced LLM", count, "final")
+        written = {"before": SyntheticSet(self.base.samples[:count]), "after": final}
+        writing = self.meter.writing(written, self._first_uploads())
+        for moment, measures, arrival in (("before", self.before, 0), ("after", after, self.server.steps)):
+            self.run.event("llm", moment=moment, arrival=arrival, **measures, **writing[moment])
+        write_cards(self.run, self.config, self._summary(silos))
+        self.summarise(silos)
+
+    def summarise(self, silos: Iterable[str]) -> None:
+        """Write ``summary.json`` as things stand; and again when downloads were taken."""
+        self.run.summarise(self._summary(silos))
+
+    def _summary(self, silos: Iterable[str]) -> dict[str, Any]:
+        return summary_of(self.run, self.config, self.spool, silos, self.test, self._counted())
+
+    def _first_uploads(self) -> Iterator[tuple[str, SLM]]:
+        """The SLM of each silo that was served, as it came first."""
+        for arrival in self.spool.arrivals():
+            if arrival.round == 0 and arrival.state in ("served", "delivered"):
+                upload = decode_upload(self.spool.upload(arrival))
+                yield arrival.silo, receive_slm(upload, self.task, self.config)
+
+    def _synthesize(self, detail: str, count: int, purpose: str) -> SyntheticSet:
+        seed = seed_for(self.config.seed, purpose)
+        with self.progress.stage("generate", detail, count, "texts") as advance:
+            texts = synthesize(self.server.llm, self.task, self.config.synthesis, count, seed, advance)
+        self._count(texts)
+        self.run.save_synthetic(purpose, self.task.labels, texts)
+        return texts
+
+    def _count(self, texts: SyntheticSet) -> None:
+        self.tokens_generated += texts.tokens_generated
+        self.removed.update(texts.removed)
 
     def __enter__(self) -> Self:
         return self
@@ -173,22 +232,15 @@ class Deployment:
         if error is not None and not isinstance(error, KeyboardInterrupt):
             self.run.event("failure", client=None, error=f"{type(error).__name__}: {error}")
 
-    def _measure_llm(self, moment: str) -> None:
-        if self.test is None:
-            return
-        rows = evaluate.nlu_rows(self.config, self.test)
-        accuracy = evaluate.nlu_accuracy(self.server.llm, self.server.task, rows, Progress(), moment)
-        self.run.event("llm", moment=moment, nlu_accuracy=accuracy)
 
+def measured_on(config: Config) -> tuple[Examples | None, str | None]:
+    """The test rows, and the text whose perplexity is measured: each None where the server has no such file.
 
-def test_rows(config: Config) -> Examples | None:
-    """The test rows that the server has, at most ``data.test_rows``; None if it has no such file."""
-    try:
-        find_file(str(config.data.test), config.data)
-    except DataError:
-        return None
-    rows = load_examples(str(config.data.test), config.data, config.task.labels).examples
-    return balanced_sample(rows, config.data.test_rows, len(config.task.labels), seed_for(config.seed, "test"))
+    Raises:
+        DataError: a file is there and cannot be used.
+    """
+    name = config.evaluation.perplexity_text
+    return test_rows(config), perplexity_text_of(config) if name and is_there(name, config.data) else None
 
 
 def _note(run: RunDir) -> Callable[[str], None]:

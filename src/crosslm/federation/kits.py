@@ -22,13 +22,14 @@ from crosslm.config import (
 )
 from crosslm.config_file import load
 from crosslm.errors import FederationError
+from crosslm.rundir import KIT_FILE
 from crosslm.sections.section import Positive, Section
 
 KIT = "CROSSLM_KIT"
 """Environment variable that tells Flower's processes which kit they run."""
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 """Environment in which Flower reports nothing and asks nothing of the internet."""
-SERVER_FILE = "server.toml"
+SERVER_FILE = KIT_FILE
 SILO_FILE = "silo.toml"
 Port = Annotated[int, Field(gt=0, lt=65536)]
 Kit = TypeVar("Kit", bound=Section)

@@ -75,13 +75,14 @@ SERVER_README = """\
 1. `pip install 'crosslm[federation]'` (the same version as the silos).
 2. Check `config.toml` (the task, the LLM) and `server.toml` (where to listen). Files that `config.toml` names for the
    server (`data.test`, `llm.vocabulary_texts`, `gate.public_texts`) belong into this folder; without the file of
-   `data.test` nothing is measured here. Files of silos (`clients.train`) do not belong here.
+   `data.test` no accuracy is known here. Files of silos (`clients.train`) do not belong here.
 3. `crosslm server .`, or `./start.sh`, or the systemd unit `crosslm-server.service`: each starts again what dies.
 4. `crosslm status .` says who has uploaded, what is being trained, what waits, and since when.
 
 Silos must reach {address}. Nothing else needs to be open: Flower's SuperLink, whose control interface
 knows no accounts, listens on the loopback interface, and the gateway in front of it passes on only what
-silos ask. `server.key` is this server's secret. Results come in `run/`, uploads as they came in `spool/`.
+silos ask. `server.key` is this server's secret. Results come in `run/` (`crosslm report run`), uploads as they came in
+`spool/`.
 """
 SILO_README = """\
 # crosslm silo {silo} of {experiment}

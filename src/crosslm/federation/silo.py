@@ -5,7 +5,6 @@ The client application may run in a new process for each message, so everything 
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +20,7 @@ from crosslm.errors import FederationError
 from crosslm.federation.intake import Intake
 from crosslm.federation.kits import SiloSettings, read_silo
 from crosslm.federation.messages import decode_download, decode_upload, describe, encode
+from crosslm.files import write_whole
 from crosslm.leaks import LeakCheck
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.private_fit import PrivateTraining
@@ -72,7 +72,7 @@ class Silo:
         upload = client.train()
         data = encode(_as_dtype(upload, self.settings.wire_dtype))
         self._receipt(number, upload, data, client.slm)
-        _write(path, data)
+        write_whole(path, [data])
         return data
 
     def install(self, experiment: str, number: int, data: bytes) -> dict[str, float]:
@@ -107,9 +107,9 @@ class Silo:
         client.restore(upload.slm, number + 1, upload.class_counts)
         decision = client.install(download)
         client.slm.save(str(self.state / "slm"))
-        _write(self.state / f"download-{number:04}.safetensors", data)
-        _write(self.state / f"decision-{number:04}.json", json.dumps(vars(decision), indent=1).encode())
-        _write(self.state / "installed.json", json.dumps({"rounds": number + 1, "time": time.time()}).encode())
+        write_whole(self.state / f"download-{number:04}.safetensors", [data])
+        write_whole(self.state / f"decision-{number:04}.json", [json.dumps(vars(decision), indent=1).encode()])
+        write_whole(self.state / "installed.json", [json.dumps({"rounds": number + 1, "time": time.time()}).encode()])
         return self._confirmation(number)
 
     def decision(self, number: int) -> dict[str, Any]:
@@ -230,7 +230,7 @@ class Silo:
                 self.settings.wire_dtype: rounded.accuracy(private),
             }
         path = self.state / "receipts" / f"upload-{number:04}.json"
-        _write(path, (json.dumps(receipt, indent=1) + "\n").encode())
+        write_whole(path, [(json.dumps(receipt, indent=1) + "\n").encode()])
 
 
 def contents(upload: Upload) -> dict[str, Any]:
@@ -278,13 +278,3 @@ def _as_dtype(upload: Upload, name: str) -> Upload:
         key: weight.to(dtype) if weight.dtype == float32 else weight for key, weight in upload.slm.weights.items()
     }
     return replace(upload, slm=replace(upload.slm, weights=weights))
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

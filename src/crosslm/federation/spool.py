@@ -7,16 +7,16 @@ received, what it was working on, and what it still owes to whom.
 
 import fcntl
 import hashlib
-import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from crosslm.errors import FederationError
+from crosslm.files import rename, write_whole
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS arrivals (
@@ -127,7 +127,7 @@ class Spool:
             FederationError: another upload of the same silo and round was here before.
         """
         path = self.upload_file(silo, number)
-        digest, size = _write(path.with_suffix(".part"), parts)
+        digest, size = _write_hashed(path.with_suffix(".part"), parts)
         with self._lock:
             known = self._row("silo = ? AND round = ?", silo, number)
             if known is not None:
@@ -139,8 +139,7 @@ class Spool:
                     f"(SHA-256 {known.sha256[:12]}, now {digest[:12]}); the first one counts, "
                     "and the silo must not use another state folder"
                 )
-            os.replace(path.with_suffix(".part"), path)
-            _sync_folder(self.folder)
+            rename(path.with_suffix(".part"), path)
             self._write(
                 "INSERT INTO arrivals (silo, round, state, sha256, bytes, received_at) "
                 "VALUES (?, ?, 'received', ?, ?, ?)",
@@ -171,7 +170,7 @@ class Spool:
 
     def serve(self, silo: str, number: int, download: bytes) -> None:
         """Keep the download that answers an upload; it is owed from now on."""
-        digest, _ = _write(self.download_file(silo, number), [download])
+        digest, _ = _write_hashed(self.download_file(silo, number), [download])
         sql = "UPDATE arrivals SET state = 'served', served_at = ?, download_sha256 = ? WHERE silo = ? AND round = ?"
         with self._lock:
             self._write(sql, time.time(), digest, silo, number)
@@ -234,28 +233,17 @@ class Spool:
             self._database.execute(sql, values)
 
 
-def _write(path: Path, parts: Iterable[bytes]) -> tuple[str, int]:
-    """Write under a name of its own, sync, and give the file its name: digest and size."""
-    digest, size = hashlib.sha256(), 0
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+def _write_hashed(path: Path, parts: Iterable[bytes]) -> tuple[str, int]:
+    """Write a file whole or not at all; gives its SHA-256 and its size in bytes."""
+    digest = hashlib.sha256()
+
+    def counted() -> Iterator[bytes]:
         for part in parts:
             digest.update(part)
-            size += len(part)
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-    return digest.hexdigest(), size
+            yield part
 
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_whole(path, counted())
+    return digest.hexdigest(), path.stat().st_size
 
 
 def _read(path: Path, expected: str) -> bytes:

@@ -96,6 +96,11 @@ class RunView:
         """The clients that were served, in the order of their first arrival."""
         return [name for name in self.summary["slm"]["crosslm"] if name != "mean"]
 
+    @property
+    def between_machines(self) -> bool:
+        """Whether it is a run of ``crosslm server``, which knows less of its silos."""
+        return "arrivals" in self.summary
+
     @cached_property
     def arrivals(self) -> list[Arrival]:
         """The served SLMs in the order of their arrival."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from crosslm.html_report.collect import RunView
 from crosslm.html_report.intervals import difference_is_noise
+from crosslm.report import waited_for
 
 COLLAPSE = 0.75  # of the different word pairs before
 
@@ -20,16 +21,28 @@ class Finding:
 
 def findings(view: RunView) -> list[Finding]:
     """Everything that went wrong or may have, failures first."""
-    found = [*_failures(view), *_reward_hacking(view), *_silos(view), *_collapse(view), *_noted(view)]
+    found = [*_failures(view), *_journal(view), *_reward_hacking(view), *_silos(view), *_collapse(view), *_noted(view)]
     return sorted(found, key=lambda finding: finding.level != "failure")
 
 
 def _failures(view: RunView) -> Iterator[Finding]:
     for event in view.events:
         if event["event"] == "failure":
-            yield Finding("failure", f"client {event['client']} failed", event["error"])
+            who = f"client {event['client']}" if event["client"] else "the server"
+            yield Finding("failure", f"{who} failed", event["error"])
         elif event["event"] == "gate" and not event["passed"]:
             yield Finding("failure", f"the upload of client {event['client']} was quarantined", event["reason"])
+
+
+def _journal(view: RunView) -> Iterator[Finding]:
+    """Of a run between machines: uploads that were refused before or after an event could tell, and who is missing."""
+    told = [str(event.get("error") or event.get("reason")) for event in (*view.of("failure"), *view.of("gate"))]
+    for arrival in view.summary.get("arrivals", []):
+        if arrival["state"] == "refused" and not any(arrival["note"] in words for words in told):
+            title = f"the upload of {arrival['silo']}, round {arrival['round']}, was refused"
+            yield Finding("failure", title, arrival["note"])
+    for line in waited_for(view.summary):
+        yield Finding("warning", "the run ended without it", line)
 
 
 def _reward_hacking(view: RunView) -> Iterator[Finding]:

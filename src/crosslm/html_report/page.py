@@ -12,7 +12,7 @@ from markupsafe import Markup
 from crosslm.html_report.collect import METHODS, RunView
 from crosslm.html_report.findings import findings
 from crosslm.html_report.intervals import Interval
-from crosslm.report import LLM_MEASURES
+from crosslm.report import AT_THE_SILO, LLM_MEASURES, about_accuracy, measured, moment
 from crosslm.report import METHODS as METHOD_NAMES
 
 LLM_ROWS = {"nlu_accuracy": "nlu_rows", "nlg_judge_accuracy": "nlg_samples"}
@@ -32,6 +32,7 @@ def render(views: list[RunView]) -> str:
         "signed": lambda value, digits=3: number(value, digits, sign="+"),
         "interval": interval,
         "size": size,
+        "moment": moment,
     }
     environment.filters |= filters
     script = _asset("browse.js")
@@ -45,6 +46,7 @@ def render(views: list[RunView]) -> str:
         script_hash=digest,
         methods=METHOD_NAMES,
         llm_measures=LLM_MEASURES,
+        at_the_silo=AT_THE_SILO,
     )
 
 
@@ -59,6 +61,9 @@ def contents(view: RunView) -> dict[str, Any]:
         "llm": llm_rows(view),
         "matrices": matrices(view),
         "uploads": view.of("upload"),
+        "gate": view.of("gate"),
+        "measured": measured(view.summary),
+        "about_accuracy": about_accuracy(view.summary) if view.between_machines else "",
     }
 
 
@@ -73,7 +78,7 @@ def slm_rows(view: RunView) -> list[dict[str, Any]]:
                 (slm[method].get(client), view.interval(slm[method].get(client), rows.get(client)))
                 for method in METHODS
             ],
-            "gain": value - slm["standalone"][client],
+            "gain": None if None in (value, slm["standalone"][client]) else value - slm["standalone"][client],
             "gain_interval": view.gains.get(client),
         }
         for client, value in slm["crosslm"].items()

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from crosslm.html_report.collect import METHODS, Arrival, RunView
 from crosslm.report import METHODS as METHOD_NAMES
+from crosslm.report import measured
 
 INK, GRID = "#010101", "#020202"
 SERIES = ("#030303", "#040404", "#050505")
@@ -59,7 +60,11 @@ class Chart:
 
 def charts(view: RunView) -> dict[str, Chart]:
     """The charts of a run by name; those for which it holds no figures are left out."""
-    made = {"accuracy": accuracy_chart(view), "llm": llm_chart(view)}
+    made = {}
+    if measured(view.summary):
+        made["accuracy"] = accuracy_chart(view)
+    if llm_shares(view):
+        made["llm"] = llm_chart(view)
     arrivals = view.arrivals
     lines = {
         "reward": (
@@ -91,13 +96,15 @@ def charts(view: RunView) -> dict[str, Chart]:
 
 
 def accuracy_chart(view: RunView) -> Chart:
-    """Each client's accuracy by the three methods, with its interval."""
-    clients = view.clients
-    rows = view.summary["test_rows"]
+    """Each client's accuracy by the methods that were measured, with its interval."""
+    slm, rows = view.summary["slm"], view.summary["test_rows"]
+    clients = [client for client in view.clients if slm["crosslm"][client] is not None]
+    methods = [method for method in METHODS if all(slm[method].get(client) is not None for client in clients)]
 
     def draw(axes: Axes) -> None:
-        for number, method in enumerate(METHODS):
-            values = [view.summary["slm"][method][client] for client in clients]
+        for method in methods:
+            number = METHODS.index(method)
+            values = [slm[method][client] for client in clients]
             places = [place + (number - 1) * 0.22 for place in range(len(clients))]
             ends = [
                 view.interval(value, rows[client]) or (value, value)
@@ -124,19 +131,24 @@ def accuracy_chart(view: RunView) -> Chart:
 
     return _chart(
         "Accuracy of each client's SLM on test text",
-        f"Accuracy of {len(clients)} clients' SLMs by three methods; the figures are in the table above.",
+        f"Accuracy of {len(clients)} clients' SLMs by {len(methods)} methods; the figures are in the table above.",
         [draw],
         height=0.9 + 0.5 * len(clients),
     )
 
 
-def llm_chart(view: RunView) -> Chart:
-    """The LLM's measures that are shares, before and after."""
-    measures = [
+def llm_shares(view: RunView) -> list[tuple[str, float, float]]:
+    """The LLM's measures that are shares, each with its title, before and after."""
+    return [
         (title, moments["before"], moments["after"])
         for key, title in LLM_SHARES.items()
         if (moments := view.summary["llm"].get(key)) and None not in moments.values()
     ]
+
+
+def llm_chart(view: RunView) -> Chart:
+    """The LLM's measures that are shares, before and after."""
+    measures = llm_shares(view)
 
     def draw(axes: Axes) -> None:
         for place, (_, before, after) in enumerate(measures):

@@ -23,7 +23,7 @@ DELIVERY_TIME = 24 * 3600.0  # seconds that downloads are kept on offer after th
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Serve uploads until the run is complete, then wait until the downloads are delivered."""
+    """Serve uploads until the run is complete, measure the LLM, and wait until the downloads are delivered."""
     kit = Path(os.environ[KIT])
     spool = Spool(kit / "spool")
     spool.hold()
@@ -47,6 +47,11 @@ def serve_kit(kit: Path, grid: Grid, spool: Spool) -> None:
     exchange.start()  # uploads are taken in while models load
     with Deployment.open(kit / "run", config, cache_folder(), exchange.refuse, spool) as deployment:
         serve(exchange, deployment.server, deployment, exchange.finished)
+        try:
+            deployment.complete(exchange.silos)  # while the last downloads are on their way: a report can be had now
+        except CrosslmError:
+            exchange.drain(DELIVERY_TIME)  # what was trained goes to its silo all the same
+            raise
         waiting = exchange.drain(DELIVERY_TIME)
-        deployment.complete(waiting)
+        deployment.summarise(exchange.silos)
     spool.note("finished", ",".join(waiting))

@@ -1,0 +1,123 @@
+"""The server's Flower processes: SuperLink, gateway and run of a kit, started again when they die.
+
+The SuperLink keeps its state in memory: what must outlast it is in the server's spool and in the
+silos' own folders. When it dies, it starts empty, learns the silos' keys from the kit again, and a
+new run goes on where the journal says. (With its state in SQLite, objects of hundreds of megabytes
+met "database is locked", and the run failed.)
+"""
+
+import threading
+import time
+from pathlib import Path
+
+from crosslm.errors import FederationError
+from crosslm.federation.flower.processes import (
+    RESTART,
+    START_TIME,
+    Child,
+    Note,
+    flwr,
+    is_alive,
+    program,
+    wait_for_port,
+)
+from crosslm.federation.kits import read_server, silo_names
+from crosslm.federation.spool import Spool
+
+
+class ServerProcesses:
+    """SuperLink, gateway and run of a server's kit."""
+
+    def __init__(self, kit: Path, note: Note) -> None:
+        self.kit, self.note = kit.absolute(), note
+        self.settings = read_server(self.kit)
+        for name in ("server.crt", "server.key", "ca.crt"):
+            if not (self.kit / name).is_file():
+                raise FederationError(f"{self.kit}: has no {name}; name a folder that crosslm provision made")
+        self.spool = Spool(self.kit / "spool")
+        self.superlink = Child("superlink", superlink_command(self.kit), self.kit)
+        self.registered: set[str] = set()
+        self.run_asked_at = 0.0
+
+    def run(self) -> list[str]:
+        """Keep everything running until the run is complete.
+
+        Returns:
+            Silos that have not taken their download.
+
+        Raises:
+            FederationError: the configuration, a file or a model of the kit cannot be used.
+        """
+        self._configure()
+        self._start_gateway()
+        try:
+            self.spool.note("refused", "")
+            while self.spool.fact("finished") is None:
+                if refused := self.spool.fact("refused"):
+                    raise FederationError(f"{self.kit}: the run cannot go on: {refused}")
+                self._keep_up()
+                time.sleep(1.0)
+            time.sleep(2.0)  # the last answers are on their way
+        finally:
+            self.superlink.stop()
+        waiting = self.spool.fact("finished") or ""
+        return waiting.split(",") if waiting else []
+
+    def _keep_up(self) -> None:
+        if self.superlink.process is None or self.superlink.died():
+            if self.superlink.died():
+                self.note(f"the SuperLink ended and is started again; its last words:\n{self.superlink.last_words()}")
+                time.sleep(RESTART)
+            self.superlink.start()
+            wait_for_port("127.0.0.1", self.settings.superlink_port, self.superlink)
+            self.registered, self.run_asked_at = set(), 0.0
+        for silo in silo_names(self.kit):
+            if silo not in self.registered:
+                key = str(self.kit / "silos" / f"{silo}.pub")
+                flwr(self.kit, "supernode", "register", key, "crosslm", "--name", silo)
+                self.registered.add(silo)
+        if not self._app_runs():
+            if self.run_asked_at:
+                self.note("the server application ended before the run was complete and is started again")
+            self.run_asked_at = time.time()
+            flwr(self.kit, "run", str(self.kit / "app"), "crosslm")
+
+    def _app_runs(self) -> bool:
+        """Whether the application runs, or was started a short time ago."""
+        pid, _, started = (self.spool.fact("process") or "0 0").partition(" ")
+        if float(started) < self.run_asked_at or not self.run_asked_at:
+            return bool(self.run_asked_at) and time.time() - self.run_asked_at < START_TIME
+        return is_alive(int(pid))
+
+    def _configure(self) -> None:
+        folder = self.kit / "flower"
+        folder.mkdir(exist_ok=True)
+        text = (
+            '[superlink]\ndefault = "crosslm"\n\n[superlink.crosslm]\n'
+            f'address = "127.0.0.1:{self.settings.superlink_port}"\nroot-certificates = "{self.kit / "ca.crt"}"\n'
+        )
+        (folder / "config.toml").write_text(text, encoding="utf-8")
+
+    def _start_gateway(self) -> None:
+        from crosslm.federation.flower.gateway import serve
+
+        port = int(self.settings.address.rpartition(":")[2])
+        arguments = (self.kit, self.settings.bind, port, self.settings.superlink_port)
+        threading.Thread(target=serve, args=arguments, name="gateway", daemon=True).start()
+        self.note(f"listening on {self.settings.bind}:{port} for {', '.join(silo_names(self.kit))}")
+
+
+def superlink_command(kit: Path) -> list[str]:
+    """The command line of the SuperLink of a kit."""
+    settings = read_server(kit)
+    tls = ["--ssl-certfile", "server.crt", "--ssl-keyfile", "server.key", "--ssl-ca-certfile", "ca.crt"]
+    return [
+        program("flower-superlink"),
+        *(str(kit / part) if part.endswith((".crt", ".key")) else part for part in tls),
+        "--enable-supernode-auth",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(settings.superlink_port),
+        "--disable-runtime-dependency-installation",
+    ]

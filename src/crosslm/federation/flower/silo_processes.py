@@ -1,0 +1,113 @@
+"""A silo's Flower process: a SuperNode that connects to the server, started again when it dies."""
+
+import socket
+import ssl
+import time
+from pathlib import Path
+
+from crosslm.errors import FederationError
+from crosslm.federation.flower.processes import RESTART, Child, Note, program
+from crosslm.federation.kits import read_silo
+from crosslm.federation.silo import Silo
+
+REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it does not know
+REFUSED_TIME = 150.0  # seconds of refusals until a silo takes them for final
+
+
+def supernode_command(kit: Path) -> list[str]:
+    """The command line of the SuperNode of a kit."""
+    settings = read_silo(kit)
+    return [
+        program("flower-supernode"),
+        "--root-certificates",
+        str(kit / "ca.crt"),
+        "--superlink",
+        settings.server,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(settings.runtime_port),
+        "--auth-supernode-private-key",
+        str(kit / "silo.key"),
+    ]
+
+
+def run_silo(silo: Silo, note: Note) -> None:
+    """Stay connected until all rounds that this silo agrees to are complete.
+
+    Raises:
+        FederationError: the server's certificate is not the federation's, or it does not know this silo's key.
+    """
+    kit = silo.kit.absolute()
+    node = Child("supernode", supernode_command(kit), kit)
+    complete, sent = silo.installed, len(silo.receipts())
+    refused_since: float | None = None
+    wait_for_server(silo.settings.server, kit / "ca.crt", note)
+    note(f"silo {silo.settings.id}: connecting to {silo.settings.server}")
+    try:
+        while silo.installed < silo.settings.max_participations:
+            if node.process is None or node.died():
+                if node.died():
+                    refused_since = _look_into_end(node, silo, refused_since, note)
+                    time.sleep(RESTART)
+                node.start()
+            if len(silo.receipts()) > sent:
+                sent = len(silo.receipts())
+                receipt = kit / "state" / "receipts" / f"upload-{sent - 1:04}.json"
+                note(f"trained; the receipt of what leaves is {receipt}")
+            if silo.installed > complete:
+                complete = silo.installed
+                note(f"round {complete} is complete: the enhanced classifier is {kit / 'state' / 'slm'}")
+            time.sleep(0.5)
+        time.sleep(3.0)  # the confirmation is on its way
+    finally:
+        node.stop()
+
+
+def wait_for_server(address: str, ca: Path, note: Note) -> None:
+    """Wait until the server answers with a certificate of the federation's authority.
+
+    Raises:
+        FederationError: its certificate is another's, or is for another name.
+    """
+    host, _, port = address.rpartition(":")
+    context = ssl.create_default_context(cafile=str(ca))
+    told = False
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), timeout=10) as plain:
+                context.wrap_socket(plain, server_hostname=host).close()
+            return
+        except ssl.SSLCertVerificationError as error:
+            raise FederationError(
+                f"the certificate of {address} was not signed by the authority in {ca}, or is for another name "
+                f"({error.verify_message}); is this kit of the same federation as the server's?"
+            ) from error
+        except OSError as error:
+            if not told:
+                note(f"{address} does not answer yet ({error}); trying until it does")
+                told = True
+            time.sleep(RESTART)
+
+
+def _look_into_end(node: Child, silo: Silo, refused_since: float | None, note: Note) -> float | None:
+    """Say why the SuperNode ended; since when it has been refused, if it was.
+
+    A server that has just been started does not know the key yet, and one whose silo was killed keeps
+    the old connection for about a minute: a refusal counts only when it lasts.
+
+    Raises:
+        FederationError: it has been refused for too long.
+    """
+    if REFUSED not in node.last_words():
+        note(f"the SuperNode ended and is started again; its log is {node.log}")
+        return None
+    since = refused_since or time.time()
+    if time.time() - since > REFUSED_TIME:
+        raise FederationError(
+            f"silo {silo.settings.id}: the server does not know the key {silo.kit / 'silo.key'}; is this kit of the "
+            "same federation as the server's, and is its public key in the server's kit (silos/)?"
+        )
+    if refused_since is None:
+        note("the server does not accept this silo yet; trying again")
+    return since

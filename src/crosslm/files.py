@@ -1,0 +1,37 @@
+"""Writing a file whole or not at all, for everything that must survive a crash."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+PARTIAL = ".partial"
+
+
+def write_whole(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file under another name, bring it to the disk, and then give it its name.
+
+    Args:
+        path: its folder is made if it is not there; a file that is there is replaced.
+        parts: its bytes, taken one after the other.
+
+    Raises:
+        OSError: it cannot be written; what was there before is still there.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    rename(partial, path)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Give a file another name in the same folder, in the place of what had it, and bring that to the disk."""
+    path.replace(target)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

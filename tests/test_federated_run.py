@@ -1,0 +1,438 @@
+"""What a run between machines leaves is read by the commands about finished runs, and equals a run in one process."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import BAD, GOOD, TASK, sentences
+from made_run import write_run
+from rich.console import Console
+from test_federation import MemoryGrid, flower_run  # noqa: F401  the latter a fixture
+
+from crosslm import experiment
+from crosslm.config import Config
+from crosslm.errors import ModelError, QuarantineError, RunError
+from crosslm.experiment import run_local
+from crosslm.federation.deployment import Deployment, measured_on
+from crosslm.federation.exchange import serve
+from crosslm.federation.flower import server_app
+from crosslm.federation.flower.exchange import FlowerExchange
+from crosslm.federation.flower.payload import split
+from crosslm.federation.intake import Intake
+from crosslm.federation.messages import decode_upload, encode
+from crosslm.federation.provision import provision
+from crosslm.federation.spool import Spool
+from crosslm.finished import Run
+from crosslm.html_report.collect import RunView
+from crosslm.html_report.findings import findings
+from crosslm.html_report.page import render
+from crosslm.rundir import RunDir
+from crosslm.watch import watch
+
+# Flower, after our package has told it to be quiet
+from flwr.app import ConfigRecord, Message, RecordDict  # isort: skip
+
+SILOS = ("silo-0", "silo-1")
+AT_THE_SILO = "measured at the silo, not known here"
+
+
+@pytest.fixture(scope="module")
+def tables(models, tmp_path_factory):
+    """The configuration of a tiny run with two clients and a gate that probes with public texts too."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [f'"{text}",{label}' for label, words in (("good", GOOD), ("bad", BAD)) for text in sentences(words)]
+    parts = {"silo-0": rows[::4], "silo-1": rows[1::4], "test": rows[2::4], "public": rows[3::4]}
+    for name, part in parts.items():
+        (folder / f"{name}.csv").write_text("text,label\n" + "\n".join(part) + "\n")
+    (folder / "plain.txt").write_text("a good day and a bad day. " * 20)
+    fit = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3}
+    learned = fit | {"epochs": 15, "learning_rate": 1e-2}
+    return {
+        "name": "tiny",
+        "device": "cpu",
+        "task": TASK,
+        "data": {"dir": str(folder), "test": "test.csv", "judge_rows": 0},
+        "clients": [
+            {"id": name, "train": f"{name}.csv", "model": str(models / model)}
+            for name, model in zip(SILOS, ("bert", "distilbert"), strict=True)
+        ],
+        "slm": {"models": [{"model": str(models / "bert")}], "max_length": 32, "private": learned, "synthetic": fit},
+        "llm": {"model": str(models / "gpt2"), "samples": 4, "batch_size": 4, "learning_rate": 1e-3, "lora_rank": 4},
+        "synthesis": {"max_new_tokens": 12, "max_attempts": 100},
+        "selection": {"pool": 8, "fraction": 0.5, "encoder": str(models / "encoder")},
+        "gate": {"enabled": True, "min_texts": 1, "confidence": 0.999, "max_share": 1.0, "public_texts": "public.csv"},
+        "acceptance": {"enabled": False},
+        "evaluation": {"nlu_rows": 6, "nlg_samples": 10, "perplexity_text": "plain.txt", "perplexity_tokens": 100},
+        "tracking": [],
+    }
+
+
+@pytest.fixture(scope="module")
+def local(tables, tmp_path_factory):
+    """A run in one process: its folder, and each upload as it came."""
+    uploads, folder = [], tmp_path_factory.mktemp("local")
+    with pytest.MonkeyPatch.context() as patch:
+        told = experiment.RunJournal.uploaded
+        patch.setattr(experiment.RunJournal, "uploaded", lambda self, u: (uploads.append(encode(u)), told(self, u))[1])
+        run_local(Config.model_validate(tables), folder / "run", folder / "cache")
+    assert len(uploads) == 2
+    return folder / "run", uploads
+
+
+def federation(kit, tables, uploads, silos=SILOS, data=None):
+    """The server's part of a federation over these uploads, in a kit; gives the deployment."""
+    kit.mkdir(parents=True)
+    (kit / "server.toml").write_text("")
+    changes = {"data": tables["data"] | {"dir": str(data)}} if data else {}
+    config = Config.model_validate(
+        tables | changes | {"federation": {"arrivals": len(uploads) or None, "deadline_minutes": 5.0}}
+    )
+    spool = Spool(kit / "spool")
+    exchange = FlowerExchange(
+        None, spool, "tiny-1", list(silos), config.federation, Intake(TASK["labels"], config.intake)
+    )
+    with Deployment.open(kit / "run", config, kit / "cache", exchange.refuse, spool) as deployment:
+        for upload in uploads:
+            spool.put(decode_upload(upload).client_id, 0, [upload])
+        if uploads:
+            serve(exchange, deployment.server, deployment, exchange.finished)
+        yield deployment
+        deployment.complete(exchange.silos)
+    spool.close()
+
+
+@pytest.fixture(scope="module")
+def seeing(tables, local, tmp_path_factory):
+    """The run folder of a federation over the same uploads, whose server has test rows."""
+    kit = tmp_path_factory.mktemp("seeing") / "kit"
+    for deployment in federation(kit, tables, local[1]):
+        for silo in SILOS:
+            deployment.spool.delivered(silo, 0)
+    return kit / "run"
+
+
+@pytest.fixture(scope="module")
+def blind(tables, local, tmp_path_factory):
+    """One whose server has no test rows, with an upload that is none, a silo that never sends, and one that is gone."""
+    kit = tmp_path_factory.mktemp("blind") / "kit"
+    empty = kit.parent / "empty"
+    empty.mkdir()
+    shutil.copy(Path(tables["data"]["dir"]) / "public.csv", empty)
+    for deployment in federation(kit, tables, local[1], (*SILOS, "late", "odd"), empty):
+        deployment.spool.put("odd", 0, [b"no upload"])
+        deployment.spool.refuse("odd", 0, "client odd: its header claims too much")
+        deployment.spool.note("silo/late", "1 no answer in time; asked again in 60 s")
+        deployment.spool.delivered(SILOS[0], 0)
+    return kit / "run"
+
+
+def events(folder, kind):
+    return [
+        {name: value for name, value in event.items() if name not in ("time", "slm/data_free_kd", "round")}
+        for event in RunDir(folder).events()
+        if event["event"] == kind
+    ]
+
+
+def text_of(page):
+    import re
+
+    return " ".join(re.sub(r"<[^>]*>", " ", page).split())
+
+
+def test_the_same_arrivals_give_the_same_figures_as_in_one_process(local, seeing):
+    """The gate's too: both probe with the first texts that the original LLM wrote."""
+    (gate, *_), steps = events(local[0], "gate"), events(local[0], "step")
+    assert {"texts", "auc"} <= set(gate)
+    assert len(steps) == 2
+    for kind in ("gate", "update", "step", "test", "llm"):
+        expected = [event for event in events(local[0], kind) if event.get("method") != "data_free_kd"]
+        assert events(seeing, kind) == expected, kind
+    for name in ("base", "final", "step-0001-pool", "step-0002-drafts-0"):
+        path = f"synthetic/{name}.jsonl"
+        assert (seeing / path).read_bytes() == (local[0] / path).read_bytes()
+    one, two = (json.loads((folder / "summary.json").read_text()) for folder in (local[0], seeing))
+    assert set(one) < set(two)
+    same = (
+        "task",
+        "preset",
+        "seed",
+        "llm",
+        "tokens_generated",
+        "texts_removed",
+        "nlu_rows",
+        "test_rows",
+        "judge_accuracy",
+    )
+    assert {name: one[name] for name in same} == {name: two[name] for name in same}
+    for method in ("standalone", "crosslm"):
+        assert one["slm"][method] == pytest.approx(two["slm"][method])
+        assert one["confusion"][method] == two["confusion"][method]
+    assert set(two["slm"]["data_free_kd"].values()) == {None}
+    assert {name: facts["rows"] for name, facts in one["clients"].items()} == {
+        name: facts["rows"] for name, facts in two["clients"].items()
+    }
+    assert all(facts["bytes_up"] > 0 and facts["bytes_down"] > 0 for facts in two["clients"].values())
+
+
+def test_without_test_rows_nothing_is_made_up(blind, local):
+    summary = RunDir.open(blind).summary()
+    assert set(summary["slm"]) == {"standalone", "data_free_kd", "crosslm"}
+    assert {value for method in summary["slm"].values() for value in method.values()} == {None}
+    assert summary["llm"]["nlu_accuracy"] == summary["llm"]["perplexity"] == {"before": None, "after": None}
+    with_rows = RunDir.open(local[0]).summary()
+    for name in ("nlg_accuracy", "distinct_2"):  # that needs no text of anybody
+        assert summary["llm"][name] == with_rows["llm"][name]
+    assert summary["not_delivered"] == ["silo-1"]
+    assert summary["not_uploaded"] == {"late": "no answer in time; asked again in 60 s"}
+    assert [arrival["state"] for arrival in summary["arrivals"]].count("refused") == 1
+
+
+def test_the_report_says_what_is_known_and_what_is_not(blind, shell):
+    code, out, err = shell("report", blind)
+    assert (code, err) == (0, "")
+    said = " ".join(out.split())
+    for words in (
+        f"Accuracy of the silos' SLMs: {AT_THE_SILO}",
+        "late never uploaded (no answer in time; asked again in 60 s).",
+        "silo-1 has not taken its enhanced SLM.",
+        "Uploads in the order of their arrival (UTC)",
+        "no silo says that it trained with DP-SGD",
+    ):
+        assert words in said, words
+    assert max(map(len, out.replace(str(blind), "").splitlines())) <= 80
+    page = (blind / "report.html").read_text()
+    text = text_of(page)
+    for words in (
+        f"Accuracy of the silos' SLMs: {AT_THE_SILO}".replace("'", "&#39;"),
+        "Who uploaded when, in UTC",
+        "What the gate found of each upload",
+        "refused: client odd: its header claims too much",
+        "Each silo keeps a receipt of every upload.",
+        "a classifier of the type bert",
+    ):
+        assert words in text, words
+    assert "earlier version" not in text
+    view = RunView.read(RunDir.open(blind))
+    assert [finding.title for finding in findings(view) if finding.level == "failure"] == [
+        "the upload of odd, round 0, was refused"
+    ]
+    assert len(view.samples) == 16  # receipts of both pools
+    arrival = view.arrivals[0]
+    assert {"reward/drafts", "reward/pool", "diversity/pool"} <= set(arrival.measures)
+    assert arrival.mean("kl_loss") is not None
+
+
+def test_with_test_rows_the_report_has_them(seeing, shell):
+    code, out, _ = shell("report", seeing)
+    assert code == 0
+    assert "SLM accuracy on test text" in out
+    assert "Accuracies are of the server's test rows" in " ".join(out.split())
+    view = RunView.read(RunDir.open(seeing))
+    assert set(view.gains) == {*SILOS, "mean"}
+    page = text_of((seeing / "report.html").read_text())
+    assert "Data-free KD was not run" in page
+    assert "Mean accuracy of the SLMs" in page
+
+
+def test_a_run_between_machines_beside_one_in_one_process(blind, local, tmp_path):
+    page = render([RunView.read(RunDir.open(folder)) for folder in (local[0], blind)])
+    assert AT_THE_SILO in page
+    other = render([RunView.read(RunDir.open(folder)) for folder in (blind, write_run(tmp_path / "made"))])
+    assert "Who uploaded when" in other
+
+
+def test_watch_tells_the_steps_without_accuracies(blind, seeing):
+    for folder, moved in ((blind, ", reward"), (seeing, " -> ")):
+        console = Console(file=io.StringIO(), width=200)
+        assert watch(RunDir.open(folder), console)
+        lines = console.file.getvalue().splitlines()
+        assert lines[0] == "started; silos come when they are ready"
+        (first,) = [line for line in lines if line.startswith("step 1: ")]
+        assert moved in first
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    assert watch(RunDir.open(blind), console)
+    assert "│          – │       – │" in console.file.getvalue()
+
+
+def test_the_command_watch_ends_with_the_report(blind, shell):
+    code, out, _ = shell("watch", blind)
+    assert code == 0
+    assert AT_THE_SILO in " ".join(out.split())
+
+
+def test_its_llm_writes_and_its_classifiers_classify(blind, shell):
+    code, out, err = shell("generate", blind, "-n", 2, "--label", "good")
+    assert code == 0, err
+    assert [json.loads(line)["label"] for line in out.splitlines()] == ["good", "good"]
+    code, out, err = shell("predict", blind, "--client", "silo-1", stdin="a good day\n")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1].startswith("a good day,")
+
+
+def test_everything_is_exported_with_cards(blind, shell, tmp_path):
+    code, out, err = shell("export", blind, tmp_path / "out", "--merged-llm")
+    assert (code, err) == (0, "")
+    names = [line.rsplit(": ", 1)[0].removeprefix(f"{tmp_path / 'out'}/") for line in out.splitlines()]
+    assert names == ["slm/silo-0", "slm/silo-1", "llm", "llm-merged", "synthetic"]
+    card = (tmp_path / "out" / "slm" / "silo-0" / "README.md").read_text()
+    assert "Measured at the silo, not known to the server that wrote this card." in card
+    assert "of the type bert; its name is known at the silo" in card
+    assert "model-index" not in card
+    for name in ("llm", "synthetic"):
+        assert "no privacy guarantee" in (tmp_path / "out" / name / "README.md").read_text()
+    assert {row["source"] for row in Run.open(blind).synthetic()} == {"base", "drafts", "pool", "final"}
+
+
+def test_evaluate_measures_what_the_files_allow(blind, seeing, shell):
+    code, out, err = shell("evaluate", blind)
+    assert code == 0, err
+    assert "llm/nlg_accuracy" in out
+    assert "test.csv: not here; accuracies on test rows are left out" in " ".join(out.split())
+    assert "slm/accuracy" not in out
+    code, out, err = shell("evaluate", seeing)
+    assert code == 0, err
+    expected = RunDir.open(seeing).summary()
+    found = dict(line.split() for line in out.splitlines() if line.startswith(("slm/", "llm/")))
+    assert float(found["slm/accuracy/silo-0"]) == pytest.approx(expected["slm"]["crosslm"]["silo-0"], abs=1e-4)
+    assert float(found["llm/nlu_accuracy"]) == pytest.approx(expected["llm"]["nlu_accuracy"]["after"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "command", [("audit",), ("rollback", "--client", "silo-0"), ("run", "config.toml", "--resume", "--output")]
+)
+def test_what_needs_private_rows_is_refused_in_words(blind, shell, command):
+    name, *options = command
+    options = [str(blind / option) if option == "config.toml" else option for option in options]
+    given = [name, *options, blind] if name == "run" else [name, blind, *options]
+    code, _, err = shell(*given)
+    assert code == 2
+    assert "is of a run between machines and cannot be" in err
+    assert "at the silos" in err
+
+
+def test_a_kit_and_a_run_that_goes_on_are_told_from_a_finished_run(blind, tmp_path, shell):
+    with pytest.raises(RunError, match=r"is a server's kit; its run folder is .*kit/run: give that"):
+        RunDir.open(blind.parent)
+    folder = tmp_path / "kit" / "run"
+    folder.mkdir(parents=True)
+    for name in ("config.toml", "metrics.jsonl"):
+        shutil.copy(blind / name, folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "st')  # it is being written
+    with pytest.raises(RunError, match=r"not complete .*crosslm server .*kit, and see with crosslm status"):
+        RunDir.open(folder).summary()
+    code, out, _ = shell("status", folder)
+    assert code == 0
+    assert "crosslm run" not in out
+    assert f"crosslm status {folder.parent}" in out.replace("\n", "")
+
+
+def test_a_quarantined_upload_is_an_event_with_its_figures(tables, local, tmp_path):
+    upload = decode_upload(local[1][0])
+    for deployment in federation(tmp_path / "kit", tables, []):
+        deployment.spool.put(upload.client_id, 0, [local[1][0]])
+        deployment.refused(upload, QuarantineError("client silo-0: quarantined: no good", {"auc": 0.4, "texts": 8.0}))
+    (gate,) = events(tmp_path / "kit" / "run", "gate")
+    assert (gate["passed"], gate["auc"]) == (False, 0.4)
+    view = RunView.read(RunDir.open(tmp_path / "kit" / "run"))
+    failures = [finding for finding in findings(view) if finding.level == "failure"]
+    assert len(failures) == 1  # by the event, and not again by the spool's journal
+    assert "quarantined" in failures[0].title
+    page = text_of(render([view]))
+    assert "quarantined" in page
+    assert "No silo was served." in page
+    assert Run.open(tmp_path / "kit" / "run").clients == ()
+
+
+def test_a_server_that_is_started_again_counts_on(tables, local, tmp_path):
+    kit, uploads = tmp_path / "kit", local[1]
+    server = federation(kit, tables, uploads)
+    before = next(server)
+    before.spool.note("working on", "")
+    config, exchange_refuse = before.config, before._refuse
+    again = Deployment.open(kit / "run", config, kit / "cache", exchange_refuse, before.spool)
+    assert again.server.gate.fixed == before.server.gate.fixed
+    assert (again.tokens_generated, again.removed, again.before) == (
+        before.tokens_generated,
+        before.removed,
+        before.before,
+    )
+    again.complete(SILOS)
+    assert RunDir.open(kit / "run").summary()["not_delivered"] == [
+        event["client"] for event in events(kit / "run", "step")
+    ]
+    for silo in SILOS:
+        before.spool.delivered(silo, 0)
+    again.summarise(SILOS)
+    assert RunDir.open(kit / "run").summary()["not_delivered"] == []
+    expected = RunDir.open(local[0]).summary()
+    found = RunDir.open(kit / "run").summary()
+    for name in ("tokens_generated", "texts_removed", "llm"):
+        assert found[name] == expected[name]
+    server.close()
+
+
+def silo_with(upload):
+    """A silo in the grid that has trained: answers with this upload, and takes what comes back."""
+
+    def answered(message):
+        content = RecordDict({"reply": ConfigRecord({"status": "ok", "round": 0})})
+        if message.metadata.message_type == "train.upload":
+            content["message"] = split(upload)
+        return Message(content, reply_to=message)
+
+    return answered
+
+
+@pytest.mark.usefixtures("flower_run")
+def test_downloads_go_out_though_the_llm_cannot_be_measured_and_a_restart_completes_the_run(
+    tables, local, tmp_path, monkeypatch
+):
+    """The whole server application over a grid in memory."""
+    monkeypatch.setenv("CROSSLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(server_app, "DELIVERY_TIME", 60.0)
+
+    def fails(self, silos):
+        raise ModelError("the LLM could not write")
+
+    provision(Config.model_validate(tables), "localhost:9400", tmp_path / "kits")
+    kit = tmp_path / "kits" / "server"
+    shutil.copy(Path(tables["data"]["dir"]) / "public.csv", kit)
+    grid = MemoryGrid({decode_upload(upload).client_id: silo_with(upload) for upload in local[1]})
+    spool = Spool(kit / "spool")
+    with monkeypatch.context() as patch:
+        patch.setattr(Deployment, "complete", fails)
+        with pytest.raises(ModelError, match="could not write"):
+            server_app.serve_kit(kit, grid, spool)
+        assert {arrival.state for arrival in spool.arrivals()} == {"delivered"}
+    server_app.serve_kit(kit, grid, spool)
+    assert spool.fact("finished") == ""
+    summary = RunDir.open(kit / "run").summary()
+    assert set(summary["clients"]) == set(SILOS)
+    assert (summary["not_delivered"], summary["not_uploaded"]) == ([], {})
+    assert AT_THE_SILO in render([RunView.read(RunDir.open(kit / "run"))])
+    spool.close()
+
+
+def test_counts_in_a_silos_own_order_of_labels_are_the_tasks(tables, local, tmp_path):
+    upload = decode_upload(local[1][0])
+    turned = type(upload.slm)(**{**vars(upload.slm), "labels": tuple(reversed(upload.slm.labels))})
+    other = type(upload)(upload.client_id, 0, (3, 7), {}, turned)
+    for deployment in federation(tmp_path / "kit", tables, []):
+        deployment.uploaded(other)
+    (event,) = events(tmp_path / "kit" / "run", "upload")
+    assert event["class_counts"] == [7, 3]
+    assert RunDir.open(tmp_path / "kit" / "run").summary()["clients"]["silo-0"]["rows"] == {"bad": 7, "good": 3}
+
+
+def test_a_test_file_that_is_there_must_be_right(tables, tmp_path):
+    from crosslm.errors import DataError
+
+    config = Config.model_validate(tables | {"data": tables["data"] | {"dir": str(tmp_path)}})
+    assert measured_on(config) == (None, None)
+    (tmp_path / "test.csv").write_text("text,label\nx,ugly\n")
+    with pytest.raises(DataError, match="the label 'ugly'"):
+        measured_on(config)
