@@ -316,11 +316,3 @@ def test_a_disk_that_is_full_names_the_file(shell, workplace, monkeypatch, tmp_p
     code, _, err = shell("predict", workplace / "runs" / "tickets-1", "--client", "north", stdin="x\n")
     assert code == 2
     assert "No space left on device: 'out.jsonl'" in err
-
-
-def test_a_run_between_machines_is_told_from_one_in_one_process(shell, tmp_path):
-    (tmp_path / "config.toml").write_text("")
-    (tmp_path / "summary.json").write_text('{"engine": "flower", "steps": []}')
-    code, _, err = shell("report", tmp_path)
-    assert code == 2
-    assert "of a run between machines" in err
