@@ -151,6 +151,8 @@ def choices_section(result: dict) -> list[str]:
 
 NAMES = {
     "demo": "The demo, preset recommended",
+    "demo-100-rows": "The same with half as many rows a silo (rows_per_client = 100, 16 epochs on them)",
+    "demo-other-wording": "The same with M(x) and M'(y) as the text, a line break and `Sentiment: ...`",
     "sst2-paper": "SST-2, preset paper",
     "sst2-recommended": "SST-2, preset recommended",
     "sst2-one-client-paper": "SST-2, a single client of 300 rows and 256 texts to learn from, preset paper",

@@ -5,6 +5,8 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
+from functools import partial
 
 import pytest
 from made_run import write_run
@@ -103,9 +105,15 @@ def test_the_command_ends_with_the_run_and_with_130_on_ctrl_c(tmp_path):
     (folder / "summary.json").unlink()
 
     def watching():
-        return subprocess.Popen([*command, str(folder)], stdout=subprocess.PIPE, text=True)
+        # where the tests themselves run in the background, Ctrl-C is ignored by all that they start
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen([*command, str(folder)], stdout=subprocess.PIPE, text=True, preexec_fn=heed)
+        stack.enter_context(process)
+        stack.callback(process.kill)  # comes first: to leave a process is to wait for its end
+        return process
 
-    with watching() as first, watching() as second:
+    with ExitStack() as stack:
+        first, second = watching(), watching()
         for process in (first, second):
             assert process.stdout.readline() == "started, 0 clients\n"
         first.send_signal(signal.SIGINT)
