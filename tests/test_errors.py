@@ -3,6 +3,7 @@
 import ast
 import errno
 import io
+import json
 import os
 import re
 import signal
@@ -316,3 +317,12 @@ def test_a_disk_that_is_full_names_the_file(shell, workplace, monkeypatch, tmp_p
     code, _, err = shell("predict", workplace / "runs" / "tickets-1", "--client", "north", stdin="x\n")
     assert code == 2
     assert "No space left on device: 'out.jsonl'" in err
+
+
+@pytest.mark.parametrize("engine", [{}, {"engine": "flower"}])
+def test_a_summary_without_its_figures_is_refused_in_words(shell, tmp_path, engine):
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": []} | engine))
+    code, _, err = shell("report", tmp_path)
+    assert code == 2
+    assert "has no figures of classifiers" in err

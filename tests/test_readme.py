@@ -221,3 +221,12 @@ def test_the_papers_tables(settings, data_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README))
 def test_every_link_leads_somewhere(link):
     assert (ROOT / link).exists()
+
+
+SOURCE_TABLE = README[README.index("## The source") : README.index("## Licence")]
+NAMED = set(re.findall(r"`([\w/]+(?:\.py|/))`", SOURCE_TABLE))
+
+
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_every_file_of_the_source_table_is_there(name):
+    assert (ROOT / "src" / "crosslm" / name).exists()

@@ -279,6 +279,11 @@ class RunDir:
             loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(f"{path}: damaged; run the {CONFIG} beside it again: {error}") from error
+        if "slm" not in loaded:
+            raise RunError(
+                f"{path}: has no figures of classifiers (slm): damaged, or of an earlier version; "
+                f"run the {CONFIG} beside it again"
+            )
         return loaded
 
 
