@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from results import RESULTS, keep, provenance
 
 from crosslm import evaluate
+from crosslm.algorithm.rewards import label_rewards
 from crosslm.checkpoint import Checkpoints
 from crosslm.classification import label_posteriors
 from crosslm.client import Client
@@ -36,27 +38,40 @@ from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, SyntheticText, Upload
 from crosslm.rundir import RunDir
 from crosslm.seeding import seed_for
-from crosslm.server import Server, receive_slm, select, slm_rewards, train_on_synthetic
+from crosslm.server import Server, receive_slm, select, train_on_synthetic
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
+from crosslm.teachers import Teachers
 
-# name: correct_prior, nonpositive_rewards, class_balance, llm_posterior, interpolation
-VARIANTS = {
-    "paper": (False, "keep", False, False, 1.0),
-    "correct_prior": (True, "keep", False, False, 1.0),
-    "nonpositive_rewards = drop": (False, "drop", False, False, 1.0),
-    "class_balance": (False, "keep", True, False, 1.0),
-    "llm_posterior": (False, "keep", False, True, 1.0),
-    "interpolation = 0.7": (False, "keep", False, False, 0.7),
-    "correct_prior, class_balance": (True, "keep", True, False, 1.0),
-    "correct_prior, class_balance, interpolation = 0.7": (True, "keep", True, False, 0.7),
-    "correct_prior, class_balance, llm_posterior, interpolation = 0.7": (True, "keep", True, True, 0.7),
+PRIOR = {"reward": {"correct_prior": True}}
+BALANCE = {"selection": {"class_balance": True}}
+NEARER = {"slm": {"interpolation": 0.7}}
+POSTERIOR = {"selection": {"llm_posterior": True}}
+TEACHERS = {"reward": {"teachers": 4}}
+SOFT = {"slm": {"soft_labels": True}}
+WHOLE = {"selection": {"fraction": 1.0}}
+# name: sections and fields that lie over the paper's, the later over the earlier
+VARIANTS: dict[str, list[dict[str, dict[str, Any]]]] = {
+    "paper": [],
+    "correct_prior": [PRIOR],
+    "nonpositive_rewards = drop": [{"selection": {"nonpositive_rewards": "drop"}}],
+    "class_balance": [BALANCE],
+    "llm_posterior": [POSTERIOR],
+    "interpolation = 0.7": [NEARER],
+    "teachers = 4": [TEACHERS],
+    "soft_labels": [SOFT],
+    "fraction = 1": [WHOLE],
+    "correct_prior, class_balance": [PRIOR, BALANCE],
+    "correct_prior, class_balance, interpolation = 0.7": [PRIOR, BALANCE, NEARER],
+    "correct_prior, class_balance, llm_posterior, interpolation = 0.7": [PRIOR, BALANCE, POSTERIOR, NEARER],
+    "correct_prior, teachers = 4, soft_labels": [PRIOR, TEACHERS, SOFT],
+    "correct_prior, teachers = 4, soft_labels, fraction = 1": [PRIOR, TEACHERS, SOFT, WHOLE],
 }
-# name: fields of llm, fields of reward
-UPDATES = {
-    "paper": ({}, {}),
-    "token_reduction = mean": ({"token_reduction": "mean"}, {}),
-    "correct_prior, leave_one_out": ({}, {"correct_prior": True, "baseline": "leave_one_out"}),
+UPDATES: dict[str, list[dict[str, dict[str, Any]]]] = {
+    "paper": [],
+    "token_reduction = mean": [{"llm": {"token_reduction": "mean"}}],
+    "correct_prior, leave_one_out": [PRIOR, {"reward": {"baseline": "leave_one_out"}}],
+    "correct_prior, leave_one_out, teachers = 4": [PRIOR, TEACHERS, {"reward": {"baseline": "leave_one_out"}}],
 }
 NAME = "preset-choices"
 
@@ -77,6 +92,14 @@ def read_texts(path: Path, task: Task) -> SyntheticSet:
             for row in rows
         ]
     )
+
+
+def varied(config: Config, fields: list[dict[str, dict[str, Any]]]) -> Config:
+    """The configuration with these fields of its sections changed."""
+    for sections in fields:
+        changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+        config = config.model_copy(update=changed)
+    return config
 
 
 class Bench:
@@ -129,6 +152,15 @@ class Bench:
                     parameter.copy_(weights[name])
         return llm
 
+    def teachers(self, config: Config, arrival: int) -> Teachers:
+        """Who judges beside the SLM of this arrival: those that came before it."""
+        teachers = Teachers(config.reward)
+        for client_id, earlier in self.arrivals.items():
+            if earlier < arrival:
+                upload = self.upload(client_id)
+                teachers.accepted(upload, receive_slm(upload, self.task, config))
+        return teachers
+
     def selection(self, client_id: str) -> dict:
         """Step 5 under each variant."""
         upload = self.upload(client_id)
@@ -139,15 +171,13 @@ class Bench:
         encoder = SimpleNamespace(encode=lambda texts: vectors)
         standalone = receive_slm(upload, self.task, self.config).accuracy(self.split.tests[client_id])
         cells = {}
-        for name, (corrected, nonpositive, balanced, agreed, share) in VARIANTS.items():
-            slm = receive_slm(upload, self.task, self.config)
-            rewards = slm_rewards(slm, pool, upload, self.config.reward.model_copy(update={"correct_prior": corrected}))
-            choice = self.config.selection.model_copy(
-                update={"nonpositive_rewards": nonpositive, "class_balance": balanced}
-            )
-            _, kept = select(pool, rewards, encoder, choice, posteriors if agreed else None)
-            config = self.config.model_copy(update={"slm": self.config.slm.model_copy(update={"interpolation": share})})
-            train_on_synthetic(slm, pool.examples(kept), upload, config, Progress(), client_id)
+        for name, fields in VARIANTS.items():
+            config = varied(self.config, fields)
+            teachers, slm = self.teachers(config, arrival), receive_slm(upload, self.task, config)
+            judged = teachers.probabilities(slm, upload, pool.texts)
+            rewards, agreed = label_rewards(judged, pool.labels), config.selection.llm_posterior
+            _, kept = select(pool, rewards, encoder, config.selection, posteriors if agreed else None)
+            train_on_synthetic(slm, pool.examples(kept), judged[kept], upload, config, Progress(), client_id)
             agreement = evaluate.label_agreement(self.judge, SyntheticSet([pool.samples[place] for place in kept]))
             cells[name] = {
                 "accuracy": slm.accuracy(self.split.tests[client_id]),
@@ -158,19 +188,18 @@ class Bench:
 
     def update(self, name: str) -> dict:
         """The original LLM, trained through all arrivals with these fields."""
-        llm_fields, reward_fields = UPDATES[name]
-        llm_config = self.config.llm.model_copy(update=llm_fields)
-        reward = self.config.reward.model_copy(update=reward_fields)
-        config = self.config.model_copy(update={"llm": llm_config, "reward": reward})
-        llm = LLM.load(original_llm(config, self.cache, print), llm_config, seed_for(config.seed, "llm"))
+        config = varied(self.config, UPDATES[name])
+        llm = LLM.load(original_llm(config, self.cache, print), config.llm, seed_for(config.seed, "llm"))
         server = Server(config, self.task, llm, SimpleNamespace())
         arrivals = []
         for step, client_id in enumerate(self.arrivals):
             seed = seed_for(config.seed, "server", step, 0)
-            drafts = synthesize(server.llm, self.task, config.synthesis, llm_config.samples, seed)
+            drafts = synthesize(server.llm, self.task, config.synthesis, config.llm.samples, seed)
             upload = self.upload(client_id)
-            rewards = slm_rewards(receive_slm(upload, self.task, config), drafts, upload, reward)
+            slm = receive_slm(upload, self.task, config)
+            rewards = label_rewards(server.teachers.probabilities(slm, upload, drafts.texts), drafts.labels)
             server.update_llm(drafts, server.advantages(drafts, rewards), seed)
+            server.remember(upload)
             seed = seed_for(config.seed, "choices", step)
             texts = synthesize(server.llm, self.task, config.synthesis, config.evaluation.nlg_samples, seed)
             arrivals.append(

@@ -26,6 +26,7 @@ LAYERS = [
     {"models.llm", "models.slm", "canaries", "privacy"},
     {"models.private_fit"},
     {"synthesis", "classification", "client", "gate"},
+    {"teachers"},
     {"server", "evaluate", "rundir"},
     {
         "baselines",

@@ -8,7 +8,7 @@ from conftest import BAD, GOOD, sentences, tiny_llm
 
 from crosslm import server as server_module
 from crosslm.algorithm.losses import token_kl
-from crosslm.algorithm.rewards import leave_one_out_advantages
+from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
 from crosslm.client import Client
 from crosslm.config import Config, SelectionConfig
 from crosslm.errors import ModelError, UploadError
@@ -16,8 +16,9 @@ from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
 from crosslm.records import Examples, SyntheticSet
 from crosslm.seeding import seed_for
-from crosslm.server import Server, receive_slm, select, slm_rewards
+from crosslm.server import Server, receive_slm, select
 from crosslm.synthesis import synthesize
+from crosslm.teachers import Teachers
 
 EXAMPLES = Examples(sentences(BAD, 20) + sentences(GOOD, 20), [0] * 20 + [1] * 20)
 
@@ -192,11 +193,16 @@ def test_rewards_are_eq_4_of_the_uploaded_slm_and_can_be_corrected(models, confi
     slm = receive_slm(upload, task, config)
     drafts = SyntheticSet(synthesize(tiny_llm(models, "gpt2"), task, config.synthesis, 6, 1).samples)
     probabilities = slm.predict_proba(drafts.texts)
-    plain = slm_rewards(slm, drafts, upload, config.reward.model_copy(update={"correct_prior": False}))
+
+    def rewards(upload, corrected):
+        reward = config.reward.model_copy(update={"correct_prior": corrected})
+        return label_rewards(Teachers(reward).probabilities(slm, upload, drafts.texts), drafts.labels)
+
+    plain = rewards(upload, False)
     expected = torch.tensor([2 * float(probabilities[i, y]) - 1 for i, y in enumerate(drafts.labels.tolist())])
     torch.testing.assert_close(plain, expected)
     skewed = dataclasses.replace(upload, class_counts=(3, 95))
-    corrected = slm_rewards(slm, drafts, skewed, config.reward.model_copy(update={"correct_prior": True}))
+    corrected = rewards(skewed, True)
     is_bad = drafts.labels == 0  # the label that is rare at the client is rewarded more
     assert (corrected[is_bad] > plain[is_bad]).all()
     assert (corrected[~is_bad] < plain[~is_bad]).all()

@@ -5,13 +5,15 @@ The other baseline, Standalone, is the SLM as its client uploads it first.
 
 from torch import Tensor
 
+from crosslm.algorithm.rewards import label_rewards
 from crosslm.config import Config
 from crosslm.models.encoder import Encoder
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, Upload
-from crosslm.server import receive_slm, select, slm_rewards, train_on_synthetic
+from crosslm.server import receive_slm, select, train_on_synthetic
 from crosslm.task import Task
+from crosslm.teachers import Teachers
 
 
 def data_free_kd(
@@ -21,6 +23,7 @@ def data_free_kd(
     task: Task,
     encoder: Encoder,
     progress: Progress,
+    teachers: Teachers,
     posteriors: Tensor | None = None,
 ) -> SLM:
     """The uploaded SLM after training on the best of a pool that the original LLM wrote.
@@ -32,11 +35,13 @@ def data_free_kd(
         task: the labels.
         encoder: for the diversity of Eq. 10.
         progress: is told of the training.
+        teachers: who else judges, as in CrossLM's own step 5 (``reward.teachers``).
         posteriors: ``(texts,)``, the original LLM's probability of the intended labels, for
             ``selection.llm_posterior``.
     """
     slm = receive_slm(upload, task, config)
-    rewards = slm_rewards(slm, pool, upload, config.reward)
-    _, kept = select(pool, rewards, encoder, config.selection, posteriors)
-    train_on_synthetic(slm, pool.examples(kept), upload, config, progress, f"{upload.client_id}, data-free KD")
+    judged = teachers.probabilities(slm, upload, pool.texts)
+    _, kept = select(pool, label_rewards(judged, pool.labels), encoder, config.selection, posteriors)
+    detail = f"{upload.client_id}, data-free KD"
+    train_on_synthetic(slm, pool.examples(kept), judged[kept], upload, config, progress, detail)
     return slm

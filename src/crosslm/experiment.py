@@ -134,8 +134,8 @@ class _Run:
         self.run.go_back(record["state"]["events"] if record else 0)
         self.llm = LLM.load(self.llm_folder, config.llm, seed_for(config.seed, "llm"), config.device)
         self.encoder = SentenceEncoder(self._folder(config.selection.encoder), config.device)
-        self.journal = RunJournal(config, self.split, self.run, self.checkpoints, self.encoder, self.progress)
         self.server = Server(config, self.task, self.llm, self.encoder, self.progress)
+        self.journal = RunJournal(config, self.split, self.run, self.checkpoints, self.server, self.progress)
         self.exchange = LocalExchange(
             [self._client(client_id) for client_id in self.split.private],
             config.federation.participations,
@@ -213,6 +213,7 @@ class _Run:
         self.server.gate = Gate.open(self.config, self.journal.base_pool, self.public)
         if self.server.gate:
             snapshot.restore_gate(self.server.gate, get(state["gate"]))
+        snapshot.restore_teachers(self.server, state["teachers"], get)
         self._clients = state["clients"]
         for client_id, kept in self._clients.items():
             told = None if kept["counts"] is None else tuple(kept["counts"])
@@ -250,6 +251,7 @@ class _Run:
             "optimizer": put(snapshot.optimizer_bytes(self.server)),
             "steps": self.server.steps,
             "gate": put(snapshot.gate_bytes(self.server.gate)) if self.server.gate else None,
+            "teachers": snapshot.keep_teachers(self.server, put),
             "clients": self._clients,
             "bytes_up": self.exchange.bytes_up,
             "bytes_down": self.exchange.bytes_down,

@@ -14,14 +14,12 @@ from crosslm.data import Split
 from crosslm.errors import CrosslmError, QuarantineError, UploadError
 from crosslm.federation.messages import decode_upload, describe, encode
 from crosslm.measures import measure_slm
-from crosslm.models.encoder import Encoder
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
 from crosslm.records import Download, SyntheticSet, Upload
 from crosslm.rundir import RunDir
-from crosslm.server import StepRecord, receive_slm
+from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.snapshot import slm_bytes
-from crosslm.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +28,11 @@ class RunJournal:
     """Measures Standalone, Data-free KD and CrossLM, and writes all that happens to the run folder."""
 
     def __init__(
-        self, config: Config, split: Split, run: RunDir, checkpoints: Checkpoints, encoder: Encoder, progress: Progress
+        self, config: Config, split: Split, run: RunDir, checkpoints: Checkpoints, server: Server, progress: Progress
     ) -> None:
         self.config, self.split, self.run, self.checkpoints = config, split, run, checkpoints
-        self.encoder, self.progress = encoder, progress
-        self.task = Task.from_config(config.task)
+        self.encoder, self.teachers, self.task = server.encoder, server.teachers, server.task
+        self.progress = progress
         self.judge: SLM | None = None
         self.base_pool = SyntheticSet([])
         self.base_posteriors: list[float] | None = None
@@ -66,7 +64,9 @@ class RunJournal:
         self._test("standalone", who, slm)
         size, known = self.config.selection.pool, self.base_posteriors
         pool, posteriors = SyntheticSet(self.base_pool.samples[:size]), None if known is None else tensor(known[:size])
-        student = data_free_kd(upload, pool, self.config, self.task, self.encoder, self.progress, posteriors)
+        student = data_free_kd(
+            upload, pool, self.config, self.task, self.encoder, self.progress, self.teachers, posteriors
+        )
         self._test("data_free_kd", who, student)
 
     def served(self, upload: Upload, download: Download, record: StepRecord) -> None:

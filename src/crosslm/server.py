@@ -18,9 +18,9 @@ from crosslm.algorithm.selection import (
     select_top,
 )
 from crosslm.classification import label_posteriors
-from crosslm.config import Config, RewardConfig, SelectionConfig
+from crosslm.config import Config, SelectionConfig
 from crosslm.errors import ModelError, UploadError
-from crosslm.gate import Gate, as_rewarding, stranger_proba
+from crosslm.gate import Gate
 from crosslm.models.encoder import Encoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
@@ -29,6 +29,7 @@ from crosslm.records import Download, Examples, Receipt, SyntheticSet, Upload
 from crosslm.seeding import seed_for
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
+from crosslm.teachers import Teachers
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Server:
         self.encoder = encoder
         self.progress = progress or Progress()
         self.gate = gate
+        self.teachers = Teachers(config.reward)
         self.steps = 0
         self.optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=config.llm.learning_rate, weight_decay=0.0)
 
@@ -92,7 +94,13 @@ class Server:
         if self.gate and verdict:
             self.gate.accepted(verdict, upload, record.pool)
             record.gate = verdict.figures
+        self.remember(upload)
         return download, record
+
+    def remember(self, upload: Upload) -> None:
+        """A served SLM judges from now on beside those that arrive, where several do."""
+        if self.config.reward.teachers > 1:
+            self.teachers.accepted(upload, receive_slm(upload, self.task, self.config))
 
     def _learn(self, slm: SLM, upload: Upload) -> tuple[Download, StepRecord]:
         """Steps 3, 4 and 5 with an SLM that may reward the LLM."""
@@ -100,7 +108,8 @@ class Server:
         for iteration in range(config.llm.iterations):
             seed = seed_for(config.seed, "server", self.steps, iteration)
             drafts = self._synthesize(f"{who}: texts to learn from", config.llm.samples, seed)  # step 3: Eq. 2-3
-            rewards = slm_rewards(slm, drafts, upload, config.reward)  # step 4: Eq. 4
+            judged = self.teachers.probabilities(slm, upload, drafts.texts)
+            rewards = label_rewards(judged, drafts.labels)  # step 4: Eq. 4
             advantages = self.advantages(drafts, rewards)
             record.updates += self.update_llm(drafts, advantages, seed, who)  # step 4: Eq. 5-9
             record.drafts.append((drafts, rewards))
@@ -108,11 +117,12 @@ class Server:
         seed = seed_for(config.seed, "server", self.steps, "pool")
         record.pool = self._synthesize(f"{who}: texts to choose from", config.selection.pool, seed)  # step 5
         with self.progress.stage("select", who, 1, "pool") as advance:
-            rewards = slm_rewards(slm, record.pool, upload, config.reward)
+            judged = self.teachers.probabilities(slm, upload, record.pool.texts)
+            rewards = label_rewards(judged, record.pool.labels)
             posteriors = label_posteriors(self.llm, self.task, record.pool) if config.selection.llm_posterior else None
             record.receipts, kept = select(record.pool, rewards, self.encoder, config.selection, posteriors)  # Eq. 10
             advance(1)
-        fitted = train_on_synthetic(slm, record.pool.examples(kept), upload, config, self.progress, who)
+        fitted = train_on_synthetic(slm, record.pool.examples(kept), judged[kept], upload, config, self.progress, who)
 
         metrics = {"selected": float(len(kept)), **{f"fit/{name}": value for name, value in fitted.items()}}
         texts = tuple(record.pool.examples(kept).texts) if config.privacy.checks_leaks else ()
@@ -269,9 +279,18 @@ def receive_slm(upload: Upload, task: Task, config: Config) -> SLM:
 
 
 def train_on_synthetic(
-    slm: SLM, texts: Examples, upload: Upload, config: Config, progress: Progress, detail: str
+    slm: SLM, texts: Examples, judged: Tensor, upload: Upload, config: Config, progress: Progress, detail: str
 ) -> dict[str, float]:
     """Step 5's training, the same for CrossLM and Data-free KD.
+
+    Args:
+        slm: to train.
+        texts: the selected ones.
+        judged: ``(texts, labels)``, the probabilities that their rewards were made of, for ``slm.soft_labels``.
+        upload: what the SLM came in.
+        config: of the run.
+        progress: is told of the training.
+        detail: who it is, for the display.
 
     Returns:
         What :meth:`SLM.fit` returns; nothing if there is no text.
@@ -282,16 +301,10 @@ def train_on_synthetic(
         if not len(texts):
             return {}
         seed = seed_for(config.seed, "synthetic", upload.client_id, upload.client_round)
-        metrics = slm.fit(texts, config.slm.synthetic, seed, advance)
+        metrics = slm.fit(texts, config.slm.synthetic, seed, advance, judged if config.slm.soft_labels else None)
         if config.slm.interpolation < 1:
             slm.interpolate(upload.slm.weights, config.slm.interpolation)
         return metrics
-
-
-def slm_rewards(slm: SLM, drafts: SyntheticSet, upload: Upload, config: RewardConfig) -> Tensor:
-    """Reward of each text by the uploaded SLM, ``(texts,)`` (Eq. 4)."""
-    probabilities = as_rewarding(slm, stranger_proba(slm, drafts.texts), upload, config)
-    return label_rewards(probabilities, drafts.labels)
 
 
 def select(

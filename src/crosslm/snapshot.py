@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from crosslm.data import Split
 from crosslm.errors import RunError, UploadError
-from crosslm.federation.messages import decode_download, encode
+from crosslm.federation.messages import decode_download, decode_upload, encode
 from crosslm.gate import Gate
 from crosslm.records import Download, Examples, SlmState, SyntheticSet, SyntheticText
 from crosslm.server import Server
@@ -94,6 +95,19 @@ def restore_gate(gate: Gate, data: bytes) -> None:
     remembered, values = json.loads(header["__metadata__"]["gate"]), _load(data)
     gate.references = {name: values[str(place)] for place, name in enumerate(remembered["clients"])}
     gate.latest = Examples(**remembered["latest"])
+
+
+def keep_teachers(server: Server, put: Callable[[bytes], str]) -> list[str]:
+    """The names under which ``put`` has kept the uploads of those who judge beside an arriving SLM."""
+    for member in server.teachers.members.values():
+        member.kept_as = member.kept_as or put(encode(member.upload))
+    return [member.kept_as for member in server.teachers.members.values()]
+
+
+def restore_teachers(server: Server, names: list[str], get: Callable[[str], bytes]) -> None:
+    """The other way round."""
+    for name in names:
+        server.remember(decode_upload(get(name)))
 
 
 def inputs_digest(split: Split) -> str:

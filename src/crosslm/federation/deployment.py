@@ -101,6 +101,7 @@ class Deployment:
         self.server.gate = Gate.open(self.config, self.base, public_texts(self.config))
         if self.server.gate:
             snapshot.restore_gate(self.server.gate, get(state["gate"]))
+        snapshot.restore_teachers(self.server, state["teachers"], get)
         cause = record["cause"]
         for arrival in self.spool.of(str(cause.get("client"))):
             if arrival.round == cause["round"] and arrival.state in ("received", "processing"):
@@ -112,6 +113,7 @@ class Deployment:
             "steps": server.steps,
             "optimizer": put(snapshot.optimizer_bytes(server)),
             "gate": put(snapshot.gate_bytes(server.gate)) if server.gate else None,
+            "teachers": snapshot.keep_teachers(server, put),
             "base": self._base_name,
             "before": self.before,
             "download": None if download is None else put(download),

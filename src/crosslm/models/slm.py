@@ -110,6 +110,7 @@ class SLM:
         config: FitConfig,
         seed: int,
         on_rows: Callable[[float], None] = lambda _: None,
+        targets: Tensor | None = None,
     ) -> dict[str, float]:
         """Train by cross-entropy (step 1 on private text, step 5 on synthetic text).
 
@@ -121,6 +122,7 @@ class SLM:
             config: how.
             seed: of the order of rows, the held-out rows and dropout.
             on_rows: told how many rows were trained on.
+            targets: ``(rows, labels)``, probabilities to learn instead of the labels.
 
         Returns:
             ``loss`` of the last epoch, ``epochs`` run and, with patience, ``holdout_loss`` and
@@ -130,6 +132,7 @@ class SLM:
         trained, held_out = hold_out(len(examples), config, generator)
         training, holdout = examples.take(trained), examples.take(held_out)
         rows = self.encode(training.texts)
+        wanted = torch.tensor(training.labels) if targets is None else targets[trained]
         optimizer, schedule = self.optimizer(config, len(rows))
         metrics: dict[str, float] = {}
         best: dict[str, Tensor] | None = None
@@ -137,7 +140,7 @@ class SLM:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for epoch in range(config.epochs):
-                loss = self._epoch(rows, training.labels, config, generator, optimizer, schedule, on_rows)
+                loss = self._epoch(rows, wanted, config, generator, optimizer, schedule, on_rows)
                 metrics |= {"loss": loss, "epochs": float(epoch + 1)}
                 if not held_out:
                     continue
@@ -194,10 +197,11 @@ class SLM:
         rows: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
         return rows
 
-    def losses(self, rows: list[list[int]], labels: Sequence[int]) -> Tensor:
-        """Cross-entropy of each encoded row with its label, ``(rows,)``."""
-        outputs = torch.tensor([self._outputs[label] for label in labels], device=self.device)
-        return cross_entropy(self.model(**self._pad(rows)).logits, outputs, reduction="none")
+    def losses(self, rows: list[list[int]], labels: Sequence[int] | Tensor) -> Tensor:
+        """Cross-entropy of each encoded row with its label, or with probabilities ``(rows, labels)``: ``(rows,)``."""
+        wanted, outputs = torch.as_tensor(labels), torch.tensor(self._outputs)
+        target = outputs[wanted] if wanted.ndim == 1 else torch.zeros_like(wanted).index_copy(1, outputs, wanted)
+        return cross_entropy(self.model(**self._pad(rows)).logits, target.to(self.device), reduction="none")
 
     def optimizer(self, config: FitConfig, rows: int) -> tuple[torch.optim.Optimizer, Any]:
         """AdamW over what is trained, and its schedule over ``config.epochs`` of so many rows."""
@@ -285,7 +289,7 @@ class SLM:
     def _epoch(
         self,
         rows: list[list[int]],
-        labels: list[int],
+        targets: Tensor,
         config: FitConfig,
         generator: torch.Generator,
         optimizer: torch.optim.Optimizer,
@@ -295,7 +299,7 @@ class SLM:
         self.model.train()
         total = 0.0
         for batch in batches(rows, config.batch_size, generator):
-            loss = self.losses([rows[row] for row in batch], [labels[row] for row in batch]).mean()
+            loss = self.losses([rows[row] for row in batch], targets[batch]).mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -18,6 +18,9 @@ class RewardConfig(Section):
     correct_prior: bool = False
     """Divide the SLM's probabilities by its training class shares first: a classifier trained on
     90 % positives rewards everything positive."""
+    teachers: Positive = 1
+    """So many SLMs judge a text together, by the mean of their probabilities: the arriving one and the last uploads
+    of the clients served before it (ours, after Lin et al. 2020); 1 is the paper's."""
 
 
 class SynthesisConfig(Section):

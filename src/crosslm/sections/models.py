@@ -48,6 +48,9 @@ class SLMConfig(Section):
     """Step 1: training on the private rows."""
     synthetic: FitConfig = FitConfig(epochs=3, learning_rate=3e-5)
     """Step 5: training on the selected synthetic rows."""
+    soft_labels: bool = False
+    """Step 5 learns the probabilities that the rewards are made of, instead of the label that a text was written
+    for (ours, after Hinton et al. 2015). Worth it where several SLMs judge (``reward.teachers``)."""
     interpolation: Fraction = 1.0
     """Share of step 5's weights in the SLM that goes back, the rest being those that came (ours,
     after Wortsman et al. 2022); 1 is the paper's."""

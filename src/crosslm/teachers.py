@@ -1,0 +1,80 @@
+"""Whose judgement a text is given by: the arriving SLM alone, as in the paper, or several SLMs together (ours).
+
+With ``reward.teachers`` above 1 the probability S(y|x) of Eq. 4 is the mean over the arriving SLM and the last
+uploads of other clients that were served before it. What one silo's classifier knows then reaches the LLM and the
+others' classifiers in each arrival: the averaging of Lin et al., "Ensemble Distillation for Robust Model Fusion in
+Federated Learning", NeurIPS 2020, on texts that the LLM wrote.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crosslm.config import RewardConfig
+from crosslm.errors import UploadError
+from crosslm.gate import as_rewarding, stranger_proba
+from crosslm.models.slm import SLM
+from crosslm.records import Upload
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Teacher:
+    """An SLM as it was uploaded, from a client that was served."""
+
+    upload: Upload
+    slm: SLM
+    kept_as: str = ""
+    """The name of its bytes in the checkpoints, once it is there."""
+
+
+class Teachers:
+    """The SLMs of the clients served so far, the latest last, as many as may judge beside an arriving one."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        self.config = config
+        self.members: dict[str, Teacher] = {}
+
+    def probabilities(self, slm: SLM, upload: Upload, texts: list[str]) -> Tensor:
+        """S(.|x) of Eq. 4 for each text: the mean over the arriving SLM and the other clients' last ones.
+
+        Args:
+            slm: the arriving one.
+            upload: what it came in.
+            texts: to judge.
+
+        Returns:
+            ``(texts, labels)``, rows sum to 1.
+
+        Raises:
+            UploadError: the arriving SLM fails on a text. Another one that does is left out from then on.
+        """
+        opinions = [as_rewarding(slm, stranger_proba(slm, texts), upload, self.config)]
+        others = {name: member for name, member in self.members.items() if name != upload.client_id}
+        for name in list(others)[max(0, len(others) - self.config.teachers + 1) :]:
+            member = others[name]
+            try:
+                found = stranger_proba(member.slm, texts)
+            except UploadError as error:
+                logger.warning("the SLM of client %s judges no more: %s", name, error)
+                del self.members[name]
+                continue
+            opinions.append(as_rewarding(member.slm, found, member.upload, self.config))
+        return torch.stack(opinions).mean(dim=0)
+
+    def accepted(self, upload: Upload, slm: SLM) -> None:
+        """Remember an SLM that was served, as it was uploaded.
+
+        Args:
+            upload: what it came in.
+            slm: it, rebuilt from the upload; is kept.
+        """
+        if self.config.teachers == 1:
+            return
+        self.members.pop(upload.client_id, None)  # the latest is the last
+        self.members[upload.client_id] = Teacher(upload, slm)
+        for name in list(self.members)[: -self.config.teachers]:
+            del self.members[name]

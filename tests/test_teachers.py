@@ -1,0 +1,140 @@
+"""Several SLMs that judge together, and an SLM that learns what they said."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from conftest import BAD, GOOD, sentences, tiny_llm
+
+from crosslm import snapshot
+from crosslm.algorithm.rewards import correct_prior
+from crosslm.client import Client
+from crosslm.config import RewardConfig
+from crosslm.models.encoder import SentenceEncoder
+from crosslm.models.slm import SLM
+from crosslm.records import Examples
+from crosslm.server import Server, receive_slm
+from crosslm.teachers import Teachers
+
+EXAMPLES = Examples(sentences(BAD, 20) + sentences(GOOD, 20), [0] * 20 + [1] * 20)
+TEXTS = sentences(GOOD, 5)
+
+
+@pytest.fixture
+def uploads(models, config, task):
+    """Of three clients, each with weights of its own and a silo of another size."""
+    made = []
+    for place, name in enumerate(("north", "south", "west")):
+        slm = SLM.load(str(models / "bert"), task.labels, 32, place)
+        upload = Client(name, EXAMPLES, slm, config.slm.private, place).train()
+        made.append(dataclasses.replace(upload, class_counts=(10 + 20 * place, 30)))
+    return made
+
+
+@pytest.fixture
+def received(uploads, task, config):
+    return [receive_slm(upload, task, config) for upload in uploads]
+
+
+def corrected(upload, slm):
+    return correct_prior(slm.predict_proba(TEXTS), torch.tensor(upload.class_counts))
+
+
+def test_the_mean_is_over_the_arriving_and_the_last_of_the_others(uploads, received):
+    teachers = Teachers(RewardConfig(teachers=3, correct_prior=True))
+    for upload, slm in zip(uploads, received, strict=True):
+        teachers.accepted(upload, slm)
+    opinions = [corrected(upload, slm) for upload, slm in zip(uploads, received, strict=True)]
+    assert (opinions[0] - opinions[1]).abs().max() > 1e-3
+    again = teachers.probabilities(received[0], uploads[0], TEXTS)  # north comes again: its earlier SLM has no say
+    torch.testing.assert_close(again, (opinions[0] + opinions[1] + opinions[2]) / 3)
+    stranger = dataclasses.replace(uploads[0], client_id="east")
+    three = teachers.probabilities(received[0], stranger, TEXTS)  # three judge, and north was served longest ago
+    torch.testing.assert_close(three, (opinions[0] + opinions[1] + opinions[2]) / 3)
+    teachers.accepted(stranger, received[0])
+    assert list(teachers.members) == ["south", "west", "east"]
+
+
+def test_in_the_paper_only_the_arriving_slm_judges(uploads, received):
+    teachers = Teachers(RewardConfig())
+    teachers.accepted(uploads[1], received[1])
+    assert not teachers.members
+    own = teachers.probabilities(received[0], uploads[0], TEXTS)
+    assert torch.equal(own, received[0].predict_proba(TEXTS))
+
+
+def test_one_that_fails_later_judges_no_more(uploads, received, caplog):
+    teachers = Teachers(RewardConfig(teachers=2))
+    teachers.accepted(uploads[1], received[1])
+    with torch.no_grad():
+        for parameter in received[1].model.parameters():
+            parameter.fill_(float("nan"))
+    with caplog.at_level(logging.WARNING):
+        found = teachers.probabilities(received[0], uploads[0], TEXTS)
+    assert torch.equal(found, received[0].predict_proba(TEXTS))
+    assert "client south judges no more" in caplog.text
+    assert not teachers.members
+
+
+def server_of(models, config, task, **slm):
+    reward = config.reward.model_copy(update={"teachers": 2})
+    config = config.model_copy(update={"reward": reward, "slm": config.slm.model_copy(update=slm)})
+    return Server(config, task, tiny_llm(models, "gpt2"), SentenceEncoder(str(models / "encoder")))
+
+
+def test_a_served_slm_rewards_the_next_ones_texts_too(models, config, task, uploads, received):
+    server = server_of(models, config, task)
+    server.step(uploads[0])
+    _, record = server.step(uploads[1])
+    both = Teachers(server.config.reward)
+    both.accepted(uploads[0], received[0])  # as it was uploaded, not as step 5 left it
+    expected = both.probabilities(received[1], uploads[1], record.pool.texts)
+    labels = record.pool.labels
+    rewards = torch.tensor([receipt.reward for receipt in record.receipts])
+    torch.testing.assert_close(rewards, 2 * expected[torch.arange(len(labels)), labels] - 1)
+
+
+def test_those_who_judge_are_the_same_after_a_stop(models, config, task, uploads):
+    kept, server = {}, server_of(models, config, task)
+    server.remember(uploads[0])
+
+    def put(data):
+        kept[str(len(kept))] = data
+        return str(len(kept) - 1)
+
+    names = snapshot.keep_teachers(server, put)
+    assert names == snapshot.keep_teachers(server, put) == ["0"]  # written once
+    later = server_of(models, config, task)
+    snapshot.restore_teachers(later, names, kept.__getitem__)
+    before, after = server.teachers.members["north"], later.teachers.members["north"]
+    assert torch.equal(before.slm.predict_proba(TEXTS), after.slm.predict_proba(TEXTS))
+    assert before.upload.class_counts == after.upload.class_counts
+
+
+def test_training_on_certain_probabilities_is_training_on_labels(uploads, config, task):
+    trained = []
+    for targets in (None, torch.eye(2)[EXAMPLES.labels]):
+        slm = receive_slm(uploads[0], task, config)
+        slm.fit(EXAMPLES, config.slm.synthetic, 1, targets=targets)
+        trained.append(slm.predict_proba(TEXTS))
+    torch.testing.assert_close(trained[0], trained[1])
+
+
+def test_soft_labels_are_learned_whatever_the_order_of_the_outputs(uploads, config, task):
+    """The loss of a row with targets t is -sum t log S, by hand."""
+    slm = receive_slm(uploads[0], task, config)
+    rows, targets = slm.encode(TEXTS[:2]), torch.tensor([[0.9, 0.1], [0.3, 0.7]])
+    expected = -(targets * slm.predict_proba(TEXTS[:2]).log()).sum(dim=1)
+    slm.model.eval()
+    torch.testing.assert_close(slm.losses(rows, targets), expected)
+    slm.order_labels(tuple(reversed(task.labels)))
+    torch.testing.assert_close(slm.losses(rows, targets.flip(1)), expected)
+
+
+def test_step_5_learns_the_probabilities_if_asked_to(models, config, task, uploads):
+    returned = {}
+    for soft in (False, True):
+        server = server_of(models, config, task, soft_labels=soft)
+        returned[soft] = server.step(uploads[0])[0].slm.weights
+    assert any(not torch.equal(value, returned[True][name]) for name, value in returned[False].items())
