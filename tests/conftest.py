@@ -49,6 +49,9 @@ transformers.utils.logging.disable_progress_bar()
 hypothesis_settings.register_profile("ours", deadline=None, derandomize=True, max_examples=60)
 hypothesis_settings.load_profile("ours")
 
+PATIENCE = 600.0
+"""Seconds to wait for another process: far more than it takes, since a shared machine is slow at times."""
+
 GOOD = ["good", "lovely", "bright", "warm", "happy", "fine", "sweet", "kind"]
 BAD = ["bad", "awful", "dull", "cold", "sad", "poor", "sour", "mean"]
 THINGS = ["story", "film", "song", "meal", "room", "day", "walk", "book"]

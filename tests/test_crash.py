@@ -12,10 +12,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import tomli_w
+from conftest import PATIENCE
 from crash_driver import POINTS
 from test_end_to_end import command, config_file  # noqa: F401
 
@@ -296,9 +298,11 @@ def test_ctrl_c_stops_at_the_safe_point_with_130_and_again_at_once(small_file, t
     call = [sys.executable, "-m", "crosslm.cli.main", "run", str(small_file), "--output", str(folder), "--resume"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment}
     for presses in (1, 2):
-        with subprocess.Popen(call, **pipes) as run:
+        with ExitStack() as stack:
+            run = stack.enter_context(subprocess.Popen(call, **pipes))
+            stack.callback(run.kill)  # comes first: to leave a process is to wait for its end
             sessions = folder / "sessions.jsonl"
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + PATIENCE
             while not sessions.exists() or len(sessions.read_text().splitlines()) < presses:
                 assert run.poll() is None
                 assert time.monotonic() < deadline
@@ -306,7 +310,7 @@ def test_ctrl_c_stops_at_the_safe_point_with_130_and_again_at_once(small_file, t
             for _ in range(presses):
                 run.send_signal(signal.SIGINT)
                 time.sleep(0.1)
-            err = run.communicate(timeout=120)[1]
+            err = run.communicate(timeout=PATIENCE)[1]
         assert run.returncode == 130, err
         assert "--resume" in err
         assert ("stopped at once" in err) == (presses == 2)

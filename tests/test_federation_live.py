@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tomli_w
+from conftest import PATIENCE
 from test_federation import federated  # noqa: F401  the fixture
 
 from crosslm.config import Config
@@ -34,8 +35,6 @@ from crosslm.server import Server
 from crosslm.task import Task
 
 pytestmark = pytest.mark.federation
-
-PATIENCE = 600.0  # seconds; a machine that runs other things is slow
 
 
 def free_ports(count):

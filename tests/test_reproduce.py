@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+from conftest import PATIENCE
 
 from crosslm.cli import main as cli
 from crosslm.config import PRESETS
@@ -323,7 +324,7 @@ def test_a_killed_process_goes_on(scale, data, tmp_path):
     command = [sys.executable, "-m", "crosslm.cli.main", "reproduce", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
     events = tmp_path / "out/test/runs/sst2/paper/base/seed-0/metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not events.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 
 import pytest
+from conftest import PATIENCE
 from made_run import write_run
 from rich.console import Console
 
@@ -117,10 +118,10 @@ def test_the_command_ends_with_the_run_and_with_130_on_ctrl_c(tmp_path):
         for process in (first, second):
             assert process.stdout.readline() == "started, 0 clients\n"
         first.send_signal(signal.SIGINT)
-        assert first.wait(30) == 130
+        assert first.wait(PATIENCE) == 130
         assert second.poll() is None
         (folder / "summary.json").write_text(summary)
-        rest, _ = second.communicate(timeout=30)
+        rest, _ = second.communicate(timeout=PATIENCE)
         assert second.returncode == 0
     assert "SLM accuracy on test text" in rest
     assert json.loads(summary)["task"] in rest
