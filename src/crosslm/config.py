@@ -53,10 +53,10 @@ Preset = Literal["paper", "recommended"]
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},
     "recommended": {
-        "reward": {"baseline": "leave_one_out", "correct_prior": True},
+        "reward": {"baseline": "leave_one_out", "correct_prior": True, "teachers": 4},
         "llm": {"gamma_kl": 0.1},
-        "selection": {"class_balance": True},
-        "slm": {"interpolation": 0.7},
+        "selection": {"class_balance": True, "fraction": 1.0},
+        "slm": {"soft_labels": True, "interpolation": 0.7},
         "gate": {"enabled": True},
         "acceptance": {"enabled": True},
     },
