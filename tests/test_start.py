@@ -129,7 +129,7 @@ def refuse(*_):
 def test_a_model_is_looked_for_before_anything_is_asked(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdin", Terminal(""))  # a question would end in Abort
     monkeypatch.setattr("sys.argv", ["crosslm", "init", str(tmp_path / "asked"), "--slm", "./none"])
-    with pytest.raises(ModelError, match="--slm = './none': no such model folder"):
+    with pytest.raises(ModelError, match=r"--slm = '\./none': no such model folder"):
         cli.app(standalone_mode=False)
 
 
