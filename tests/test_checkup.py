@@ -198,7 +198,8 @@ def test_a_kit_is_no_configuration(kits, shell):
     assert "--set and --data-dir are not for a kit" in err
 
 
-def test_a_kit_of_the_other_side_is_named(kits, shell):
+def test_a_kit_of_the_other_side_is_named(kits, shell, monkeypatch):
+    monkeypatch.setattr("crosslm.federation.flower.processes.end_on_sigterm", lambda: None)  # this process is pytest's
     for command, kit, right in (("server", "silos/silo-0", "client"), ("client", "server", "server")):
         code, _, err = shell(command, kits / kit)
         assert code == 2
