@@ -53,7 +53,7 @@ LAYERS = [
     {"federation.flower.server_app", "federation.flower.processes"},
     {"federation.flower.server_processes", "federation.flower.silo_processes"},
     {"experiment", "doctor"},
-    {"finished"},
+    {"finished", "federation.checkup"},
     {"reevaluate", "rollback", "export", "audit"},
     {"reproduce.scale", "reproduce.bootstrap"},
     {"reproduce.benchmarks"},
@@ -73,6 +73,7 @@ LAYERS = [
     {"cli.federation"},
     {"cli.recovery"},
     {"cli.main"},
+    {"__main__"},
 ]
 
 

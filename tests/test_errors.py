@@ -309,6 +309,28 @@ def test_what_typer_refuses_ends_with_code_2_too(shell):
     assert "Missing argument 'RUN'" in err
 
 
+def test_the_nearest_command_is_named_once(shell):
+    code, _, err = shell("rnu")
+    assert code == 2
+    assert err.count("Did you mean") == 1
+
+
+def test_a_file_that_is_not_there_is_said_in_so_many_words(shell, workplace):
+    for arguments in (
+        ("predict", workplace / "runs" / "tickets-1", "none.csv", "--client", "north"),
+        ("prepare-model", "x", "--trim-vocabulary", "none.csv", "--output", "y"),
+    ):
+        code, _, err = shell(*arguments)
+        assert (code, err) == (2, "error: none.csv: no such file; name one that is there\n")
+
+
+def test_it_is_a_module_too():
+    done = subprocess.run(
+        [sys.executable, "-m", "crosslm", "--version"], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"\d+\.\d+\S*\n", done.stdout)
+
+
 def test_a_disk_that_is_full_names_the_file(shell, workplace, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device", "out.jsonl")

@@ -231,4 +231,5 @@ def test_cards_say_which_guarantee_holds(finished):
     assert f"{clients[0]}: 3.20 at delta 1e-05" in cards.llm_card(finished.config, bounded)
     assert "3.20 at delta" in cards.slm_card(clients[0], 1, finished.config, bounded)
     half = {**open_run, "privacy": {clients[0]: {"epsilon": 3.2, "delta": 1e-5}}}
-    assert "no privacy guarantee" in cards.dataset_card(finished.config, {"all": 1}, half)
+    assert "without differential privacy for all of them: no" in cards.dataset_card(finished.config, {"all": 1}, half)
+    assert "without differential privacy: no" in cards.slm_card(clients[0], 1, finished.config, open_run)

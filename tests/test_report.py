@@ -10,10 +10,10 @@ from made_run import HOSTILE, write_run
 
 from crosslm.cli import main as cli
 from crosslm.errors import RunError
-from crosslm.html_report.collect import RunView, Sample, representative, selection_reasons
+from crosslm.html_report.collect import Arrival, RunView, Sample, representative, selection_reasons
 from crosslm.html_report.findings import findings
 from crosslm.html_report.intervals import binomial_interval, difference_is_noise, paired_gain_interval
-from crosslm.html_report.page import differences, render
+from crosslm.html_report.page import differences, gain_interval, number, render
 from crosslm.rundir import RunDir
 
 
@@ -153,6 +153,39 @@ def test_failures_one_class_and_lost_accuracy_are_told(tmp_path):
     assert found[0].text == "MemoryError: full"
 
 
+def test_a_classifier_with_one_answer_and_few_test_rows_are_told(tmp_path):
+    folder = write_run(tmp_path / "run", (("north", 0.5, 0.9), ("south", 0.4, 0.9)))
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["confusion"]["crosslm"] = {"north": [[0, 12], [0, 12]], "south": [[12, 0], [0, 12]]}
+    summary["test_rows"] = {"north": 24, "south": 100}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    one, few = findings(view_of(folder))
+    assert one.title == "the classifier of north has one answer only"
+    assert "'urgent' in every test row" in one.text
+    assert few.text.startswith("north: on 24 rows one row is 4.2 points")
+
+
+def test_figures_that_say_nothing_are_not_shown():
+    assert [number(value, 3, "+") for value in (-0.0004, 0.0, 0.0006, -0.0006)] == [
+        "0.000",
+        "0.000",
+        "+0.001",
+        "−0.001",
+    ]
+    assert number(None) == "–"
+    assert gain_interval((0.0, 0.0)) == "same rows right"
+    assert gain_interval((-0.1, 0.0)) == "−0.100 to 0.000"
+
+
+def test_updates_are_whole_and_a_small_loss_has_no_factor_beside_its_axis():
+    plots = pytest.importorskip("crosslm.html_report.plots", exc_type=ImportError)
+    arrivals = [Arrival(1, "a", {}, [{"loss": 0.0}]), Arrival(2, "b", {}, [{"loss": 7.7e-8}])]
+    ticks = set(re.findall(r">([^<>]+)</text>", plots.update_chart(arrivals, "t", {"loss": "all"}).svg))
+    assert {"1", "2"} <= ticks
+    assert not ticks & {"1.2", "1.5", "0.6", "1e−8", "1e-8"}
+    assert any(tick.endswith("e−08") for tick in ticks)
+
+
 def test_the_page_needs_nothing_from_elsewhere_and_holds_everything(html):
     read = Text(html)
     assert len(read.ids) == len(set(read.ids))
@@ -217,6 +250,7 @@ def test_two_runs_side_by_side(tmp_path):
         ("a.c", "2", "3"),
         ("d", "not set", "4"),
     ]
+    assert differences({"a": False, "b": "x"}, {"a": True, "b": ["ü"]}) == [("a", "false", "true"), ("b", "x", '["ü"]')]
 
 
 def test_the_command_writes_beside_the_run(tmp_path, monkeypatch, capsys, no_charts):

@@ -15,6 +15,7 @@ from transformers import AutoModel, BertConfig, Gemma3TextConfig
 from crosslm import doctor, memory, starter
 from crosslm.cli import main as cli
 from crosslm.config_file import load
+from crosslm.errors import ConfigError, ModelError
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.task import Task
 
@@ -93,10 +94,6 @@ def test_nothing_is_written_over_and_nothing_is_left_half(start, tmp_path):
 
 
 def test_a_terminal_is_asked(start, monkeypatch, tmp_path, models):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     answers = ["review", "bad", "a complaint", "", "good", "praise", ""]
     chosen = ["--llm", models / "gemma3", "--slm", models / "bert", "--encoder", models / "encoder"]
     monkeypatch.setattr("sys.argv", ["crosslm", "init", *map(str, [tmp_path / "asked", *chosen])])
@@ -105,6 +102,46 @@ def test_a_terminal_is_asked(start, monkeypatch, tmp_path, models):
     task = load(tmp_path / "asked" / "asked.toml").task
     assert task.labels == ("bad", "good")
     assert task.prompt["bad"][1] == 'A complaint. The review reads: "'
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_what_was_answered_is_not_lost(monkeypatch, tmp_path, models):
+    answers = ["my note", "odd", "", "odder", "", ""]
+    chosen = ["--llm", models / "gemma3", "--slm", models / "bert", "--encoder", models / "encoder"]
+    monkeypatch.setattr(sys, "stdin", Terminal("\n".join(answers) + "\n"))
+    monkeypatch.setattr("sys.argv", ["crosslm", "init", *map(str, [tmp_path / "asked", *chosen])])
+    monkeypatch.setattr(starter, "draft", refuse)
+    with pytest.raises(ConfigError) as refused:
+        cli.app(standalone_mode=False)
+    assert (
+        str(refused.value) == "no word\nYour answers, to give them again: '--kind=my note' --label=odd= --label=odder="
+    )
+
+
+def refuse(*_):
+    raise ConfigError("no word")
+
+
+def test_a_model_is_looked_for_before_anything_is_asked(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdin", Terminal(""))  # a question would end in Abort
+    monkeypatch.setattr("sys.argv", ["crosslm", "init", str(tmp_path / "asked"), "--slm", "./none"])
+    with pytest.raises(ModelError, match=r"--slm = '\./none': no such model folder"):
+        cli.app(standalone_mode=False)
+
+
+def test_a_model_folder_is_written_whole(shell, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(models)
+    labels = ("--label", "good=", "--label", "bad=")
+    code, _, err = shell(
+        "init", tmp_path / "new", *labels, "--llm", "gemma3", "--slm", "./bert", "--encoder", "encoder"
+    )
+    assert code == 0, err
+    config = load(tmp_path / "new" / "new.toml")
+    assert [config.llm.model, config.slm.models[0].model] == [str(models / "gemma3"), str(models / "bert")]
 
 
 def test_a_pipe_is_not_asked(start):
@@ -206,6 +243,7 @@ def test_the_doctor_looks_at_the_machine(shell):
         ("data.label_column=class", "no column 'class'; its columns are: text, label"),
         ("llm.sample=3", "unknown key llm.sample; did you mean 'samples'?"),
         ("evaluation.perplexity_text=none.txt", "error   data: "),
+        ("gate.public_texts=none.csv", "error   data: "),
     ],
 )
 def test_the_doctor_finds_an_error_and_ends_with_code_2(shell, workplace, models, change, message):
@@ -213,6 +251,13 @@ def test_the_doctor_finds_an_error_and_ends_with_code_2(shell, workplace, models
     code, out, err = shell("doctor", workplace / "tickets.toml", "--set", change)
     assert (code, err) == (2, "")
     assert message in out
+
+
+def test_the_doctor_knows_which_classifiers_may_travel(shell, workplace, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    code, out, _ = shell("doctor", workplace / "tickets.toml", "--set", f"slm.models=[{{model='{tmp_path}'}}]")
+    assert code == 2
+    assert "cannot be uploaded: its model type 't5' is not one of" in out
 
 
 def test_the_doctor_says_all_at_once(shell, workplace):
@@ -263,6 +308,19 @@ def test_one_file_that_is_split_is_counted_for_each_client(shell, settings, tmp_
     assert code == 0
     assert "client client-0: " in out
     assert "client client-1: " in out
+
+
+def test_the_doctor_looks_for_what_the_configuration_asks_for(shell, workplace, monkeypatch):
+    monkeypatch.setattr("crosslm.tracking._installed", lambda name: name == "trackio")
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    changes = ("--set", "tracking=['wandb']", "--set", "privacy.epsilon=8")
+    code, out, _ = shell("doctor", workplace / "tickets.toml", *changes)
+    assert code == 2
+    assert "error   tracking: tracking names 'wandb', which is not installed: pip install wandb" in out
+    assert "error   privacy.epsilon: privacy.epsilon needs Opacus: pip install 'crosslm[privacy]'" in out
+    code, out, _ = shell("doctor", workplace / "tickets.toml", "--set", "tracking=['trackio']")
+    assert code == 0
+    assert "ok      tracking: trackio" in out
 
 
 def test_no_weights_are_read(shell, workplace, monkeypatch):

@@ -177,4 +177,7 @@ def test_the_others_keep_figures_on_this_machine(name, left, tmp_path):
         command, cwd=tmp_path, env={**os.environ, **where}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert list(tmp_path.glob(left))
+    kept = list(tmp_path.glob(left))
+    assert kept
+    if name == "trackio":
+        assert any(b'"slm/accuracy":0.8' in path.read_bytes() for path in kept)

@@ -223,7 +223,7 @@ def _guarantee(summary: Mapping[str, Any], clients: Sequence[str]) -> str:
     bounds = {client: bound for client, bound in (summary.get("privacy") or {}).items() if client in clients}
     if set(bounds) != set(clients):
         return (
-            "without differential privacy for all of them: no privacy guarantee\n"
+            f"without differential privacy{' for all of them' if bounds else ''}: no privacy guarantee\n"
             "holds, and weights can reveal things about the text that they were fitted to."
         )
     told = ", ".join(

@@ -234,6 +234,8 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig", "surrogateescape")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; name one that is there") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read; is the file whole, and yours to read? {error}") from error
 

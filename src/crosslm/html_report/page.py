@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import importlib.util
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ def render(views: list[RunView]) -> str:
         "number": number,
         "signed": lambda value, digits=3: number(value, digits, sign="+"),
         "interval": interval,
+        "gain_interval": gain_interval,
         "size": size,
         "moment": moment,
     }
@@ -134,13 +136,21 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tup
 
 
 def number(value: float | None, digits: int = 3, sign: str = "-") -> str:
-    """A figure, with a real minus sign; a dash where there is none."""
-    return "–" if value is None else f"{value:{sign},.{digits}f}".replace("-", "−")
+    """A figure, with a real minus sign; no sign at a zero, a dash where there is none."""
+    if value is None:
+        return "–"
+    value = round(value, digits)
+    return f"{value:{sign},.{digits}f}".replace("-", "−") if value else f"{0:.{digits}f}"
 
 
 def interval(ends: Interval | None, digits: int = 3, sign: str = "-") -> str:
     """An interval, or nothing."""
     return "" if ends is None else f"{number(ends[0], digits, sign)} to {number(ends[1], digits, sign)}"
+
+
+def gain_interval(ends: Interval | None) -> str:
+    """The interval of a gain; in words where both classifiers got the same rows right, of which no draw can differ."""
+    return "same rows right" if ends == (0.0, 0.0) else interval(ends, 3, "+")
 
 
 def size(count: float) -> str:
@@ -168,5 +178,10 @@ def _asset(name: str) -> str:
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: str(value)}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: _shown(value)}
     return flat
+
+
+def _shown(value: Any) -> str:
+    """A value as it would stand in the file, text without its quotes."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from crosslm.html_report.collect import METHODS, Arrival, RunView
 from crosslm.report import METHODS as METHOD_NAMES
@@ -217,6 +218,8 @@ def update_chart(arrivals: Sequence[Arrival], title: str, series: dict[str, str]
                 axes.axvline(begin - 0.5, color=GRID, linewidth=0.8, linestyle="--")
             axes.set_title(name, loc="left", fontsize=9)
             axes.locator_params(axis="y", nbins=4)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
 
         return draw
 

@@ -70,24 +70,34 @@ def wait_for_server(address: str, ca: Path, note: Note) -> None:
     Raises:
         FederationError: its certificate is another's, or is for another name.
     """
-    host, _, port = address.rpartition(":")
-    context = ssl.create_default_context(cafile=str(ca))
     told = False
     while True:
         try:
-            with socket.create_connection((host, int(port)), timeout=10) as plain:
-                context.wrap_socket(plain, server_hostname=host).close()
-            return
-        except ssl.SSLCertVerificationError as error:
-            raise FederationError(
-                f"the certificate of {address} was not signed by the authority in {ca}, or is for another name "
-                f"({error.verify_message}); is this kit of the same federation as the server's?"
-            ) from error
+            return greet(address, ca)
         except OSError as error:
             if not told:
                 note(f"{address} does not answer yet ({error}); trying until it does")
                 told = True
             time.sleep(RESTART)
+
+
+def greet(address: str, ca: Path) -> None:
+    """Find out that a server with a certificate of the federation's authority answers at an address, and hang up.
+
+    Raises:
+        FederationError: its certificate is another's, or is for another name.
+        OSError: nobody answers, or not in TLS.
+    """
+    host, _, port = address.rpartition(":")
+    context = ssl.create_default_context(cafile=str(ca))
+    try:
+        with socket.create_connection((host, int(port)), timeout=10) as plain:
+            context.wrap_socket(plain, server_hostname=host).close()
+    except ssl.SSLCertVerificationError as error:
+        raise FederationError(
+            f"the certificate of {address} was not signed by the authority in {ca}, or is for another name "
+            f"({error.verify_message}); is this kit of the same federation as the server's?"
+        ) from error
 
 
 def _look_into_end(node: Child, silo: Silo, refused_since: float | None, note: Note) -> float | None:

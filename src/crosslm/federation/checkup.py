@@ -1,0 +1,233 @@
+"""``crosslm doctor KIT``: what would stop a server or a silo between machines, found before it starts."""
+
+import datetime
+import errno
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from crosslm import doctor
+from crosslm.config import SLMSpec
+from crosslm.data import is_there, load_examples
+from crosslm.doctor import Finding
+from crosslm.errors import CrosslmError, DataError, FederationError
+from crosslm.federation.flower.processes import program
+from crosslm.federation.flower.silo_processes import greet
+from crosslm.federation.kits import (
+    SERVER_FILE,
+    SILO_FILE,
+    ServerSettings,
+    SiloSettings,
+    read_server,
+    read_silo,
+    server_config,
+    silo_names,
+)
+from crosslm.federation.silo import Silo
+from crosslm.models.architecture import check_travels
+from crosslm.models.private_fit import require_opacus
+from crosslm.models.slm import check_layers
+from crosslm.preparation import describe_spec
+
+FEW_DAYS = 30
+News = Callable[[str], None]
+
+
+def is_kit(folder: Path) -> bool:
+    """Whether ``crosslm provision`` made this folder."""
+    return (folder / SERVER_FILE).is_file() or (folder / SILO_FILE).is_file()
+
+
+def examine_kit(kit: Path, cache: Path, on_news: News = lambda _: None) -> Iterator[Finding]:
+    """Look at the machine, and at what a kit needs of it: settings, certificates, ports, data, models.
+
+    Nothing is started, and nothing is sent but a TLS greeting from a silo to its server.
+
+    Args:
+        kit: of the server or of a silo.
+        cache: where converted models are kept.
+        on_news: told before something takes long.
+    """
+    yield doctor.python()
+    missing = list(doctor.packages("federation"))
+    yield from missing
+    yield doctor.disk(kit, "kit")
+    if any(finding.level == "error" for finding in missing):
+        return
+    try:
+        if (kit / SERVER_FILE).is_file():
+            yield from _server(kit, read_server(kit), cache, on_news)
+        else:
+            yield from _silo(kit, read_silo(kit), cache, on_news)
+    except CrosslmError as error:
+        yield from (Finding("error", "kit", line) for line in str(error).splitlines())
+
+
+def _server(kit: Path, settings: ServerSettings, cache: Path, on_news: News) -> Iterator[Finding]:
+    config = server_config(kit)
+    labels = ", ".join(config.task.labels)
+    yield Finding("ok", "kit", f"server of {settings.experiment} at {settings.address}, labels {labels}")
+    yield _program("flower-superlink")
+    yield from _authority(kit)
+    yield from _server_certificate(kit, settings)
+    yield from _secret(kit / "server.key")
+    yield _listens(kit, settings.bind, int(settings.address.rpartition(":")[2]), "change address in server.toml")
+    yield _listens(kit, "127.0.0.1", settings.superlink_port, "choose another superlink_port in server.toml")
+    silos = silo_names(kit)
+    if silos:
+        yield Finding("ok", "silos", f"{', '.join(silos)} are known by their keys")
+    else:
+        yield Finding("error", "silos", f"{kit / 'silos'} has no public key of a silo: make the kits again")
+    yield doctor.device(config.device)
+    yield _test_rows(kit)
+    named, folders = {"llm.model": config.llm.model, "selection.encoder": config.selection.encoder}, dict[str, str]()
+    yield from doctor.find_models(named, folders, cache, on_news)
+    if config.llm.model in folders:
+        yield from doctor.verbalizers(config, folders[config.llm.model])
+
+
+def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iterator[Finding]:
+    yield Finding("ok", "kit", f"silo {settings.id} of {settings.experiment}, labels {', '.join(settings.labels)}")
+    yield _program("flower-supernode")
+    yield from _authority(kit)
+    yield from _secret(kit / "silo.key")
+    yield _answers(kit, settings.server)
+    yield _listens(kit, "127.0.0.1", settings.runtime_port, "choose another runtime_port in silo.toml")
+    yield doctor.device(settings.device)
+    silo = Silo(kit, cache)
+    try:
+        yield doctor.count_rows("data", settings.data.train, silo.private(), settings.labels)
+    except CrosslmError as error:
+        yield Finding("error", "data", str(error))
+    if settings.privacy.epsilon:
+        require_opacus()
+        yield Finding("ok", "privacy.epsilon", f"{settings.privacy.epsilon:g}, by DP-SGD")
+    named, folders = {"slm.model": settings.slm.model}, dict[str, str]()
+    if settings.privacy.checks_leaks:
+        named["encoder"] = settings.encoder
+    yield from doctor.find_models(named, folders, cache, on_news)
+    if settings.slm.model in folders:
+        yield _classifier(settings.slm, folders[settings.slm.model])
+
+
+def _program(name: str) -> Finding:
+    try:
+        return Finding("ok", "flower", program(name))
+    except FederationError as error:
+        return Finding("error", "flower", str(error))
+
+
+def _classifier(spec: SLMSpec, folder: str) -> Finding:
+    try:
+        check_layers(folder, spec.num_hidden_layers, "slm")
+        check_travels(folder, "slm")
+    except CrosslmError as error:
+        return Finding("error", "slm", str(error))
+    return Finding("ok", "slm", f"trains {describe_spec(spec)}")
+
+
+def _test_rows(kit: Path) -> Finding:
+    """Test rows are wanted on the server, and not needed."""
+    config = server_config(kit)
+    name = str(config.data.test)
+    if not is_there(name, config.data):
+        what = "no accuracy will be known here, and the training is the same; put rows there that the server may see"
+        return Finding("warning", "data.test", f"{kit / name} is not there: {what}")
+    try:
+        loaded = load_examples(name, config.data, config.task.labels)
+    except DataError as error:
+        return Finding("error", "data.test", str(error))
+    return doctor.count_rows("data.test", loaded.source, loaded.examples, config.task.labels, test=True)
+
+
+def _authority(kit: Path) -> Iterator[Finding]:
+    """The certificate by which both sides know the federation."""
+    from cryptography import x509
+
+    path = kit / "ca.crt"
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        yield Finding("error", "ca.crt", f"{path}: {error}; copy it from another kit of this federation")
+        return
+    yield _dates("ca.crt", certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+
+
+def _server_certificate(kit: Path, settings: ServerSettings) -> Iterator[Finding]:
+    """Whether silos will accept the server: by date, signature, key and name."""
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        certificate = x509.load_pem_x509_certificate((kit / "server.crt").read_bytes())
+        key = load_pem_private_key((kit / "server.key").read_bytes(), None)
+        authority = x509.load_pem_x509_certificate((kit / "ca.crt").read_bytes())
+    except (OSError, ValueError) as error:
+        yield Finding("error", "server.crt", f"{kit}: {error}; take server.crt, server.key and ca.crt of one kit")
+        return
+    yield _dates("server.crt", certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+    if certificate.public_key() != key.public_key():
+        yield Finding("error", "server.crt", "does not belong to server.key: take both from the same kit")
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        yield Finding("error", "server.crt", "was not signed by the authority in ca.crt: take both from the same kit")
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    known = {*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))}
+    host = settings.address.rpartition(":")[0]
+    if host not in known:
+        message = f"is for {', '.join(sorted(known))}, and silos connect to {host}: they refuse it; provision again"
+        yield Finding("error", "server.crt", message)
+
+
+def _dates(subject: str, begin: datetime.datetime, end: datetime.datetime) -> Finding:
+    """Whether a certificate is valid now, and for some time."""
+    now = datetime.datetime.now(datetime.UTC)
+    if now < begin:
+        return Finding("error", subject, f"is valid from {begin:%Y-%m-%d %H:%M} UTC on; look at this machine's clock")
+    if now > end:
+        return Finding("error", subject, f"has expired on {end:%Y-%m-%d}; run crosslm provision with another --output")
+    days = (end - now).days
+    if days < FEW_DAYS:
+        message = f"expires in {days} days, on {end:%Y-%m-%d}; if the run takes longer, provision again"
+        return Finding("warning", subject, message)
+    return Finding("ok", subject, f"valid until {end:%Y-%m-%d}")
+
+
+def _secret(path: Path) -> Iterator[Finding]:
+    """A private key that others on this machine can read is a secret no more."""
+    if not path.is_file():
+        yield Finding("error", path.name, f"{path}: no such file; bring it here again from where the kit was made")
+    elif path.stat().st_mode & 0o077:
+        yield Finding("warning", path.name, f"{path} can be read by others on this machine: chmod 600 {path}")
+
+
+def _listens(kit: Path, host: str, port: int, otherwise: str) -> Finding:
+    """Whether a port is free, or this kit's own server has it."""
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                return Finding("error", "port", f"{host}:{port}: {error.strerror}; {otherwise}")
+        else:
+            return Finding("ok", "port", f"{host}:{port} is free")
+    try:
+        greet(f"localhost:{port}", kit / "ca.crt")
+    except (FederationError, OSError):
+        return Finding("error", "port", f"{host}:{port} is in use by another program; end it, or {otherwise}")
+    return Finding("ok", "port", f"{host}:{port} is in use by a server of this federation, which runs already")
+
+
+def _answers(kit: Path, server: str) -> Finding:
+    """Whether a silo reaches its server."""
+    try:
+        greet(server, kit / "ca.crt")
+    except FederationError as error:
+        return Finding("error", "server", str(error))
+    except OSError as error:
+        what = "is crosslm server running, and may this machine connect to it? crosslm client waits until it answers"
+        return Finding("warning", "server", f"{server} does not answer ({error}); {what}")
+    return Finding("ok", "server", f"{server} answers with a certificate of this federation")

@@ -1,0 +1,206 @@
+"""``crosslm doctor KIT``: certificates, keys, ports, data and models of a server and of a silo."""
+
+import socket
+import ssl
+import threading
+
+import pytest
+from test_federation import federated  # noqa: F401  the fixture
+
+from crosslm import doctor
+from crosslm.config import Config, SLMSpec
+from crosslm.federation import provision as provision_module
+from crosslm.federation.kits import SERVER_FILE, SILO_FILE, dump, read_server, read_silo
+from crosslm.federation.provision import provision
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def made(tables, folder, address=None):
+    """Kits whose ports are free."""
+    provision(Config.model_validate(tables), address or f"localhost:{free_port()}", folder)
+    change(folder / "server", superlink_port=free_port())
+    for silo in (folder / "silos").iterdir():
+        change(silo, runtime_port=free_port())
+    return folder
+
+
+def change(kit, **fields):
+    name, read = (SERVER_FILE, read_server) if (kit / SERVER_FILE).exists() else (SILO_FILE, read_silo)
+    (kit / name).write_text(dump(read(kit).model_copy(update=fields)))
+
+
+@pytest.fixture
+def kits(federated, tmp_path, data_folder):  # noqa: F811
+    folder = made(federated, tmp_path / "kits")
+    (folder / "silos" / "silo-0" / "silo-0.csv").write_bytes((data_folder / "silo-0.csv").read_bytes())
+    return folder
+
+
+@pytest.fixture
+def serving():
+    """Answer in TLS with a kit's certificate, as ``crosslm server`` does, until the test is over."""
+    opened = []
+
+    def serve(kit, port):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(kit / "server.crt", kit / "server.key")
+        listener = socket.create_server(("127.0.0.1", port))
+        opened.append(listener)
+
+        def answer():
+            while True:
+                try:
+                    context.wrap_socket(listener.accept()[0], server_side=True).close()
+                except ssl.SSLError:
+                    continue  # whom the certificate does not please hangs up
+                except OSError:
+                    return
+
+        threading.Thread(target=answer, daemon=True).start()
+
+    yield serve
+    for listener in opened:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def deeper(kit):
+    return read_silo(kit).slm.model_copy(update={"num_hidden_layers": 9})
+
+
+def port_of(kits):
+    return int(read_server(kits / "server").address.rpartition(":")[2])
+
+
+def lines(out, level):
+    return [line for line in out.splitlines() if line.startswith(level)]
+
+
+def test_a_good_server_kit(kits, shell):
+    code, out, err = shell("doctor", kits / "server")
+    assert (code, err) == (0, "")
+    assert lines(out, "error") == []
+    (warning,) = lines(out, "warning")
+    assert "test.csv is not there: no accuracy will be known here" in warning
+    for words in ("ok      ca.crt: valid until ", "ok      server.crt: valid until ", "silo-0, silo-1 are known by",
+                  f"0.0.0.0:{port_of(kits)} is free", "told apart by their first tokens"):  # fmt: skip
+        assert words in out, words
+
+
+def test_a_good_silo_kit_before_and_while_the_server_runs(kits, shell, serving):
+    kit = kits / "silos" / "silo-0"
+    code, out, err = shell("doctor", kit)
+    assert (code, err) == (0, "")
+    few, server = sorted(lines(out, "warning"))
+    assert f"server: localhost:{port_of(kits)} does not answer" in server
+    assert "data: silo-0.csv: 15 rows" in few
+    serving(kits / "server", port_of(kits))
+    code, out, _ = shell("doctor", kit)
+    assert (code, lines(out, "warning")) == (0, [few])
+    assert "answers with a certificate of this federation" in out
+
+
+def test_a_silo_sees_that_another_federation_answers(kits, federated, shell, serving, tmp_path):  # noqa: F811
+    other = made(federated, tmp_path / "other", f"localhost:{port_of(kits)}")
+    serving(other / "server", port_of(kits))
+    code, out, _ = shell("doctor", kits / "silos" / "silo-0")
+    assert code == 2
+    assert "was not signed by the authority in" in "\n".join(lines(out, "error"))
+
+
+def test_a_port_that_is_taken_and_one_that_the_server_itself_has(kits, shell, serving):
+    with socket.create_server(("127.0.0.1", read_server(kits / "server").superlink_port)):
+        code, out, _ = shell("doctor", kits / "server")
+    assert code == 2
+    assert "is in use by another program; end it, or choose another superlink_port in server.toml" in out
+    serving(kits / "server", port_of(kits))
+    code, out, _ = shell("doctor", kits / "server")
+    assert code == 0
+    assert f"0.0.0.0:{port_of(kits)} is in use by a server of this federation, which runs already" in out
+
+
+@pytest.mark.parametrize(
+    ("days", "code", "message"),
+    [(0, 2, "error   server.crt: has expired on "), (10, 0, "warning server.crt: expires in 9 days, on ")],
+)
+def test_certificates_that_end(federated, shell, tmp_path, monkeypatch, days, code, message):  # noqa: F811
+    monkeypatch.setattr(provision_module, "VALID_DAYS", days)
+    kits = made(federated, tmp_path / "kits")
+    found, out, _ = shell("doctor", kits / "server")
+    assert found == code
+    assert message in out
+    assert message.replace("server.crt", "ca.crt") in out
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["server.key"], "server.crt: does not belong to server.key"),
+        (["ca.crt"], "server.crt: was not signed by the authority in ca.crt"),
+    ],
+)
+def test_files_of_two_federations_do_not_fit(kits, federated, shell, tmp_path, names, message):  # noqa: F811
+    other = made(federated, tmp_path / "other")
+    for name in names:
+        (kits / "server" / name).write_bytes((other / "server" / name).read_bytes())
+    code, out, _ = shell("doctor", kits / "server")
+    assert code == 2
+    assert message in out
+
+
+def test_a_certificate_for_another_name_and_no_silo(kits, shell):
+    change(kits / "server", address=f"server.example.org:{port_of(kits)}")
+    for path in (kits / "server" / "silos").iterdir():
+        path.unlink()
+    code, out, _ = shell("doctor", kits / "server")
+    assert code == 2
+    assert "is for 127.0.0.1, localhost, and silos connect to server.example.org" in out
+    assert "has no public key of a silo" in out
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda kit: (kit / "silo.key").unlink(), "error   silo.key: "),
+        (lambda kit: (kit / "silo.key").chmod(0o644), "warning silo.key: "),
+        (lambda kit: (kit / "ca.crt").write_text("no certificate"), "error   ca.crt: "),
+        (lambda kit: (kit / "silo-0.csv").unlink(), "silo-0.csv: no such file; put the labelled text there, or change"),
+        (lambda kit: change(kit, device="cuda:99"), "error   device: "),
+        (lambda kit: (kit / SILO_FILE).write_text("id = 3"), "error   kit: "),
+        (lambda kit: change(kit, slm=SLMSpec(model="./no")), "slm.model = './no': no such model folder"),
+        (lambda kit: change(kit, slm=deeper(kit)), "error   slm: "),
+    ],
+)
+def test_what_a_silo_lacks(kits, shell, damage, message):
+    kit = kits / "silos" / "silo-0"
+    damage(kit)
+    code, out, _ = shell("doctor", kit)
+    assert code == (0 if message.startswith("warning") else 2)
+    assert message in out
+
+
+def test_without_the_extra_it_says_so_and_looks_no_further(kits, shell, monkeypatch):
+    monkeypatch.setattr(doctor, "requires", lambda _: ["no-such-flower; extra == 'federation'"])
+    code, out, _ = shell("doctor", kits / "server")
+    assert code == 2
+    assert "package no-such-flower: not installed; pip install 'crosslm[federation]'" in out
+    assert "server.crt" not in out
+
+
+def test_a_kit_is_no_configuration(kits, shell):
+    code, _, err = shell("doctor", kits / "server", "--set", "seed=1")
+    assert code == 2
+    assert "--set and --data-dir are not for a kit" in err
+
+
+def test_a_kit_of_the_other_side_is_named(kits, shell, monkeypatch):
+    monkeypatch.setattr("crosslm.federation.flower.processes.end_on_sigterm", lambda: None)  # this process is pytest's
+    for command, kit, right in (("server", "silos/silo-0", "client"), ("client", "server", "server")):
+        code, _, err = shell(command, kits / kit)
+        assert code == 2
+        assert f"start it with: crosslm {right} " in err
