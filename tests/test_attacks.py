@@ -79,6 +79,7 @@ def four(models, writer, tmp_path_factory):
             "name": "four",
             "device": "cpu",
             "tracking": [],
+            "reward": {"teachers": 1},  # an attacker that judges alone does the most harm
             "task": TASK,
             "data": {
                 "dir": str(folder),

@@ -11,6 +11,7 @@ from crosslm import snapshot
 from crosslm.algorithm.rewards import correct_prior
 from crosslm.client import Client
 from crosslm.config import RewardConfig
+from crosslm.errors import QuarantineError
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
 from crosslm.records import Examples
@@ -93,6 +94,18 @@ def test_a_served_slm_rewards_the_next_ones_texts_too(models, config, task, uplo
     labels = record.pool.labels
     rewards = torch.tensor([receipt.reward for receipt in record.receipts])
     torch.testing.assert_close(rewards, 2 * expected[torch.arange(len(labels)), labels] - 1)
+
+
+def test_who_may_not_reward_the_llm_never_judges_beside_others(models, config, task, uploads):
+    class Shut:
+        def judge(self, slm, upload):
+            raise QuarantineError(f"client {upload.client_id}: quarantined", {})
+
+    server = server_of(models, config, task)
+    server.gate = Shut()
+    with pytest.raises(QuarantineError):
+        server.step(uploads[0])
+    assert not server.teachers.members
 
 
 def test_those_who_judge_are_the_same_after_a_stop(models, config, task, uploads):
