@@ -408,6 +408,46 @@ def test_the_gateway_passes_on_what_silos_ask_and_nothing_else(monkeypatch, tmp_
     assert (sly, encoded) == (404, 404)
 
 
+@pytest.mark.parametrize("error", ["ConnectError", "RemoteProtocolError", "ReadError", "ReadTimeout"])
+def test_a_superlink_that_is_away_or_dies_in_a_request_is_told_as_503(monkeypatch, kits, error):
+    """Which SuperNodes take for a reason to try again."""
+    import httpx
+
+    def away(request):
+        raise getattr(httpx, error)("gone")
+
+    real = httpx.AsyncClient
+    made = lambda base_url, **_: real(base_url=base_url, transport=httpx.MockTransport(away))  # noqa: E731
+    monkeypatch.setattr(gateway.httpx, "AsyncClient", made)
+    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server" / "ca.crt")
+
+    async def ask():
+        async with real(transport=httpx.ASGITransport(outer), base_url="https://server") as client:
+            return await client.post("/v1/fleet/pull-messages", content=b"body")
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.text) == (503, "the SuperLink is not running\n")
+
+
+def test_a_silo_that_is_gone_before_it_has_sent_is_no_error_of_the_gateway(monkeypatch, kits):
+    import httpx
+
+    real, sent = httpx.AsyncClient, []
+    made = lambda base_url, **_: real(base_url=base_url, transport=httpx.MockTransport(lambda _: httpx.Response(200)))  # noqa: E731
+    monkeypatch.setattr(gateway.httpx, "AsyncClient", made)
+    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server" / "ca.crt")
+    scope = {"type": "http", "method": "POST", "path": "/v1/fleet/push-object", "headers": [], "query_string": b""}
+
+    async def gone():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(outer(scope, gone, send))
+    assert sent[0]["status"] == 499
+
+
 # -- the exchange over a grid ----------------------------------------------------------------
 
 
