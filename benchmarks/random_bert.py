@@ -6,6 +6,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
 SHAPES = ((200.0, 768, 30522), (20.0, 384, 30522), (1.0, 128, 1000), (0.0, 32, 200))
 """From so many megabytes: width and vocabulary; of the widths, 768 is BERT-base's and 384 MiniLM's."""
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -15,8 +18,6 @@ def random_bert(folder: Path, megabytes: float) -> None:
     """Write a model folder of about this size: as many layers as fit, at least one."""
     width, words = next((width, words) for least, width, words in SHAPES if megabytes >= least)
     layers = max(1, round((megabytes * 1e6 / 4 - words * width) / (12 * width**2)))
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     config = BertConfig(
         vocab_size=words,
         hidden_size=width,
