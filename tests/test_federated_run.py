@@ -10,10 +10,11 @@ from conftest import BAD, GOOD, TASK, sentences
 from made_run import write_run
 from rich.console import Console
 from test_federation import MemoryGrid, flower_run  # noqa: F401  the latter a fixture
+from test_tracking import Keeps
 
-from crosslm import experiment
+from crosslm import experiment, tracking
 from crosslm.config import Config
-from crosslm.errors import ModelError, QuarantineError, RunError
+from crosslm.errors import ConfigError, ModelError, QuarantineError, RunError
 from crosslm.experiment import run_local
 from crosslm.federation.deployment import Deployment, measured_on
 from crosslm.federation.exchange import serve
@@ -29,6 +30,7 @@ from crosslm.html_report.collect import RunView
 from crosslm.html_report.findings import findings
 from crosslm.html_report.page import render
 from crosslm.rundir import RunDir
+from crosslm.tracking import figures_of
 from crosslm.watch import watch
 
 # Flower, after our package has told it to be quiet
@@ -414,6 +416,61 @@ def test_downloads_go_out_though_the_llm_cannot_be_measured_and_a_restart_comple
     assert set(summary["clients"]) == set(SILOS)
     assert (summary["not_delivered"], summary["not_uploaded"]) == ([], {})
     assert AT_THE_SILO in render([RunView.read(RunDir.open(kit / "run"))])
+    spool.close()
+
+
+def tracker_of(run, method="data_free_kd"):
+    """What a tracker gets of the events of a run, without a method's figures."""
+    updates, logged = 0, []
+    for event in RunDir(run).events():
+        updates += event["event"] == "update"
+        figures, axis, place = figures_of(event, updates)
+        if kept := {name: value for name, value in figures.items() if method not in name}:
+            logged.append((kept, axis, place))
+    return logged
+
+
+@pytest.mark.usefixtures("flower_run")
+@pytest.mark.parametrize("rows", [True, False], ids=["test rows", "none"])
+def test_trackers_get_what_they_get_of_a_run_in_one_process(tables, local, tmp_path, monkeypatch, rows):
+    """Names, places and figures; without test rows all but the accuracies that nobody can know."""
+    made = []
+    monkeypatch.setenv("CROSSLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tracking, "wanted", lambda _: ("mine",))
+    monkeypatch.setitem(tracking.TRACKERS, "mine", lambda *given: made.append(Keeps(*given)) or made[0])
+    provision(Config.model_validate(tables), "localhost:9400", tmp_path / "kits")
+    kit = tmp_path / "kits" / "server"
+    for name in ("public.csv", *(("test.csv", "plain.txt") if rows else ())):
+        shutil.copy(Path(tables["data"]["dir"]) / name, kit)
+    spool = Spool(kit / "spool")
+    silos = {decode_upload(upload).client_id: silo_with(upload) for upload in local[1]}
+    for name, upload in zip(silos, local[1], strict=True):
+        spool.put(name, 0, [upload])  # in the order in which they came there
+    server_app.serve_kit(kit, MemoryGrid(silos), spool)
+    spool.close()
+    (tracker,) = made
+    assert tracker.closed
+    expected = tracker_of(local[0])
+    if rows:
+        assert tracker.logged == expected
+        return
+    assert [(axis, place) for _, axis, place in tracker.logged] == [(axis, place) for _, axis, place in expected]
+    unknown = {name for figures, _, _ in expected for name in figures} - {
+        name for figures, _, _ in tracker.logged for name in figures
+    }
+    accuracies = {f"slm/accuracy/{silo}" for silo in SILOS} | {"slm/accuracy", "slm/standalone"}
+    assert unknown == accuracies | {"llm/nlu_accuracy", "llm/perplexity"}
+
+
+@pytest.mark.usefixtures("flower_run")
+def test_a_tracker_that_is_not_installed_ends_the_server_before_models_load(tables, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "_installed", lambda name: False)
+    provision(Config.model_validate(tables | {"tracking": ["mlflow"]}), "localhost:9400", tmp_path / "kits")
+    kit = tmp_path / "kits" / "server"
+    spool = Spool(kit / "spool")
+    with pytest.raises(ConfigError, match="tracking names 'mlflow', which is not installed"):
+        server_app.serve_kit(kit, MemoryGrid({}), spool)
+    assert not (kit / "run").exists()
     spool.close()
 
 

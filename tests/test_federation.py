@@ -26,9 +26,10 @@ from crosslm.config import Config, FederationConfig, PrivacyConfig
 from crosslm.errors import DataError, FederationError, LeakError, RunError, UploadError
 from crosslm.federation import silo as silo_module
 from crosslm.federation import spool as spool_module
-from crosslm.federation.flower import client_app, gateway, processes
+from crosslm.federation.flower import client_app, gateway, processes, server_processes, silo_processes
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import PART, joined, split
+from crosslm.federation.flower.silo_processes import run_silo
 from crosslm.federation.intake import Intake
 from crosslm.federation.kits import KIT, SILO_FILE, dump, read_server, read_silo, server_config, silo_names
 from crosslm.federation.messages import decode_upload, encode
@@ -407,6 +408,46 @@ def test_the_gateway_passes_on_what_silos_ask_and_nothing_else(monkeypatch, tmp_
     assert (sly, encoded) == (404, 404)
 
 
+@pytest.mark.parametrize("error", ["ConnectError", "RemoteProtocolError", "ReadError", "ReadTimeout"])
+def test_a_superlink_that_is_away_or_dies_in_a_request_is_told_as_503(monkeypatch, kits, error):
+    """Which SuperNodes take for a reason to try again."""
+    import httpx
+
+    def away(request):
+        raise getattr(httpx, error)("gone")
+
+    real = httpx.AsyncClient
+    made = lambda base_url, **_: real(base_url=base_url, transport=httpx.MockTransport(away))  # noqa: E731
+    monkeypatch.setattr(gateway.httpx, "AsyncClient", made)
+    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server" / "ca.crt")
+
+    async def ask():
+        async with real(transport=httpx.ASGITransport(outer), base_url="https://server") as client:
+            return await client.post("/v1/fleet/pull-messages", content=b"body")
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.text) == (503, "the SuperLink is not running\n")
+
+
+def test_a_silo_that_is_gone_before_it_has_sent_is_no_error_of_the_gateway(monkeypatch, kits):
+    import httpx
+
+    real, sent = httpx.AsyncClient, []
+    made = lambda base_url, **_: real(base_url=base_url, transport=httpx.MockTransport(lambda _: httpx.Response(200)))  # noqa: E731
+    monkeypatch.setattr(gateway.httpx, "AsyncClient", made)
+    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server" / "ca.crt")
+    scope = {"type": "http", "method": "POST", "path": "/v1/fleet/push-object", "headers": [], "query_string": b""}
+
+    async def gone():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(outer(scope, gone, send))
+    assert sent[0]["status"] == 499
+
+
 # -- the exchange over a grid ----------------------------------------------------------------
 
 
@@ -624,6 +665,59 @@ def test_bytes_survive_as_arrays():
     assert b"".join(joined(arrays)) == data
     assert len(arrays) == 0
     assert isinstance(ConfigRecord({"round": 1})["round"], int)
+
+
+def test_a_silo_stays_until_the_server_knows_of_its_last_round(silo, monkeypatch):
+    """It may have been killed, or the server may have been away, when the answer was on its way."""
+    notes, said = [], ["Sending: train.upload", "Sent successfully"]
+    code = "import sys, time; print(*sys.argv[1:], sep=chr(10), flush=True); time.sleep(60)"
+    monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: None)
+    monkeypatch.setattr(silo_processes, "supernode_command", lambda _: [sys.executable, "-c", code, *said])
+    monkeypatch.setattr(silo_processes, "CONFIRM_TIME", 1.0)
+    write_whole(silo.state / "installed.json", [b'{"rounds": 1}'])
+    began = time.time()
+    run_silo(silo, notes.append)
+    assert time.time() - began > 1.0  # nobody asked
+    (silo.state / "confirmed.json").unlink()
+    monkeypatch.setattr(silo_processes, "CONFIRM_TIME", 300.0)
+    said += ["Sending: train.install", "Sent successfully"]
+    run_silo(silo, notes.append)
+    assert silo.confirmed
+    run_silo(silo, notes.append)  # and when it is started again, it does not connect
+    assert notes[-1] == "silo silo-0: all 1 rounds that it agreed to are complete"
+    change(silo.kit, max_participations=2)
+    assert not Silo(silo.kit, silo.cache).confirmed
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_superlink_that_dies_while_it_is_told_of_keys_is_started_again(kits, monkeypatch, dies):
+    """Only a command that fails though the SuperLink runs ends the server."""
+
+    def fails(*_):
+        if dies:
+            server.superlink.process.kill()
+            server.superlink.process.wait()
+        raise FederationError("flwr supernode register failed")
+
+    code = [sys.executable, "-c", "import time; print('started', flush=True); time.sleep(60)"]
+    notes = []
+    monkeypatch.setattr(server_processes, "superlink_command", lambda _: code)
+    monkeypatch.setattr(server_processes, "wait_for_port", lambda *_: None)
+    monkeypatch.setattr(server_processes, "flwr", fails)
+    monkeypatch.setattr(server_processes, "RESTART", 0.0)
+    server = server_processes.ServerProcesses(kits / "server", notes.append)
+    try:
+        if not dies:
+            with pytest.raises(FederationError, match="register failed"):
+                server._keep_up()
+            return
+        server._keep_up()
+        assert notes == []
+        server._keep_up()
+        assert "the SuperLink ended and is started again" in notes[0]
+    finally:
+        server.superlink.stop()
+        server.spool.close()
 
 
 def test_the_silos_budget_holds_over_processes(silo, federated, models):

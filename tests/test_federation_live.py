@@ -254,10 +254,9 @@ def test_processes_that_die_and_a_silo_that_never_answers(start, models):
         process.suspend()
 
     run.until(arrived("steady", "delivered"), "the steady silo's download")
-    spool = run.spool()
-    pid = int((spool.fact("process") or "0").split()[0])
-    spool.close()
-    os.kill(pid, signal.SIGKILL)  # the server application; crosslm server starts it again
+    superlink = psutil.Process(server.process.pid).children()[0]
+    assert "flower-superlink" in " ".join(superlink.cmdline())
+    superlink.kill()  # the server application dies with it; crosslm server starts both again, and silos come back
 
     run.until(arrived("killed", "delivered"), "the download of the silo that was killed")
     tables = load(run.server_kit / "config.toml").model_dump(mode="json", exclude_none=True)
@@ -266,16 +265,18 @@ def test_processes_that_die_and_a_silo_that_never_answers(start, models):
     assert silos["killed"].wait() == 0
     (run.server_kit / "config.toml").write_text(tomli_w.dumps(tables))
     spool = run.spool()
-    os.kill(int((spool.fact("process") or "0").split()[0]), signal.SIGKILL)
+    application = int((spool.fact("process") or "0").split()[0])
     spool.close()
+    os.kill(application, signal.SIGKILL)  # the server application alone; crosslm server starts it again
     assert server.wait() == 0, server.text()
-    assert "started again" in server.text()
+    assert "the SuperLink ended and is started again" in server.text()
+    assert "the server application ended before the run was complete and is started again" in server.text()
     spool = run.spool()
     assert [(arrival.silo, arrival.state) for arrival in spool.arrivals()] == [
         ("steady", "delivered"),
         ("killed", "delivered"),
     ]
-    # the LLM went on from where it was: both downloads are those of a run that never stopped
+    # what had arrived was not asked for again, and the LLM went on: both downloads are those of an unbroken run
     config = load(run.server_kit / "config.toml")
     llm = LLM.load(str(models / "gpt2"), config.llm, seed_for(config.seed, "llm"))
     method = Server(config, Task.from_config(config.task), llm, SentenceEncoder(str(models / "encoder")))

@@ -40,6 +40,8 @@ def test_names_are_those_of_the_design():
         "arrival",
         1,
     )
+    told = {name: value for name, value in STEP.items() if name != "slm/accuracy"} | {"round": 0}  # no test rows
+    assert figures_of(told, 7)[0] == {"reward/pool": 0.4, "selection/selected": 4.0}
     assert figures_of(LLM, 7) == ({"llm/nlu_accuracy": 0.7}, "arrival", 1)
     assert figures_of({"event": "upload", "bytes": 7}, 0)[0] == {}
     assert figures_of({"event": "warning", "message": "x"}, 0)[0] == {}

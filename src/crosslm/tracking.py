@@ -176,14 +176,15 @@ def figures_of(event: Mapping[str, Any], updates: int) -> tuple[dict[str, float]
     Returns:
         Figures by name (none for most kinds of event), the axis, and the place on it.
     """
-    known = ("event", "time", "step", "client", "number", "moment", "arrival")
+    known = ("event", "time", "step", "client", "round", "number", "moment", "arrival")
     numbers = {name: float(value) for name, value in event.items() if name not in known and _is_number(value)}
     match event["event"]:
         case "update":
             return {f"llm/{name}": value for name, value in numbers.items()}, "update", updates
         case "step":
             named = {name if "/" in name else f"selection/{name}": value for name, value in numbers.items()}
-            of_client = {f"slm/accuracy/{event['client']}": numbers["slm/accuracy"]}
+            measured = [numbers["slm/accuracy"]] if "slm/accuracy" in numbers else []  # a server may have no test rows
+            of_client = {f"slm/accuracy/{event['client']}": accuracy for accuracy in measured}
             return named | of_client, "arrival", event["step"]
         case "llm":
             return {f"llm/{name}": value for name, value in numbers.items()}, "arrival", event["arrival"]

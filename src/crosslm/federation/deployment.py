@@ -68,7 +68,7 @@ class Deployment:
         config = config.model_copy(update={"device": resolve_device(config.device)})
         if Checkpoints(run).last() is None:
             run.go_back(0)  # a beginning that was cut off is made again
-        note = _note(run)
+        note = notes_of(run)
         llm = LLM.load(original_llm(config, cache, note), config.llm, seed_for(config.seed, "llm"), config.device)
         encoder = SentenceEncoder(model_folder(config.selection.encoder, cache, note), config.device)
         server = Server(config, Task.from_config(config.task), llm, encoder, Progress())
@@ -245,5 +245,6 @@ def measured_on(config: Config) -> tuple[Examples | None, str | None]:
     return test_rows(config), perplexity_text_of(config) if name and is_there(name, config.data) else None
 
 
-def _note(run: RunDir) -> Callable[[str], None]:
+def notes_of(run: RunDir) -> Callable[[str], None]:
+    """Keeps news as events of a run, since nobody looks at a server's screen."""
     return lambda message: run.event("note", message=message)

@@ -52,6 +52,18 @@ class Silo:
         path = self.state / "installed.json"
         return int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.exists() else 0
 
+    @property
+    def confirmed(self) -> bool:
+        """Whether all rounds are complete and the server was told so."""
+        path = self.state / "confirmed.json"
+        told = int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.exists() else 0
+        return told >= self.settings.max_participations
+
+    def confirm(self) -> None:
+        """Remember that the server was told of all rounds that are complete."""
+        told = {"rounds": self.installed, "time": time.time()}
+        write_whole(self.state / "confirmed.json", [json.dumps(told).encode()])
+
     def upload(self, experiment: str, number: int) -> bytes:
         """Step 1: the upload of a round, trained now or, if it was asked for before, as it was sent then.
 

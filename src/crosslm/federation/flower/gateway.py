@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -41,8 +41,10 @@ def gateway(superlink: str, ca: Path) -> Starlette:
         )
         try:
             answer = await client.send(inner, stream=True)
-        except httpx.ConnectError:
+        except httpx.TransportError:  # a SuperNode tries again after a 503, and gives up after a 500
             return PlainTextResponse("the SuperLink is not running\n", status_code=503)
+        except ClientDisconnect:  # the silo is gone; nobody reads this
+            return PlainTextResponse("", status_code=499)
         kept = {name: value for name, value in answer.headers.items() if name.lower() not in NOT_PASSED_ON}
         return StreamingResponse(_body(answer), status_code=answer.status_code, headers=kept)
 

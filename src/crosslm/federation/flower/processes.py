@@ -17,7 +17,7 @@ from crosslm.errors import FederationError
 from crosslm.federation.kits import KIT, QUIET
 
 RESTART = 5.0  # seconds before a process that died is started again
-START_TIME = 120.0  # seconds that a process may take until it answers
+START_TIME = 300.0  # seconds that a process may take until it answers; a busy machine needs minutes
 Note = Callable[[str], None]
 
 
@@ -80,14 +80,17 @@ class Child:
             self.process.kill()
             self.process.wait()
 
-    def last_words(self) -> str:
-        """The last lines that it wrote since it was started."""
+    def words(self) -> str:
+        """What it wrote since it was started."""
         if not self.log.exists():
             return ""
         with self.log.open("rb") as log:
             log.seek(self.offset)
-            lines = log.read().decode("utf-8", errors="replace").strip().splitlines()
-        return "\n".join(lines[-60:])
+            return log.read().decode("utf-8", errors="replace").strip()
+
+    def last_words(self, lines: int = 60) -> str:
+        """The last lines of that."""
+        return "\n".join(self.words().splitlines()[-lines:])
 
 
 def environment(kit: Path) -> dict[str, str]:

@@ -8,13 +8,14 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from crosslm.errors import CrosslmError
-from crosslm.federation.deployment import Deployment
+from crosslm.federation.deployment import Deployment, notes_of
 from crosslm.federation.exchange import serve
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.intake import Intake
 from crosslm.federation.kits import KIT, read_server, server_config, silo_names
 from crosslm.federation.spool import Spool
 from crosslm.models.sources import cache_folder
+from crosslm.tracking import tracked, wanted
 
 app = ServerApp()
 
@@ -42,10 +43,14 @@ def serve_kit(kit: Path, grid: Grid, spool: Spool) -> None:
         CrosslmError: the kit's configuration, files or models cannot be used.
     """
     config = server_config(kit)
+    wanted(config)  # a tracker that is not installed is found before models load
     intake = Intake(config.task.labels, config.intake)
     exchange = FlowerExchange(grid, spool, read_server(kit).experiment, silo_names(kit), config.federation, intake)
     exchange.start()  # uploads are taken in while models load
-    with Deployment.open(kit / "run", config, cache_folder(), exchange.refuse, spool) as deployment:
+    with (
+        Deployment.open(kit / "run", config, cache_folder(), exchange.refuse, spool) as deployment,
+        tracked(deployment.run, config, notes_of(deployment.run)),
+    ):
         serve(exchange, deployment.server, deployment, exchange.finished)
         try:
             deployment.complete(exchange.silos)  # while the last downloads are on their way: a report can be had now

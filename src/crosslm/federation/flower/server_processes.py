@@ -66,11 +66,20 @@ class ServerProcesses:
     def _keep_up(self) -> None:
         if self.superlink.process is None or self.superlink.died():
             if self.superlink.died():
-                self.note(f"the SuperLink ended and is started again; its last words:\n{self.superlink.last_words()}")
+                last = self.superlink.last_words(5)
+                self.note(f"the SuperLink ended and is started again; {self.superlink.log} ends with:\n{last}")
                 time.sleep(RESTART)
             self.superlink.start()
             wait_for_port("127.0.0.1", self.settings.superlink_port, self.superlink)
             self.registered, self.run_asked_at = set(), 0.0
+        try:
+            self._register_and_run()
+        except FederationError:
+            if not self.superlink.died():
+                raise  # if it has died meanwhile, the next turn starts it again
+
+    def _register_and_run(self) -> None:
+        """Tell the SuperLink whose keys it may trust, and have it start the server application if that does not run."""
         for silo in silo_names(self.kit):
             if silo not in self.registered:
                 key = str(self.kit / "silos" / f"{silo}.pub")

@@ -12,6 +12,8 @@ from crosslm.federation.silo import Silo
 
 REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it does not know
 REFUSED_TIME = 150.0  # seconds of refusals until a silo takes them for final
+ANSWER, SENT = "Sending: train.install", "Sent successfully"  # what Flower says of an answer that goes back
+CONFIRM_TIME = 300.0  # seconds that a silo with all its rounds stays to tell the server of the last one
 
 
 def supernode_command(kit: Path) -> list[str]:
@@ -33,35 +35,53 @@ def supernode_command(kit: Path) -> list[str]:
 
 
 def run_silo(silo: Silo, note: Note) -> None:
-    """Stay connected until all rounds that this silo agrees to are complete.
+    """Stay connected until all rounds that this silo agrees to are complete and the server knows it.
 
     Raises:
         FederationError: the server's certificate is not the federation's, or it does not know this silo's key.
     """
+    if silo.confirmed:
+        note(f"silo {silo.settings.id}: all {silo.installed} rounds that it agreed to are complete")
+        return
     kit = silo.kit.absolute()
     node = Child("supernode", supernode_command(kit), kit)
-    complete, sent = silo.installed, len(silo.receipts())
+    told = silo.installed, len(silo.receipts())
+    last = silo.settings.max_participations - 1
     refused_since: float | None = None
     wait_for_server(silo.settings.server, kit / "ca.crt", note)
     note(f"silo {silo.settings.id}: connecting to {silo.settings.server}")
+    until, before = 0.0, 0  # when to end at the latest, and rounds that were complete when the process was started
     try:
-        while silo.installed < silo.settings.max_participations:
+        while not until or (time.time() < until and not _told_server(node, silo.installed - before)):
             if node.process is None or node.died():
                 if node.died():
                     refused_since = _look_into_end(node, silo, refused_since, note)
                     time.sleep(RESTART)
+                before = min(silo.installed, last)
                 node.start()
-            if len(silo.receipts()) > sent:
-                sent = len(silo.receipts())
-                receipt = kit / "state" / "receipts" / f"upload-{sent - 1:04}.json"
-                note(f"trained; the receipt of what leaves is {receipt}")
-            if silo.installed > complete:
-                complete = silo.installed
-                note(f"round {complete} is complete: the enhanced classifier is {kit / 'state' / 'slm'}")
+            told = _tell(silo, told, note)
+            if silo.installed > last and not until:
+                until = time.time() + CONFIRM_TIME
             time.sleep(0.5)
-        time.sleep(3.0)  # the confirmation is on its way
+        silo.confirm()
     finally:
         node.stop()
+
+
+def _told_server(node: Child, answers: int) -> bool:
+    """Whether the process has sent so many answers to downloads since it was started, the last one to its end."""
+    said = node.words()
+    return said.count(ANSWER) >= answers and SENT in said.rpartition(ANSWER)[2]
+
+
+def _tell(silo: Silo, told: tuple[int, int], note: Note) -> tuple[int, int]:
+    """Say what is new since so many rounds were complete and so many receipts written; gives both as they are now."""
+    complete, sent = silo.installed, len(silo.receipts())
+    if sent > told[1]:
+        note(f"trained; the receipt of what leaves is {silo.kit / 'state' / 'receipts' / f'upload-{sent - 1:04}.json'}")
+    if complete > told[0]:
+        note(f"round {complete} is complete: the enhanced classifier is {silo.kit / 'state' / 'slm'}")
+    return complete, sent
 
 
 def wait_for_server(address: str, ca: Path, note: Note) -> None:

@@ -1,0 +1,191 @@
+"""Large SLMs through `crosslm server` and `crosslm client` themselves: ten uploads of 440 MB in a row on one machine.
+
+Real processes on the loopback interface: SuperLink with TLS and keys, gateway, SuperNode, both applications. The silo's
+SLM is a BERT of `--size` megabytes with random weights, trained for one epoch on eight rows in each round; the LLM is
+tiny, so that nearly all time is the transport's. Needs some 45 times the size on the disk.
+
+Keys: `transfers` (for each round bytes, seconds from the end of the round before until the upload had arrived, of the
+server's step, and of the way back), `memory_over_time` (seconds, resident bytes of each process by its name),
+`errors` (how often the logs of Flower's processes say "database is locked", and the exit codes).
+
+With `--folder` everything is kept there, and the same command goes on where it was stopped.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from measure import arguments, finish
+from random_bert import random_bert
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from crosslm.config import Config
+from crosslm.federation.kits import SERVER_FILE, SILO_FILE
+from crosslm.federation.provision import provision
+from crosslm.federation.spool import Arrival, Spool
+
+SILO = "silo"
+EVERY = 5.0  # seconds between two looks at the memory
+FIT = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-5}
+
+
+def tiny_llm(folder: Path) -> None:
+    """A GPT-2 that writes single bytes at random."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: place for place, word in enumerate(["<bos>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(tokenizer_models.BPE(words, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    sizes = {"vocab_size": len(words), "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 256}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
+
+
+def make(folder: Path, megabytes: float, rounds: int) -> None:
+    """Models, rows and kits."""
+    torch.manual_seed(0)
+    tiny_llm(folder / "llm")
+    random_bert(folder / "slm", megabytes)
+    random_bert(folder / "body", 0.1)
+    body = Transformer(str(folder / "body"))
+    SentenceTransformer(modules=[body, Pooling(32)], device="cpu").save(str(folder / "encoder"))
+    tables = {
+        "name": "transfers",
+        "device": "cpu",
+        "tracking": [],
+        "task": {
+            "labels": ["bad", "good"],
+            "query": "{text} This is",
+            "prompt": {label: [f'A {label} text: "'] for label in ("bad", "good")},
+            "statement": {label: [f"This is {label}."] for label in ("bad", "good")},
+            "verbalizer": {"bad": "bad", "good": "good"},
+        },
+        "data": {"test": "test.csv", "judge_rows": 0},
+        "clients": [{"id": SILO, "train": "rows.csv", "model": str(folder / "slm")}],
+        "slm": {"models": [{"model": str(folder / "slm")}], "max_length": 16, "private": FIT, "synthetic": FIT},
+        "llm": {"model": str(folder / "llm"), "samples": 8, "batch_size": 8, "learning_rate": 1e-4, "lora_rank": 2},
+        "synthesis": {"max_new_tokens": 12, "max_attempts": 100},
+        "selection": {"pool": 8, "fraction": 0.5, "encoder": str(folder / "encoder")},
+        "federation": {"participations": rounds},
+        "gate": {"enabled": False},
+        "acceptance": {"enabled": False},
+        "checkpoint": {"keep": 1},
+        "evaluation": {"nlg_samples": 8},
+    }
+    ports = [_free_port() for _ in range(3)]
+    provision(Config.model_validate(tables), f"localhost:{ports[0]}", folder / "kits")
+    server, silo = folder / "kits" / "server", folder / "kits" / "silos" / SILO
+    text = (server / SERVER_FILE).read_text().replace("9091", str(ports[1])).replace("0.0.0.0", "127.0.0.1")
+    (server / SERVER_FILE).write_text(text)
+    (silo / SILO_FILE).write_text((silo / SILO_FILE).read_text().replace("9094", str(ports[2])))
+    rows = [f"w{place} w{place + 1},{('bad', 'good')[place % 2]}" for place in range(8)]
+    (silo / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def run(folder: Path) -> tuple[list[list], list[int]]:
+    """Both commands until they end; gives memory over time and their exit codes."""
+    parties = []
+    for command, kit in (("server", folder / "kits" / "server"), ("client", folder / "kits" / "silos" / SILO)):
+        environment = {**os.environ, "HOME": str(folder / command), "CROSSLM_CACHE": str(folder / command / "cache")}
+        with (folder / f"{command}.log").open("ab") as log:
+            program = [sys.executable, "-m", "crosslm.cli.main", command, str(kit)]
+            parties.append(subprocess.Popen(program, stdout=log, stderr=log, env=environment))
+    started, samples = time.time(), []
+    try:
+        while any(party.poll() is None for party in parties):
+            samples.append([round(time.time() - started, 1), _resident(parties)])
+            if any(party.poll() for party in parties):  # one has failed, and the other would wait for it
+                break
+            time.sleep(EVERY)
+    finally:
+        for party in parties:
+            if party.poll() is None:
+                party.terminate()
+        codes = [party.wait() for party in parties]
+    return samples, codes
+
+
+def _resident(parties: list[subprocess.Popen]) -> dict[str, int]:
+    """Resident bytes by program; of each side's processes of a name the sum."""
+    found: dict[str, int] = {}
+    for party, side in zip(parties, ("server", "client"), strict=True):
+        try:
+            top = psutil.Process(party.pid)
+            for process in [top, *top.children(recursive=True)]:
+                words = [Path(word).name for word in process.cmdline()]
+                name = next((word for word in words if word.startswith(("flower-", "flwr-"))), f"crosslm {side}")
+                found[f"{side}: {name}"] = found.get(f"{side}: {name}", 0) + process.memory_info().rss
+        except psutil.Error:
+            continue
+    return found
+
+
+def transfer(arrival: Arrival, after: float) -> dict:
+    """One round by the journal; ``after`` is when the round before ended, or the server began."""
+    return {
+        "bytes": arrival.bytes,
+        "state": arrival.state,
+        "up": round(arrival.received_at - after, 1),
+        "step": round((arrival.served_at or 0) - arrival.received_at, 1),
+        "down": round((arrival.delivered_at or 0) - (arrival.served_at or 0), 1),
+    }
+
+
+def locked(folder: Path) -> int:
+    """How often the logs of Flower's processes speak of a lock."""
+    logs = (folder / "kits").rglob("*.log")
+    return sum(log.read_text(errors="replace").count("database is locked") for log in logs)
+
+
+def main() -> None:
+    """Measure."""
+    more = {
+        "size": {"type": float, "help": "megabytes (440)"},
+        "transfers": {"type": int, "help": "rounds in a row (10)"},
+        "folder": {"type": Path, "help": "keep everything there"},
+    }
+    options = arguments(__doc__, **more)
+    size = options.size or (1.0 if options.quick else 440.0)
+    rounds = options.transfers or (2 if options.quick else 10)
+    folder = (options.folder or Path(tempfile.mkdtemp())).absolute()
+    if not (folder / "kits").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        make(folder, size, rounds)
+    samples, codes = run(folder)
+    spool = Spool(folder / "kits" / "server" / "spool")
+    arrivals, began = spool.arrivals(), float(spool.fact("started") or 0)
+    spool.close()
+    ends = [began, *(arrival.delivered_at or arrival.received_at for arrival in arrivals)]
+    figures = {
+        "megabytes": size,
+        "transfers": [transfer(arrival, end) for arrival, end in zip(arrivals, ends, strict=False)],
+        "memory_over_time": samples,
+        "errors": {"database is locked": locked(folder), "exit codes": codes},
+    }
+    finish("federation-live", figures, options)
+    if len(arrivals) < rounds or any(codes):
+        sys.exit(f"not complete; logs are in {folder}, and --folder {folder} goes on")
+    if options.folder is None:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
