@@ -156,8 +156,10 @@ def test_provisioning_says_what_is_wrong(federated, settings, kits):
 
 def test_settings_that_are_wrong_are_named(kits):
     kit = kits / "silos" / "silo-0"
-    with pytest.raises(FederationError, match=r"no server\.toml"):
+    with pytest.raises(FederationError, match=r"is the kit of a silo; start it with: crosslm client"):
         read_server(kit)
+    with pytest.raises(FederationError, match=r"no server\.toml"):
+        read_server(kits / "silos")
     (kit / SILO_FILE).write_text((kit / SILO_FILE).read_text().replace("wire_dtype", "wire_dtipe"))
     with pytest.raises(FederationError, match="wire_dtipe"):
         read_silo(kit)
