@@ -156,6 +156,7 @@ NAMES = {
     "demo-other-wording": "The same with M(x) and M'(y) as the text, a line break and `Sentiment: ...`",
     "sst2-paper": "SST-2, preset paper",
     "sst2-recommended": "SST-2, preset recommended",
+    "sst2-one-teacher": "SST-2, preset recommended before `reward.teachers` and `slm.soft_labels` were in it",
     "sst2-one-client-paper": "SST-2, a single client of 300 rows and 256 texts to learn from, preset paper",
     "sst2-one-client-recommended": "SST-2, the same, preset recommended",
 }
