@@ -257,6 +257,7 @@ def test_processes_that_die_and_a_silo_that_never_answers(start, models):
     superlink = psutil.Process(server.process.pid).children()[0]
     assert "flower-superlink" in " ".join(superlink.cmdline())
     superlink.kill()  # the server application dies with it; crosslm server starts both again, and silos come back
+    run.epochs("killed", 2)  # of the training that begins again nothing more is asked than that it ends
 
     run.until(arrived("killed", "delivered"), "the download of the silo that was killed")
     tables = load(run.server_kit / "config.toml").model_dump(mode="json", exclude_none=True)
