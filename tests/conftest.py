@@ -52,6 +52,12 @@ hypothesis_settings.load_profile("ours")
 PATIENCE = 600.0
 """Seconds to wait for another process: far more than it takes, since a shared machine is slow at times."""
 
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: those that test other processes mostly wait."""
+    return (os.cpu_count() or 2) + 1
+
+
 GOOD = ["good", "lovely", "bright", "warm", "happy", "fine", "sweet", "kind"]
 BAD = ["bad", "awful", "dull", "cold", "sad", "poor", "sour", "mean"]
 THINGS = ["story", "film", "song", "meal", "room", "day", "walk", "book"]

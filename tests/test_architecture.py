@@ -44,7 +44,7 @@ LAYERS = [
     {"federation.local", "checkpoint"},
     {"preparation", "snapshot", "tracking"},
     {"journal"},
-    {"federation.kits", "federation.spool"},
+    {"federation.keys", "federation.kits", "federation.spool"},
     {"federation.provision", "federation.silo"},
     {"federation.summary"},
     {"federation.deployment"},

@@ -3,13 +3,16 @@
 import asyncio
 import copy
 import dataclasses
+import io
 import json
 import os
 import stat
 import subprocess
 import sys
 import time
+import urllib.error
 import zipfile
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ from starlette.routing import Route
 from crosslm import rundir
 from crosslm.config import Config, FederationConfig, PrivacyConfig
 from crosslm.errors import DataError, FederationError, LeakError, RunError, UploadError
+from crosslm.federation import keys
 from crosslm.federation import silo as silo_module
 from crosslm.federation import spool as spool_module
 from crosslm.federation.flower import client_app, gateway, processes, server_processes, silo_processes
@@ -390,7 +394,7 @@ def test_the_gateway_passes_on_what_silos_ask_and_nothing_else(monkeypatch, tmp_
         "AsyncClient",
         lambda base_url, **_: real(base_url=base_url, transport=httpx.ASGITransport(inner)),
     )
-    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server" / "ca.crt")
+    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server")
 
     async def ask():
         async with real(transport=httpx.ASGITransport(outer), base_url="https://server") as client:
@@ -410,6 +414,38 @@ def test_the_gateway_passes_on_what_silos_ask_and_nothing_else(monkeypatch, tmp_
     assert (sly, encoded) == (404, 404)
 
 
+def test_the_gateway_knows_the_keys_that_are_in_the_kit_now(kits):
+    import httpx
+
+    outer, server = gateway.gateway("https://127.0.0.1:9091", kits / "server"), kits / "server" / "silos"
+    own = keys.fingerprint(kits / "silos" / "silo-0" / "silo.key")
+    assert own == keys.fingerprint(server / "silo-0.pub") != keys.fingerprint(server / "silo-1.pub")
+    (server / "broken.pub").write_text("nothing")
+
+    async def ask(*asked):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(outer), base_url="https://server") as client:
+            return [(await client.get(f"/v1/crosslm/silos/{each}")).status_code for each in asked]
+
+    assert asyncio.run(ask(own, own[:-1], "%2e%2e", "")) == [204, 403, 403, 404]
+    (server / "silo-0.pub").unlink()
+    assert asyncio.run(ask(own)) == [403]
+    with pytest.raises(FederationError, match=r"broken.pub: is not a key as crosslm provision makes them"):
+        keys.fingerprint(server / "broken.pub")
+
+
+@pytest.mark.parametrize(("status", "known"), [(204, True), (404, True), (503, True), (403, False)])
+def test_a_silo_takes_only_a_clear_no_of_its_server(silo, monkeypatch, status, known):
+    def answer(url, **_):
+        assert url.endswith(keys.fingerprint(silo.kit / "silo.key"))
+        if status != 204:
+            raise urllib.error.HTTPError(url, status, "", {}, io.BytesIO())
+        return io.BytesIO()
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    with nullcontext() if known else pytest.raises(FederationError, match="the server does not know the key"):
+        silo_processes.check_known(silo)
+
+
 @pytest.mark.parametrize("error", ["ConnectError", "RemoteProtocolError", "ReadError", "ReadTimeout"])
 def test_a_superlink_that_is_away_or_dies_in_a_request_is_told_as_503(monkeypatch, kits, error):
     """Which SuperNodes take for a reason to try again."""
@@ -421,7 +457,7 @@ def test_a_superlink_that_is_away_or_dies_in_a_request_is_told_as_503(monkeypatc
     real = httpx.AsyncClient
     made = lambda base_url, **_: real(base_url=base_url, transport=httpx.MockTransport(away))  # noqa: E731
     monkeypatch.setattr(gateway.httpx, "AsyncClient", made)
-    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server" / "ca.crt")
+    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server")
 
     async def ask():
         async with real(transport=httpx.ASGITransport(outer), base_url="https://server") as client:
@@ -437,7 +473,7 @@ def test_a_silo_that_is_gone_before_it_has_sent_is_no_error_of_the_gateway(monke
     real, sent = httpx.AsyncClient, []
     made = lambda base_url, **_: real(base_url=base_url, transport=httpx.MockTransport(lambda _: httpx.Response(200)))  # noqa: E731
     monkeypatch.setattr(gateway.httpx, "AsyncClient", made)
-    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server" / "ca.crt")
+    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server")
     scope = {"type": "http", "method": "POST", "path": "/v1/fleet/push-object", "headers": [], "query_string": b""}
 
     async def gone():
@@ -674,6 +710,7 @@ def test_a_silo_stays_until_the_server_knows_of_its_last_round(silo, monkeypatch
     notes, said = [], ["Sending: train.upload", "Sent successfully"]
     code = "import sys, time; print(*sys.argv[1:], sep=chr(10), flush=True); time.sleep(60)"
     monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: None)
+    monkeypatch.setattr(silo_processes, "check_known", lambda *_: None)
     monkeypatch.setattr(silo_processes, "supernode_command", lambda _: [sys.executable, "-c", code, *said])
     monkeypatch.setattr(silo_processes, "CONFIRM_TIME", 1.0)
     write_whole(silo.state / "installed.json", [b'{"rounds": 1}'])

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -70,12 +71,19 @@ class Party:
         return self.log.read_text()
 
     def stop(self):
+        """End it; nothing that it has started may be left behind."""
         if self.process.poll() is None:
+            started = psutil.Process(self.process.pid).children(recursive=True)
+            for process in started:
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()  # a suspended one would not end
             self.process.terminate()
             try:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:
                 self.process.kill()
+            for process in psutil.wait_procs(started, timeout=10)[1]:
+                process.kill()
 
 
 class Federation:

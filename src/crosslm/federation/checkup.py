@@ -12,7 +12,7 @@ from crosslm.data import is_there, load_examples
 from crosslm.doctor import Finding
 from crosslm.errors import CrosslmError, DataError, FederationError
 from crosslm.federation.flower.processes import program
-from crosslm.federation.flower.silo_processes import greet
+from crosslm.federation.flower.silo_processes import check_known, greet
 from crosslm.federation.kits import (
     SERVER_FILE,
     SILO_FILE,
@@ -91,10 +91,10 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
     yield _program("flower-supernode")
     yield from _authority(kit)
     yield from _secret(kit / "silo.key")
-    yield _answers(kit, settings.server)
+    silo = Silo(kit, cache)
+    yield _answers(silo)
     yield _listens(kit, "127.0.0.1", settings.runtime_port, "choose another runtime_port in silo.toml")
     yield doctor.device(settings.device)
-    silo = Silo(kit, cache)
     try:
         yield doctor.count_rows("data", settings.data.train, silo.private(), settings.labels)
     except CrosslmError as error:
@@ -221,10 +221,12 @@ def _listens(kit: Path, host: str, port: int, otherwise: str) -> Finding:
     return Finding("ok", "port", f"{host}:{port} is in use by a server of this federation, which runs already")
 
 
-def _answers(kit: Path, server: str) -> Finding:
-    """Whether a silo reaches its server."""
+def _answers(silo: Silo) -> Finding:
+    """Whether a silo reaches its server, and is known there."""
+    server = silo.settings.server
     try:
-        greet(server, kit / "ca.crt")
+        greet(server, silo.kit / "ca.crt")
+        check_known(silo)
     except FederationError as error:
         return Finding("error", "server", str(error))
     except OSError as error:

@@ -2,12 +2,13 @@
 
 Flower serves its Fleet interface (authenticated nodes) and its Control interface (no accounts: who
 reaches it may start code on every node) on one port. The SuperLink therefore listens on the loopback
-interface, and this gateway in front of it lets ``/v1/fleet/`` through and answers 404 to the rest.
+interface, and this gateway in front of it lets ``/v1/fleet/`` through and answers 404 to the rest. One question
+it answers itself: whether the server's kit has a silo's key.
 """
 
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -17,20 +18,26 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from crosslm.errors import FederationError
+from crosslm.federation.keys import ASKED_AT, fingerprint
+
 PASSED = "/v1/fleet/"
 NOT_PASSED_ON = {"connection", "keep-alive", "transfer-encoding", "upgrade", "te", "trailer", "proxy-authorization"}
 
 
-def gateway(superlink: str, ca: Path) -> Starlette:
+def gateway(superlink: str, kit: Path) -> Starlette:
     """The application in front of a SuperLink.
 
     Args:
         superlink: its address, as ``https://127.0.0.1:PORT``.
-        ca: certificate of the authority that signed its certificate.
+        kit: the server's, with the certificate of the authority that signed the SuperLink's and with the silos' keys.
     """
-    client = httpx.AsyncClient(
-        base_url=superlink, verify=ssl.create_default_context(cafile=str(ca)), timeout=httpx.Timeout(300, connect=10)
-    )
+    tls = ssl.create_default_context(cafile=str(kit / "ca.crt"))
+    client = httpx.AsyncClient(base_url=superlink, verify=tls, timeout=httpx.Timeout(300, connect=10))
+
+    async def known(request: Request) -> Response:
+        is_known = request.path_params["fingerprint"] in _known(kit)
+        return PlainTextResponse("", status_code=204 if is_known else 403)
 
     async def passed(request: Request) -> Response:
         if not request.url.path.startswith(PASSED) or ".." in request.url.path:
@@ -54,7 +61,17 @@ def gateway(superlink: str, ca: Path) -> Starlette:
         await client.aclose()
 
     methods = ["GET", "POST", "PUT", "DELETE", "PATCH"]
-    return Starlette(routes=[Route("/{path:path}", passed, methods=methods)], lifespan=lifespan)
+    routes = [Route(ASKED_AT + "{fingerprint}", known), Route("/{path:path}", passed, methods=methods)]
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+def _known(kit: Path) -> set[str]:
+    """Fingerprints of the keys that are in the server's kit now; a file that is none lets nobody in."""
+    found = set()
+    for path in (kit / "silos").glob("*.pub"):
+        with suppress(FederationError):
+            found.add(fingerprint(path))
+    return found
 
 
 async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
@@ -67,6 +84,6 @@ async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
 
 def serve(kit: Path, bind: str, port: int, superlink_port: int) -> None:
     """Listen with the kit's certificate until stopped."""
-    app = gateway(f"https://127.0.0.1:{superlink_port}", kit / "ca.crt")
+    app = gateway(f"https://127.0.0.1:{superlink_port}", kit)
     certificate, key = str(kit / "server.crt"), str(kit / "server.key")
     uvicorn.run(app, host=bind, port=port, ssl_certfile=certificate, ssl_keyfile=key, log_level="warning")

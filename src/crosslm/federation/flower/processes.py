@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,15 +71,19 @@ class Child:
         return self.process is not None and self.process.poll() is not None
 
     def stop(self) -> None:
-        """End it, and wait."""
+        """End it and what it has started, and wait."""
         if self.process is None or self.process.poll() is not None:
             return
+        started = _descendants(self.process.pid)
         self.process.terminate()
         try:
             self.process.wait(timeout=15)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        for process in started:  # Flower's processes end with their parent, if nothing keeps them
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def words(self) -> str:
         """What it wrote since it was started."""
@@ -91,6 +96,14 @@ class Child:
     def last_words(self, lines: int = 60) -> str:
         """The last lines of that."""
         return "\n".join(self.words().splitlines()[-lines:])
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    """The processes that a process has started, and these have."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def environment(kit: Path) -> dict[str, str]:

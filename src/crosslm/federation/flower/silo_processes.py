@@ -3,15 +3,18 @@
 import socket
 import ssl
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from crosslm.errors import FederationError
 from crosslm.federation.flower.processes import RESTART, Child, Note, program
+from crosslm.federation.keys import ASKED_AT, fingerprint
 from crosslm.federation.kits import read_silo
 from crosslm.federation.silo import Silo
 
 REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it does not know
-REFUSED_TIME = 150.0  # seconds of refusals until a silo takes them for final
+REFUSED_PAUSE = 10.0  # seconds until a silo that was refused tries again
 ANSWER, SENT = "Sending: train.install", "Sent successfully"  # what Flower says of an answer that goes back
 CONFIRM_TIME = 300.0  # seconds that a silo with all its rounds stays to tell the server of the last one
 
@@ -47,16 +50,17 @@ def run_silo(silo: Silo, note: Note) -> None:
     node = Child("supernode", supernode_command(kit), kit)
     told = silo.installed, len(silo.receipts())
     last = silo.settings.max_participations - 1
-    refused_since: float | None = None
+    refused = False
     wait_for_server(silo.settings.server, kit / "ca.crt", note)
+    check_known(silo)
     note(f"silo {silo.settings.id}: connecting to {silo.settings.server}")
     until, before = 0.0, 0  # when to end at the latest, and rounds that were complete when the process was started
     try:
         while not until or (time.time() < until and not _told_server(node, silo.installed - before)):
             if node.process is None or node.died():
                 if node.died():
-                    refused_since = _look_into_end(node, silo, refused_since, note)
-                    time.sleep(RESTART)
+                    refused = _look_into_end(node, silo, refused, note)
+                    time.sleep(REFUSED_PAUSE if refused else RESTART)
                 before = min(silo.installed, last)
                 node.start()
             told = _tell(silo, told, note)
@@ -120,24 +124,40 @@ def greet(address: str, ca: Path) -> None:
         ) from error
 
 
-def _look_into_end(node: Child, silo: Silo, refused_since: float | None, note: Note) -> float | None:
-    """Say why the SuperNode ended; since when it has been refused, if it was.
-
-    A server that has just been started does not know the key yet, and one whose silo was killed keeps
-    the old connection for about a minute: a refusal counts only when it lasts.
+def check_known(silo: Silo) -> None:
+    """Ask the server whether it has this silo's key. One that does not answer, or not this, is not taken at its word.
 
     Raises:
-        FederationError: it has been refused for too long.
+        FederationError: the server says that it has not, or there is no key.
+    """
+    server, key = silo.settings.server, silo.kit / "silo.key"
+    context = ssl.create_default_context(cafile=str(silo.kit / "ca.crt"))
+    try:
+        urllib.request.urlopen(f"https://{server}{ASKED_AT}{fingerprint(key)}", context=context, timeout=10).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 403:
+            raise FederationError(
+                f"silo {silo.settings.id}: the server does not know the key {key}; is this kit of the "
+                "same federation as the server's, and is its public key in the server's kit (silos/)?"
+            ) from error
+    except OSError:
+        return
+
+
+def _look_into_end(node: Child, silo: Silo, refused: bool, note: Note) -> bool:
+    """Say why the SuperNode ended; whether it was refused.
+
+    A server that has just been started has not told Flower of the key yet, and one whose silo was killed keeps
+    the old connection for about a minute: a refusal of a key that the server's kit has is not final.
+
+    Raises:
+        FederationError: the server does not know this silo's key.
     """
     if REFUSED not in node.last_words():
         note(f"the SuperNode ended and is started again; its log is {node.log}")
-        return None
-    since = refused_since or time.time()
-    if time.time() - since > REFUSED_TIME:
-        raise FederationError(
-            f"silo {silo.settings.id}: the server does not know the key {silo.kit / 'silo.key'}; is this kit of the "
-            "same federation as the server's, and is its public key in the server's kit (silos/)?"
-        )
-    if refused_since is None:
+        return False
+    check_known(silo)
+    if not refused:
         note("the server does not accept this silo yet; trying again")
-    return since
+    return True

@@ -1,0 +1,30 @@
+"""Silos' keys, as their fingerprints: how a silo asks its server whether it is known there."""
+
+import hashlib
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from crosslm.errors import FederationError
+
+ASKED_AT = "/v1/crosslm/silos/"
+"""Of the gateway; a fingerprint follows. 204: the server's kit has this key; 403: it has not."""
+
+
+def fingerprint(key: Path) -> str:
+    """SHA-256 of the public key in an OpenSSH file, or of that which belongs to the private one in it.
+
+    Raises:
+        FederationError: the file is not there or holds no such key.
+    """
+    try:
+        data = key.read_bytes()
+        if key.suffix == ".pub":
+            public = serialization.load_ssh_public_key(data)
+        else:
+            public = serialization.load_ssh_private_key(data, password=None).public_key()
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise FederationError(f"{key}: is not a key as crosslm provision makes them: {error}") from error
+    return hashlib.sha256(public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)).hexdigest()
