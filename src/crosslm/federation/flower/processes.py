@@ -101,7 +101,7 @@ class Child:
 def _descendants(pid: int) -> list[psutil.Process]:
     """The processes that a process has started, and these have."""
     try:
-        return psutil.Process(pid).children(recursive=True)
+        return list(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
 
