@@ -58,6 +58,7 @@ def test_the_paper_preset_is_the_paper(write):
     assert not config.selection.class_balance
     assert config.llm.token_reduction == "sum"
     assert (config.llm.gamma_generation, config.llm.gamma_language_modeling, config.llm.gamma_kl) == (1, 0.1, 0.05)
+    assert config.llm.generation_floor == 0  # none
     assert config.reward.baseline == "none"
     assert config.slm.interpolation == 1
     assert config.selection.fraction == 0.25
@@ -191,5 +192,6 @@ def test_a_client_that_cannot_be_is_refused(write, client, message):
 def test_the_dump_holds_every_field(config):
     tables = tomllib.loads(config.dump())
     assert tables["llm"]["gamma_kl"] == 0.1  # the preset's
+    assert tables["llm"]["generation_floor"] == 5.0
     assert set(tables["llm"]) == set(type(config.llm).model_fields)
     assert Config.model_validate(tables) == config

@@ -37,6 +37,15 @@ def test_eq_5_gradient_is_minus_the_reward_whatever_the_reference():
         assert rewards.grad is None
 
 
+def test_eq_5_with_a_floor_by_hand():
+    # log-ratios -5, -5 and -1; the first, with a negative reward, is beyond the floor of 3
+    logps = torch.tensor([-15.0, -15.0, -11.0], requires_grad=True)
+    loss = generation_loss(logps, torch.tensor([-10.0] * 3), torch.tensor([-0.5, 0.5, -0.5]), floor=3.0)
+    torch.testing.assert_close(loss.detach(), torch.tensor([-1.5, 2.5, -0.5]))
+    loss.sum().backward()
+    torch.testing.assert_close(logps.grad, torch.tensor([0.0, -0.5, 0.5]))
+
+
 def test_eq_7_by_hand():
     torch.testing.assert_close(language_modeling_loss(torch.tensor([-7.0])), torch.tensor([7.0]))
 

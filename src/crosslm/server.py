@@ -198,7 +198,8 @@ class Server:
         reference_logps = sequence_logps(scores.reference_logps, scores.mask, config.token_reduction)
         stated_logps, stated_mask = self.llm.logps([statements[row] for row in rows])  # [x, M'(y)]
 
-        generation = generation_loss(logps, reference_logps, rewards[rows].to(logps))  # Eq. 5
+        weights, floor = rewards[rows].to(logps), config.generation_floor
+        generation = generation_loss(logps, reference_logps, weights, floor)  # Eq. 5
         modeling = language_modeling_loss(sequence_logps(stated_logps, stated_mask, config.token_reduction))  # Eq. 7
         kl = kl_loss(scores.kl, is_x, config.token_reduction)  # Eq. 8
         loss = objective(  # Eq. 9

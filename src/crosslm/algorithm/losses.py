@@ -27,7 +27,7 @@ def sequence_logps(token_logps: Tensor, mask: Tensor, reduction: Reduction = "su
     return total if reduction == "sum" else total / mask.sum(dim=1).clamp_min(1)
 
 
-def generation_loss(logps: Tensor, reference_logps: Tensor, rewards: Tensor) -> Tensor:
+def generation_loss(logps: Tensor, reference_logps: Tensor, rewards: Tensor, floor: float = 0.0) -> Tensor:
     """Quality-driven generation loss, Eq. 5: ``-r (log p_theta - log p_theta_old)``.
 
     Args:
@@ -35,11 +35,17 @@ def generation_loss(logps: Tensor, reference_logps: Tensor, rewards: Tensor) -> 
         reference_logps: ``(batch,)``, of the same under the original LLM; a constant, so it
             shifts the value of the loss and not its gradient.
         rewards: ``(batch,)``, Eq. 4; a constant as well.
+        floor: nats (ours). A text with a negative reward whose log-ratio has fallen to ``-floor`` is
+            pushed down no further: the loss stays at ``r floor`` and has no gradient. 0: as written,
+            without a lower bound for a negative reward; what pulls back then is Eq. 8.
 
     Returns:
-        ``(batch,)``. For a negative reward it has no lower bound: what pulls back is Eq. 8.
+        ``(batch,)``.
     """
-    return -rewards.detach() * (logps - reference_logps.detach())
+    rewards, log_ratios = rewards.detach(), logps - reference_logps.detach()
+    if floor:
+        log_ratios = torch.where(rewards < 0, log_ratios.clamp_min(-floor), log_ratios)
+    return -rewards * log_ratios
 
 
 def language_modeling_loss(logps: Tensor) -> Tensor:

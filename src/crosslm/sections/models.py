@@ -87,6 +87,9 @@ class LLMConfig(Section):
     """Sequences in one backward pass; smaller needs less memory and computes the same."""
     gamma_generation: NonNegative = 1.0
     """Weight of the generation loss in Eq. 9."""
+    generation_floor: NonNegative = 0.0
+    """Eq. 5 pushes a text with a negative reward down until it is this many nats less likely than
+    under the original LLM, in the units of ``token_reduction``. 0: without end, as in the paper."""
     gamma_language_modeling: NonNegative = 0.1
     """Weight of the language-modelling loss in Eq. 9."""
     gamma_kl: NonNegative = 0.05
