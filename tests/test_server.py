@@ -144,6 +144,26 @@ def test_rewarded_texts_become_likelier_and_punished_ones_less(models, config, t
     assert change[::2].mean() > 0 > change[1::2].mean()
 
 
+def test_with_a_floor_punished_texts_fall_so_far_and_no_further(models, config, task):
+    def fall(floor):
+        fields = {"gamma_language_modeling": 0.0, "gamma_kl": 0.0, "learning_rate": 3e-3, "generation_floor": floor}
+        server = server_for(config, task, models, **fields)
+        drafts = synthesize(server.llm, task, config.synthesis, 4, 1)
+        sequences = [[*sample.prompt_ids, *sample.completion_ids] for sample in drafts.samples]
+        for _ in range(40):
+            with torch.no_grad():
+                scores = server.llm.score(sequences)
+                change = ((scores.logps - scores.reference_logps) * scores.mask).sum(1)
+            if floor and (change < -floor).all():
+                break  # there is nothing left to do, which an update would call an error
+            server.update_llm(drafts, -torch.ones(4), 0)
+        return change
+
+    unbounded, bounded = fall(0.0), fall(2.0)
+    assert (bounded < -2).all()
+    assert 0 > bounded.sum() > 0.6 * unbounded.sum()  # the others' fall takes a text a little beyond its floor
+
+
 def test_an_update_that_does_nothing_is_an_error(models, config, task):
     server = server_for(config, task, models, gamma_language_modeling=0.0, gamma_kl=0.0)
     drafts = synthesize(server.llm, task, config.synthesis, 4, 1)
