@@ -88,7 +88,7 @@ def test_a_good_server_kit(kits, shell):
     (warning,) = lines(out, "warning")
     assert "test.csv is not there: no accuracy will be known here" in warning
     for words in ("ok      ca.crt: valid until ", "ok      server.crt: valid until ", "silo-0, silo-1 are known by",
-                  f"0.0.0.0:{port_of(kits)} is free", "told apart by their first tokens"):  # fmt: skip
+                  "ok      memory: some ", f"0.0.0.0:{port_of(kits)} is free", "told apart by their first tokens"):  # fmt: skip
         assert words in out, words
 
 

@@ -229,7 +229,7 @@ def models(
             yield Finding("ok", f"client {client}", f"trains {describe_spec(spec)}")
     if memory_too and specs and set(folders) == set(named.values()):
         slms = [folders[spec.model] for spec in specs.values()]
-        yield _memory(config, folders[config.llm.model], slms, folders[config.selection.encoder])
+        yield memory(config, folders[config.llm.model], slms, folders[config.selection.encoder])
 
 
 def find_models(
@@ -296,7 +296,15 @@ def verbalizers(config: Config, folder: str) -> Iterator[Finding]:
         yield Finding("warning", "verbalizers", f"{message}; a shorter word is faster")
 
 
-def _memory(config: Config, llm: str, slms: list[str], encoder: str) -> Finding:
+def memory(config: Config, llm: str, slms: list[str], encoder: str) -> Finding:
+    """What a run may need at its peak, against what is free.
+
+    Args:
+        config: of the run.
+        llm: folder of the LLM.
+        slms: folder of each client's classifier.
+        encoder: folder of the sentence encoder.
+    """
     try:
         shapes = {folder: Shape.of(folder, causal=False) for folder in {*slms, encoder}}
         need = estimate(config, Shape.of(llm), [shapes[folder] for folder in slms], shapes[encoder])

@@ -27,7 +27,8 @@ from crosslm.federation.silo import Silo
 from crosslm.models.architecture import check_travels
 from crosslm.models.private_fit import require_opacus
 from crosslm.models.slm import check_layers
-from crosslm.preparation import describe_spec
+from crosslm.models.sources import check_model, model_folder
+from crosslm.preparation import client_specs, describe_spec
 
 FEW_DAYS = 30
 News = Callable[[str], None]
@@ -84,6 +85,19 @@ def _server(kit: Path, settings: ServerSettings, cache: Path, on_news: News) -> 
     yield from doctor.find_models(named, folders, cache, on_news)
     if config.llm.model in folders:
         yield from doctor.verbalizers(config, folders[config.llm.model])
+    if set(folders) == set(named.values()):
+        encoder = folders[config.selection.encoder]
+        slms = [_here(spec.model, cache, encoder) for spec in client_specs(config, silos).values()]
+        yield doctor.memory(config, folders[config.llm.model], slms, encoder)
+
+
+def _here(model: str, cache: Path, otherwise: str) -> str:
+    """A silo's model, if this machine has it too: classifiers come with their uploads."""
+    try:
+        check_model(model, "slm")
+        return model_folder(model, cache)
+    except CrosslmError:
+        return otherwise
 
 
 def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iterator[Finding]:
