@@ -87,8 +87,14 @@ def test_a_good_server_kit(kits, shell):
     assert lines(out, "error") == []
     (warning,) = lines(out, "warning")
     assert "test.csv is not there: no accuracy will be known here" in warning
-    for words in ("ok      ca.crt: valid until ", "ok      server.crt: valid until ", "silo-0, silo-1 are known by",
-                  "ok      memory: some ", f"0.0.0.0:{port_of(kits)} is free", "told apart by their first tokens"):  # fmt: skip
+    for words in (
+        "ok      ca.crt: valid until ",
+        "ok      server.crt: valid until ",
+        "silo-0, silo-1 are known by",
+        "ok      memory: some ",
+        f"0.0.0.0:{port_of(kits)} is free",
+        "told apart by their first tokens",
+    ):
         assert words in out, words
 
 
