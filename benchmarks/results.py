@@ -151,11 +151,13 @@ def choices_section(result: dict) -> list[str]:
 
 NAMES = {
     "demo": "The demo, preset recommended",
+    "demo-no-floor": "The demo before `llm.generation_floor` was in the preset",
     "demo-one-teacher": "The demo before `reward.teachers` and `slm.soft_labels` were in the preset, on 400 test rows",
     "demo-100-rows": "The same with half as many rows a silo (rows_per_client = 100, 16 epochs on them)",
     "demo-other-wording": "The same with M(x) and M'(y) as the text, a line break and `Sentiment: ...`",
     "sst2-paper": "SST-2, preset paper",
     "sst2-recommended": "SST-2, preset recommended",
+    "sst2-no-floor": "SST-2, preset recommended before `llm.generation_floor` was in it",
     "sst2-one-teacher": "SST-2, preset recommended before `reward.teachers` and `slm.soft_labels` were in it",
     "sst2-one-client-paper": "SST-2, a single client of 300 rows and 256 texts to learn from, preset paper",
     "sst2-one-client-recommended": "SST-2, the same, preset recommended",
