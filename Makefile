@@ -3,8 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# what is never imported need not be compiled: that takes as long as installing the rest
+# what is never imported need not be compiled: that takes as long as installing the rest; what is, is kept compiled
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-faults test-federation test-privacy test-report audit docs check format bench clean
 

@@ -26,5 +26,7 @@ def fingerprint(key: Path) -> str:
         else:
             public = serialization.load_ssh_private_key(data, password=None).public_key()
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise FederationError(f"{key}: is not a key as crosslm provision makes them: {error}") from error
+        raise FederationError(
+            f"{key}: is not a key as crosslm provision makes them: {error}; unpack the kit again, or ask for a new one"
+        ) from error
     return hashlib.sha256(public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)).hexdigest()
