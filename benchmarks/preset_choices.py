@@ -136,6 +136,7 @@ class Bench:
             seed,
             spec.num_hidden_layers,
             slm.freeze_embeddings,
+            pooling=spec.pooling,
         )
         client = Client(client_id, self.split.private[client_id], model, slm.private, self.config.seed)
         self.uploads[client_id] = client.train()

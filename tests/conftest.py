@@ -61,6 +61,24 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 2) + 1
 
 
+LONGEST = ("test_real.py", "test_federation_live.py", "test_crash.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each process begins with one of the longest files, or the last of them would be waited for by all in the end."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers == 1:
+        return
+    others = [item for item in items if item.path.name not in LONGEST]
+    dealt: list[pytest.Item] = []
+    for number in range(workers):  # as the even shares are cut that they begin with
+        first = [item for name in LONGEST[number::workers] for item in items if item.path.name == name]
+        share = (len(items) - len(dealt)) // (workers - number) - len(first)
+        dealt += first + others[: max(share, 0)]
+        others = others[max(share, 0) :]
+    items[:] = dealt + others
+
+
 GOOD = ["good", "lovely", "bright", "warm", "happy", "fine", "sweet", "kind"]
 BAD = ["bad", "awful", "dull", "cold", "sad", "poor", "sour", "mean"]
 THINGS = ["story", "film", "song", "meal", "room", "day", "walk", "book"]

@@ -177,6 +177,7 @@ def test_clients_must_have_different_ids(write):
     [
         ({"id": "mean", "train": "x.csv"}, "id must not be 'mean'"),
         ({"id": "a", "train": "x.csv", "num_hidden_layers": 2}, "num_hidden_layers needs a model"),
+        ({"id": "a", "train": "x.csv", "pooling": "mean"}, "pooling needs a model"),
         ({"id": "a/b", "train": "x.csv"}, "clients.0.id"),
     ],
 )

@@ -121,6 +121,7 @@ def test_killed_at_every_point_and_at_random_times_a_run_ends_the_same(driver, t
     expected = contents(whole)
     assert {"summary.json", "llm/adapter_model.safetensors", "synthetic/final.jsonl"} <= set(expected)
     orders = [{"point": point, "count": LATER.get(point, 1)} for point in POINTS]
+    orders += [{"point": point, "count": 1} for point in ("fsync", "rename")]  # while the configuration is written
     orders += [{"after": random.Random(number).uniform(0.1, 0.9) * seconds} for number in range(4)]
     killed = 0
     for number, order in enumerate(orders):

@@ -181,6 +181,19 @@ def broken(tables, change):
         (lambda t: t["evaluation"].update(perplexity_text="none.txt"), "none.txt: no such file"),
         (lambda t: t["evaluation"].update(perplexity_text="empty.txt"), "empty.txt: has no text"),
         (lambda t: t["slm"]["models"][0].update(num_hidden_layers=9), "has 2 hidden layers; num_hidden_layers = 9"),
+        (
+            lambda t: t["slm"]["models"][0].update(
+                model=t["slm"]["models"][0]["model"].replace("bert", "distilbert"), pooling="mean"
+            ),
+            ": pooling = 'mean' needs a model of the type bert, not distilbert",
+        ),
+        (
+            lambda t: (
+                t["slm"]["models"][0].update(model=t["slm"]["models"][0]["model"].replace("bert", "gpt2")),
+                t.update(privacy={"epsilon": 8.0, "center": True}),
+            ),
+            ": privacy.center needs a head with a bias",
+        ),
         (lambda t: t.update(device="cuda:99"), "device 'cuda:99' cannot be used"),
         (lambda t: t["llm"].update(sample=3), "unknown key llm.sample; did you mean 'samples'?"),
         (lambda t: t["task"]["verbalizer"].pop("good"), "verbalizer is missing for the label(s) ['good']"),

@@ -20,8 +20,9 @@ from transformers import (
 from crosslm.client import Client
 from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError, ModelError
-from crosslm.models import private_fit
+from crosslm.models import private_fit, private_mean
 from crosslm.models.private_fit import Mechanism, PrivateTraining, discrete_laplace, dp_sgd, frozen_below, plan
+from crosslm.models.private_mean import _read_by_head, centred, noisy_mean
 from crosslm.models.slm import SLM
 from crosslm.records import Examples
 
@@ -120,6 +121,88 @@ def test_each_family_is_trained_and_left_clean(folders, family):
     assert len(set(seen)) > 1  # Poisson sampling: batches of different size
     again = SLM.from_state(slm.to_state())
     torch.testing.assert_close(again.predict_proba(EXAMPLES.texts), slm.predict_proba(EXAMPLES.texts))
+
+
+def test_a_centred_head_is_trained_by_the_definition(folders):
+    """One step without noise: each row's gradient with the mean taken off what the last layer reads, clipped."""
+    slm, clip, rows = load(folders, "bert"), 0.05, EXAMPLES.take(range(30, 50))
+    without_dropout(slm)
+    with torch.no_grad():
+        read = torch.cat([slm.model.bert(torch.tensor([row])).pooler_output for row in slm.encode(rows.texts)])
+        names = torch.cat([slm.model.bert(torch.tensor([row])).pooler_output for row in slm.encode(LABELS)])
+        radius = names.norm(dim=1).max()
+        clipped = torch.stack([vector * min(1.0, float(radius / vector.norm())) for vector in read])
+        mean, linear = clipped.mean(dim=0), slm.model.classifier
+        wrong = (read @ linear.weight.T + linear.bias).softmax(dim=1)
+    wrong[range(20), rows.labels] -= 1.0  # the loss by the outputs
+    gradients = torch.einsum("ro,rd->rod", wrong, read - mean)
+    norms = (gradients.flatten(1).square().sum(dim=1) + wrong.square().sum(dim=1)).sqrt()
+    share = (clip / norms).clamp(max=1)
+    weight = linear.weight - torch.einsum("r,rod->od", share, gradients) / 20
+    bias = linear.bias + linear.weight @ mean - (share @ wrong) / 20 - weight @ mean
+    plain_sgd(slm)
+    found = noisy_mean(slm, slm.encode(rows.texts), 0.0, torch.Generator())
+    torch.testing.assert_close(found, mean, atol=1e-6, rtol=0)
+    with frozen_below(slm, 0), centred(slm, found):
+        dp_sgd(slm, rows, FitConfig(), Mechanism(0.0, 1.0, 1), clip, secret(), lambda _: None)
+    torch.testing.assert_close(linear.weight, weight, atol=2e-6, rtol=0)
+    torch.testing.assert_close(linear.bias, bias, atol=2e-6, rtol=0)
+    assert not linear._forward_pre_hooks
+
+
+def test_the_mean_is_of_clipped_vectors(folders, monkeypatch):
+    read = iter([[[3.0, 4.0], [0.6, 0.8]], [[6.0, 8.0], [0.0, 1.0], [0.0, -10.0]]])
+    monkeypatch.setattr(private_mean, "_read_by_head", lambda *_: torch.tensor(next(read)))
+    found = noisy_mean(load(folders, "bert"), [[1]] * 3, 0.0, torch.Generator())
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.0]))  # of (3, 4), (0, 1) and (0, -5): none is longer than 5
+
+
+def test_the_mean_has_noise_of_the_size_that_is_accounted(folders):
+    slm, rows = load(folders, "bert"), EXAMPLES.take(range(50))
+    exact, noisy = (
+        torch.stack(
+            [noisy_mean(slm, slm.encode(rows.texts), size, torch.Generator().manual_seed(n)) for n in range(64)]
+        )
+        for size in (0.0, 3.0)
+    )
+    radius = _read_by_head(slm, slm.encode(LABELS)).norm(dim=1).max()
+    assert float((noisy - exact).std()) == pytest.approx(3.0 * float(radius) / 50, rel=0.05)
+
+
+def test_centring_alone_changes_no_answer(folders):
+    for family in ("bert", "distilbert", "roberta"):
+        slm = load(folders, family)
+        before = slm.predict_proba(EXAMPLES.texts)
+        mean = noisy_mean(slm, slm.encode(EXAMPLES.texts), 1.0, torch.Generator())
+        with centred(slm, mean):
+            torch.testing.assert_close(slm.predict_proba(EXAMPLES.texts), before, atol=1e-5, rtol=0)
+        torch.testing.assert_close(slm.predict_proba(EXAMPLES.texts), before, atol=1e-5, rtol=0)
+
+
+def test_the_mean_is_within_the_budget(folders):
+    privacy, fit = PrivacyConfig(epsilon=3, center=True, trained_layers=0), FitConfig(epochs=3, batch_size=16)
+    training, slm = PrivateTraining(privacy, 2, secret()), load(folders, "bert")
+    before = weights(slm)
+    for upload in (1, 2):
+        told = training.fit(slm, EXAMPLES, fit, upload, lambda _: None)
+        accountant = RDPAccountant()
+        for _ in range(15 * upload):
+            accountant.step(noise_multiplier=told["dp/noise_multiplier"], sample_rate=told["dp/sample_rate"])
+        for _ in range(upload):  # of all rows
+            accountant.step(noise_multiplier=told["dp/noise_multiplier"], sample_rate=1.0)
+        assert told["dp/epsilon"] == pytest.approx(accountant.get_epsilon(1e-5))
+    assert 2.98 < told["dp/epsilon"] <= 3
+    plain = plan(80, fit, privacy.model_copy(update={"center": False}), 2)
+    assert told["dp/noise_multiplier"] > plain.noise_multiplier
+    changed = {name for name, value in weights(slm).items() if not torch.equal(value, before[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_head_without_bias_cannot_be_centred(folders, family):
+    privacy = PrivacyConfig(epsilon=8, center=True)
+    with pytest.raises(ModelError, match=r"privacy\.center needs a head with a bias"):
+        PrivateTraining(privacy, 1, secret()).fit(load(folders, family), EXAMPLES, FIT, 0, lambda _: None)
 
 
 def test_epsilon_is_that_of_opacuss_own_accountant(folders):

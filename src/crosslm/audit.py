@@ -162,6 +162,7 @@ class _Audit:
             spec.num_hidden_layers,
             config.slm.freeze_embeddings,
             config.device,
+            spec.pooling,
         )
         total = len(rows) * config.slm.private.epochs
         with self.progress.stage(f"train {purpose}", client, total, "rows") as advance:

@@ -297,7 +297,8 @@ def _layers(spec: Mapping[str, Any]) -> str:
     if spec["model"] is None:
         return f"of the type {spec['type']}; its name is known at the silo"
     layers = spec.get("num_hidden_layers")
-    return shown(str(spec["model"])) + (f", lowest {layers} layers" if layers else "")
+    pooled = ", mean of its tokens" if spec.get("pooling") else ""
+    return shown(str(spec["model"])) + (f", lowest {layers} layers" if layers else "") + pooled
 
 
 def _versions(summary: Mapping[str, Any]) -> str:

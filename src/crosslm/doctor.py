@@ -17,12 +17,10 @@ from crosslm.config_file import load
 from crosslm.data import find_file, load_examples, load_split
 from crosslm.errors import CrosslmError, DataError
 from crosslm.memory import Shape, available, estimate, in_gib
-from crosslm.models.architecture import check_travels
 from crosslm.models.private_fit import require_opacus
-from crosslm.models.slm import check_layers
 from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
-from crosslm.preparation import client_specs, describe_spec, perplexity_text_of, public_texts
+from crosslm.preparation import check_slm, client_specs, describe_spec, perplexity_text_of, public_texts
 from crosslm.records import Examples
 from crosslm.starter import SAMPLE
 from crosslm.task import Task
@@ -221,8 +219,7 @@ def models(
     specs = {client: spec for client, spec in client_specs(config, clients).items() if spec.model in folders}
     for client, spec in specs.items():
         try:
-            check_layers(folders[spec.model], spec.num_hidden_layers, f"client {client}")
-            check_travels(folders[spec.model], f"client {client}")
+            check_slm(folders[spec.model], spec, config.privacy, f"client {client}")
         except CrosslmError as error:
             yield Finding("error", "model", str(error))
         else:

@@ -91,6 +91,7 @@ def train_judge(folder: str, config: Config, held_out: Examples, progress: Progr
         spec.num_hidden_layers,
         config.slm.freeze_embeddings,
         config.device,
+        spec.pooling,
     )
     with progress.stage("train judge", "held-out text", len(held_out) * fit.epochs, "rows") as advance:
         judge.fit(held_out, fit, seed_for(config.seed, "judge"), advance)

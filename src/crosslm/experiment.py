@@ -328,6 +328,7 @@ class _Run:
             spec.num_hidden_layers,
             config.slm.freeze_embeddings,
             config.device,
+            spec.pooling,
         )
         rows, privacy = self.split.private[client_id], config.privacy
         private = plant(rows, slm.tokenizer, len(self.task.labels), privacy.canaries, config.seed, client_id)

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from crosslm.config import Config, SLMSpec
+from crosslm.config import Config, PrivacyConfig, SLMSpec
 from crosslm.config_file import load
 from crosslm.data import Split, find_file, load_examples, load_split, read_text, readable_lines
 from crosslm.errors import DataError, ModelError, RunError
 from crosslm.models.architecture import check_travels
-from crosslm.models.slm import check_layers
+from crosslm.models.private_mean import check_center
+from crosslm.models.slm import check_spec
 from crosslm.models.sources import PREFIX, check_model, model_folder
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.models.vocabulary import cached_trim, tokenizer_words
@@ -43,8 +44,7 @@ def prepare(config: Config, cache: Path, on_news: Callable[[str], None]) -> Prep
     public = public_texts(config)
     for client_id, spec in specs.items():
         folder = model_folder(spec.model, cache, on_news)
-        check_layers(folder, spec.num_hidden_layers, f"client {client_id}")
-        check_travels(folder, f"client {client_id}")
+        check_slm(folder, spec, config.privacy, f"client {client_id}")
     llm_folder = original_llm(config, cache, on_news)
     verbalizer_ids(load_tokenizer(llm_folder, config.llm.model), Task.from_config(config.task))
     return Prepared(split, specs, perplexity_text, llm_folder, public)
@@ -89,7 +89,9 @@ def client_specs(config: Config, client_ids: list[str]) -> dict[str, SLMSpec]:
     for client_id in client_ids:
         client = own.get(client_id)
         if client is not None and client.model is not None:
-            specs[client_id] = SLMSpec(model=client.model, num_hidden_layers=client.num_hidden_layers)
+            specs[client_id] = SLMSpec(
+                model=client.model, num_hidden_layers=client.num_hidden_layers, pooling=client.pooling
+            )
         else:
             draw = seed_for(config.seed, "architecture", client_id) % len(config.slm.models)
             specs[client_id] = config.slm.models[draw]
@@ -105,7 +107,20 @@ def class_report(examples: Examples, config: Config) -> str:
 
 def describe_spec(spec: SLMSpec) -> str:
     """An architecture in words."""
-    return spec.model + (f", lowest {spec.num_hidden_layers} layers" if spec.num_hidden_layers else "")
+    layers = f", lowest {spec.num_hidden_layers} layers" if spec.num_hidden_layers else ""
+    return spec.model + layers + (", mean of its tokens" if spec.pooling else "")
+
+
+def check_slm(folder: str, spec: SLMSpec, privacy: PrivacyConfig, who: str) -> None:
+    """Find out that a client's model can be trained as is asked, and can travel, without loading its weights.
+
+    Raises:
+        ModelError: it is not so.
+    """
+    check_spec(folder, spec, who)
+    check_travels(folder, who)
+    if privacy.epsilon and privacy.center:
+        check_center(folder, who)
 
 
 def check_models(config: Config, specs: dict[str, SLMSpec]) -> None:

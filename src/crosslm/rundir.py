@@ -49,7 +49,8 @@ class RunDir:
         Raises:
             RunError: the folder holds something already.
         """
-        if path.is_file() or (path.is_dir() and any(entry.name != LOCK for entry in path.iterdir())):
+        begun = (LOCK, CONFIG + PARTIAL)  # by a run that was killed before it was one
+        if path.is_file() or (path.is_dir() and any(entry.name not in begun for entry in path.iterdir())):
             unfinished = (path / CONFIG).exists() and not (path / SUMMARY).exists()
             what = "another run" if (path / CONFIG).exists() else "other files"
             hint = ", or go on with it: --resume" if unfinished else ""

@@ -135,6 +135,7 @@ def as_toml(start: Start, task: TaskConfig) -> str:
             f"[[clients]]\nid = {_value(client)}\ntrain = {_value(f'{client}.csv')}\n" for client in start.clients
         ),
         slm=_value(start.slm),
+        pooling=', pooling = "mean"' if start.slm == DEMO_SLM else "",
         fits=FITS_DEMO_SLM if start.slm == DEMO_SLM else "",
         llm=_value(start.llm),
         llm_name=start.llm,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from crosslm import doctor
-from crosslm.config import SLMSpec
+from crosslm.config import PrivacyConfig, SLMSpec
 from crosslm.data import is_there, load_examples
 from crosslm.doctor import Finding
 from crosslm.errors import CrosslmError, DataError, FederationError
@@ -24,11 +24,9 @@ from crosslm.federation.kits import (
     silo_names,
 )
 from crosslm.federation.silo import Silo
-from crosslm.models.architecture import check_travels
 from crosslm.models.private_fit import require_opacus
-from crosslm.models.slm import check_layers
 from crosslm.models.sources import check_model, model_folder
-from crosslm.preparation import client_specs, describe_spec
+from crosslm.preparation import check_slm, client_specs, describe_spec
 
 FEW_DAYS = 30
 News = Callable[[str], None]
@@ -121,7 +119,7 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
         named["encoder"] = settings.encoder
     yield from doctor.find_models(named, folders, cache, on_news)
     if settings.slm.model in folders:
-        yield _classifier(settings.slm, folders[settings.slm.model])
+        yield _classifier(settings.slm, settings.privacy, folders[settings.slm.model])
 
 
 def _program(name: str) -> Finding:
@@ -131,10 +129,9 @@ def _program(name: str) -> Finding:
         return Finding("error", "flower", str(error))
 
 
-def _classifier(spec: SLMSpec, folder: str) -> Finding:
+def _classifier(spec: SLMSpec, privacy: PrivacyConfig, folder: str) -> Finding:
     try:
-        check_layers(folder, spec.num_hidden_layers, "slm")
-        check_travels(folder, "slm")
+        check_slm(folder, spec, privacy, "slm")
     except CrosslmError as error:
         return Finding("error", "slm", str(error))
     return Finding("ok", "slm", f"trains {describe_spec(spec)}")

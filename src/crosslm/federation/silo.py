@@ -190,6 +190,7 @@ class Silo:
             settings.slm.num_hidden_layers,
             settings.freeze_embeddings,
             device,
+            settings.slm.pooling,
         )
 
     def would_send(self) -> dict[str, Any]:

@@ -25,10 +25,12 @@ from torch import Tensor, nn
 
 from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError, ModelError
+from crosslm.models.private_mean import centred, noisy_mean
 from crosslm.models.slm import SLM
 from crosslm.records import Examples
 
 ACCOUNTANT = "rdp"  # Renyi; Opacus's tighter PRV accountant fails where every row is in every batch
+MOST_NOISE, CLOSE = 1e6, 0.01  # of the search for the least noise multiplier, as in Opacus's own
 MICRO_BATCH = 16  # rows whose gradients are in memory at once; changes no result
 LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
 EMBEDDINGS = re.compile(r"embed|\bwte\b|\bwpe\b")
@@ -42,6 +44,8 @@ class Mechanism:
     sample_rate: float
     """Probability of a row to be in a batch."""
     steps: int
+    means: int = 0
+    """Noisy means of all rows, each with the same noise."""
 
     def epsilon(self, delta: float, uploads: int = 1) -> float:
         """Epsilon of so many uploads together, by Opacus's accountant (Mironov 2017; Mironov et al. 2019)."""
@@ -49,6 +53,8 @@ class Mechanism:
 
         accountant = create_accountant(mechanism=ACCOUNTANT)
         accountant.history = [(self.noise_multiplier, self.sample_rate, self.steps * uploads)]
+        if self.means:
+            accountant.history.append((self.noise_multiplier, 1.0, self.means * uploads))
         with _quiet():
             return float(accountant.get_epsilon(delta))
 
@@ -78,27 +84,32 @@ def plan(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int) -> Mec
         ConfigError: no noise is enough, or there is no budget.
     """
     rate = min(1.0, fit.batch_size / rows)
-    steps = fit.epochs * -(-rows // fit.batch_size)
-    try:
-        noise = _noise_multiplier(privacy.epsilon_of_training, privacy.delta, rate, steps * uploads)
-    except (ValueError, OverflowError) as error:
+    steps, means = fit.epochs * -(-rows // fit.batch_size), int(privacy.center)
+    noise = _noise_multiplier(privacy.epsilon_of_training, privacy.delta, rate, steps, means, uploads)
+    if noise is None:
         raise ConfigError(
-            f"privacy.epsilon = {privacy.epsilon} cannot be kept over {steps * uploads} steps of {rows} rows: {error}; "
+            f"privacy.epsilon = {privacy.epsilon} cannot be kept over {steps * uploads} steps of {rows} rows: "
             "raise it, or lower slm.private.epochs"
-        ) from error
-    return Mechanism(noise, rate, steps)
+        )
+    return Mechanism(noise, rate, steps, means)
 
 
 @cache  # a search of seconds, the same for each upload
-def _noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    from opacus.accountants.utils import get_noise_multiplier
+def _noise_multiplier(epsilon: float, delta: float, rate: float, steps: int, means: int, uploads: int) -> float | None:
+    """The least noise within the budget, to a hundredth of epsilon; None where none is enough."""
 
-    with _quiet():
-        return float(
-            get_noise_multiplier(
-                target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant=ACCOUNTANT
-            )
-        )
+    def spent(noise: float) -> float:
+        return Mechanism(noise, rate, steps, means).epsilon(delta, uploads)
+
+    low, high = 0.0, 10.0
+    while spent(high) > epsilon:
+        low, high = high, 2 * high
+        if high > MOST_NOISE:
+            return None
+    while epsilon - spent(high) > CLOSE:
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) > epsilon else (low, middle)
+    return high
 
 
 class PrivateTraining:
@@ -152,7 +163,8 @@ class PrivateTraining:
         self._made += 1  # counted before it is used: what is not uploaded is not given back
         with torch.random.fork_rng(), frozen_below(slm, self.privacy.trained_layers):
             torch.manual_seed(seed)
-            dp_sgd(slm, examples, config, mechanism, self.privacy.clip, self._secret, on_rows)
+            with self._centred(slm, examples, mechanism):
+                dp_sgd(slm, examples, config, mechanism, self.privacy.clip, self._secret, on_rows)
         spent = mechanism.epsilon(self.privacy.delta, self._made)
         return {
             "epochs": float(config.epochs),
@@ -163,6 +175,16 @@ class PrivateTraining:
             "dp/sample_rate": mechanism.sample_rate,
             "dp/steps": float(mechanism.steps * self._made),
         }
+
+    @contextmanager
+    def _centred(self, slm: SLM, examples: Examples, mechanism: Mechanism) -> Iterator[None]:
+        """As ``privacy.center`` says."""
+        if not mechanism.means:
+            yield
+            return
+        noise = torch.Generator(slm.device).manual_seed(self._secret.getrandbits(63))
+        with centred(slm, noisy_mean(slm, slm.encode(examples.texts), mechanism.noise_multiplier, noise)):
+            yield
 
     def go_on(self, made: int, told: tuple[int, ...] | None) -> None:
         """Count the uploads that were made before this process began; the counts that were told then are told again."""

@@ -18,9 +18,10 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from crosslm.config import FitConfig
+from crosslm.config import FitConfig, SLMSpec
 from crosslm.errors import ModelError, UploadError
 from crosslm.models.architecture import SPECIAL_TOKENS, special_tokens, travelling
+from crosslm.models.pooling import check_pooling, pool_by_mean
 from crosslm.models.rows import batches, hold_out
 from crosslm.records import Examples, SlmState
 
@@ -48,6 +49,7 @@ class SLM:
         num_hidden_layers: int | None = None,
         freeze_embeddings: bool = False,
         device: str = "cpu",
+        pooling: str | None = None,
     ) -> "SLM":
         """A pretrained body with a new head whose first values come from the seed.
 
@@ -59,9 +61,10 @@ class SLM:
             num_hidden_layers: keep only the lowest layers.
             freeze_embeddings: do not train the embedding tables.
             device: where the weights go.
+            pooling: ``mean`` puts a layer on top that takes the mean of the tokens.
 
         Raises:
-            ModelError: it cannot be loaded as a sequence classifier, or has fewer layers.
+            ModelError: it cannot be loaded as a sequence classifier, has fewer layers, or cannot have that pooling.
         """
         try:
             config = AutoConfig.from_pretrained(folder)
@@ -72,6 +75,8 @@ class SLM:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+                if pooling == "mean":
+                    pool_by_mean(model)
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise ModelError(
@@ -179,7 +184,7 @@ class SLM:
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         for start in range(0, len(order), PREDICTION_BATCH):
             batch = order[start : start + PREDICTION_BATCH]
-            logits = self.model(**self._pad([rows[row] for row in batch])).logits
+            logits = self.logits([rows[row] for row in batch])
             probabilities[batch] = logits.float().softmax(dim=1).cpu()
         return probabilities[:, self._outputs]
 
@@ -201,7 +206,12 @@ class SLM:
         """Cross-entropy of each encoded row with its label, or with probabilities ``(rows, labels)``: ``(rows,)``."""
         wanted, outputs = torch.as_tensor(labels), torch.tensor(self._outputs)
         target = outputs[wanted] if wanted.ndim == 1 else torch.zeros_like(wanted).index_copy(1, outputs, wanted)
-        return cross_entropy(self.model(**self._pad(rows)).logits, target.to(self.device), reduction="none")
+        return cross_entropy(self.logits(rows), target.to(self.device), reduction="none")
+
+    def logits(self, rows: Sequence[list[int]]) -> Tensor:
+        """The model's outputs for encoded rows, in the model's own order: ``(rows, labels)``."""
+        logits: Tensor = self.model(**self._pad(rows)).logits
+        return logits
 
     def optimizer(self, config: FitConfig, rows: int) -> tuple[torch.optim.Optimizer, Any]:
         """AdamW over what is trained, and its schedule over ``config.epochs`` of so many rows."""
@@ -277,7 +287,7 @@ class SLM:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _pad(self, rows: list[list[int]]) -> dict[str, Tensor]:
+    def _pad(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), int(self.tokenizer.pad_token_id or 0))
         mask = torch.zeros_like(ids)
@@ -317,8 +327,8 @@ class SLM:
         return loss, float((probabilities.argmax(dim=1) == labels).float().mean())
 
 
-def check_layers(folder: str, layers: int | None, who: str) -> None:
-    """Find out that a model is there and has so many layers, without loading its weights.
+def check_spec(folder: str, spec: SLMSpec, who: str) -> None:
+    """Find out that a model is there, has so many layers and can have such pooling, without loading its weights.
 
     Raises:
         ModelError: it is not so.
@@ -327,8 +337,10 @@ def check_layers(folder: str, layers: int | None, who: str) -> None:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelError(f"{who}: SLM {folder!r} cannot be loaded; give a sequence classifier: {error}") from error
-    if layers is not None:
-        _keep_layers(config, layers, folder)
+    if spec.num_hidden_layers is not None:
+        _keep_layers(config, spec.num_hidden_layers, folder)
+    if spec.pooling == "mean":
+        check_pooling(config.model_type, who)
 
 
 def _keep_layers(config: Any, layers: int, folder: str) -> None:

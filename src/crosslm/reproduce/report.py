@@ -96,7 +96,9 @@ def differs(kept: Kept, choice: Choice) -> list[str]:
         return []
     config, finetuning = run["settings"]["config"], choice.scale.finetuning
     slms = [
-        spec["model"] + (f" with {spec['num_hidden_layers']} layers" if "num_hidden_layers" in spec else "")
+        spec["model"]
+        + (f" with {spec['num_hidden_layers']} layers" if "num_hidden_layers" in spec else "")
+        + (", mean of its tokens" if "pooling" in spec else "")
         for spec in config["slm"]["models"]
     ]
     rows = config["data"].get("rows_per_client", "all")

@@ -96,7 +96,7 @@ def ceiling(config: Config, cache: Path, progress: Progress) -> dict[str, Any]:
     trained: dict[str, SLM] = {}
     correct = {}
     for client, spec in specs.items():
-        name = f"{spec.model}, {spec.num_hidden_layers}"
+        name = f"{spec.model}, {spec.num_hidden_layers}, {spec.pooling}"
         if name not in trained:
             slm = SLM.load(
                 model_folder(spec.model, cache, progress.note),
@@ -106,6 +106,7 @@ def ceiling(config: Config, cache: Path, progress: Progress) -> dict[str, Any]:
                 spec.num_hidden_layers,
                 config.slm.freeze_embeddings,
                 config.device,
+                spec.pooling,
             )
             rows = len(pooled) * config.slm.private.epochs
             with progress.stage("train SLM on pooled text", name, rows, "rows") as advance:

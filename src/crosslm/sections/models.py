@@ -14,6 +14,9 @@ class SLMSpec(Section):
     """Folder, Hugging Face id or ``package:MODULE``."""
     num_hidden_layers: Positive | None = None
     """Keep only the lowest layers of ``model``."""
+    pooling: Literal["mean"] | None = None
+    """``mean``: the classification head reads the mean of a text's tokens, by one more layer on top (ours; models of
+    the type bert). Often much better for sentence encoders. Not set: what the architecture's head reads."""
 
 
 class FitConfig(Section):

@@ -20,6 +20,9 @@ class PrivacyConfig(Section):
     trained_layers: Annotated[int, Field(ge=0)] | None = None
     """Under DP train only so many of the highest layers and what lies above them; 0: only the classification head;
     not set: all that is trained without DP."""
+    center: bool = False
+    """Under DP centre what the head reads by the mean over the private rows, told with noise within the budget (ours).
+    Worth it where few rows train the head alone."""
     class_counts: Literal["hidden", "noisy", "exact"] = "hidden"
     """Under DP, what the upload tells of the rows of each label. ``exact`` is outside the bound."""
     count_epsilon: Annotated[float, Field(gt=0)] = 0.5

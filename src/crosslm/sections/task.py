@@ -1,7 +1,7 @@
 """What is classified, and whose text: ``[task]``, ``[data]`` and ``[[clients]]``."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -58,11 +58,14 @@ class ClientConfig(Section):
     """The silo's own SLM; without it one of ``slm.models`` is drawn from the seed."""
     num_hidden_layers: Positive | None = None
     """Keep only the lowest layers of ``model``: a smaller architecture from the same weights."""
+    pooling: Literal["mean"] | None = None
+    """As in ``slm.models``, for ``model``."""
 
     @model_validator(mode="after")
     def _layers_of_a_model(self) -> Self:
-        if self.num_hidden_layers is not None and self.model is None:
-            raise ValueError("num_hidden_layers needs a model of the client's own")
+        for name in ("num_hidden_layers", "pooling"):
+            if getattr(self, name) is not None and self.model is None:
+                raise ValueError(f"{name} needs a model of the client's own")
         if self.id == "mean":
             raise ValueError("id must not be 'mean', which is what the mean over clients is called")
         return self
