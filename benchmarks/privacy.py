@@ -6,7 +6,7 @@
 Each cell, one seed under one budget, is written to benchmarks/results/privacy-sst2.json when done, and skipped when
 it is there. One silo's rows and the rows of the attacker's reference model are drawn from the training sentences; the
 attack's others are the test rows, on which accuracy is measured too. Without DP the settings are those of the packaged
-configuration sst2. With DP they were chosen on validation.csv: head only, every row in every batch.
+configuration sst2. With DP they were chosen on validation.csv: head only, centred, every row in every batch.
 """
 
 import argparse
@@ -59,7 +59,10 @@ class Bench:
     def fresh(self) -> SLM:
         """The classifier before step 1."""
         config = self.config.slm
-        return SLM.load(self.folder, self.labels, config.max_length, self.seed, None, config.freeze_embeddings)
+        pooling = config.models[0].pooling
+        return SLM.load(
+            self.folder, self.labels, config.max_length, self.seed, None, config.freeze_embeddings, pooling=pooling
+        )
 
     def reference_losses(self) -> torch.Tensor:
         """Of the attacker's reference model on all rows of the attack."""
@@ -78,7 +81,7 @@ class Bench:
             told = slm.fit(private, self.config.slm.private, self.seed)
         else:
             fit = FitConfig(epochs=DP_EPOCHS, batch_size=len(private), learning_rate=DP_RATE, weight_decay=0.0)
-            budget = PrivacyConfig(epsilon=epsilon, clip=DP_CLIP, trained_layers=0)
+            budget = PrivacyConfig(epsilon=epsilon, clip=DP_CLIP, trained_layers=0, center=True)
             secret = random.Random(seed_for(self.seed, "noise", str(epsilon)))  # repeatable: no secret
             told = PrivateTraining(budget, 1, secret).fit(slm, private, fit, self.seed, lambda _: None)
         seconds = time.perf_counter() - started

@@ -259,11 +259,12 @@ def privacy_table(result: dict) -> str:
     commits = sorted({cell.get("commit", result["commit"])[:10] for cell in cells.values()})
     groups = sorted(budgets, key=lambda it: (int(it[0]), -float(it[1]) if it[1] != "none" else -float("inf")))
     lines = [
-        "SST-2, MiniLM with 6 layers and frozen embeddings as the SLM, one silo; mean over the seeds and, after it, "
-        "lowest to highest (for one seed the bootstrap's 95 % interval). Membership inference by the loss and by the "
-        "calibrated loss, against the test rows; TPR is the true-positive rate at 1 % false positives. Exposure of "
-        "canaries in the SLM in bits (not learned: 1.44; most that can be seen: 8). Without DP the settings are those "
-        "of the packaged configuration; with DP the head alone is trained, settings chosen on validation rows.",
+        "SST-2, MiniLM with 6 layers, mean of its tokens and frozen embeddings as the SLM, one silo; mean over the "
+        "seeds and, after it, lowest to highest (for one seed the bootstrap's 95 % interval). Membership inference by "
+        "the loss and by the calibrated loss, against the test rows; TPR is the true-positive rate at 1 % false "
+        "positives. Exposure of canaries in the SLM in bits (not learned: 1.44; most that can be seen: 8). Without DP "
+        "the settings are those of the packaged configuration; with DP the head alone is trained, centred, with "
+        "settings chosen on validation rows.",
         "",
         "| rows | epsilon | seeds | accuracy | AUC, loss | AUC, calibrated | TPR, loss | TPR, calibrated | exposure |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",

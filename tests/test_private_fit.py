@@ -231,6 +231,19 @@ def test_the_noise_is_enough_and_not_much_more(rows, batch, epochs):
         plan(50, FitConfig(epochs=5, batch_size=64), PrivacyConfig(epsilon=1e-9), 1)
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2", "albert"])
+def test_there_is_no_dropout_under_dp(folders, family):
+    """Without noise nothing is left to chance, whatever PyTorch's generator would draw."""
+    found = []
+    for seed in (1, 2):
+        slm = load(folders, family)
+        torch.manual_seed(seed)
+        dp_sgd(slm, EXAMPLES.take(range(30, 50)), FIT, Mechanism(0.0, 1.0, 2), 1.0, secret(), lambda _: None)
+        assert not slm.model.training
+        found.append(weights(slm))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_noise_is_of_the_right_size_even_for_an_empty_batch(folders):
     slm = load(folders, "bert")
     plain_sgd(slm)

@@ -145,7 +145,7 @@ class PrivateTraining:
             slm: is trained in place.
             examples: the private rows.
             config: learning rate, epochs, expected batch size.
-            seed: of dropout, which guards nothing.
+            seed: of what the model draws itself, which is nothing where its only randomness is dropout: that is off.
             on_rows: told how many rows were trained on, those of a batch in one go.
 
         Returns:
@@ -241,7 +241,10 @@ def dp_sgd(
         expected_batch_size=mechanism.sample_rate * len(rows),
         generator=noise,
     )
-    slm.model.train()
+    slm.model.eval()  # no dropout: the noise is enough of that
+    for module in slm.model.modules():
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            module.train()  # Opacus looks at these alone
     with _gradients_of_each_row(slm.model):
         for _ in range(mechanism.steps):
             drawn = [row for row in range(len(rows)) if secret.random() < mechanism.sample_rate]
