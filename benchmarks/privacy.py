@@ -5,8 +5,9 @@
 
 Each cell, one seed under one budget, is written to benchmarks/results/privacy-sst2.json when done, and skipped when
 it is there. One silo's rows and the rows of the attacker's reference model are drawn from the training sentences; the
-attack's others are the test rows, on which accuracy is measured too. Without DP the settings are those of the packaged
-configuration sst2. With DP they were chosen on validation.csv: head only, centred, every row in every batch.
+attack's others are the test rows, on which accuracy is measured too. The classifier's head reads the mean of the
+tokens. Without DP the settings are those of the packaged configuration sst2. With DP they were chosen on
+validation.csv: head only, centred, every row in every batch.
 """
 
 import argparse
@@ -59,9 +60,8 @@ class Bench:
     def fresh(self) -> SLM:
         """The classifier before step 1."""
         config = self.config.slm
-        pooling = config.models[0].pooling
         return SLM.load(
-            self.folder, self.labels, config.max_length, self.seed, None, config.freeze_embeddings, pooling=pooling
+            self.folder, self.labels, config.max_length, self.seed, None, config.freeze_embeddings, pooling="mean"
         )
 
     def reference_losses(self) -> torch.Tensor:
