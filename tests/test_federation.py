@@ -424,26 +424,41 @@ def test_the_gateway_knows_the_keys_that_are_in_the_kit_now(kits):
 
     async def ask(*asked):
         async with httpx.AsyncClient(transport=httpx.ASGITransport(outer), base_url="https://server") as client:
-            return [(await client.get(f"/v1/crosslm/silos/{each}")).status_code for each in asked]
+            answers = [await client.get(f"/v1/crosslm/silos/{each}") for each in asked]
+            return [(answer.status_code, answer.text) for answer in answers]
 
-    assert asyncio.run(ask(own, own[:-1], "%2e%2e", "")) == [204, 403, 403, 404]
+    no = (403, "")
+    assert asyncio.run(ask(own, own[:-1], "%2e%2e")) == [(200, "0"), no, no]
+    assert asyncio.run(ask(""))[0][0] == 404
+    # and how many rounds of this silo are complete
+    spool = Spool(kits / "server" / "spool")
+    for silo in ("silo-0", "silo-1"):
+        spool.put(silo, 0, [b"an upload"])
+    spool.delivered("silo-1", 0)
+    assert asyncio.run(ask(own)) == [(200, "0")]
+    spool.delivered("silo-0", 0)
+    assert asyncio.run(ask(own)) == [(200, "1")]
+    assert (spool.fact("told/silo-0"), spool.fact("told/silo-1")) == ("1", None)
+    spool.close()
     (server / "silo-0.pub").unlink()
-    assert asyncio.run(ask(own)) == [403]
+    assert asyncio.run(ask(own)) == [no]
     with pytest.raises(FederationError, match=r"broken.pub: is not a key as crosslm provision makes them"):
         keys.fingerprint(server / "broken.pub")
 
 
-@pytest.mark.parametrize(("status", "known"), [(204, True), (404, True), (503, True), (403, False)])
-def test_a_silo_takes_only_a_clear_no_of_its_server(silo, monkeypatch, status, known):
+@pytest.mark.parametrize("status", [200, 404, 503, 403, None])
+def test_a_silo_takes_only_a_clear_no_of_its_server(silo, monkeypatch, status):
     def answer(url, **_):
         assert url.endswith(keys.fingerprint(silo.kit / "silo.key"))
-        if status != 204:
+        if status is None:
+            raise urllib.error.URLError("nobody there")
+        if status != 200:
             raise urllib.error.HTTPError(url, status, "", {}, io.BytesIO())
-        return io.BytesIO()
+        return io.BytesIO(b"3")
 
     monkeypatch.setattr("urllib.request.urlopen", answer)
-    with nullcontext() if known else pytest.raises(FederationError, match="the server does not know the key"):
-        silo_processes.check_known(silo)
+    with nullcontext() if status != 403 else pytest.raises(FederationError, match="the server does not know the key"):
+        assert silo_processes.rounds_complete(silo) == (3 if status == 200 else None)
 
 
 @pytest.mark.parametrize("error", ["ConnectError", "RemoteProtocolError", "ReadError", "ReadTimeout"])
@@ -707,25 +722,41 @@ def test_bytes_survive_as_arrays():
 
 def test_a_silo_stays_until_the_server_knows_of_its_last_round(silo, monkeypatch):
     """It may have been killed, or the server may have been away, when the answer was on its way."""
-    notes, said = [], ["Sending: train.upload", "Sent successfully"]
-    code = "import sys, time; print(*sys.argv[1:], sep=chr(10), flush=True); time.sleep(60)"
+    notes, known = [], iter([None] * 60)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: None)
-    monkeypatch.setattr(silo_processes, "check_known", lambda *_: None)
-    monkeypatch.setattr(silo_processes, "supernode_command", lambda _: [sys.executable, "-c", code, *said])
+    monkeypatch.setattr(silo_processes, "rounds_complete", lambda _: next(known))
+    monkeypatch.setattr(silo_processes, "supernode_command", lambda _: command)
     monkeypatch.setattr(silo_processes, "CONFIRM_TIME", 1.0)
     write_whole(silo.state / "installed.json", [b'{"rounds": 1}'])
     began = time.time()
     run_silo(silo, notes.append)
-    assert time.time() - began > 1.0  # nobody asked
+    assert time.time() - began > 1.0  # the server did not say that it had the answer
     (silo.state / "confirmed.json").unlink()
     monkeypatch.setattr(silo_processes, "CONFIRM_TIME", 300.0)
-    said += ["Sending: train.install", "Sent successfully"]
+    known = iter([0, None, 0, 1])
     run_silo(silo, notes.append)
     assert silo.confirmed
+    assert list(known) == []
     run_silo(silo, notes.append)  # and when it is started again, it does not connect
     assert notes[-1] == "silo silo-0: all 1 rounds that it agreed to are complete"
     change(silo.kit, max_participations=2)
     assert not Silo(silo.kit, silo.cache).confirmed
+
+
+def test_a_server_waits_until_its_silos_have_heard_but_not_for_ever(kits, monkeypatch):
+    server = server_processes.ServerProcesses(kits / "server", lambda _: None)
+    for silo in ("silo-0", "silo-1"):
+        server.spool.put(silo, 0, [b"an upload"])
+    server.spool.delivered("silo-0", 0)
+    monkeypatch.setattr(server_processes, "TELL_TIME", 1.0)
+    began = time.time()
+    server._wait_until_told()
+    assert time.time() - began >= 1.0
+    server.spool.note("told/silo-0", "1")
+    monkeypatch.setattr(server_processes, "TELL_TIME", 300.0)
+    server._wait_until_told()  # silo-1 has nothing to hear
+    server.spool.close()
 
 
 @pytest.mark.parametrize("dies", [True, False])

@@ -12,7 +12,7 @@ from crosslm.data import is_there, load_examples
 from crosslm.doctor import Finding
 from crosslm.errors import CrosslmError, DataError, FederationError
 from crosslm.federation.flower.processes import program
-from crosslm.federation.flower.silo_processes import check_known, greet
+from crosslm.federation.flower.silo_processes import greet, rounds_complete
 from crosslm.federation.kits import (
     SERVER_FILE,
     SILO_FILE,
@@ -237,7 +237,7 @@ def _answers(silo: Silo) -> Finding:
     server = silo.settings.server
     try:
         greet(server, silo.kit / "ca.crt")
-        check_known(silo)
+        rounds_complete(silo)
     except FederationError as error:
         return Finding("error", "server", str(error))
     except OSError as error:

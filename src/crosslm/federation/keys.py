@@ -10,7 +10,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from crosslm.errors import FederationError
 
 ASKED_AT = "/v1/crosslm/silos/"
-"""Of the gateway; a fingerprint follows. 204: the server's kit has this key; 403: it has not."""
+"""Of the gateway; a fingerprint follows. 200: the server's kit has this key, and the body is how many of its silo's
+rounds are complete, their last answers received; 403: it has not."""
 
 
 def fingerprint(key: Path) -> str:

@@ -18,6 +18,7 @@ from typing import TextIO
 from crosslm.errors import FederationError
 from crosslm.files import rename, write_whole
 
+TOLD = "told/"  # and a silo: how many of its rounds it has been told are complete
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS arrivals (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -204,6 +205,10 @@ class Spool:
     def of(self, silo: str) -> list[Arrival]:
         """One silo's, in order of arrival."""
         return [arrival for arrival in self.arrivals() if arrival.silo == silo]
+
+    def complete(self, silo: str) -> int:
+        """How many of a silo's rounds are complete: its answer to the download has been received."""
+        return sum(arrival.state == "delivered" for arrival in self.of(silo))
 
     def note(self, name: str, value: str) -> None:
         """Remember a fact about the run under a name."""

@@ -3,7 +3,7 @@
 Flower serves its Fleet interface (authenticated nodes) and its Control interface (no accounts: who
 reaches it may start code on every node) on one port. The SuperLink therefore listens on the loopback
 interface, and this gateway in front of it lets ``/v1/fleet/`` through and answers 404 to the rest. One question
-it answers itself: whether the server's kit has a silo's key.
+it answers itself: whether the server's kit has a silo's key, and how many of its rounds are complete.
 """
 
 import ssl
@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from crosslm.errors import FederationError
 from crosslm.federation.keys import ASKED_AT, fingerprint
+from crosslm.federation.spool import TOLD, Spool
 
 PASSED = "/v1/fleet/"
 NOT_PASSED_ON = {"connection", "keep-alive", "transfer-encoding", "upgrade", "te", "trailer", "proxy-authorization"}
@@ -35,9 +36,11 @@ def gateway(superlink: str, kit: Path) -> Starlette:
     tls = ssl.create_default_context(cafile=str(kit / "ca.crt"))
     client = httpx.AsyncClient(base_url=superlink, verify=tls, timeout=httpx.Timeout(300, connect=10))
 
-    async def known(request: Request) -> Response:
-        is_known = request.path_params["fingerprint"] in _known(kit)
-        return PlainTextResponse("", status_code=204 if is_known else 403)
+    def known(request: Request) -> Response:
+        silo = _known(kit).get(request.path_params["fingerprint"])
+        if silo is None:
+            return PlainTextResponse("", status_code=403)
+        return PlainTextResponse(str(_complete(kit, silo)))
 
     async def passed(request: Request) -> Response:
         if not request.url.path.startswith(PASSED) or ".." in request.url.path:
@@ -65,13 +68,24 @@ def gateway(superlink: str, kit: Path) -> Starlette:
     return Starlette(routes=routes, lifespan=lifespan)
 
 
-def _known(kit: Path) -> set[str]:
-    """Fingerprints of the keys that are in the server's kit now; a file that is none lets nobody in."""
-    found = set()
+def _known(kit: Path) -> dict[str, str]:
+    """Silos by the fingerprints of the keys that are in the server's kit now; a file that is none lets nobody in."""
+    found = {}
     for path in (kit / "silos").glob("*.pub"):
         with suppress(FederationError):
-            found.add(fingerprint(path))
+            found[fingerprint(path)] = path.stem
     return found
+
+
+def _complete(kit: Path, silo: str) -> int:
+    """How many rounds of a silo are complete; that it has been told so is noted, and the server waits for it."""
+    spool = Spool(kit / "spool")
+    try:
+        complete = spool.complete(silo)
+        spool.note(f"{TOLD}{silo}", str(complete))
+    finally:
+        spool.close()
+    return complete
 
 
 async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:

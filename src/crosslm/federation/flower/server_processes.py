@@ -22,7 +22,9 @@ from crosslm.federation.flower.processes import (
     wait_for_port,
 )
 from crosslm.federation.kits import read_server, silo_names
-from crosslm.federation.spool import Spool
+from crosslm.federation.spool import TOLD, Spool
+
+TELL_TIME = 20.0  # seconds that a server with nothing left to do stays for silos to ask
 
 
 class ServerProcesses:
@@ -57,11 +59,20 @@ class ServerProcesses:
                     raise FederationError(f"{self.kit}: the run cannot go on: {refused}")
                 self._keep_up()
                 time.sleep(1.0)
-            time.sleep(2.0)  # the last answers are on their way
+            self._wait_until_told()
         finally:
             self.superlink.stop()
         waiting = self.spool.fact("finished") or ""
         return waiting.split(",") if waiting else []
+
+    def _wait_until_told(self) -> None:
+        """Give the silos time to hear that their last answers have come: until then they stay connected."""
+        end = time.time() + TELL_TIME
+        silos = {arrival.silo for arrival in self.spool.arrivals() if arrival.state == "delivered"}
+        while time.time() < end and any(
+            self.spool.fact(f"{TOLD}{silo}") != str(self.spool.complete(silo)) for silo in silos
+        ):
+            time.sleep(0.5)
 
     def _keep_up(self) -> None:
         if self.superlink.process is None or self.superlink.died():

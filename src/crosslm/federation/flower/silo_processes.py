@@ -15,7 +15,6 @@ from crosslm.federation.silo import Silo
 
 REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it does not know
 REFUSED_PAUSE = 10.0  # seconds until a silo that was refused tries again
-ANSWER, SENT = "Sending: train.install", "Sent successfully"  # what Flower says of an answer that goes back
 CONFIRM_TIME = 300.0  # seconds that a silo with all its rounds stays to tell the server of the last one
 
 
@@ -52,16 +51,15 @@ def run_silo(silo: Silo, note: Note) -> None:
     last = silo.settings.max_participations - 1
     refused = False
     wait_for_server(silo.settings.server, kit / "ca.crt", note)
-    check_known(silo)
+    rounds_complete(silo)
     note(f"silo {silo.settings.id}: connecting to {silo.settings.server}")
-    until, before = 0.0, 0  # when to end at the latest, and rounds that were complete when the process was started
+    until = 0.0  # when to end at the latest: an answer that the server has not read is lost when the silo goes
     try:
-        while not until or (time.time() < until and not _told_server(node, silo.installed - before)):
+        while not until or (time.time() < until and (rounds_complete(silo) or 0) <= last):
             if node.process is None or node.died():
                 if node.died():
                     refused = _look_into_end(node, silo, refused, note)
                     time.sleep(REFUSED_PAUSE if refused else RESTART)
-                before = min(silo.installed, last)
                 node.start()
             told = _tell(silo, told, note)
             if silo.installed > last and not until:
@@ -70,12 +68,6 @@ def run_silo(silo: Silo, note: Note) -> None:
         silo.confirm()
     finally:
         node.stop()
-
-
-def _told_server(node: Child, answers: int) -> bool:
-    """Whether the process has sent so many answers to downloads since it was started, the last one to its end."""
-    said = node.words()
-    return said.count(ANSWER) >= answers and SENT in said.rpartition(ANSWER)[2]
 
 
 def _tell(silo: Silo, told: tuple[int, int], note: Note) -> tuple[int, int]:
@@ -124,16 +116,18 @@ def greet(address: str, ca: Path) -> None:
         ) from error
 
 
-def check_known(silo: Silo) -> None:
-    """Ask the server whether it has this silo's key. One that does not answer, or not this, is not taken at its word.
+def rounds_complete(silo: Silo) -> int | None:
+    """Ask the server how many of this silo's rounds are complete. None where it does not answer, or not this.
 
     Raises:
-        FederationError: the server says that it has not, or there is no key.
+        FederationError: the server says that it does not know this silo's key, or there is no key.
     """
     server, key = silo.settings.server, silo.kit / "silo.key"
     context = ssl.create_default_context(cafile=str(silo.kit / "ca.crt"))
+    address = f"https://{server}{ASKED_AT}{fingerprint(key)}"
     try:
-        urllib.request.urlopen(f"https://{server}{ASKED_AT}{fingerprint(key)}", context=context, timeout=10).close()
+        with urllib.request.urlopen(address, context=context, timeout=10) as answer:
+            return int(answer.read(20))
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 403:
@@ -141,8 +135,9 @@ def check_known(silo: Silo) -> None:
                 f"silo {silo.settings.id}: the server does not know the key {key}; is this kit of the "
                 "same federation as the server's, and is its public key in the server's kit (silos/)?"
             ) from error
-    except OSError:
-        return
+        return None
+    except (OSError, ValueError):
+        return None
 
 
 def _look_into_end(node: Child, silo: Silo, refused: bool, note: Note) -> bool:
@@ -157,7 +152,7 @@ def _look_into_end(node: Child, silo: Silo, refused: bool, note: Note) -> bool:
     if REFUSED not in node.last_words():
         note(f"the SuperNode ended and is started again; its log is {node.log}")
         return False
-    check_known(silo)
+    rounds_complete(silo)
     if not refused:
         note("the server does not accept this silo yet; trying again")
     return True
