@@ -11,8 +11,9 @@ LOGITS = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
 
 
 def drawn(uniforms, **sampling):
-    rows = torch.tensor(uniforms)
-    return sample_tokens(LOGITS.expand(len(rows), 4), rows, SynthesisConfig(**{"top_p": 1.0} | sampling)).tolist()
+    rows, how = torch.tensor(uniforms), SynthesisConfig(**{"top_p": 1.0} | sampling)
+    logits, tokens = torch.topk(LOGITS.expand(len(rows), 4), min(how.top_k, 4))
+    return sample_tokens(logits, tokens, rows, how).tolist()
 
 
 def test_the_cumulative_distribution_is_inverted():
@@ -37,6 +38,7 @@ def test_temperature_by_hand():
 def test_only_the_top_k_are_ever_drawn(seed, top_k, top_p):
     generator = torch.Generator().manual_seed(seed)
     logits, uniforms = torch.randn(5, 50, generator=generator), torch.rand(5, generator=generator)
-    tokens = sample_tokens(logits, uniforms, SynthesisConfig(top_k=top_k, top_p=top_p))
+    how = SynthesisConfig(top_k=top_k, top_p=top_p)
+    tokens = sample_tokens(*torch.topk(logits, min(top_k, 50)), uniforms, how)
     ranks = (logits > logits.gather(1, tokens.unsqueeze(1))).sum(dim=1)
     assert (ranks < top_k).all()

@@ -74,6 +74,37 @@ def test_logits_in_blocks_are_the_plain_ones(tensors):
     torch.testing.assert_close(head.head_logits(hidden, weight), hidden @ weight.T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_logits_are_those_of_float32(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 64, generator=generator).to(dtype) for rows in (7, 5000))
+    expected, tokens = torch.topk(hidden.float() @ weight.float().T, 50)
+    top, found = head.top_logits(hidden, weight, 50)
+    torch.testing.assert_close(top, expected)
+    assert torch.equal(found, tokens)
+    # logits in bf16 alone would not do: neighbours fall together
+    assert dtype == torch.float32 or len((hidden @ weight.T).topk(50).values[0].unique()) < 50
+
+
+def test_more_logits_than_the_vocabulary_has():
+    top, tokens = head.top_logits(torch.ones(1, 2).bfloat16(), torch.tensor([[1.0, 0], [2, 0]]).bfloat16(), 50)
+    assert top.tolist() == [[2, 1]]
+    assert tokens.tolist() == [[1, 0]]
+
+
+def test_scores_of_a_bf16_model_are_in_float32(tensors):
+    hidden, weight, targets, reference, reference_weight = tensors
+    halves = [tensor.detach().bfloat16() for tensor in (hidden, weight, reference, reference_weight)]
+    hidden16 = halves[0].requires_grad_()
+    expected = plain(*(halves[0].detach().float(), halves[1].float(), targets, halves[2].float(), halves[3].float()))
+    actual = head.head_scores(hidden16, halves[1], targets, *halves[2:])
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(loss(actual[0], actual[2]), [hidden16])
+    (wanted,) = torch.autograd.grad(loss(*(plain(*tensors)[place] for place in (0, 2))), [hidden])
+    assert torch.cosine_similarity(gradient.float().flatten(), wanted.flatten(), dim=0) > 0.999
+
+
 def test_no_gradient_is_kept_without_need(tensors):
     with torch.no_grad():
         assert not any(values.requires_grad for values in head.head_scores(*tensors))

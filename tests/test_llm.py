@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.errors import ConfigError, ModelError
-from crosslm.models.llm import LLM
+from crosslm.models.llm import LLM, weight_dtype
 from crosslm.models.tokens import verbalizer_ids
 
 FAMILIES = ("gpt2", "llama", "gemma3")
@@ -57,6 +57,49 @@ def test_log_ratio_and_divergence_are_zero_before_the_first_update(models, famil
     assert (scores.logps - scores.reference_logps).abs().max() < 1e-6
     assert scores.kl.abs().max() < 1e-6
     assert scores.logps.min() < -1  # and not because nothing was computed
+
+
+def test_in_bfloat16_log_probabilities_and_divergence_are_near_those_in_float32(models, family):
+    exact, rough = (tiny_llm(models, family, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert rough.model.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in rough.trainable_parameters()} == {torch.float32}
+    sequences = [exact.encode(text) for text in TEXTS]
+    assert rough.score(sequences).kl.abs().max() < 1e-6
+    for llm in (exact, rough):
+        disturb(llm)
+    one, other = exact.score(sequences), rough.score(sequences)
+    # the stated tolerance: 0.05 nats a token; the divergences are of the order of 0.1 here
+    assert (one.logps - other.logps).abs().max() < 0.05
+    assert (one.reference_logps - other.reference_logps).abs().max() < 0.05
+    torch.testing.assert_close(one.kl, other.kl, atol=0.02, rtol=0.1)
+    gradients = []
+    for llm in (exact, rough):
+        scores = llm.score(sequences)
+        gradients.append(torch.autograd.grad(scores.logps.sum() + scores.kl.sum(), llm.trainable_parameters()))
+    first, second = (torch.cat([part.flatten() for part in parts]) for parts in gradients)
+    assert torch.cosine_similarity(first, second, dim=0) > 0.99
+
+
+def test_in_bfloat16_the_merged_adapter_writes_what_the_adapter_would(models, family):
+    llm = tiny_llm(models, family, dtype="bfloat16")
+    disturb(llm)
+    prompt = tuple(llm.encode(TEXTS[0]))
+    before = {name: value.clone() for name, value in llm.model.state_dict().items()}
+    (written,) = llm.generate([prompt], [0], SynthesisConfig(max_new_tokens=8, top_k=1))
+    assert all(torch.equal(value, before[name]) for name, value in llm.model.state_dict().items())
+    for place in range(len(written)):
+        with torch.no_grad():
+            logps = llm.model(input_ids=torch.tensor([[*prompt, *written[:place]]])).logits[0, -1].float()
+        assert logps.max() - logps[written[place]] < 0.25  # the likeliest token, or one as likely but for rounding
+
+
+def test_auto_is_bfloat16_where_the_processor_multiplies_in_it(models, monkeypatch):
+    for capabilities, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert weight_dtype("auto") == expected
+        assert tiny_llm(models, "gpt2", dtype="auto").model.dtype == expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch cannot tell
+    assert weight_dtype("auto") == torch.float32
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])

@@ -7,7 +7,7 @@ from conftest import tiny_llm
 
 from crosslm.config import SynthesisConfig
 from crosslm.errors import ModelError
-from crosslm.synthesis import clean, draw_labels, removal_reason, synthesize
+from crosslm.synthesis import clean, draw_labels, removal_reason, synthesize, tokens_of
 
 SAMPLING = SynthesisConfig(max_new_tokens=12, max_attempts=100)
 
@@ -50,9 +50,15 @@ def test_removal_reason(text, raw, finished, expected):
     assert removal_reason(text, raw, 'Write a good text: "', finished) == expected
 
 
+def test_the_tokens_of_a_text_that_was_cut_end_where_it_ends():
+    pieces = ["One", " sentence", ".", " Another", " that"]
+    tokens = tokens_of("One sentence.", range(5), lambda ids: "".join(pieces[place] for place in ids))
+    assert tokens == (0, 1, 2)
+
+
 def test_synthesize_gives_what_was_asked_and_can_be_repeated(models, task):
     llm = tiny_llm(models, "gpt2")
-    texts = []
+    texts, cut = [], 0
     one = synthesize(llm, task, SAMPLING, 20, 7, texts.append)
     assert one == synthesize(llm, task, SAMPLING, 20, 7)
     assert one != synthesize(llm, task, SAMPLING, 20, 8)
@@ -65,7 +71,17 @@ def test_synthesize_gives_what_was_asked_and_can_be_repeated(models, task):
         raw = llm.tokenizer.decode(sample.completion_ids, skip_special_tokens=True)
         assert "".join(raw.split()).startswith("".join(sample.text.split()))
         # the seed of a sample is enough to write it again
-        assert [list(sample.completion_ids)] == llm.generate([sample.prompt_ids], [sample.seed], SAMPLING)
+        (written,) = llm.generate([sample.prompt_ids], [sample.seed], SAMPLING)
+        assert list(sample.completion_ids) == written[: len(sample.completion_ids)]
+        if len(sample.completion_ids) == len(written):
+            continue
+        # what was cut off for want of an end is no part of x, and the last token of x is needed
+        assert len(written) == SAMPLING.max_new_tokens
+        assert " ".join(raw.split()).startswith(sample.text)
+        shorter = llm.tokenizer.decode(sample.completion_ids[:-1], skip_special_tokens=True)
+        assert not " ".join(shorter.split()).startswith(sample.text)
+        cut += 1
+    assert cut
 
 
 def draw_labels_of(synthetic):

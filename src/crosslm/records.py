@@ -40,7 +40,7 @@ class SyntheticText:
     prompt_ids: tuple[int, ...]
     """Tokens of M(y), with the beginning-of-sequence token where the model has one."""
     completion_ids: tuple[int, ...]
-    """Tokens of x as sampled, with the token that ended it."""
+    """Tokens of x as sampled, with the token that ended it, if one did."""
     seed: int
 
 

@@ -246,7 +246,7 @@ def check_first_update(parts: dict[str, float], llm: LLM) -> None:
         ModelError: it is not so.
     """
     # sums over a text of some 50 tokens: the kernels' rounding in fp32, or in bf16
-    tolerance = 1e-2 if llm.config.dtype == "float32" else 2.0
+    tolerance = 1e-2 if llm.model.dtype == torch.float32 else 2.0
     if max(abs(parts["log_ratio"]), abs(parts["kl_loss"])) > tolerance:
         raise ModelError(
             f"before the first update the LLM differs from its original: log-ratio {parts['log_ratio']:.4f}, "

@@ -38,6 +38,21 @@ def clean(raw: str, finished: bool, stop: Sequence[str]) -> str:
     return " ".join(text.split())
 
 
+def tokens_of(text: str, tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[int, ...]:
+    """The tokens that x is made of, where a text that reached the maximum length was cut: so that Eq. 5 and 8 are
+    about the x that the SLM has judged.
+
+    Args:
+        text: what :func:`clean` left of it.
+        tokens: all that was sampled.
+        decode: from tokens to text.
+    """
+    for count in range(1, len(tokens)):
+        if " ".join(decode(tokens[:count]).split()).startswith(text):
+            return tuple(tokens[:count])
+    return tuple(tokens)
+
+
 def removal_reason(text: str, raw: str, prompt: str, finished: bool) -> str | None:
     """Why a text cannot be used, or None.
 
@@ -81,6 +96,9 @@ def synthesize(
         nonlocal tokens_generated
         tokens_generated += tokens
 
+    def decode(tokens: Sequence[int]) -> str:
+        return str(llm.tokenizer.decode(tokens, skip_special_tokens=True))
+
     labels = draw_labels(count, len(task.labels), seed_for(seed, "labels"))
     samples: list[SyntheticText | None] = [None] * count
     for attempt in range(sampling.max_attempts):
@@ -101,14 +119,15 @@ def synthesize(
             ):
                 if samples[place] is not None:
                     continue
-                raw = llm.tokenizer.decode(tokens, skip_special_tokens=True)
+                raw = decode(tokens)
                 finished = tokens[-1] in llm.end_ids or any(stop in raw for stop in sampling.stop)
                 text = clean(raw, finished, sampling.stop)
                 reason = removal_reason(text, raw, prompt, finished)
                 if reason:
                     removed[reason] += 1
                     continue
-                samples[place] = SyntheticText(text, labels[place], prompt, prompt_ids, tuple(tokens), text_seed)
+                ids = tuple(tokens) if finished else tokens_of(text, tokens, decode)
+                samples[place] = SyntheticText(text, labels[place], prompt, prompt_ids, ids, text_seed)
             on_text(sum(sample is not None for sample in samples) - before)
         if all(sample is not None for sample in samples):
             break

@@ -16,26 +16,25 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from crosslm.config import SynthesisConfig
-from crosslm.models.head import head_logits
+from crosslm.models.head import top_logits
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SynthesisConfig) -> Tensor:
-    """One token a row by temperature, top-k and nucleus sampling.
+def sample_tokens(logits: Tensor, tokens: Tensor, uniforms: Tensor, sampling: SynthesisConfig) -> Tensor:
+    """One token a row by temperature and nucleus sampling from the ``top_k`` most likely (Fan et al. 2018).
 
-    The ``top_k`` most likely tokens are kept (Fan et al. 2018), of these the smallest set whose
-    probability reaches ``top_p`` (Holtzman et al. 2019), and one is drawn by inverting the
-    cumulative distribution.
+    Of these the smallest set whose probability reaches ``top_p`` is kept (Holtzman et al. 2019),
+    and one is drawn by inverting the cumulative distribution.
 
     Args:
-        logits: ``(batch, vocabulary)``.
+        logits: ``(batch, top_k)``, largest first.
+        tokens: their ids.
         uniforms: ``(batch,)``, in [0, 1).
-        sampling: temperature, top_k and top_p.
+        sampling: temperature and top_p.
 
     Returns:
         ``(batch,)`` token ids.
     """
-    top, tokens = torch.topk(logits.float(), min(sampling.top_k, logits.shape[-1]), dim=-1)
-    probabilities = torch.softmax(top / sampling.temperature, dim=-1)
+    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
     probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
     probabilities[:, 0] = probabilities[:, 0].clamp_min(torch.finfo(torch.float32).tiny)
@@ -86,7 +85,8 @@ def decode(
     texts: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # the texts that the rows of the batch belong to
     for position in range(sampling.max_new_tokens):
-        tokens = sample_tokens(head_logits(hidden, head), uniforms[active, position], sampling)
+        logits, candidates = top_logits(hidden, head, sampling.top_k)
+        tokens = sample_tokens(logits, candidates, uniforms[active, position], sampling)
         for text, token in zip(active, tokens.tolist(), strict=True):
             texts[text].append(token)
         on_step(len(active))

@@ -9,6 +9,9 @@ needs no gradient of its own, so the gradients with respect to the hidden states
 ``(tokens, hidden)`` tensors, are summed in the same pass and nothing is computed twice. A trainable
 head (full fine-tuning) takes the plain way in chunks of tokens that are recomputed in the backward
 pass. ``tests/test_head.py`` holds both against the plain version.
+
+Logits are in fp32 also where the model is in bf16, in which those of likely tokens are multiples of
+1/16 or 1/8: too coarse for a divergence, and neighbouring tokens would fall together.
 """
 
 from collections.abc import Callable
@@ -67,6 +70,28 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return logits
 
 
+def top_logits(hidden: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest next-token logits in fp32, and their tokens, both ``(batch, count)``, largest first.
+
+    In bf16 logits are too coarse to choose by, but good enough to find twice as many candidates,
+    whose logits are then computed again.
+
+    Args:
+        hidden: ``(batch, hidden)``.
+        weight: ``(vocabulary, hidden)``.
+        count: how many, or the whole vocabulary if that has fewer.
+    """
+    count = min(count, len(weight))
+    if weight.dtype == torch.float32:
+        top, tokens = torch.topk(head_logits(hidden, weight), count, dim=-1)
+        return top, tokens
+    candidates = torch.topk(linear(hidden, weight), min(2 * count, len(weight)), dim=-1, sorted=False).indices
+    rows = weight.index_select(0, candidates.flatten()).view(*candidates.shape, -1).float()
+    logits = torch.bmm(rows, hidden.float().unsqueeze(2)).squeeze(2)
+    top, places = torch.topk(logits, count, dim=-1)
+    return top, candidates.gather(1, places)
+
+
 class _OnlineSoftmax:
     """Sums over the vocabulary of ``exp(z)``-weighted things, a block at a time."""
 
@@ -93,7 +118,7 @@ class _OnlineSoftmax:
 
 
 def _target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits: Tensor = torch.linalg.vecdot(hidden, weight[targets]).float().unsqueeze(1)
+    logits: Tensor = torch.linalg.vecdot(hidden.float(), weight[targets].float()).unsqueeze(1)
     return logits
 
 
@@ -102,11 +127,12 @@ class _FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        hidden = hidden.float()
         softmax = _OnlineSoftmax(hidden)
-        mean = torch.zeros_like(hidden, dtype=torch.float32)  # sum_v p_v W_v
+        mean = torch.zeros_like(hidden)  # sum_v p_v W_v
         for start in range(0, len(weight), VOCABULARY_BLOCK):
             block = weight[start : start + VOCABULARY_BLOCK]
-            weights, scale = softmax.add(linear(hidden, block).float())
+            weights, scale = softmax.add(linear(hidden, block.float()))
             if ctx.needs_input_grad[0]:
                 mean.mul_(scale).add_(weights.to(block.dtype) @ block)
         ctx.save_for_backward(weight[targets] - mean.div_(softmax.total))
@@ -129,14 +155,15 @@ class _FrozenHeadScores(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, reference_hidden: Tensor, reference_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, reference_hidden = hidden.float(), reference_hidden.float()
         softmax, reference = _OnlineSoftmax(hidden), _OnlineSoftmax(hidden)
         difference = torch.zeros_like(softmax.total)  # sum_v p_v (z_v - z'_v)
-        mean = torch.zeros_like(hidden, dtype=torch.float32)  # sum_v p_v W_v
+        mean = torch.zeros_like(hidden)  # sum_v p_v W_v
         weighted = torch.zeros_like(mean)  # sum_v p_v (z_v - z'_v) W_v
         for start in range(0, len(weight), VOCABULARY_BLOCK):
             block = weight[start : start + VOCABULARY_BLOCK]
-            logits = linear(hidden, block).float()
-            reference_logits = linear(reference_hidden, reference_weight[start : start + VOCABULARY_BLOCK]).float()
+            logits = linear(hidden, block.float())
+            reference_logits = linear(reference_hidden, reference_weight[start : start + VOCABULARY_BLOCK].float())
             change = logits - reference_logits
             reference.add(reference_logits)
             weights, scale = softmax.add(logits)
@@ -170,15 +197,15 @@ _frozen_head_scores: Callable[..., tuple[Tensor, Tensor, Tensor]] = _FrozenHeadS
 
 
 def _plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return _target_logps(linear(hidden, weight).float(), targets)
+    return _target_logps(linear(hidden.float(), weight.float()), targets)
 
 
 def _plain_scores(
     hidden: Tensor, weight: Tensor, targets: Tensor, reference_hidden: Tensor, reference_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logits = linear(hidden, weight).float()
+    logits = linear(hidden.float(), weight.float())
     with torch.no_grad():
-        reference_logits = linear(reference_hidden, reference_weight).float()
+        reference_logits = linear(reference_hidden.float(), reference_weight.float())
     return (
         _target_logps(logits, targets),
         _target_logps(reference_logits, targets),

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from crosslm.algorithm.verbalizer import label_probabilities
 from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.errors import ModelError
 from crosslm.models.decoding import decode
@@ -205,8 +206,8 @@ class LLM:
                 ids, attention = self._pad(encoded)
                 output = self._causal().base_model(input_ids=ids, attention_mask=attention, use_cache=False)
                 last = output.last_hidden_state[torch.arange(len(rows)), attention.sum(dim=1) - 1]
-                scores[rows] = (last @ self._head()[first].T).float().cpu()
-        return scores.softmax(dim=1)
+                scores[rows] = (last.float() @ self._head()[first].float().T).cpu()
+        return label_probabilities(scores)  # Eq. 1
 
     def shorten(self, text: str, tokens: int) -> str:
         """The beginning of a text, at most so many tokens of it."""
@@ -265,14 +266,15 @@ class LLM:
         """
         layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         weights = [layer.get_base_layer().weight for layer in layers]
-        if not layers or self.device.type != "cpu" or any(weight.dtype != torch.float32 for weight in weights):
-            yield  # and in bf16 a small adapter would be rounded away
+        if not layers or self.device.type != "cpu":
+            yield
             return
         originals = [weight.data for weight in weights]
         try:
             with torch.no_grad(), self.model.disable_adapter():
                 for layer, weight in zip(layers, weights, strict=True):
-                    weight.data = weight.data + layer.get_delta_weight(ADAPTER)
+                    merged = weight.data.float() + layer.get_delta_weight(ADAPTER).float()
+                    weight.data = merged.to(weight.dtype)
                 yield
         finally:
             for weight, original in zip(weights, originals, strict=True):
@@ -323,9 +325,21 @@ def _lora_config(model: Any, config: LLMConfig) -> LoraConfig:
     )
 
 
+def weight_dtype(name: str, device: str = "cpu") -> torch.dtype:
+    """The dtype that ``llm.dtype`` means on a device."""
+    if name != "auto":
+        return cast(torch.dtype, getattr(torch, name))
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    # older torch cannot say; elsewhere than on x86 the names are others
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    multiplies = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if multiplies else torch.float32
+
+
 def _load_pretrained(folder: str, config: LLMConfig, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype(config.dtype, device))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"llm.model {config.model!r} cannot be loaded: {error}\n"
