@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from crosslm.config import Config
+from crosslm.models.llm import weight_dtype
 
 PROCESS = int(0.75 * 2**30)
 """Python with torch, transformers and sentence-transformers imported, before any model."""
@@ -92,7 +93,7 @@ def estimate(config: Config, llm: Shape, slms: Sequence[Shape], encoder: Shape) 
         slms: shape of each client's classifier.
         encoder: shape of the sentence encoder.
     """
-    size = 2 if config.llm.dtype == "bfloat16" else 4
+    size = weight_dtype(config.llm.dtype, config.device).itemsize
     tokens = TEXT_TOKENS + config.synthesis.max_new_tokens
     # full: weights, frozen copy, gradients, two moments; LoRA: weights, and merged ones while it writes
     copies = 5 * llm.parameters if config.llm.adapter == "full" else 2 * llm.parameters - llm.embedding

@@ -39,8 +39,9 @@ def clean(raw: str, finished: bool, stop: Sequence[str]) -> str:
 
 
 def tokens_of(text: str, tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[int, ...]:
-    """The tokens that x is made of, where a text that reached the maximum length was cut: so that Eq. 5 and 8 are
-    about the x that the SLM has judged.
+    """The tokens that x is made of, where a text that reached the maximum length was cut.
+
+    With them Eq. 5 and 8 are about the x that the SLM has judged.
 
     Args:
         text: what :func:`clean` left of it.
