@@ -19,7 +19,7 @@ LAYERS = [
     {"config_file"},
     {"task", "records", "rows"},
     {"algorithm.rewards", "algorithm.losses", "algorithm.selection", "algorithm.agreement"}
-    | {"algorithm.membership", "algorithm.overlap"},
+    | {"algorithm.membership", "algorithm.overlap", "algorithm.verbalizer"},
     {"data", "demo", "models.sources", "models.encoder", "models.head", "models.tokens", "models.vocabulary"},
     {"models.architecture"},
     {"models.decoding", "models.pooling", "models.rows", "leaks"},
