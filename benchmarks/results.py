@@ -86,7 +86,7 @@ def run_section(name: str, result: dict) -> list[str]:
         f"One seed ({summary['seed']}), {max(summary['test_rows'].values())} test rows a client; "
         f"the judge is right on {summary['judge_accuracy']:.3f} of them. Commit `{result['commit'][:10]}`, "
         f"{result['date']}, {result['machine']}; {minutes:.0f} min, peak {peak:.1f} GiB, "
-        f"{summary['tokens_generated']:,} tokens generated.",
+        f"{summary['tokens_generated']:,} tokens generated, LLM in {summary.get('llm_dtype', 'float32')}.",
         "",
         "```text",
         as_text(result),

@@ -286,6 +286,7 @@ class _Run:
             "preset": config.preset,
             "seed": config.seed,
             "versions": versions(),
+            "llm_dtype": str(self.llm.model.dtype).removeprefix("torch."),
             "seconds": {name: round(value, 2) for name, value in self.progress.seconds.items()}
             | {"total": round(time.perf_counter() - self._started, 2)},
             "slm": {method: evaluate.with_mean(values) for method, values in journal.accuracy.items()},
