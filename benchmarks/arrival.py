@@ -96,7 +96,7 @@ def main() -> None:
 
     clock = Clock(options.device)
     clock.watch(llm.model.get_base_model().base_model, "forward", llm_pass)
-    clock.watch(decoding, "head_logits", "generate: head")
+    clock.watch(decoding, "top_logits", "generate: head")
     clock.watch(decoding, "sample_tokens", "generate: sample")
     clock.watch(llm_module, "head_scores", "update: head")
     clock.watch(llm_module, "head_logps", "update: head")
@@ -113,6 +113,7 @@ def main() -> None:
     figures = {
         "overhead_fraction": round(1 - arithmetic / total, 3),
         "seconds": round(total, 1),
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
         "shares": shares,
         "texts": {"update": config.llm.samples, "pool": config.selection.pool},
         "tokens_generated": record.tokens_generated,

@@ -5,7 +5,11 @@ counts if it is kept: the tokens up to the end of the text, which is the end-of-
 ``model.generate`` is that of the plain model, without an adapter, and knows the end-of-sequence token; a stop string
 would not help it, since it samples on until the last of its rows has ended. What it wrote after an end is not kept.
 
-Checked: with top-k 1 both write the same tokens; with top-k 50 the kept tokens are equally likely under the model.
+Ours runs with the dtype of the demo's configuration (``auto``: bfloat16 where the processor multiplies in it) and in
+float32; transformers in float32, as it loads the model, and, for comparison, in the same dtype as ours.
+
+Checked: with top-k 1 both write the same tokens in float32; with top-k 50 the kept tokens are equally likely under the
+model in float32, whatever wrote them.
 """
 
 import statistics
@@ -34,10 +38,11 @@ def demo_config(vocabulary: bool) -> Config:
     return load("demo", whole, str(prepare_data(cache)))
 
 
-def demo_llm(vocabulary: bool, device: str) -> LLM:
+def demo_llm(vocabulary: bool, device: str, dtype: str = "auto") -> LLM:
     """The demo's LLM before it learns anything."""
     config = demo_config(vocabulary)
-    return LLM.load(original_llm(config, cache_folder(), print), config.llm, seed=0, device=device)
+    llm = config.llm.model_copy(update={"dtype": dtype})
+    return LLM.load(original_llm(config, cache_folder(), print), llm, seed=0, device=device)
 
 
 def prompts_for(llm: LLM, batch: int) -> list[tuple[int, ...]]:
@@ -60,11 +65,36 @@ def kept(llm: LLM, row: list[int], stops: tuple[str, ...]) -> list[int]:
     return row
 
 
-class Sides:
-    """The two ways to write the same batch."""
+class Side:
+    """One way to write the same batch, and what it has written."""
 
-    def __init__(self, llm: LLM, batch: int, folder: str) -> None:
-        self.llm, self.prompts, self.seed = llm, prompts_for(llm, batch), 0
+    def __init__(self, llm: LLM, batch: int) -> None:
+        self.llm, self.prompts = llm, prompts_for(llm, batch)
+        self.seed = 0
+        self.tokens: list[int] = []
+        self.rows: list[list[int]] = []
+
+    def write(self, top_k: int = 50) -> float:
+        """``LLM.generate``; its seconds."""
+        self.seed += 1
+        seeds = range(self.seed * 1000, self.seed * 1000 + len(self.prompts))
+        started = time.perf_counter()
+        rows = self.llm.generate(self.prompts, seeds, sampling(top_k))
+        seconds = time.perf_counter() - started
+        self.keep(rows)
+        return seconds
+
+    def keep(self, rows: list[list[int]]) -> None:
+        """Remember the texts and count their tokens."""
+        self.rows = rows
+        self.tokens.append(sum(map(len, rows)))
+
+
+class Generate(Side):
+    """``model.generate`` of transformers, on the plain model."""
+
+    def __init__(self, llm: LLM, batch: int, folder: str, dtype: torch.dtype) -> None:
+        super().__init__(llm, batch)
         longest = max(map(len, self.prompts))
         self.ids = torch.zeros(batch, longest, dtype=torch.long)
         self.mask = torch.zeros_like(self.ids)
@@ -72,21 +102,14 @@ class Sides:
             self.ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             self.mask[row, longest - len(prompt) :] = 1
         self.ids, self.mask = self.ids.to(llm.device), self.mask.to(llm.device)
-        self.plain = AutoModelForCausalLM.from_pretrained(folder).to(llm.device).eval()
-        self.tokens: dict[str, list[int]] = {"ours": [], "hf": []}
-        self.rows: dict[str, list[list[int]]] = {}
+        self.plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(llm.device).eval()
 
-    def ours(self, top_k: int = 50) -> None:
-        """``LLM.generate``."""
-        self.seed += 1
-        seeds = range(self.seed * 1000, self.seed * 1000 + len(self.prompts))
-        self._count("ours", self.llm.generate(self.prompts, seeds, sampling(top_k)))
-
-    def hf(self, top_k: int = 50) -> float:
-        """``model.generate``; its seconds, without finding out which tokens are kept."""
+    def write(self, top_k: int = 50) -> float:
+        """Its seconds, without finding out which tokens are kept."""
         torch.manual_seed(self.seed)
-        started = time.perf_counter()
+        self.seed += 1
         how: dict[str, Any] = {"do_sample": True, "top_k": top_k, "top_p": 0.95, "temperature": 1.0}
+        started = time.perf_counter()
         with torch.inference_mode():
             written = self.plain.generate(
                 input_ids=self.ids,
@@ -97,31 +120,27 @@ class Sides:
             )
         rows = written[:, self.ids.shape[1] :].tolist()
         seconds = time.perf_counter() - started
-        self._count("hf", [kept(self.llm, row, sampling().stop) for row in rows])
+        self.keep([kept(self.llm, row, sampling().stop) for row in rows])
         return seconds
 
-    def _count(self, side: str, rows: list[list[int]]) -> None:
-        self.rows[side] = rows
-        self.tokens[side].append(sum(map(len, rows)))
 
-    def mean_logp(self, side: str) -> float:
-        """Mean log-probability of a kept token of the last batch."""
-        sequences = [[*prompt, *row] for prompt, row in zip(self.prompts, self.rows[side], strict=True)]
-        with torch.no_grad():
-            logps, _ = self.llm.logps(sequences)
-        ours = [
-            row[len(p) - 1 : len(p) - 1 + len(x)]
-            for row, p, x in zip(logps, self.prompts, self.rows[side], strict=True)
-        ]
-        return float(torch.cat(ours).mean())
+def mean_logp(judge: LLM, side: Side) -> float:
+    """Mean log-probability under ``judge`` of a kept token of the last batch."""
+    sequences = [[*prompt, *row] for prompt, row in zip(side.prompts, side.rows, strict=True)]
+    with torch.no_grad():
+        logps, _ = judge.logps(sequences)
+    kept_logps = [
+        row[len(prompt) - 1 : len(prompt) - 1 + len(text)]
+        for row, prompt, text in zip(logps, side.prompts, side.rows, strict=True)
+    ]
+    return float(torch.cat(kept_logps).mean())
 
 
-def same_tokens(sides: Sides) -> float:
+def same_tokens(one: Side, other: Side) -> float:
     """Share of texts that are token for token the same when both take the likeliest token."""
-    sides.ours(top_k=1)
-    sides.hf(top_k=1)
-    pairs = zip(sides.rows["ours"], sides.rows["hf"], strict=True)
-    return sum(ours == theirs for ours, theirs in pairs) / len(sides.prompts)
+    one.write(top_k=1)
+    other.write(top_k=1)
+    return sum(ours == theirs for ours, theirs in zip(one.rows, other.rows, strict=True)) / len(one.prompts)
 
 
 def limit(llm: LLM, device: str) -> float:
@@ -139,32 +158,42 @@ def limit(llm: LLM, device: str) -> float:
 def main() -> None:
     """Measure all sides in turn."""
     options = arguments(__doc__, batch={"type": int, "default": 64})
-    repeats, batch = (1, 16) if options.quick else (3, options.batch)
-    whole, trimmed = (
-        Sides(demo_llm(vocabulary, options.device), batch, original_llm(demo_config(vocabulary), cache_folder(), print))
-        for vocabulary in (False, True)
+    repeats, batch, device = (1, 16, options.device) if options.quick else (3, options.batch, options.device)
+    folder = original_llm(demo_config(False), cache_folder(), print)
+    exact, ours, trimmed = (
+        Side(demo_llm(vocabulary, device, dtype), batch)
+        for vocabulary, dtype in ((False, "float32"), (False, "auto"), (True, "auto"))
     )
-    same = {"whole": same_tokens(whole), "trimmed": same_tokens(trimmed)}
-    for sides in (whole, trimmed):
-        sides.tokens = {"ours": [], "hf": []}
-    seconds = in_turn({"hf": whole.hf, "ours": whole.ours, "trimmed": trimmed.ours}, repeats)
-    tokens = {"hf": whole.tokens["hf"], "ours": whole.tokens["ours"], "trimmed": trimmed.tokens["ours"]}
-    rates = {
-        side: [count / second for count, second in zip(tokens[side][1:], seconds[side], strict=True)]
-        for side in seconds
+    sides = {
+        "hf": Generate(exact.llm, batch, folder, torch.float32),
+        "ours": ours,
+        "ours_float32": exact,
+        "trimmed": trimmed,
+        "hf_same_dtype": Generate(exact.llm, batch, folder, ours.llm.model.dtype),
     }
-    limits = {"ours": limit(whole.llm, options.device), "trimmed": limit(trimmed.llm, options.device)}
+    same = {"float32": same_tokens(exact, sides["hf"]), "ours": same_tokens(ours, sides["hf"])}
+    for side in sides.values():
+        side.tokens = []
+    seconds = in_turn({name: side.write for name, side in sides.items()}, repeats)
+    rates = {
+        name: [count / second for count, second in zip(sides[name].tokens[1:], values, strict=True)]
+        for name, values in seconds.items()
+    }
+    limits = {"ours": limit(ours.llm, device), "trimmed": limit(trimmed.llm, device)}
     figures = {
         "ratio_vs_hf_generate": ratio(rates["ours"], rates["hf"]),
         "ratio_vs_hf_generate_trimmed": ratio(rates["trimmed"], rates["hf"]),
+        "ratio_vs_hf_generate_float32": ratio(rates["ours_float32"], rates["hf"]),
+        "ratio_vs_hf_generate_same_dtype": ratio(rates["ours"], rates["hf_same_dtype"]),
         "fraction_of_limit": round(statistics.median(rates["ours"]) / limits["ours"], 3),
         "fraction_of_limit_trimmed": round(statistics.median(rates["trimmed"]) / limits["trimmed"], 3),
-        "tokens_per_second": {side: spread(values) for side, values in rates.items()},
-        "tokens_kept": {side: spread([float(count) for count in counts[1:]]) for side, counts in tokens.items()},
-        "limit_tokens_per_second": {side: round(value, 1) for side, value in limits.items()},
-        "vocabulary": {"whole": len(whole.llm.tokenizer), "trimmed": len(trimmed.llm.tokenizer)},
+        "dtype": str(ours.llm.model.dtype).removeprefix("torch."),
+        "tokens_per_second": {name: spread(values) for name, values in rates.items()},
+        "tokens_kept": {name: spread([float(count) for count in side.tokens[1:]]) for name, side in sides.items()},
+        "limit_tokens_per_second": {name: round(value, 1) for name, value in limits.items()},
+        "vocabulary": {"whole": len(ours.llm.tokenizer), "trimmed": len(trimmed.llm.tokenizer)},
         "same_greedy_texts": same,
-        "mean_logp": {side: round(whole.mean_logp(side), 3) for side in whole.rows},
+        "mean_logp": {name: round(mean_logp(exact.llm, sides[name]), 3) for name in sides if name != "trimmed"},
         "batch": batch,
         "new_tokens": NEW_TOKENS,
         "peak_bytes": peak_memory(),
