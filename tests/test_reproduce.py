@@ -15,6 +15,7 @@ import tomli_w
 from conftest import PATIENCE
 
 from crosslm.cli import main as cli
+from crosslm.client import Client
 from crosslm.config import PRESETS
 from crosslm.data import load_split
 from crosslm.errors import ConfigError, DataError, ModelError, RunError
@@ -23,6 +24,7 @@ from crosslm.reproduce.driver import reproduce
 from crosslm.reproduce.plan import TABLES, choose, plan
 from crosslm.reproduce.scale import Scale, load_scale
 from crosslm.reproduce.store import Store
+from crosslm.reproduce.tables import ALL_ROWS
 
 ROOT = Path(__file__).parents[1]
 LABELS = {
@@ -162,6 +164,7 @@ def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, capsys
     shown = {row["name"]: row["cells"][0] for row in tables["4"]["rows"]}
     assert shown["Standalone"] == {"value": 0.706, "unit": "share"}  # the paper's
     assert shown["preset paper: CrossLM"]["value"] == pytest.approx(run["slm"]["crosslm"]["mean"])
+    assert shown[ALL_ROWS]["value"] == pytest.approx(run["slm"]["standalone"]["mean"])
     assert (
         shown["preset paper: CrossLM"]["low"]
         <= shown["preset paper: CrossLM"]["value"]
@@ -385,6 +388,31 @@ def test_a_cell_that_fails_does_not_stop_the_others(scale, data, tmp_path, monke
     monkeypatch.setattr(work, "run_local", good)
     reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
     assert len(contents(tmp_path / "out")) == 3
+
+
+def test_a_run_whose_uploads_were_all_refused_is_no_hole_in_the_mean(scale, data, tmp_path):
+    scale["run"]["gate"] = {"enabled": True, "min_texts": 1, "max_share": 0.01}
+    choice = chosen(scale, data, "4", presets=["paper"])
+    reproduce(choice, tmp_path / "out", tmp_path)
+    run = json.loads((tmp_path / "out/test/cells/sst2/paper/base/seed-0/run.json").read_text())["figures"]
+    assert not any(name.startswith("slm/crosslm") for name in run["correct"])
+    assert run["llm"]["perplexity"]["before"] == run["llm"]["perplexity"]["after"] > 0
+    report = json.loads((tmp_path / "out/test/tables.json").read_text())
+    shown = {row["name"]: row["cells"][0] for row in report["tables"]["4"]["rows"] if row["by"] == "ours"}
+    assert shown["preset paper: CrossLM"]["value"] == shown[ALL_ROWS]["value"]
+    assert shown["preset paper: CrossLM - Standalone, points"]["value"] == 0
+    assert "sst2/paper/base/seed-0: every upload was refused" in report["tables"]["4"]["notes"][-1]
+    assert report["headline"]["paper"]["nlu_gain"] == report["headline"]["paper"]["ptb_growth_percent"] == 0
+    assert "nlg_judge_gain" in report["headline"]["paper"]["missing"]
+
+
+def test_a_run_in_which_a_client_failed_otherwise_is_a_failure(scale, data, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("no memory")
+
+    monkeypatch.setattr(Client, "train", broken)
+    with pytest.raises(RunError, match="no client could be served"):
+        reproduce(chosen(scale, data, "4", presets=["paper"]), tmp_path / "out", tmp_path)
 
 
 def test_two_at_once_are_refused(scale, data, tmp_path, quick):
