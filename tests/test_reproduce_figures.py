@@ -16,7 +16,8 @@ from crosslm.config_file import load
 from crosslm.evaluate import share_right
 from crosslm.models.sources import PACKAGES, cache_folder
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
-from crosslm.records import SyntheticText
+from crosslm.records import Examples, SyntheticText
+from crosslm.reproduce import benchmarks
 from crosslm.reproduce.benchmarks import BENCHMARKS, label_logits, load_benchmark, matthews, queries_of, start_llm
 from crosslm.reproduce.bootstrap import average, bootstrap, estimate, worst
 from crosslm.reproduce.figures import Figures
@@ -24,8 +25,8 @@ from crosslm.reproduce.headline import headline
 from crosslm.reproduce.markdown import figure, headline_table, markdown_table, short
 from crosslm.reproduce.notes import notes
 from crosslm.reproduce.plan import BASE, RUN, Cell, Variation, choose, slug
-from crosslm.reproduce.scale import load_scale
-from crosslm.reproduce.tables import ALL_ROWS, all_tables, change, growth, paper_tables, ratio, table_4
+from crosslm.reproduce.scale import Finetuning, load_scale
+from crosslm.reproduce.tables import ALL_ROWS, all_tables, change, growth, paper_tables, ratio, table_4, table_7
 from crosslm.reproduce.work import digits
 from crosslm.task import Task
 
@@ -184,6 +185,23 @@ def test_both_presets_are_compared_with_the_standalone_of_all_rows():
     assert headline(figures, only)["paper"]["slm_gain_vs_standalone"] == 25
 
 
+def test_the_least_and_the_mean_change_of_the_benchmarks():
+    kept = {}
+    for name, enhanced in zip(BENCHMARKS, ("1111", "1110", "1100", "1000"), strict=True):
+        cell = Cell("original", "original", Variation(BASE), 0, name)
+        kept[cell] = {"figures": {"correct": "1100", "matthews": 0.0, "majority": 0.625}}
+        kept[replace(cell, task="sst2", method="paper")] = {"figures": {"correct": enhanced, "matthews": 0.0}}
+    figures = Figures(kept)
+    scale = load_scale().model_copy(update={"tasks": ("sst2",)})
+    found = headline(figures, choose(scale, ["7"], [], ["paper"], 1, "test", Path("DATA")))["paper"]
+    assert found["generalization_min_change"] == -25
+    assert found["generalization_mean_change"] == pytest.approx(12.5)
+    low, high = found["intervals"]["generalization_mean_change"]
+    assert low < 12.5 < high
+    rows = ours(table_7(figures, ("sst2",), ("paper",)))
+    assert [cell and cell["value"] for cell in rows["the most frequent label always"]] == [0.625] * 5 + [None]
+
+
 def test_the_papers_averages_are_those_of_its_figures():
     for key, rows in paper_tables().items():
         for row in rows:
@@ -269,11 +287,31 @@ def test_both_starts_get_the_same_fresh_adapter(models, tmp_path):
     ids = [(5,), (9,)]
     texts = ["a good film", "a sad and long day"]
     with torch.inference_mode():
-        logits = {llm: label_logits(llm, texts, ids) for llm in (enhanced, original, started)}
+        encoded = [original.encode(text) for text in texts]
+        logits = {llm: label_logits(llm, encoded, ids) for llm in (enhanced, original, started)}
     assert torch.allclose(logits[started], logits[enhanced], atol=1e-4)
     assert (logits[started] - logits[original]).abs().max() > 1e-3
     # and these are the logits that Eq. 1 is of
     assert torch.allclose(logits[original].softmax(dim=1), original.classify(texts, ids), atol=1e-5)
+
+
+def test_rows_of_like_length_are_trained_and_predicted_together(models, monkeypatch):
+    llm = tiny_llm(models, "gpt2")
+    texts = ["a", "a good film and a kind one, it was."] * 32
+    seen = []
+
+    def watched(llm, queries, verbalizers):
+        seen.append({len(query) for query in queries})
+        return label_logits(llm, queries, verbalizers)
+
+    monkeypatch.setattr(benchmarks, "label_logits", watched)
+    rows, ids, done = Examples(texts, [0, 1] * 32), [(5,), (9,)], []
+    benchmarks.train(llm, rows, ids, Finetuning(epochs=2, batch_size=8, learning_rate=1e-2), 0, done.append)
+    assert len(seen) == 16
+    assert sum(len(lengths) == 1 for lengths in seen) == 16
+    assert sum(done) == 2 * 64
+    predicted = benchmarks.predict(llm, texts, ids, done.append)
+    assert predicted == [0, 1] * 32  # it has learned, and each answer is at its own row's place
 
 
 def test_a_pair_becomes_a_query_of_cut_texts(models, tmp_path):

@@ -130,6 +130,11 @@ class Figures:
             ("matthews", name, task, preset), seeds, lambda figures: [np.array([[figures["matthews"]]])]
         )
 
+    def majority(self, name: str) -> Means | None:
+        """The share of a benchmark's test rows that have the most frequent label; they are the same for every seed."""
+        seeds = self._kept.get((ORIGINAL, ORIGINAL, BASE, name), {})
+        return self._bootstrap(("majority", name), seeds, lambda figures: [np.array([[figures["majority"]]])])
+
     # -- inside ------------------------------------------------------------------------------
 
     def _single(self, name: str, task: str, preset: str, variation: str) -> Means | None:

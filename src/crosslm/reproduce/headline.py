@@ -18,7 +18,8 @@ UNITS = {
     "slm_gain_vs_data_free_kd": "points, mean of the tasks",
     "nlu_gain": "points, mean of the tasks",
     "nlg_judge_gain": "points, mean of the tasks",
-    "generalization_min_change": "points, the worst benchmark and task",
+    "generalization_min_change": "points, the worst benchmark and task: the least of as many noisy differences",
+    "generalization_mean_change": "points, mean of the benchmarks and tasks",
     "ptb_growth_percent": "percent, the worst task",
     "skew_share_of_ceiling": "share from 0 to 1, mean of the skew table's tasks at its smallest alpha",
 }
@@ -54,6 +55,7 @@ def _parts(figures: Figures, choice: Choice, preset: Preset) -> dict[str, Part]:
         "nlu_gain": _mean([figures.nlu(task, preset) for task in tasks], change(AFTER, BEFORE)),
         "nlg_judge_gain": _mean([figures.nlg(task, preset, judge=True) for task in tasks], change(AFTER, BEFORE)),
         "generalization_min_change": _worst(changes, change(AFTER, BEFORE), np.min),
+        "generalization_mean_change": _mean(changes, change(AFTER, BEFORE)),
         "ptb_growth_percent": _worst([figures.perplexity(task, preset) for task in tasks], growth, np.max),
         "skew_share_of_ceiling": _mean([figures.ceiling(task, preset, name) for task, name in skewed.items()], ratio),
     }

@@ -18,12 +18,18 @@ SAME_STANDALONE = (
 )
 SLM_JUDGES = "By the SLMs: those of clients whose upload was refused are left out."
 
+NOISY_LEAST = (
+    "`generalization_min_change` is the least of the changes of all benchmarks and tasks: each is noisy, so that their "
+    "least is below 0 where nothing has changed. `generalization_mean_change` is their mean."
+)
+MAJORITY = "A start that is no better than the most frequent label has learned nothing from fine-tuning."
+
 
 def notes(key: str, figures: Figures, choice: Choice) -> list[str]:
     """The notes of a table, by its key."""
     if key in CLASSIFIERS:
         return [ENDS_UP, SAME_STANDALONE, *kept_their_own(key, figures, choice)]
-    return [SLM_JUDGES] if key == "6" else []
+    return {"6": [SLM_JUDGES], "7": [MAJORITY, NOISY_LEAST]}.get(key, [])
 
 
 def kept_their_own(key: str, figures: Figures, choice: Choice) -> list[str]:

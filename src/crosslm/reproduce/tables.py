@@ -213,6 +213,8 @@ def table_7(figures: Figures, tasks: Sequence[str], presets: Sequence[Preset]) -
         if task != ORIGINAL:
             rows.append(row(f"{name}: change, points", parts, change(AFTER, BEFORE), POINTS))
             rows[-1]["cells"].append(None)
+    majority = row("the most frequent label always", [figures.majority(name) for name in BENCHMARKS], column(0), SHARE)
+    rows.append({**majority, "cells": [*majority["cells"], None]})
     return table("7", [*BENCHMARKS, "average", "CoLA, Matthews"], rows)
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,10 @@ def do(cell: Cell, choice: Choice, store: Store, cache: Path, display: Display |
     """
     config = choice.cell_config(cell)
     if cell.stage == RUN:
-        folder = store.fresh_run_folder(cell, config)
+        folder = store.ready_run_folder(cell, config)
         try:
             if not (folder / SUMMARY).is_file():
-                run_local(config, folder, cache, display)
+                run_local(config, folder, cache, display, resume=True)
         except UnservedError as error:
             return unserved_figures(RunDir.open(folder), error)
         finally:
@@ -57,7 +58,10 @@ def do(cell: Cell, choice: Choice, store: Store, cache: Path, display: Display |
     if cell.method != ORIGINAL:
         trained = store.run_folder(cell) / "llm"
         if not trained.is_dir():
-            raise RunError(f"{trained}: the enhanced LLM is not there; delete the run's cell to have it run again")
+            again = f"delete {store.cell_file(replace(cell, stage=RUN))} and {trained.parent}"
+            raise RunError(
+                f"{trained}: the enhanced LLM is not there; copy the folder back, or {again} to have it made again"
+            )
     return benchmark(cell, config, trained, choice, cache, Progress(display))
 
 
@@ -158,4 +162,9 @@ def benchmark(
         gold, predicted = fine_tune(llm, cell.stage, data, choice.split, budget, cell.seed, advance)
     del llm
     gc.collect()
-    return {"correct": digits(gold, predicted), "matthews": matthews(gold, predicted), "test_rows": len(gold)}
+    return {
+        "correct": digits(gold, predicted),
+        "matthews": matthews(gold, predicted),
+        "majority": max(gold.count(label) for label in set(gold)) / len(gold),
+        "test_rows": len(gold),
+    }
