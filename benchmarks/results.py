@@ -307,13 +307,17 @@ def documents() -> dict[Path, str]:
         "# Results",
         "",
         "Written by `python benchmarks/results.py render` from `benchmarks/results/`; not edited by hand.",
-        "Gemma 3 270M as the LLM, MiniLM with 6 and 3 layers as SLMs. One seed each and a few hundred test rows: "
-        "differences of a few points are noise. The settings are those of the packaged configurations.",
+        "Gemma 3 270M as the LLM, MiniLM with 6 and 3 layers as SLMs.",
         "",
     ]
     loaded = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     if "reproduce" in loaded:
         lines += reproduction_section(loaded["reproduce"], sorted(path.stem for path in PLOTS.glob("*.svg")))
+    lines += [
+        "From here on: one seed each, unless something else is said, and a few hundred test rows, so that differences "
+        "of a few points are noise. The settings are those of the packaged configurations.",
+        "",
+    ]
     for name, title in NAMES.items():
         if name in loaded:
             lines += run_section(title, loaded[name])

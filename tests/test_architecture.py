@@ -60,6 +60,7 @@ LAYERS = [
     {"reproduce.benchmarks"},
     {"reproduce.plan"},
     {"reproduce.store", "reproduce.figures"},
+    {"reproduce.notes"},
     {"reproduce.tables", "reproduce.work"},
     {"reproduce.headline", "reproduce.markdown", "reproduce.plots"},
     {"reproduce.report"},

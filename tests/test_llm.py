@@ -191,6 +191,19 @@ def test_perplexity_by_the_definition(models, family):
         llm.perplexity("", 10)
 
 
+def test_the_name_of_a_special_token_in_a_text_is_characters_to_perplexity(models, family):
+    llm = tiny_llm(models, family)
+    name = llm.tokenizer.all_special_tokens[0]
+    text = f"a good {name} day"
+    spelled = llm.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert not set(spelled) & set(llm.tokenizer.all_special_ids)
+    assert llm.tokenizer.decode(spelled) == text
+    with torch.no_grad():
+        expected = (-plain_logps(llm.model, [llm.tokenizer.bos_token_id, *spelled])).mean().exp()
+    assert llm.perplexity(text, 1000) == pytest.approx(float(expected), rel=1e-3)
+    assert set(llm.encode(text)[1:]) & set(llm.tokenizer.all_special_ids)  # elsewhere it is what it was
+
+
 def test_what_is_sampled_does_not_depend_on_the_rows_beside_it(models, family):
     llm = tiny_llm(models, family)
     sampling = SynthesisConfig(max_new_tokens=10)

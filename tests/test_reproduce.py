@@ -15,6 +15,7 @@ import tomli_w
 from conftest import PATIENCE
 
 from crosslm.cli import main as cli
+from crosslm.client import Client
 from crosslm.config import PRESETS
 from crosslm.data import load_split
 from crosslm.errors import ConfigError, DataError, ModelError, RunError
@@ -23,6 +24,7 @@ from crosslm.reproduce.driver import reproduce
 from crosslm.reproduce.plan import TABLES, choose, plan
 from crosslm.reproduce.scale import Scale, load_scale
 from crosslm.reproduce.store import Store
+from crosslm.reproduce.tables import ALL_ROWS
 
 ROOT = Path(__file__).parents[1]
 LABELS = {
@@ -39,6 +41,7 @@ HEADLINE = {
     "nlu_gain",
     "nlg_judge_gain",
     "generalization_min_change",
+    "generalization_mean_change",
     "ptb_growth_percent",
     "skew_share_of_ceiling",
 }
@@ -162,11 +165,14 @@ def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, capsys
     shown = {row["name"]: row["cells"][0] for row in tables["4"]["rows"]}
     assert shown["Standalone"] == {"value": 0.706, "unit": "share"}  # the paper's
     assert shown["preset paper: CrossLM"]["value"] == pytest.approx(run["slm"]["crosslm"]["mean"])
+    assert shown[ALL_ROWS]["value"] == pytest.approx(run["slm"]["standalone"]["mean"])
     assert (
         shown["preset paper: CrossLM"]["low"]
         <= shown["preset paper: CrossLM"]["value"]
         <= shown["preset paper: CrossLM"]["high"]
     )
+    majority = {row["name"]: row["cells"][0] for row in tables["7"]["rows"]}["the most frequent label always"]
+    assert 0.5 <= majority["value"] <= 1
     text = (output / "test/tables.md").read_text()
     for words in (
         "Table 4",
@@ -187,7 +193,11 @@ def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, capsys
     svg = (output / "test/plots/sst2.svg").read_text()
     assert svg.startswith("<?xml")
     assert "label-word echo" in svg
-    assert not list((output / "test/runs").glob("*/*/*/*/slm"))  # the classifiers are not kept
+    # of a run Table 7's LLM is kept, and no classifier or checkpoint
+    for run_folder in (output / "test/runs").glob("*/*/*/*"):
+        kept = {path.name for path in run_folder.iterdir()}
+        assert "llm" in kept
+        assert not kept & {"slm", "slm-previous", "uploads", "quarantine", "checkpoints"}
 
     # once more: nothing is done again
     monkeypatch.setattr(driver, "do", lambda *_: pytest.fail("done again"))
@@ -200,7 +210,7 @@ def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, capsys
 def fake_run(calls):
     """A run of a moment that leaves what a real one does."""
 
-    def run(config, folder, cache, display=None):
+    def run(config, folder, cache, display=None, resume=False):
         calls.append(folder)
         (folder / "llm").mkdir(parents=True)
         (folder / "slm").mkdir()
@@ -231,13 +241,16 @@ def fake_run(calls):
     return run
 
 
+BENCHMARKED = {"correct": "1100", "matthews": 0.5, "majority": 0.75, "test_rows": 4}
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Cells of a moment; gives the run folders that were asked for."""
     calls = []
     monkeypatch.setattr(work, "run_local", fake_run(calls))
     monkeypatch.setattr(work, "ceiling", lambda *_: {"correct": {"client-0": "1111"}, "rows": 4})
-    monkeypatch.setattr(work, "benchmark", lambda cell, *_: {"correct": "1100", "matthews": 0.5, "test_rows": 4})
+    monkeypatch.setattr(work, "benchmark", lambda cell, *_: dict(BENCHMARKED))
     monkeypatch.setattr(report, "can_plot", lambda: False)
     return calls
 
@@ -291,14 +304,14 @@ def test_stopped_anywhere_it_goes_on(scale, data, tmp_path, monkeypatch, quick):
     ):
         calls = []
 
-        def stopping(*arguments, target=target, left=left, when=when, calls=calls):
+        def stopping(*arguments, target=target, left=left, when=when, calls=calls, **how):
             if target == "write" and "cells/" not in arguments[1]:
                 return real[target](*arguments)
             calls.append(target)
             if len(calls) in when:
                 left(*arguments)
                 raise Stopped
-            return real[target](*arguments)
+            return real[target](*arguments, **how)
 
         quick.clear()
         output = tmp_path / f"{target}-{left.__name__}"
@@ -323,20 +336,24 @@ def test_a_killed_process_goes_on(scale, data, tmp_path):
     arguments = ["4", "--presets", "paper", "--data-dir", data, "--scale", path, "--output", tmp_path / "out"]
     command = [sys.executable, "-m", "crosslm.cli.main", "reproduce", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
-    events = tmp_path / "out/test/runs/sst2/paper/base/seed-0/metrics.jsonl"
+    run = tmp_path / "out/test/runs/sst2/paper/base/seed-0"
     deadline = time.monotonic() + PATIENCE
-    while not events.exists() and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (run / "checkpoints/arrival-0000.json").exists() and process.poll() is None and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     first = tmp_path / "out/test/cells/sst2/ceiling/base/seed-0/ceiling.json"
     assert first.is_file()
-    assert not (events.parent / "summary.json").exists()
+    assert not (run / "summary.json").exists()
 
     choice = chosen(scale, data, "4", presets=["paper"])
     before = first.stat().st_mtime_ns
     reproduce(choice, tmp_path / "out", tmp_path)
     assert first.stat().st_mtime_ns == before
+    sessions = [json.loads(line)["event"] for line in (run / "sessions.jsonl").read_text().splitlines()]
+    assert sessions == ["start", "resume"]  # what had been done was not done again
     reproduce(choice, tmp_path / "whole", tmp_path)
 
     def figures(output):
@@ -359,24 +376,74 @@ def test_a_cell_made_with_other_settings_is_refused_and_a_new_field_is_not(scale
     assert len(quick) == made
     scale["run"]["llm"]["samples"] = 5
     with pytest.raises(RunError, match=r"seed-0/run.json: was made with other settings \(llm.samples\); take another"):
-        reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
+        reproduce(chosen(scale, data, "4", "7"), tmp_path / "out", tmp_path)
+    # what does not need them has been done all the same: the original LLM's benchmarks
+    assert len(quick) == made
+    done = {path.parts[-5] for path in (tmp_path / "out").rglob("rte.json")}
+    assert done == {"original"}
     # its cell deleted, the run is made again, though its folder is there and whole
     for preset in PRESETS:
         (tmp_path / f"out/test/cells/sst2/{preset}/base/seed-0/run.json").unlink()
     reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
     assert len(quick) == made + 2
-    # the ceiling does not depend on the LLM
-    cells = [cell for cell in plan(chosen(scale, data, "4")) if cell.stage == "ceiling"]
-    assert all(driver.is_done(cell, chosen(scale, data, "4"), Store(tmp_path / "out", "test")) for cell in cells)
+    # the ceiling does not depend on the LLM or on step 5, and the original LLM not on how it is enhanced
+    scale["run"]["llm"] |= {"samples": 6, "learning_rate": 0.1}
+    scale["run"]["slm"]["synthetic"] = {"epochs": 2}
+    choice, store = chosen(scale, data, "4", "7"), Store(tmp_path / "out", "test")
+    cells = [cell for cell in plan(choice) if cell.stage == "ceiling" or cell.method == "original"]
+    assert len(cells) == 5
+    assert all(driver.is_done(cell, choice, store) for cell in cells)
+    scale["run"]["llm"]["lora_rank"] = 3
+    scale["run"]["slm"]["max_length"] = 7
+    choice = chosen(scale, data, "4", "7")
+    for cell in cells:
+        with pytest.raises(RunError, match="was made with other settings"):
+            driver.is_done(cell, choice, store)
+
+
+def test_a_run_of_another_configuration_is_not_gone_on_with(scale, data, tmp_path):
+    choice = chosen(scale, data, "4", presets=["paper"])
+    cell = next(cell for cell in plan(choice) if cell.stage == "run")
+    store, config = Store(tmp_path / "out", "test"), choice.cell_config(cell)
+    folder = store.run_folder(cell)
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.toml").write_text(config.dump())
+    assert (store.ready_run_folder(cell, config) / "checkpoints").is_dir()
+    other = config.model_copy(update={"device": "cuda"})  # no other settings, but no other half of the same run
+    assert not store.ready_run_folder(cell, other).exists()
+
+
+def test_a_damaged_cell_is_named_at_the_end(scale, data, tmp_path, quick):
+    choice = chosen(scale, data, "4")
+    reproduce(choice, tmp_path / "out", tmp_path)
+    (tmp_path / "out/test/cells/sst2/paper/base/seed-0/run.json").write_text("{")
+    (tmp_path / "out/test/cells/sst2/recommended/base/seed-0/run.json").unlink()
+    with pytest.raises(RunError, match=r"1 of 3 cells failed:\n.*paper/base/seed-0/run.json: damaged, delete it"):
+        reproduce(choice, tmp_path / "out", tmp_path)
+    assert (tmp_path / "out/test/cells/sst2/recommended/base/seed-0/run.json").is_file()
+
+
+def test_the_settings_are_those_at_the_beginning_of_a_cell(scale, data, tmp_path, monkeypatch, quick):
+    choice = chosen(scale, data, "4", presets=["paper"])
+    good = work.run_local
+
+    def run(*arguments, **how):
+        choice.scale.run["llm"]["samples"] = 99  # as if a file had been changed while it ran
+        good(*arguments, **how)
+
+    monkeypatch.setattr(work, "run_local", run)
+    reproduce(choice, tmp_path / "out", tmp_path)
+    kept = json.loads((tmp_path / "out/test/cells/sst2/paper/base/seed-0/run.json").read_text())
+    assert kept["settings"]["config"]["llm"]["samples"] == 4
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(scale, data, tmp_path, monkeypatch, quick):
     good = work.run_local
 
-    def run(config, folder, *rest):
+    def run(config, folder, *rest, **how):
         if config.preset == "paper":
             raise ModelError("the LLM's update is not finite")
-        good(config, folder, *rest)
+        good(config, folder, *rest, **how)
 
     monkeypatch.setattr(work, "run_local", run)
     with pytest.raises(RunError, match="1 of 3 cells failed:\nsst2/paper/base/seed-0/run: the LLM's update is not"):
@@ -385,6 +452,31 @@ def test_a_cell_that_fails_does_not_stop_the_others(scale, data, tmp_path, monke
     monkeypatch.setattr(work, "run_local", good)
     reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
     assert len(contents(tmp_path / "out")) == 3
+
+
+def test_a_run_whose_uploads_were_all_refused_is_no_hole_in_the_mean(scale, data, tmp_path):
+    scale["run"]["gate"] = {"enabled": True, "min_texts": 1, "max_share": 0.01}
+    choice = chosen(scale, data, "4", presets=["paper"])
+    reproduce(choice, tmp_path / "out", tmp_path)
+    run = json.loads((tmp_path / "out/test/cells/sst2/paper/base/seed-0/run.json").read_text())["figures"]
+    assert not any(name.startswith("slm/crosslm") for name in run["correct"])
+    assert run["llm"]["perplexity"]["before"] == run["llm"]["perplexity"]["after"] > 0
+    report = json.loads((tmp_path / "out/test/tables.json").read_text())
+    shown = {row["name"]: row["cells"][0] for row in report["tables"]["4"]["rows"] if row["by"] == "ours"}
+    assert shown["preset paper: CrossLM"]["value"] == shown[ALL_ROWS]["value"]
+    assert shown["preset paper: CrossLM - Standalone, points"]["value"] == 0
+    assert "sst2/paper/base/seed-0: every upload was refused" in report["tables"]["4"]["notes"][-1]
+    assert report["headline"]["paper"]["nlu_gain"] == report["headline"]["paper"]["ptb_growth_percent"] == 0
+    assert "nlg_judge_gain" in report["headline"]["paper"]["missing"]
+
+
+def test_a_run_in_which_a_client_failed_otherwise_is_a_failure(scale, data, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("no memory")
+
+    monkeypatch.setattr(Client, "train", broken)
+    with pytest.raises(RunError, match="no client could be served"):
+        reproduce(chosen(scale, data, "4", presets=["paper"]), tmp_path / "out", tmp_path)
 
 
 def test_two_at_once_are_refused(scale, data, tmp_path, quick):
@@ -403,6 +495,8 @@ def test_the_tables_are_of_everything_that_is_there(scale, data, tmp_path, quick
     assert "| SST-2, preset recommended, 1 |" in text
     assert "SST-2, preset paper, 1 " not in text  # has not been run
     assert "sst2/recommended/base/seed-0 (arrival 1)" in text
+    assert "Label skew: Dirichlet with alpha 100.0" in text
+    assert "compared on 400 test rows of SST-2" in text
     # 4 test rows, half of them right by CrossLM alone: a binomial of 4 draws
     assert "| preset recommended: CrossLM - Standalone, points | +50.0 [+0.0, +100.0] |" in text
     headline = headline_of(tmp_path / "out")
@@ -413,6 +507,9 @@ def test_the_tables_are_of_everything_that_is_there(scale, data, tmp_path, quick
     assert headline["paper"]["slm_gain_vs_data_free_kd"] == 0.0
     assert headline["recommended"]["nlu_gain"] == headline["recommended"]["nlg_judge_gain"] == 50.0
     assert headline["recommended"]["generalization_min_change"] == 0.0
+    assert headline["recommended"]["generalization_mean_change"] == 0.0
+    assert "| the most frequent label always | 0.750 [0.750, 0.750] |" in text
+    assert "`generalization_mean_change` is their mean" in text
     assert headline["recommended"]["ptb_growth_percent"] == pytest.approx(1.0)
     assert headline["recommended"]["seeds"]["nlu_gain"] == 2
     assert headline["recommended"]["seeds"]["skew_share_of_ceiling"] == 1
@@ -460,7 +557,7 @@ def test_wrong_input_is_found_before_anything_is_run(scale, data, tmp_path, quic
 
 
 def test_ctrl_c_says_how_to_go_on(scale, data, tmp_path, quick, monkeypatch, capsys):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(work, "run_local", interrupted)
@@ -499,6 +596,17 @@ def test_the_plan_of_the_packaged_scale():
     assert validation.data.test == "validation.csv"
     assert validation.evaluation.perplexity_text == "../ptb/ptb.valid.txt"
     assert validation.seed == 1
+
+
+def test_the_small_scale_has_less_of_everything_and_all_tasks():
+    small, large = (choose(load_scale(path), [], [], [], None, "test", Path("DATA")) for path in (Path("small"), None))
+    assert small.scale.tasks == large.scale.tasks
+    for task in small.tasks:
+        less, more = (choice.config(task, "recommended", 0, {}) for choice in (small, large))
+        assert less.data.test_rows < more.data.test_rows
+        assert (less.selection.pool, less.llm.samples) == (256, 64) < (more.selection.pool, more.llm.samples)
+        assert less.gate.min_texts < less.selection.pool  # the gate has enough to probe with
+    assert len(plan(small)) < len(plan(large))
 
 
 DATA = os.environ.get("CROSSLM_DATA", "")

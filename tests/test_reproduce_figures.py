@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,17 @@ from crosslm.config_file import load
 from crosslm.evaluate import share_right
 from crosslm.models.sources import PACKAGES, cache_folder
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
-from crosslm.records import SyntheticText
+from crosslm.records import Examples, SyntheticText
+from crosslm.reproduce import benchmarks
 from crosslm.reproduce.benchmarks import BENCHMARKS, label_logits, load_benchmark, matthews, queries_of, start_llm
 from crosslm.reproduce.bootstrap import average, bootstrap, estimate, worst
 from crosslm.reproduce.figures import Figures
-from crosslm.reproduce.markdown import figure, headline_table, short
-from crosslm.reproduce.plan import BASE, RUN, Cell, Variation, slug
-from crosslm.reproduce.tables import change, growth, paper_tables, ratio, table_4
+from crosslm.reproduce.headline import headline
+from crosslm.reproduce.markdown import figure, headline_table, markdown_table, short
+from crosslm.reproduce.notes import notes
+from crosslm.reproduce.plan import BASE, RUN, Cell, Variation, choose, slug
+from crosslm.reproduce.scale import Finetuning, load_scale
+from crosslm.reproduce.tables import ALL_ROWS, all_tables, change, growth, paper_tables, ratio, table_4, table_7
 from crosslm.reproduce.work import digits
 from crosslm.task import Task
 
@@ -88,15 +93,20 @@ def test_matthews_by_hand():
     assert matthews([0, 1], [1, 1]) == 0
 
 
-def run_of(correct):
-    return {"figures": {"correct": correct, "llm": {"perplexity": {"before": None, "after": None}}}}
+def run_of(correct, declined=()):
+    clients = {who: {"decision": {"accepted": False}} for who in declined}
+    llm = {"perplexity": {"before": None, "after": None}}
+    return {"figures": {"correct": correct, "llm": llm, "clients": clients}}
+
+
+def ours(table):
+    return {row["name"]: row["cells"] for row in table["rows"] if row["by"] == "ours"}
 
 
 def test_a_table_of_hand_made_cells_leaves_out_what_was_not_run():
     correct = {
         "slm/standalone/a": "1100",
         "slm/standalone/b": "1000",
-        "slm/standalone/failed": "0000",  # never came back, and so does not count
         "slm/data_free_kd/a": "1100",
         "slm/data_free_kd/b": "1100",
         "slm/crosslm/a": "1110",
@@ -105,21 +115,91 @@ def test_a_table_of_hand_made_cells_leaves_out_what_was_not_run():
     figures = Figures({Cell("sst2", "paper", Variation(BASE), 0, RUN): run_of(correct)})
     table = table_4(figures, ("sst2", "imdb"), ("paper", "recommended"))
     assert table["columns"] == ["SST-2", "IMDb", "Average"]
-    ours = {row["name"]: row["cells"] for row in table["rows"] if row["by"] == "ours"}
-    assert set(ours) == {
-        "preset paper: Standalone",
+    rows = ours(table)
+    assert set(rows) == {
+        ALL_ROWS,
         "preset paper: Data-free KD",
         "preset paper: CrossLM",
         "preset paper: CrossLM - Standalone, points",
         "preset paper: CrossLM - Data-free KD, points",
     }
-    assert ours["preset paper: Standalone"][0]["value"] == 3 / 8
-    assert ours["preset paper: CrossLM - Standalone, points"][0]["value"] == pytest.approx(37.5)
-    assert ours["preset paper: CrossLM"][1:] == [None, None]  # no IMDb, and so no average
+    assert rows[ALL_ROWS][0]["value"] == 3 / 8
+    assert rows["preset paper: CrossLM - Standalone, points"][0]["value"] == pytest.approx(37.5)
+    assert rows["preset paper: CrossLM"][1:] == [None, None]  # no IMDb, and so no average
     paper = {row["name"]: row["cells"] for row in table["rows"] if row["by"] == "paper"}
     assert [cell["value"] for cell in paper["CrossLM (Llama-7B)"]] == [0.880, 0.881, 0.823]
     assert figures.perplexity("sst2", "paper") is None
     assert table_4(Figures({}), ("sst2",), ("paper",)) is None
+
+
+def test_a_client_that_got_nothing_or_did_not_accept_it_ends_up_with_its_own():
+    correct = {
+        "slm/standalone/served": "0000",
+        "slm/standalone/refused": "1000",
+        "slm/standalone/declining": "1100",
+        "slm/data_free_kd/served": "1000",
+        "slm/data_free_kd/declining": "1111",
+        "slm/crosslm/served": "1111",
+        "slm/crosslm/declining": "0000",
+        "nlg/before/slm/served": "01",
+        "nlg/after/slm/served": "11",
+    }
+    ceiling = {"figures": {"correct": dict.fromkeys(("served", "refused", "declining"), "1111")}}
+    figures = Figures(
+        {
+            Cell("sst2", "paper", Variation(BASE), 0, RUN): run_of(correct, ["declining"]),
+            Cell("sst2", "ceiling", Variation(BASE), 0, "ceiling"): ceiling,
+        }
+    )
+    assert figures.slm("sst2", "paper").point == pytest.approx([3 / 12, 6 / 12, 7 / 12, 5 / 12])
+    assert figures.gain("sst2", "paper").point == pytest.approx([3 / 12, 7 / 12])
+    assert figures.ceiling("sst2", "paper").point == pytest.approx([7 / 12, 1])
+    assert figures.nlg("sst2", "paper", judge=False).point == pytest.approx([0.5, 1])
+    choice = choose(load_scale(), ["4", "6"], ["sst2"], [], 1, "test", Path("DATA"))
+    said = notes("4", figures, choice)[-1]
+    assert said == "sst2/paper/base/seed-0: the upload of refused was refused; declining did not accept what came back."
+    assert said in "\n".join(markdown_table(all_tables(figures, choice)["4"]))
+    assert "refused are left out" in all_tables(figures, choice)["6"]["notes"][0]
+
+
+def test_both_presets_are_compared_with_the_standalone_of_all_rows():
+    llm = {"nlu/before": "01", "nlu/after": "01"}
+    paper = {"slm/standalone/a": "1110", "slm/crosslm/a": "1111", **llm}
+    recommended = {"slm/standalone/a": "1000", "slm/crosslm/a": "1110", **llm}
+    figures = Figures(
+        {
+            Cell("sst2", "paper", Variation(BASE), 0, RUN): run_of(paper),
+            Cell("sst2", "recommended", Variation(BASE), 0, RUN): run_of(recommended),
+            Cell("sst2", "recommended", Variation(BASE), 1, RUN): run_of(recommended),  # nothing to compare it with
+        }
+    )
+    rows = ours(table_4(figures, ("sst2",), ("paper", "recommended")))
+    assert rows[ALL_ROWS][0]["value"] == 0.75
+    gain = rows["preset recommended: CrossLM - Standalone, points"][0]
+    assert (gain["value"], gain["seeds"]) == (0, 1)
+    assert rows["preset recommended: CrossLM"][0]["seeds"] == 2
+    assert rows["apart, preset recommended: CrossLM - that, points"][0]["value"] == 50
+    choice = choose(load_scale(), ["4"], ["sst2"], [], 1, "test", Path("DATA"))
+    only = replace(choice, scale=choice.scale.model_copy(update={"tasks": ("sst2",)}))
+    assert headline(figures, only)["recommended"]["slm_gain_vs_standalone"] == 0
+    assert headline(figures, only)["paper"]["slm_gain_vs_standalone"] == 25
+
+
+def test_the_least_and_the_mean_change_of_the_benchmarks():
+    kept = {}
+    for name, enhanced in zip(BENCHMARKS, ("1111", "1110", "1100", "1000"), strict=True):
+        cell = Cell("original", "original", Variation(BASE), 0, name)
+        kept[cell] = {"figures": {"correct": "1100", "matthews": 0.0, "majority": 0.625}}
+        kept[replace(cell, task="sst2", method="paper")] = {"figures": {"correct": enhanced, "matthews": 0.0}}
+    figures = Figures(kept)
+    scale = load_scale().model_copy(update={"tasks": ("sst2",)})
+    found = headline(figures, choose(scale, ["7"], [], ["paper"], 1, "test", Path("DATA")))["paper"]
+    assert found["generalization_min_change"] == -25
+    assert found["generalization_mean_change"] == pytest.approx(12.5)
+    low, high = found["intervals"]["generalization_mean_change"]
+    assert low < 12.5 < high
+    rows = ours(table_7(figures, ("sst2",), ("paper",)))
+    assert [cell and cell["value"] for cell in rows["the most frequent label always"]] == [0.625] * 5 + [None]
 
 
 def test_the_papers_averages_are_those_of_its_figures():
@@ -207,11 +287,31 @@ def test_both_starts_get_the_same_fresh_adapter(models, tmp_path):
     ids = [(5,), (9,)]
     texts = ["a good film", "a sad and long day"]
     with torch.inference_mode():
-        logits = {llm: label_logits(llm, texts, ids) for llm in (enhanced, original, started)}
+        encoded = [original.encode(text) for text in texts]
+        logits = {llm: label_logits(llm, encoded, ids) for llm in (enhanced, original, started)}
     assert torch.allclose(logits[started], logits[enhanced], atol=1e-4)
     assert (logits[started] - logits[original]).abs().max() > 1e-3
     # and these are the logits that Eq. 1 is of
     assert torch.allclose(logits[original].softmax(dim=1), original.classify(texts, ids), atol=1e-5)
+
+
+def test_rows_of_like_length_are_trained_and_predicted_together(models, monkeypatch):
+    llm = tiny_llm(models, "gpt2")
+    texts = ["a", "a good film and a kind one, it was."] * 32
+    seen = []
+
+    def watched(llm, queries, verbalizers):
+        seen.append({len(query) for query in queries})
+        return label_logits(llm, queries, verbalizers)
+
+    monkeypatch.setattr(benchmarks, "label_logits", watched)
+    rows, ids, done = Examples(texts, [0, 1] * 32), [(5,), (9,)], []
+    benchmarks.train(llm, rows, ids, Finetuning(epochs=2, batch_size=8, learning_rate=1e-2), 0, done.append)
+    assert len(seen) == 16
+    assert sum(len(lengths) == 1 for lengths in seen) == 16
+    assert sum(done) == 2 * 64
+    predicted = benchmarks.predict(llm, texts, ids, done.append)
+    assert predicted == [0, 1] * 32  # it has learned, and each answer is at its own row's place
 
 
 def test_a_pair_becomes_a_query_of_cut_texts(models, tmp_path):

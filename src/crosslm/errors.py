@@ -41,5 +41,9 @@ class RunError(CrosslmError):
     """A run folder cannot be written or read."""
 
 
+class UnservedError(RunError):
+    """A run came to its end and no client could be served."""
+
+
 class FederationError(CrosslmError):
     """A kit, a key, a request or the state of a federation is not as it must be."""

@@ -16,7 +16,7 @@ from crosslm.checkpoint import Checkpoints
 from crosslm.classification import label_posteriors
 from crosslm.client import Client
 from crosslm.config import Config
-from crosslm.errors import RunError, StoppedError
+from crosslm.errors import RunError, StoppedError, UnservedError
 from crosslm.federation.exchange import serve
 from crosslm.federation.intake import Intake
 from crosslm.federation.local import LocalExchange
@@ -155,7 +155,7 @@ class _Run:
                 for event in self.run.events()
                 if event["event"] == "failure" or (event["event"] == "gate" and not event["passed"])
             ]
-            raise RunError(
+            raise UnservedError(
                 "\n".join([f"{self.run.path}: no client could be served; when this is mended, run again:", *said])
             )
         return self._finish()

@@ -34,7 +34,8 @@ def reproduce(
         str, typer.Option("--split", help="test, or validation: for tuning, kept in a folder of its own.")
     ] = "test",
     scale: Annotated[
-        Path | None, typer.Option("--scale", help="TOML file like the packaged scale.toml: how much of everything.")
+        Path | None,
+        typer.Option("--scale", help="How much of everything: small, or a TOML file like the packaged scale.toml."),
     ] = None,
     render: Annotated[bool, typer.Option("--render", help="Only write the tables of what is there.")] = False,
     cache_dir: CacheOption = None,

@@ -229,12 +229,13 @@ class LLM:
 
         The text is cut into windows of 256 tokens (fewer if the model reads fewer), each read after
         a beginning-of-sequence token (where the model has one) and nothing else; every token counts
-        once.
+        once. What looks like a special token in the text (the Penn Treebank is full of ``<unk>``) is read as the
+        characters that it is written with: such a token has never been trained.
 
         Raises:
             ValueError: the text has no token.
         """
-        ids = self.tokenizer.encode(text, add_special_tokens=False)[:max_tokens]
+        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)[:max_tokens]
         bos = self.tokenizer.bos_token_id
         size = min(PERPLEXITY_WINDOW, self._causal().config.max_position_embeddings - 1)
         windows = [ids[start : start + size] for start in range(0, len(ids), size)]

@@ -19,6 +19,7 @@ from crosslm.config import DataConfig, LLMConfig
 from crosslm.data import load_examples, sample
 from crosslm.errors import DataError
 from crosslm.models.llm import LLM
+from crosslm.models.rows import batches
 from crosslm.models.tokens import verbalizer_ids
 from crosslm.records import Examples
 from crosslm.reproduce.scale import Finetuning
@@ -118,13 +119,13 @@ def start_llm(
         return LLM(merged, enhanced.tokenizer, lora)
 
 
-def label_logits(llm: LLM, queries: Sequence[str], verbalizers: Sequence[tuple[int, ...]]) -> Tensor:
+def label_logits(llm: LLM, queries: Sequence[list[int]], verbalizers: Sequence[tuple[int, ...]]) -> Tensor:
     """Logits of each verbalizer's first token after the query, ``(queries, labels)``, with gradient.
 
-    Verbalizers differ from the first token on (:func:`verbalizer_ids`).
+    Queries are given as tokens. Verbalizers differ from the first token on (:func:`verbalizer_ids`).
     """
     causal = llm.model.get_base_model()
-    encoded = [torch.tensor(llm.encode(query)) for query in queries]
+    encoded = [torch.tensor(query) for query in queries]
     lengths = torch.tensor([len(ids) for ids in encoded], device=llm.device)
     ids = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True).to(llm.device)
     attention = (torch.arange(ids.shape[1], device=llm.device) < lengths.unsqueeze(1)).long()
@@ -143,24 +144,23 @@ def train(
     seed: int,
     advance: Callable[[float], None],
 ) -> None:
-    """Minimise the cross-entropy of the right verbalizer among the labels'."""
+    """Minimise the cross-entropy of the right verbalizer among the labels', in batches of rows of like length."""
     generator = torch.Generator().manual_seed(seed)
+    encoded = [llm.encode(text) for text in rows.texts]
     parameters = llm.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters, lr=budget.learning_rate, weight_decay=0.0)
     steps = budget.epochs * -(-len(rows) // budget.batch_size)
     schedule = get_linear_schedule_with_warmup(optimizer, round(budget.warmup_fraction * steps), steps)
     for _ in range(budget.epochs):
-        order: list[int] = torch.randperm(len(rows), generator=generator).tolist()
-        for start in range(0, len(order), budget.batch_size):
-            batch = rows.take(order[start : start + budget.batch_size])
-            logits = label_logits(llm, batch.texts, verbalizers)
-            loss = cross_entropy(logits, torch.tensor(batch.labels, device=llm.device))
+        for places in batches(encoded, budget.batch_size, generator):
+            logits = label_logits(llm, [encoded[place] for place in places], verbalizers)
+            loss = cross_entropy(logits, torch.tensor([rows.labels[place] for place in places], device=llm.device))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            advance(len(batch))
+            advance(len(places))
 
 
 def fine_tune(
@@ -183,13 +183,24 @@ def fine_tune(
     # the same test rows for every seed, so that seeds differ in training alone
     test = rows(f"{split}.csv", budget.test_rows, seed_for(0, name, "test"))
     train(llm, training, verbalizers, budget, seed_for(seed, name, "order"), advance)
-    predicted: list[int] = []
+    return test.labels, predict(llm, test.texts, verbalizers, advance)
+
+
+def predict(
+    llm: LLM, texts: Sequence[str], verbalizers: Sequence[tuple[int, ...]], advance: Callable[[float], None]
+) -> list[int]:
+    """The label whose verbalizer has the highest logit, for each text."""
+    encoded = [llm.encode(text) for text in texts]
+    order = sorted(range(len(encoded)), key=lambda place: len(encoded[place]))  # those of like length together
+    predicted = [0] * len(encoded)
     with torch.inference_mode():
-        for start in range(0, len(test), PREDICTION_BATCH):
-            texts = test.texts[start : start + PREDICTION_BATCH]
-            predicted += label_logits(llm, texts, verbalizers).argmax(dim=1).tolist()
-            advance(len(texts))
-    return test.labels, predicted
+        for start in range(0, len(order), PREDICTION_BATCH):
+            places = order[start : start + PREDICTION_BATCH]
+            logits = label_logits(llm, [encoded[place] for place in places], verbalizers)
+            for place, label in zip(places, logits.argmax(dim=1).tolist(), strict=True):
+                predicted[place] = label
+            advance(len(places))
+    return predicted
 
 
 def matthews(gold: Sequence[int], predicted: Sequence[int]) -> float:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from crosslm.reproduce.store import Store, differences
 from crosslm.reproduce.work import do, settings_of
 from crosslm.rundir import versions
 
-REPORT_SECONDS = 60.0  # between two writings of the tables, which take some seconds when there is much in them
+REPORT_SECONDS = 600.0  # between two writings of the tables, which take a quarter of a minute of two cores
 
 
 def reproduce(
@@ -40,28 +41,48 @@ def reproduce(
         The folder with the tables.
 
     Raises:
-        CrosslmError: the input is wrong, which is found before a model is loaded; a kept cell was made with other
-            settings; or cells have failed, which is said after all others have been done.
+        CrosslmError: the input is wrong, which is found before a model is loaded; or cells have failed, or are there
+            and were made with other settings, which is said after all others have been done.
     """
     display = display or Silent()
     cells, store = plan(choice), Store(output, choice.split)
-    todo = [] if render_only else [cell for cell in cells if not is_done(cell, choice, store)]
+    todo, stale = ([], []) if render_only else _sort(cells, choice, store)
     check_input(todo, choice, cache, display)
     with store.locked():
         if not render_only:
-            display.note(f"{len(cells)} cells: {len(cells) - len(todo)} there, {len(todo)} to do")
-        failed = _work(todo, choice, store, cache, display)
+            there = len(cells) - len(todo) - len(stale)
+            display.note(f"{len(cells)} cells: {there} there, {len(todo)} to do")
+        for message in stale:
+            display.note(f"warning: {message}")
+        failed = stale + _work(todo, choice, store, cache, display)
         write_report(store, choice, display.note)
     if failed:
         raise RunError(f"{len(failed)} of {len(cells)} cells failed:\n" + "\n".join(failed))
     return store.folder
 
 
+def _sort(cells: Sequence[Cell], choice: Choice, store: Store) -> tuple[list[Cell], list[str]]:
+    """The cells that are to be done, and a line for each that cannot be used and those that need it."""
+    todo: list[Cell] = []
+    stale: dict[Cell, str] = {}
+    for cell in cells:
+        start = replace(cell, stage=RUN)  # of a benchmark, the run whose LLM it begins with
+        try:
+            if not is_done(cell, choice, store):
+                if start in stale:
+                    stale[cell] = f"{cell.path}: needs the run, whose cell cannot be used"
+                else:
+                    todo.append(cell)
+        except RunError as error:
+            stale[cell] = str(error)
+    return todo, list(stale.values())
+
+
 def is_done(cell: Cell, choice: Choice, store: Store) -> bool:
     """Whether a cell is there.
 
     Raises:
-        RunError: it is there and was made with other settings.
+        RunError: it is there and was made with other settings, or is damaged.
     """
     kept = store.read(cell)
     if kept is None:
@@ -69,7 +90,7 @@ def is_done(cell: Cell, choice: Choice, store: Store) -> bool:
     changed = differences(cell, kept["settings"], settings_of(cell, choice))
     if changed:
         raise RunError(
-            f"{store.folder / 'cells' / cell.path}.json: was made with other settings ({', '.join(changed)}); "
+            f"{store.cell_file(cell)}: was made with other settings ({', '.join(changed)}); "
             "take another --output, or delete it (and its folder in runs/) to have it done again"
         )
     return True
@@ -110,16 +131,18 @@ def _work(todo: Sequence[Cell], choice: Choice, store: Store, cache: Path, displ
         started = time.perf_counter()
         device = resolve_device(choice.cell_config(cell).device)
         origin = {"commit": source, "machine": machine(device), "date": time.strftime("%Y-%m-%d"), "versions": packages}
+        settings = settings_of(cell, choice)  # as they are now: a file may be changed while it runs
         try:
             figures: dict[str, Any] = do(cell, choice, store, cache, display)
         except CrosslmError as error:
             failed.append(f"{cell.path}: {error}")
             display.note(f"failed: {failed[-1]}")
             continue
-        seconds = round(time.perf_counter() - started, 2)
-        store.keep(cell, {**origin, "seconds": seconds, "settings": settings_of(cell, choice), "figures": figures})
+        # a run that was gone on with knows of the time before
+        seconds = max(round(time.perf_counter() - started, 2), figures.get("run_seconds", 0.0))
+        store.keep(cell, {**origin, "seconds": seconds, "settings": settings, "figures": figures})
         if cell.stage == RUN:
-            store.drop_classifiers(cell)
+            store.drop_unneeded(cell)
         if time.monotonic() - reported > REPORT_SECONDS:
             write_report(store, choice, display.note, plots=False)
             reported = time.monotonic()

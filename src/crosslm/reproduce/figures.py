@@ -1,6 +1,6 @@
 """From kept cells to means with intervals: which figures of a seed are drawn together."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,9 +9,9 @@ from crosslm.reproduce.bootstrap import Array, Group, Means, bootstrap
 from crosslm.reproduce.plan import BASE, CEILING, ORIGINAL, RUN, Cell
 from crosslm.seeding import seed_for
 
-STANDALONE, DATA_FREE_KD, CROSSLM = range(3)
-METHODS = ("standalone", "data_free_kd", "crosslm")
+OWN_STANDALONE, DATA_FREE_KD, CROSSLM, RETURNED = range(4)
 BEFORE, AFTER = range(2)
+STANDALONE, ENHANCED = range(2)
 Seeds = dict[int, dict[str, Any]]
 
 
@@ -30,25 +30,47 @@ class Figures:
         return self._kept.get((task, preset, variation, RUN), {})
 
     def slm(self, task: str, preset: str, variation: str = BASE) -> Means | None:
-        """Columns Standalone, Data-free KD, CrossLM: mean accuracy of the clients' SLMs."""
+        """Columns Standalone of the run itself, Data-free KD, CrossLM, and what came back: means of all clients.
 
-        def groups(run: dict[str, Any]) -> list[Group] | None:
-            return [clients_means(run["correct"], [f"slm/{method}/" for method in METHODS], METHODS[-1])]
+        CrossLM is what a client ends up with (:func:`outcomes`).
+        """
+        return self._of("slm", task, preset, variation, lambda run: clients_group(list(outcomes(run).values())))
 
-        return self._of("slm", task, preset, variation, groups)
+    def gain(self, task: str, preset: str, variation: str = BASE, baseline: str | None = None) -> Means | None:
+        """Columns Standalone and CrossLM of the same clients, Standalone being that of preset ``paper``.
+
+        Under ``recommended`` a client holds rows out to try what comes back, so that its own Standalone has learned
+        from fewer; both presets are compared with the one that has learned from all.
+
+        Args:
+            task: a task.
+            preset: of CrossLM.
+            variation: of CrossLM.
+            baseline: the variation of Standalone, if it is another one.
+        """
+        baseline = variation if baseline is None else baseline
+        paper, ours = self.runs(task, "paper", baseline), self.runs(task, preset, variation)
+        pairs = {seed: {"standalone": paper[seed], "crosslm": run} for seed, run in ours.items() if seed in paper}
+
+        def groups(pair: dict[str, Any]) -> list[Group] | None:
+            before, after = outcomes(pair["standalone"]), outcomes(pair["crosslm"])
+            both = [who for who in after if who in before]
+            return clients_group([(before[who][OWN_STANDALONE], after[who][CROSSLM]) for who in both])
+
+        return self._bootstrap(("gain", task, preset, variation, baseline), pairs, groups)
 
     def ceiling(self, task: str, preset: str, variation: str = BASE) -> Means | None:
-        """Columns CrossLM and the ceiling, of the seeds that have both."""
+        """Columns CrossLM and the ceiling of the same clients, of the seeds that have both."""
         ceilings = self._kept.get((task, CEILING, variation, CEILING), {})
         pairs = {
-            seed: {"correct": run["correct"], "ceiling": ceilings[seed]["correct"]}
+            seed: {"run": run, "ceiling": ceilings[seed]["correct"]}
             for seed, run in self.runs(task, preset, variation).items()
             if seed in ceilings
         }
 
         def groups(pair: dict[str, Any]) -> list[Group] | None:
-            ours = clients_means(pair["correct"], ["slm/crosslm/"], "crosslm")[0]
-            return [np.stack([ours, np.mean([rows(text) for text in pair["ceiling"].values()], axis=0)])]
+            ours = outcomes(pair["run"])
+            return clients_group([(ours[who][CROSSLM], pair["ceiling"][who]) for who in ours])
 
         return self._bootstrap(("ceiling", task, preset, variation), pairs, groups)
 
@@ -63,7 +85,8 @@ class Figures:
     def nlg(self, task: str, preset: str, judge: bool, variation: str = BASE) -> Means | None:
         """Columns before and after: agreement with the labels of what the LLM writes, by the SLMs or the judge.
 
-        The texts before and after are different ones, so they are drawn independently.
+        The texts before and after are different ones, so they are drawn independently. Of the SLMs, those of clients
+        whose upload was refused are left out: they are no measure of anything.
         """
 
         def groups(run: dict[str, Any]) -> list[Group] | None:
@@ -71,7 +94,11 @@ class Figures:
             if judge:
                 texts = [correct.get(f"nlg/{moment}/judge") for moment in ("before", "after")]
                 return None if None in texts else [rows(text)[None] for text in texts]
-            return [clients_means(correct, [f"nlg/{moment}/slm/"], None) for moment in ("before", "after")]
+            before, after = (
+                clients_group([[text] for name, text in correct.items() if name.startswith(f"nlg/{moment}/slm/")])
+                for moment in ("before", "after")
+            )
+            return None if before is None or after is None else [*before, *after]
 
         return self._of(f"nlg {judge}", task, preset, variation, groups)
 
@@ -103,6 +130,11 @@ class Figures:
             ("matthews", name, task, preset), seeds, lambda figures: [np.array([[figures["matthews"]]])]
         )
 
+    def majority(self, name: str) -> Means | None:
+        """The share of a benchmark's test rows that have the most frequent label; they are the same for every seed."""
+        seeds = self._kept.get((ORIGINAL, ORIGINAL, BASE, name), {})
+        return self._bootstrap(("majority", name), seeds, lambda figures: [np.array([[figures["majority"]]])])
+
     # -- inside ------------------------------------------------------------------------------
 
     def _single(self, name: str, task: str, preset: str, variation: str) -> Means | None:
@@ -131,11 +163,36 @@ def rows(digits: str) -> Array:
     return np.array([digit == "1" for digit in digits], dtype=float)
 
 
-def clients_means(correct: Mapping[str, str], prefixes: Sequence[str], required: str | None) -> Group:
-    """For each prefix the mean over clients of each row's correctness, ``(prefixes, rows)``.
+def outcomes(run: Mapping[str, Any]) -> dict[str, tuple[str, str, str, str]]:
+    """For each client a digit for each test row under its Standalone, Data-free KD, CrossLM, and what came back.
 
-    With ``required`` only of the clients that have a figure under the method of that name: one that failed has none.
+    CrossLM is what the client ends up with. Where its upload was refused that is its Standalone SLM, and nothing came
+    back; where it did not accept what came back (``acceptance``), too. A client has one participation.
     """
-    first = prefixes[0] if required is None else f"slm/{required}/"
-    clients: Iterable[str] = [name.removeprefix(first) for name in correct if name.startswith(first)]
-    return np.stack([np.mean([rows(correct[prefix + name]) for name in clients], axis=0) for prefix in prefixes])
+    correct, found = run["correct"], {}
+    for name, own in correct.items():
+        if name.startswith("slm/standalone/"):
+            who = name.removeprefix("slm/standalone/")
+            returned = correct.get(f"slm/crosslm/{who}", own)
+            taken = own if has_declined(run, who) else returned
+            found[who] = (own, correct.get(f"slm/data_free_kd/{who}", own), taken, returned)
+    return found
+
+
+def is_refused(run: Mapping[str, Any], client: str) -> bool:
+    """Whether nothing came back to a client."""
+    return f"slm/crosslm/{client}" not in run["correct"]
+
+
+def has_declined(run: Mapping[str, Any], client: str) -> bool:
+    """Whether a client kept the SLM that it had, since what came back was worse on its held-out rows."""
+    about = (run.get("clients") or {}).get(client) or {}
+    decision = about.get("decision")
+    return decision is not None and not decision["accepted"]
+
+
+def clients_group(clients: Sequence[Sequence[str]]) -> list[Group] | None:
+    """Each client has a text of digits for each column: the mean over clients, ``(columns, rows)``; None of none."""
+    if not clients:
+        return None
+    return [np.mean([[rows(text) for text in columns] for columns in clients], axis=0)]

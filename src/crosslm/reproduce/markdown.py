@@ -26,7 +26,7 @@ def seeds(row: Mapping[str, Any]) -> str:
 
 
 def markdown_table(table: Mapping[str, Any]) -> list[str]:
-    """A heading and a table; the paper's rows in italics."""
+    """A heading, a table with the paper's rows in italics, and its notes."""
     lines = [
         f"### {table['title']}",
         "",
@@ -36,7 +36,7 @@ def markdown_table(table: Mapping[str, Any]) -> list[str]:
     for row in table["rows"]:
         name = f"*in the paper: {row['name']}*" if row["by"] == "paper" else row["name"]
         lines.append(f"| {name} | " + " | ".join(map(figure, row["cells"])) + f" | {seeds(row)} |")
-    return [*lines, ""]
+    return [*lines, "", *(f"- {text}" for text in table["notes"]), *([""] if table["notes"] else [])]
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How much of everything is run: the committed ``scale.toml``, or another file of the same form."""
+"""How much of everything is run: the committed ``scale.toml`` or ``small.toml``, or another file of the same form."""
 
 import tomllib
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from crosslm.errors import ConfigError
 from crosslm.sections.section import NonNegative, Positive, Section
 
 HERE = Path(__file__).parent
+SMALL = Path("small")
 Tables = dict[str, Any]
 
 
@@ -86,12 +87,13 @@ class Scale(Section):
 
 
 def load_scale(path: Path | None = None) -> Scale:
-    """Read a scale file; the packaged one if none is named.
+    """Read a scale file; the packaged ``scale.toml`` if none is named, and ``small.toml`` for ``small``.
 
     Raises:
         ConfigError: it cannot be read, or a key or value is wrong.
     """
-    path = path or HERE / "scale.toml"
+    if path is None or path == SMALL:
+        path = HERE / f"{path or 'scale'}.toml"
     try:
         return Scale.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

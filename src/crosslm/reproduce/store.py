@@ -18,7 +18,11 @@ from crosslm.reproduce.plan import CEILING, ORIGINAL, Cell, leaves
 from crosslm.rundir import CONFIG, SUMMARY, RunDir
 
 MACHINES_OWN = (("data", "dir"), ("device",))
-CEILING_SECTIONS = ("seed", "task", "data", "clients", "slm")
+CEILING_SECTIONS = ("seed", "task", "data", "clients")
+CEILING_SLM = ("models", "max_length", "freeze_embeddings", "private")
+ORIGINAL_LLM = ("model", "dtype", "lora_rank", "lora_alpha")
+UNNEEDED = ("slm", "slm-previous", "uploads", "quarantine", "checkpoints")
+"""Of a run whose figures are kept: a gigabyte that nothing here reads again. Table 7 reads ``llm``."""
 
 
 class Store:
@@ -32,13 +36,17 @@ class Store:
         """The run folder of a cell of the stage ``run``, or of a benchmark's start."""
         return self.folder / "runs" / Path(cell.path).parent
 
+    def cell_file(self, cell: Cell) -> Path:
+        """Where a cell is kept, if it is."""
+        return self.folder / f"cells/{cell.path}.json"
+
     def read(self, cell: Cell) -> dict[str, Any] | None:
         """What is kept of a cell, or None if it has not been done.
 
         Raises:
             RunError: the file is damaged.
         """
-        path = self.folder / f"cells/{cell.path}.json"
+        path = self.cell_file(cell)
         if not path.is_file():
             return None
         try:
@@ -67,11 +75,11 @@ class Store:
         except OSError as error:
             raise RunError(f"{self.folder / name}: cannot be written: {error}; choose another --output") from error
 
-    def fresh_run_folder(self, cell: Cell, config: Config) -> Path:
-        """The run folder: with the finished run of this configuration, or empty.
+    def ready_run_folder(self, cell: Cell, config: Config) -> Path:
+        """The run folder: with the finished run of this configuration, with one that can be gone on with, or empty.
 
-        What a run that was stopped left there is removed, and so is a run of another configuration whose cell has
-        been deleted.
+        A run that was stopped is gone on with if its configuration is this one to the last field. What else is there
+        is removed: it is of another configuration, and its cell has been deleted.
         """
         folder = self.run_folder(cell)
         now = {"config": config.model_dump(mode="json", exclude_none=True)}
@@ -79,13 +87,15 @@ class Store:
             then = {"config": tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))}
         except (OSError, ValueError):
             then = {}
-        if not (folder / SUMMARY).is_file() or differences(cell, then, now):
+        is_finished = (folder / SUMMARY).is_file() and not differences(cell, then, now)
+        if not is_finished and then != now:
             shutil.rmtree(folder, ignore_errors=True)
         return folder
 
-    def drop_classifiers(self, cell: Cell) -> None:
-        """Remove a finished run's SLMs: nothing here reads them, and there are gigabytes of them."""
-        shutil.rmtree(self.run_folder(cell) / "slm", ignore_errors=True)
+    def drop_unneeded(self, cell: Cell) -> None:
+        """Remove from a run what nothing here reads once its cell is kept."""
+        for name in UNNEEDED:
+            shutil.rmtree(self.run_folder(cell) / name, ignore_errors=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -132,8 +142,11 @@ def _rest(side: dict[str, Any]) -> dict[str, Any]:
 def _relevant(config: Config, cell: Cell) -> dict[str, Any]:
     dump = config.model_dump(mode="json", exclude_none=True)
     if cell.method == ORIGINAL:
-        return {"llm": dump["llm"]}
-    return {name: dump.get(name) for name in CEILING_SECTIONS} if cell.stage == CEILING else dump
+        return {"llm": {name: dump["llm"][name] for name in ORIGINAL_LLM}}
+    if cell.stage == CEILING:
+        slm = {name: dump["slm"][name] for name in CEILING_SLM}
+        return {name: dump.get(name) for name in CEILING_SECTIONS} | {"slm": slm}
+    return dump
 
 
 def _at(table: Any, path: tuple[str, ...]) -> Any:

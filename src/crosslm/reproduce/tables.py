@@ -12,7 +12,18 @@ import numpy as np
 from crosslm.config import Preset
 from crosslm.reproduce.benchmarks import BENCHMARKS
 from crosslm.reproduce.bootstrap import Array, Means, average, estimate
-from crosslm.reproduce.figures import AFTER, BEFORE, CROSSLM, DATA_FREE_KD, STANDALONE, Figures
+from crosslm.reproduce.figures import (
+    AFTER,
+    BEFORE,
+    CROSSLM,
+    DATA_FREE_KD,
+    ENHANCED,
+    OWN_STANDALONE,
+    RETURNED,
+    STANDALONE,
+    Figures,
+)
+from crosslm.reproduce.notes import notes
 from crosslm.reproduce.plan import BASE, ORIGINAL, Choice, tasks_of, variations
 from crosslm.reproduce.scale import HERE
 
@@ -39,6 +50,7 @@ NAMES = {
     "average": "Average",
 }
 SHARE, POINTS, PERCENT, PERPLEXITY, CORRELATION = "share", "points", "percent", "perplexity", "correlation"
+ALL_ROWS = "Standalone (on all private rows: preset paper's)"
 Part = Means | None
 Statistic = Callable[[Array], Array]
 
@@ -126,26 +138,37 @@ def all_tables(figures: Figures, choice: Choice) -> dict[str, dict[str, Any]]:
     for key in ("skew", "clients", "rows"):
         makers[key] = lambda key=key: varied(key, figures, choice)  # type: ignore[misc]
     made = {key: makers[key]() for key in TITLES if key in choice.tables}
-    return {key: table for key, table in made.items() if table is not None}
+    return {key: table | {"notes": notes(key, figures, choice)} for key, table in made.items() if table is not None}
 
 
 def table_4(figures: Figures, tasks: Sequence[str], presets: Sequence[Preset]) -> dict[str, Any] | None:
-    """SLMs: both baselines, CrossLM, its gains, and the ceiling."""
-    rows = []
+    """SLMs: both baselines, CrossLM, its gains, and the ceiling; then what is of preset ``recommended`` alone."""
+    rows = [row(ALL_ROWS, [figures.slm(task, "paper") for task in tasks], column(OWN_STANDALONE), SHARE)]
     for preset in presets:
         slm = [figures.slm(task, preset) for task in tasks]
+        gain = [figures.gain(task, preset) for task in tasks]
         ceiling = [figures.ceiling(task, preset) for task in tasks]
         rows += [
-            row(f"preset {preset}: Standalone", slm, column(STANDALONE), SHARE),
             row(f"preset {preset}: Data-free KD", slm, column(DATA_FREE_KD), SHARE),
             row(f"preset {preset}: CrossLM", slm, column(CROSSLM), SHARE),
-            row(f"preset {preset}: CrossLM - Standalone, points", slm, change(CROSSLM, STANDALONE), POINTS),
+            row(f"preset {preset}: CrossLM - Standalone, points", gain, change(ENHANCED, STANDALONE), POINTS),
             row(f"preset {preset}: CrossLM - Data-free KD, points", slm, change(CROSSLM, DATA_FREE_KD), POINTS),
             row(f"preset {preset}: CrossLM / ceiling", ceiling, ratio, SHARE),
         ]
     ceilings = [next((part for preset in presets if (part := figures.ceiling(task, preset))), None) for task in tasks]
     rows.append(row("ceiling: one SLM on all clients' text", ceilings, column(1), SHARE))
+    if "recommended" in presets:
+        rows += _of_recommended_alone([figures.slm(task, "recommended") for task in tasks])
     return table("4", [*tasks, "average"], rows)
+
+
+def _of_recommended_alone(slm: Sequence[Part]) -> list[dict[str, Any]]:
+    """Against its own Standalone, which has learned from the rows that are not held out, and before acceptance."""
+    return [
+        row("apart, preset recommended: its own Standalone", slm, column(OWN_STANDALONE), SHARE),
+        row("apart, preset recommended: CrossLM - that, points", slm, change(CROSSLM, OWN_STANDALONE), POINTS),
+        row("apart, preset recommended: every SLM that came back, accepted or not", slm, column(RETURNED), SHARE),
+    ]
 
 
 def _before_after(name: str, parts: Sequence[Part]) -> list[dict[str, Any]]:
@@ -190,6 +213,8 @@ def table_7(figures: Figures, tasks: Sequence[str], presets: Sequence[Preset]) -
         if task != ORIGINAL:
             rows.append(row(f"{name}: change, points", parts, change(AFTER, BEFORE), POINTS))
             rows[-1]["cells"].append(None)
+    majority = row("the most frequent label always", [figures.majority(name) for name in BENCHMARKS], column(0), SHARE)
+    rows.append({**majority, "cells": [*majority["cells"], None]})
     return table("7", [*BENCHMARKS, "average", "CoLA, Matthews"], rows)
 
 
@@ -215,21 +240,23 @@ def varied(key: str, figures: Figures, choice: Choice) -> dict[str, Any] | None:
         for preset in choice.presets:
             for value, variation in zip(values, variations(key, choice, task, preset), strict=True):
                 slm = figures.slm(task, preset, variation.name)
+                gain = figures.gain(task, preset, variation.name)
                 ceiling = figures.ceiling(task, preset, variation.name)
                 cells = [
-                    cell(slm, column(STANDALONE), SHARE),
+                    cell(gain, column(STANDALONE), SHARE),
                     cell(slm, column(DATA_FREE_KD), SHARE),
                     cell(slm, column(CROSSLM), SHARE),
-                    cell(slm, change(CROSSLM, STANDALONE), POINTS),
+                    cell(gain, change(ENHANCED, STANDALONE), POINTS),
                     cell(ceiling, column(1), SHARE),
                     cell(ceiling, ratio, SHARE),
+                    cell(slm, column(OWN_STANDALONE), SHARE) if preset == "recommended" else None,
                 ]
                 rows.append(
                     {"name": f"{NAMES.get(task, task)}, preset {preset}, {value:g}", "by": "ours", "cells": cells}
                 )
     if not any_varied(key, figures, choice):
         return None
-    columns = ("Standalone", "Data-free KD", "CrossLM", "gain, points", "ceiling", "share of ceiling")
+    columns = ("Standalone", "Data-free KD", "CrossLM", "gain, points", "ceiling", "share of ceiling", "own Standalone")
     return table(key, columns, rows)
 
 
@@ -250,10 +277,11 @@ def ablation(figures: Figures, choice: Choice) -> dict[str, Any] | None:
     for task in tasks_of("ablation", choice):
         for preset in choice.presets:
             for name in dict.fromkeys(found.name for found in variations("ablation", choice, task, preset)):
-                slm = figures.slm(task, preset, name)
+                # none of the changes is one of how Standalone is trained under preset paper
+                gain = figures.gain(task, preset, name, BASE)
                 cells = [
-                    cell(slm, column(CROSSLM), SHARE),
-                    cell(slm, change(CROSSLM, STANDALONE), POINTS),
+                    cell(figures.slm(task, preset, name), column(CROSSLM), SHARE),
+                    cell(gain, change(ENHANCED, STANDALONE), POINTS),
                     cell(figures.nlu(task, preset, name), column(AFTER), SHARE),
                     cell(figures.nlg(task, preset, True, name), column(AFTER), SHARE),
                     cell(figures.distinct_2(task, preset, name), column(AFTER), SHARE),

@@ -2,13 +2,16 @@
 
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from crosslm.checkpoint import Checkpoints
 from crosslm.config import Config
 from crosslm.data import load_split
-from crosslm.errors import RunError
+from crosslm.errors import RunError, UnservedError
 from crosslm.experiment import run_local
+from crosslm.measures import LLM_MEASURES
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.preparation import client_specs
@@ -39,9 +42,13 @@ def do(cell: Cell, choice: Choice, store: Store, cache: Path, display: Display |
     """
     config = choice.cell_config(cell)
     if cell.stage == RUN:
-        folder = store.fresh_run_folder(cell, config)
-        if not (folder / SUMMARY).is_file():
-            run_local(config, folder, cache, display)
+        folder = store.ready_run_folder(cell, config)
+        try:
+            if not (folder / SUMMARY).is_file():
+                run_local(config, folder, cache, display, resume=True)
+        except UnservedError as error:
+            return unserved_figures(RunDir.open(folder), error)
+        finally:
             gc.collect()  # a run's models refer to themselves in circles, and are gigabytes
         return run_figures(RunDir.open(folder))
     config = config.model_copy(update={"device": resolve_device(config.device)})
@@ -51,7 +58,10 @@ def do(cell: Cell, choice: Choice, store: Store, cache: Path, display: Display |
     if cell.method != ORIGINAL:
         trained = store.run_folder(cell) / "llm"
         if not trained.is_dir():
-            raise RunError(f"{trained}: the enhanced LLM is not there; delete the run's cell to have it run again")
+            again = f"delete {store.cell_file(replace(cell, stage=RUN))} and {trained.parent}"
+            raise RunError(
+                f"{trained}: the enhanced LLM is not there; copy the folder back, or {again} to have it made again"
+            )
     return benchmark(cell, config, trained, choice, cache, Progress(display))
 
 
@@ -65,6 +75,24 @@ def run_figures(run: RunDir) -> dict[str, Any]:
         "correct": read_correct(run.path / "predictions"),
         "arrivals": [{name: value for name, value in step.items() if name != "time"} for step in steps],
     }
+
+
+def unserved_figures(run: RunDir, error: UnservedError) -> dict[str, Any]:
+    """What there is of a run in which every upload was refused: clients as they came, and an LLM that has not changed.
+
+    Raises:
+        UnservedError: the one given, since a client failed otherwise.
+    """
+    correct = read_correct(run.path / "predictions")
+    start = next(event for event in run.events() if event["event"] == "start")
+    record = Checkpoints(run).last()
+    if record is None or any(f"slm/standalone/{who}" not in correct for who in start["specs"]):
+        raise error
+    before = record["state"]["kept"]["before"]
+    same = {name: {"before": before.get(name), "after": before.get(name)} for name in LLM_MEASURES}
+    if "nlu/before" in correct:
+        correct["nlu/after"] = correct["nlu/before"]
+    return {"llm": same, "correct": correct, "arrivals": [], "reward_hacking": None}
 
 
 def read_correct(folder: Path) -> dict[str, str]:
@@ -134,4 +162,9 @@ def benchmark(
         gold, predicted = fine_tune(llm, cell.stage, data, choice.split, budget, cell.seed, advance)
     del llm
     gc.collect()
-    return {"correct": digits(gold, predicted), "matthews": matthews(gold, predicted), "test_rows": len(gold)}
+    return {
+        "correct": digits(gold, predicted),
+        "matthews": matthews(gold, predicted),
+        "majority": max(gold.count(label) for label in set(gold)) / len(gold),
+        "test_rows": len(gold),
+    }

@@ -1,0 +1,62 @@
+"""What stands under a table: how to read it, and which clients did not get what the others got."""
+
+from typing import Any
+
+from crosslm.config import Preset
+from crosslm.reproduce.figures import Figures, has_declined, is_refused, outcomes
+from crosslm.reproduce.plan import Choice, tasks_of, variations
+
+CLASSIFIERS = ("4", "skew", "clients", "rows", "ablation")
+ENDS_UP = (
+    "CrossLM is the SLM that a client ends up with: the one that it had where the server refused its upload, and where "
+    "the client did not accept what came back."
+)
+SAME_STANDALONE = (
+    "Under preset recommended a client holds a tenth of its rows out, to try what comes back (`acceptance`), and its "
+    "own Standalone has learned from fewer. Gains of both presets are against the Standalone of preset paper, which "
+    "has learned from all."
+)
+SLM_JUDGES = "By the SLMs: those of clients whose upload was refused are left out."
+
+NOISY_LEAST = (
+    "`generalization_min_change` is the least of the changes of all benchmarks and tasks: each is noisy, so that their "
+    "least is below 0 where nothing has changed. `generalization_mean_change` is their mean."
+)
+MAJORITY = "A start that is no better than the most frequent label has learned nothing from fine-tuning."
+
+
+def notes(key: str, figures: Figures, choice: Choice) -> list[str]:
+    """The notes of a table, by its key."""
+    if key in CLASSIFIERS:
+        return [ENDS_UP, SAME_STANDALONE, *kept_their_own(key, figures, choice)]
+    return {"6": [SLM_JUDGES], "7": [MAJORITY, NOISY_LEAST]}.get(key, [])
+
+
+def kept_their_own(key: str, figures: Figures, choice: Choice) -> list[str]:
+    """A line for each run of a table in which clients kept the SLM that they had."""
+    found: dict[str, None] = {}
+    for task in tasks_of(key, choice):
+        for preset in choice.presets:
+            for variation in variations(key, choice, task, preset):
+                found |= dict.fromkeys(_of_runs(task, preset, variation.name, figures))
+    return list(found)
+
+
+def _of_runs(task: str, preset: Preset, variation: str, figures: Figures) -> list[str]:
+    return [
+        f"{task}/{preset}/{variation}/seed-{seed}: {'; '.join(said)}."
+        for seed, run in sorted(figures.runs(task, preset, variation).items())
+        if (said := _said(run))
+    ]
+
+
+def _said(run: dict[str, Any]) -> list[str]:
+    clients = outcomes(run)
+    refused = [who for who in clients if is_refused(run, who)]
+    declined = [who for who in clients if has_declined(run, who)]
+    missing = [who for who in run.get("clients") or {} if who not in clients]
+    said = [f"the upload of {', '.join(refused)} was refused"] if refused else []
+    if len(refused) == len(clients):
+        said = ["every upload was refused, so that the LLM stayed as it was and nothing was written at the end"]
+    said += [f"{', '.join(declined)} did not accept what came back"] if declined else []
+    return [*said, *([f"{', '.join(missing)} failed and is in no figure"] if missing else [])]
