@@ -15,6 +15,8 @@ from crosslm.cli import main as cli
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.experiment import run_local
+from crosslm.models.llm import LLM
+from crosslm.models.slm import SLM
 
 
 @pytest.fixture
@@ -205,8 +207,8 @@ def test_bad_input_ends_with_code_2_before_anything_is_written_or_loaded(
     def loaded(*arguments, **options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(experiment.LLM, "load", loaded)
-    monkeypatch.setattr(experiment.SLM, "load", loaded)
+    monkeypatch.setattr(LLM, "load", loaded)
+    monkeypatch.setattr(SLM, "load", loaded)
     path = tmp_path / "bad.toml"
     (tmp_path / "data" / "empty.txt").write_text(" ")
     settings["slm"]["models"] = settings["slm"]["models"][:1]
