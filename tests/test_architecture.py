@@ -17,7 +17,7 @@ LAYERS = [
     {"sections.method"},
     {"config"},
     {"config_file"},
-    {"task", "records", "rows", "models.loading"},
+    {"task", "records", "rows", "hub", "models.loading"},
     {"algorithm.rewards", "algorithm.losses", "algorithm.selection", "algorithm.agreement"}
     | {"algorithm.membership", "algorithm.overlap"},
     {"data", "demo", "models.sources", "models.encoder", "models.head", "models.tokens", "models.vocabulary"},
@@ -133,7 +133,7 @@ def test_configuration_and_task_need_no_torch():
     ("library", "allowed"),
     [
         ("flwr", {f"federation.flower.{name}" for name in ("server_app", "client_app", "exchange", "payload")}),
-        ("datasets", {"data", "export"}),
+        ("datasets", {"hub", "export"}),
         ("peft", {"models.llm"}),
         ("opacus", {"models.private_fit"}),
         ("sentence_transformers", {"models.encoder"}),
