@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from crosslm.config import Config, DataConfig
+from crosslm.config_file import packaged
 from crosslm.errors import DataError
 from crosslm.hub import HUB, hub_rows
 from crosslm.records import Examples
@@ -302,7 +303,11 @@ def find_file(name: str, data: DataConfig) -> Path:
     for candidate in (path, path.with_name(path.name + ".gz")):
         if candidate.is_file():
             return candidate
-    raise DataError(f"{path}: no such file; set data.dir or --data-dir to the folder that it is in")
+    hint = " (packaged configurations bring no data; crosslm demo fetches those of demo)"
+    is_packaged = path.parent in {file.parent for file in packaged().values()}
+    raise DataError(
+        f"{path}: no such file; set data.dir or --data-dir to the folder that it is in{hint if is_packaged else ''}"
+    )
 
 
 def _is_broken(value: str) -> bool:
