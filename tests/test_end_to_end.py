@@ -118,6 +118,8 @@ def test_a_run_leaves_everything_that_is_promised(command, config_file, settings
     again = dict(line.split() for line in out.splitlines() if line.startswith(("slm/", "llm/")))
     assert float(again["slm/accuracy/client-0"]) == pytest.approx(summary["slm"]["crosslm"]["client-0"], abs=1e-4)
     assert float(again["llm/nlu_accuracy"]) == pytest.approx(summary["llm"]["nlu_accuracy"]["after"], abs=1e-4)
+    assert "llm/nlg_accuracy" not in again  # which in the summary is by other classifiers
+    assert 0 <= float(again["llm/nlg_accuracy_returned"]) <= 1
     assert float(again["llm/perplexity"]) == pytest.approx(summary["llm"]["perplexity"]["after"], rel=1e-3)
 
     # its configuration is enough to repeat it

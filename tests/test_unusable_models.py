@@ -1,5 +1,6 @@
 """Model folders that are damaged, or made for something else."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import tomli_w
 from conftest import TINY_AMOUNTS
 from transformers import AutoModelForSequenceClassification
 
+from crosslm.cli.app import quiet_libraries
+from crosslm.errors import ModelError
+from crosslm.models import sources
 from crosslm.rundir import RunDir, next_free
 
 AMOUNTS = [part for amount in TINY_AMOUNTS for part in ("--set", amount)]
@@ -67,3 +71,30 @@ def test_a_classifier_of_other_labels_gets_a_new_head_and_that_is_said(shell, se
     assert code == 0, err
     said = [record.message for record in caplog.records if "gets a new head" in record.message]
     assert said == [f"SLM '{tmp_path / 'five'}' is a classifier of 5 labels and the task has 2: it gets a new head"]
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    asked = []
+
+    class ConnectError(Exception):
+        """As of the library that the hub's client uses: no OSError."""
+
+    def refused(url):
+        asked.append(url)
+        raise ConnectError("Name or service not known")
+
+    def downloads(*_):
+        raise AssertionError("the slow way, with retries")
+
+    monkeypatch.setattr(sources, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(sources, "get_hf_file_metadata", refused)
+    monkeypatch.setattr(sources.AutoConfig, "from_pretrained", downloads)
+    with pytest.raises(ModelError, match=r"llm.model = 'nobody/nothing': not on the hub, or the hub cannot be reached"):
+        sources.check_model("nobody/nothing", "llm.model")
+    assert len(asked) == 1
+    assert asked[0].endswith("nobody/nothing/resolve/main/config.json")
+
+
+def test_the_hubs_retries_are_not_shown():
+    quiet_libraries()
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
