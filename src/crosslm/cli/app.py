@@ -50,11 +50,10 @@ def quiet_libraries() -> None:
     """What transformers says about a new head or a loading bar is not news to our users."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import huggingface_hub
     import transformers
 
-    huggingface_hub.logging.set_verbosity_error()  # each of its retries would be a line before our message
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would be lines before our message
     warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|huggingface_hub)\..*")
