@@ -113,9 +113,8 @@ class Bench:
         self.uploads: dict[str, Upload] = {}
         self.split = load_split(self.config)
         self.specs = client_specs(self.config, list(self.split.private))
-        self.judge = evaluate.train_judge(
-            self.folder(self.config.slm.models[0].model), self.config, self.split.judge, Progress()
-        )
+        judge = evaluate.load_judge(self.folder(self.config.slm.models[0].model), self.config)
+        self.judge = evaluate.train_judge(judge, self.config, self.split.judge, Progress())
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         self.arrivals = {step["client"]: step["step"] for step in steps if step["event"] == "step"}
 

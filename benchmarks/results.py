@@ -160,7 +160,7 @@ NAMES = {
     "sst2-recommended": "SST-2, preset recommended",
     "sst2-no-floor": "SST-2, preset recommended before `llm.generation_floor` was in it",
     "sst2-one-teacher": "SST-2, preset recommended before `reward.teachers` and `slm.soft_labels` were in it",
-    "sst2-one-client-paper": "SST-2, a single client of 200 rows, 256 texts to learn from and a pool of 1,024, preset paper",
+    "sst2-one-client-paper": "SST-2, one client of 200 rows, 256 texts to learn from, a pool of 1,024, preset paper",
     "sst2-one-client-recommended": "SST-2, the same, preset recommended",
 }
 

@@ -6,8 +6,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from crosslm.config import Config, DataConfig
+from crosslm.config_file import load
 from crosslm.data import balanced_sample, dirichlet_split, load_examples, load_split
 from crosslm.errors import DataError
 from crosslm.records import Examples
@@ -100,17 +102,56 @@ def test_a_hub_dataset_by_the_same_way_from_a_local_folder(tmp_path, data):
         load_examples("hf:nobody/nothing:train", data, LABELS)
 
 
-def test_numbered_labels_of_a_hub_dataset_are_named_by_its_features(data, monkeypatch):
+def hub_table(monkeypatch, names, **columns):
+    """Have the hub give this table for any name; gives the list of what it is asked for."""
     import datasets
 
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
-    )
-    table = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, 0]}, features=features)
-    asked = []
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    table, asked = datasets.Dataset.from_dict(columns, features=features), []
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or table)
+    return asked
+
+
+def test_numbered_labels_of_a_hub_dataset_are_named_by_its_features(data, monkeypatch):
+    asked = hub_table(monkeypatch, ["bad", "good"], text=["x", "y"], label=[1, 0])
     assert load_examples("hf:owner/name/config:test", data, LABELS).examples == Examples(["x", "y"], [1, 0])
     assert asked == [("owner/name", "config", "test")]
+
+
+def test_a_hub_split_that_is_published_without_labels_is_named_with_its_row(data, monkeypatch):
+    hub_table(monkeypatch, ["bad", "good"], text=["x", "y"], label=[1, -1])
+    with pytest.raises(DataError, match=r"hf:owner/name:test: row 2 has the label -1.*\['bad', 'good'\].* another"):
+        load_examples("hf:owner/name:test", data, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "labels"),
+    [
+        ("imdb", ["neg", "pos"], ["negative", "positive"]),
+        ("ag_news", ["World", "Sports", "Business", "Sci/Tech"], ["World", "Sports", "Business", "Sci-Tech"]),
+    ],
+)
+def test_packaged_configurations_know_what_the_hub_calls_their_labels(name, names, labels, monkeypatch):
+    config = load(name)
+    assert list(config.task.labels) == labels
+    hub_table(monkeypatch, names, text=["x"] * len(names), label=list(range(len(names))))
+    loaded = load_examples("hf:owner/name:train", config.data, config.task.labels)
+    assert loaded.examples.labels == list(range(len(names)))
+
+
+def test_a_file_may_have_other_names_for_the_labels(tmp_path):
+    data = DataConfig(dir=str(tmp_path), test="x", label_names={"0": "bad", "fine": "good"})
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "a", "label": {label}}}\n' for label in ("0", '"fine"')))
+    (tmp_path / "x.csv").write_text("text,label\na,0\nb,good\nc,1\n")
+    assert load_examples("x.jsonl", data, LABELS).examples.labels == [0, 1]
+    with pytest.raises(DataError, match=r"row 3 has the label '1'; the task's labels .* say in data.label_names"):
+        load_examples("x.csv", data, LABELS)
+
+
+def test_a_name_of_no_label_of_the_task_is_refused(settings):
+    settings["data"]["label_names"] = {"neg": "negative"}
+    with pytest.raises(ValidationError, match=r"data.label_names gives \['negative'\]; .*\['bad', 'good'\]"):
+        Config.model_validate(settings)
 
 
 @given(

@@ -15,6 +15,8 @@ from crosslm.cli import main as cli
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.experiment import run_local
+from crosslm.models.llm import LLM
+from crosslm.models.slm import SLM
 
 
 @pytest.fixture
@@ -116,6 +118,8 @@ def test_a_run_leaves_everything_that_is_promised(command, config_file, settings
     again = dict(line.split() for line in out.splitlines() if line.startswith(("slm/", "llm/")))
     assert float(again["slm/accuracy/client-0"]) == pytest.approx(summary["slm"]["crosslm"]["client-0"], abs=1e-4)
     assert float(again["llm/nlu_accuracy"]) == pytest.approx(summary["llm"]["nlu_accuracy"]["after"], abs=1e-4)
+    assert "llm/nlg_accuracy" not in again  # which in the summary is by other classifiers
+    assert 0 <= float(again["llm/nlg_accuracy_returned"]) <= 1
     assert float(again["llm/perplexity"]) == pytest.approx(summary["llm"]["perplexity"]["after"], rel=1e-3)
 
     # its configuration is enough to repeat it
@@ -205,8 +209,8 @@ def test_bad_input_ends_with_code_2_before_anything_is_written_or_loaded(
     def loaded(*arguments, **options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(experiment.LLM, "load", loaded)
-    monkeypatch.setattr(experiment.SLM, "load", loaded)
+    monkeypatch.setattr(LLM, "load", loaded)
+    monkeypatch.setattr(SLM, "load", loaded)
     path = tmp_path / "bad.toml"
     (tmp_path / "data" / "empty.txt").write_text(" ")
     settings["slm"]["models"] = settings["slm"]["models"][:1]

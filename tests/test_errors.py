@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import TINY_AMOUNTS
 from rich.console import Console
 
@@ -237,6 +238,15 @@ def test_help_fits_80_columns(shell, command, monkeypatch):
     assert ESCAPE not in out
 
 
+@pytest.mark.parametrize("command", sorted(typer.main.get_command(cli.app).commands))
+def test_help_has_no_marks_that_were_meant_for_rich(shell, command):
+    code, out, _ = shell(command, "--help")
+    assert code == 0
+    assert "\\[" not in out
+    if command == "run":
+        assert "yahoo_answers.  [required]" in " ".join(out.split("\n"))
+
+
 @pytest.mark.parametrize("variable", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
 def test_a_terminal_that_wants_no_colour_gets_none(variable, workplace, monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -313,6 +323,15 @@ def test_the_nearest_command_is_named_once(shell):
     code, _, err = shell("rnu")
     assert code == 2
     assert err.count("Did you mean") == 1
+
+
+def test_who_runs_the_demo_by_its_configuration_is_told_the_command_that_has_its_data(shell, workplace, tmp_path):
+    said = "crosslm demo fetches those of demo"
+    code, _, err = shell("run", "demo")
+    assert (code, err.count("\n")) == (2, 1)
+    assert re.search(rf"test.csv: no such file; set data.dir or --data-dir .*{said}", err), err
+    for arguments in (("demo", "--data-dir", tmp_path), (workplace / "tickets.toml", "--set", "data.test=none.csv")):
+        assert said not in shell("run", *arguments)[2]
 
 
 def test_a_file_that_is_not_there_is_said_in_so_many_words(shell, workplace):

@@ -134,6 +134,16 @@ def test_the_server_kit_has_the_run_and_the_silo_kit_its_own_settings(kits, fede
     assert "def " not in (kits / "server" / "app" / "pyproject.toml").read_text()
 
 
+def test_a_silo_reads_labels_under_the_names_that_its_file_has(federated, tmp_path, data_folder):
+    federated["data"]["label_names"] = {"minus": "bad"}
+    provision(Config.model_validate(federated), "localhost:9400", tmp_path / "kits")
+    kit = tmp_path / "kits" / "silos" / "silo-0"
+    rows = (data_folder / "silo-0.csv").read_text()
+    counts = rows.count(",bad\n"), rows.count(",good\n")
+    (kit / "silo-0.csv").write_text(rows.replace(",bad\n", ",minus\n"))
+    assert Silo(kit, tmp_path / "cache").private().class_counts(2) == list(counts)
+
+
 def test_a_silo_is_added_without_touching_the_others(kits, federated):
     before = {path: path.read_bytes() for path in kits.rglob("*") if path.is_file()}
     federated["clients"].append({"id": "late", "train": "silo-0.csv"})

@@ -1,6 +1,7 @@
 """The classifier on tiny models of several architectures."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -137,4 +138,20 @@ def test_a_state_that_cannot_be_is_refused(models):
 
 def test_a_folder_that_is_no_classifier_is_refused(tmp_path):
     with pytest.raises(ModelError, match="cannot be loaded as a sequence classifier"):
+        SLM.load(str(tmp_path), LABELS, 32, 0)
+
+
+def test_a_new_head_follows_the_seed_and_a_body_that_does_not_fit_is_refused(models, tmp_path):
+    three = SLM.load(str(models / "bert"), ("a", "b", "c"), 32, 0)
+    three.save(str(tmp_path))
+    one, again, other = (SLM.load(str(tmp_path), LABELS, 32, seed).model for seed in (1, 1, 2))
+    assert torch.equal(one.classifier.weight, again.classifier.weight)
+    assert not torch.equal(one.classifier.weight, other.classifier.weight)
+    query = "bert.encoder.layer.0.attention.self.query.weight"
+    assert torch.equal(one.state_dict()[query], three.model.state_dict()[query])
+    kept = SLM.load(str(tmp_path), ("a", "b", "c"), 32, 1).model
+    assert torch.equal(kept.classifier.weight, three.model.classifier.weight)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    with pytest.raises(ModelError, match=r"bert\.\S+ is not as its config.json says"):
         SLM.load(str(tmp_path), LABELS, 32, 0)

@@ -102,6 +102,40 @@ def test_removed_texts_are_counted_and_written_again(models, task):
     assert len(synthetic.samples) == 20
 
 
+def test_texts_are_told_while_their_batch_is_written_and_taken_back_if_they_are_removed(models, task):
+    told = []
+    synthetic = synthesize(tiny_llm(models, "gpt2"), task, SAMPLING, 40, 1, told.append)  # one batch, and redraws
+    assert synthetic.removed["truncated"] > 0
+    assert sum(told) == 40
+    shown = [sum(told[: number + 1]) for number in range(len(told))]
+    assert len(told) > 5
+    assert all(0 <= texts <= 40 for texts in shown)
+    assert max(shown[:-1]) < 40  # what is not over is not shown as over
+    assert 0 not in told
+
+
+def test_the_rows_that_ended_are_the_texts_that_are_told(models, task):
+    class Written:
+        """Ten rows of which one ends with each token, and nothing of which is used at first."""
+
+        tokenizer, end_ids, calls = tiny_llm(models, "gpt2").tokenizer, {1}, 0
+
+        def encode(self, text):
+            return self.tokenizer.encode(text)
+
+        def generate(self, prompts, seeds, sampling, on_step):
+            self.calls += 1
+            for ended in range(10):
+                on_step(len(prompts) - ended * len(prompts) // 10)
+            return [[1] if self.calls == 1 else [*self.tokenizer.encode("a good day"), 1] for _ in prompts]
+
+    told = []
+    synthetic = synthesize(Written(), task, SAMPLING, 10, 1, told.append)
+    assert told == [1] * 9 + [-9] + [1] * 9 + [1]
+    assert (len(synthetic.samples), synthetic.removed) == (10, {"empty": 10})
+    assert synthetic.tokens_generated == sum(range(1, 11)) * 9  # ten rows, and then eight for each text
+
+
 def test_a_model_that_cannot_write_ends_with_the_reasons(models, task):
     hopeless = SynthesisConfig(max_new_tokens=1, max_attempts=2, stop=(" ",))
     with pytest.raises(

@@ -3,9 +3,12 @@
 import csv
 import io
 import json
+import shutil
 import sys
+import tomllib
 
 import pytest
+import tomli_w
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, pipeline
@@ -47,6 +50,21 @@ def test_a_csv_gets_two_columns_and_its_accuracy_is_told_beside_it(shell, workpl
     assert [row["predicted"] for row in rows] == [prediction.label for prediction in expected]
     right = sum(row["predicted"] == row["label"] for row in rows) / len(rows)
     assert err == f"accuracy {right:.3f} on 24 rows that have a label\n"
+
+
+def test_labels_under_the_names_of_the_data_count_as_theirs(shell, workplace, tmp_path):
+    shutil.copytree(workplace / "runs" / "tickets-1", tmp_path / "run")
+    config = tmp_path / "run" / "config.toml"
+    given = tomllib.loads(config.read_text())
+    given["data"]["label_names"] = {"R": "routine", "U": "urgent"}
+    config.write_text(tomli_w.dumps(given))
+    rows = (workplace / "test.csv").read_text().replace(",routine", ",R").replace(",urgent", ",U")
+    (tmp_path / "test.csv").write_text(rows)
+    told = [
+        shell("predict", tmp_path / "run", "--client", "south", here / "test.csv") for here in (workplace, tmp_path)
+    ]
+    assert [code for code, _, _ in told] == [0, 0]
+    assert told[0][2] == told[1][2] != ""
 
 
 def test_standard_input_is_a_text_a_line_and_only_rows_go_to_standard_output(shell, workplace):

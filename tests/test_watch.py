@@ -91,7 +91,7 @@ def test_a_run_that_is_stopped_tells_its_watchers(config, tmp_path, monkeypatch)
     def stopped(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment.LLM, "load", stopped)
+    monkeypatch.setattr(experiment.LLMMeter, "reading", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_local(config, tmp_path / "run", tmp_path)
     console = Console(file=io.StringIO(), width=80)

@@ -110,6 +110,13 @@ class Config(Section):
             raise ValueError(f"clients must have different ids, found {ids}")
         return self
 
+    @model_validator(mode="after")
+    def _names_of_the_tasks_labels(self) -> Self:
+        unknown = sorted(set(self.data.label_names.values()) - set(self.task.labels))
+        if unknown:
+            raise ValueError(f"data.label_names gives {unknown}; the task's labels are {list(self.task.labels)}")
+        return self
+
     def dump(self) -> str:
         """The whole configuration as TOML; ``crosslm.config_file.load`` of it gives an equal one."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))

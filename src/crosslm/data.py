@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from crosslm.config import Config, DataConfig
+from crosslm.config_file import packaged
 from crosslm.errors import DataError
+from crosslm.hub import HUB, hub_rows
 from crosslm.records import Examples
 from crosslm.seeding import seed_for
 
-HUB = "hf:"
 NAMED_ROWS = 5
 
 
@@ -128,20 +129,20 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
     Args:
         name: CSV, CSV.gz or JSONL file in ``data.dir`` (``x.csv`` also finds ``x.csv.gz``), or
             ``hf:DATASET[/CONFIG]:SPLIT``.
-        data: folder and column names.
+        data: folder, column names, and what the data call the labels (``label_names``).
         labels: the task's label names; a hub dataset's numbered labels are named by its features.
 
     Raises:
         DataError: not found, a column is missing, or a label is not the task's.
     """
-    source, rows = _hub_rows(name, data) if name.startswith(HUB) else _file_rows(name, data)
+    source, rows = hub_rows(name, data) if name.startswith(HUB) else _file_rows(name, data)
     loaded = Loaded(Examples([], []), source)
     index = {label: place for place, label in enumerate(labels)}
     for number, row in rows:
         for column in (data.text_column, data.label_column):
             if column not in row:
-                known = ", ".join(map(str, row))
-                raise DataError(f"{source}: row {number} has no column {column!r}; its columns are: {known}")
+                columns = ", ".join(map(str, row))
+                raise DataError(f"{source}: row {number} has no column {column!r}; its columns are: {columns}")
         text, label = row[data.text_column], row[data.label_column]
         if any(isinstance(value, str) and _is_broken(value) for value in (text, label)):
             loaded.not_utf8.append(number)
@@ -149,10 +150,14 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
         if not isinstance(text, str) or not text.strip():
             loaded.empty.append(number)
             continue
-        if str(label) not in index:
-            raise DataError(f"{source}: row {number} has the label {label!r}; the task's labels are {list(labels)}")
+        known = data.label_names.get(str(label), str(label))
+        if known not in index:
+            raise DataError(
+                f"{source}: row {number} has the label {label!r}; the task's labels are {list(labels)}; "
+                "say in data.label_names which of them it is"
+            )
         loaded.examples.texts.append(" ".join(text.split()))
-        loaded.examples.labels.append(index[str(label)])
+        loaded.examples.labels.append(index[known])
     return loaded
 
 
@@ -298,40 +303,11 @@ def find_file(name: str, data: DataConfig) -> Path:
     for candidate in (path, path.with_name(path.name + ".gz")):
         if candidate.is_file():
             return candidate
-    raise DataError(f"{path}: no such file; set data.dir or --data-dir to the folder that it is in")
-
-
-def _hub_rows(name: str, data: DataConfig) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
-    dataset, colon, split = name.removeprefix(HUB).rpartition(":")
-    if not colon:
-        raise DataError(f"{name!r}: must look like hf:DATASET:SPLIT, for example hf:stanfordnlp/sst2:train")
-    try:
-        from datasets import ClassLabel, load_dataset
-    except ImportError as error:
-        raise DataError(f"{name!r} needs the datasets library; run: pip install 'crosslm[datasets]'") from error
-    dataset, configuration = _hub_parts(dataset)
-    try:
-        table = load_dataset(dataset, configuration, split=split)
-    except Exception as error:
-        raise DataError(f"{name!r} cannot be loaded; give a file if no hub can be reached: {error}") from error
-    names = table.features.get(data.label_column)
-
-    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, row in enumerate(table, start=1):
-            label = row.get(data.label_column)
-            if isinstance(names, ClassLabel) and isinstance(label, int):
-                row = {**row, data.label_column: names.int2str(label)}
-            yield number, row
-
-    return name, rows()
-
-
-def _hub_parts(dataset: str) -> tuple[str, str | None]:
-    """``owner/name/config`` as ``owner/name`` and ``config``; a local folder stays whole."""
-    if Path(dataset).is_dir() or dataset.count("/") < 2:
-        return dataset, None
-    owner, name, configuration = dataset.split("/", 2)
-    return f"{owner}/{name}", configuration
+    hint = " (packaged configurations bring no data; crosslm demo fetches those of demo)"
+    is_packaged = path.parent in {file.parent for file in packaged().values()}
+    raise DataError(
+        f"{path}: no such file; set data.dir or --data-dir to the folder that it is in{hint if is_packaged else ''}"
+    )
 
 
 def _is_broken(value: str) -> bool:

@@ -74,16 +74,14 @@ def with_mean(accuracies: Mapping[str, float]) -> dict[str, float]:
     return {**accuracies, "mean": statistics.fmean(accuracies.values())} if accuracies else {}
 
 
-def train_judge(folder: str, config: Config, held_out: Examples, progress: Progress) -> SLM | None:
-    """The independent judge: a classifier of held-out gold text that never serves as reward.
+def load_judge(folder: str, config: Config) -> SLM:
+    """The independent judge before its training: the first of ``slm.models``, with a head of its own.
 
-    Returns:
-        None where no row is held out.
+    Raises:
+        ModelError: it cannot be loaded.
     """
-    if not len(held_out):
-        return None
-    spec, fit = config.slm.models[0], config.evaluation.judge
-    judge = SLM.load(
+    spec = config.slm.models[0]
+    return SLM.load(
         folder,
         config.task.labels,
         config.slm.max_length,
@@ -93,6 +91,11 @@ def train_judge(folder: str, config: Config, held_out: Examples, progress: Progr
         config.device,
         spec.pooling,
     )
+
+
+def train_judge(judge: SLM, config: Config, held_out: Examples, progress: Progress) -> SLM:
+    """The independent judge: a classifier of held-out gold text that never serves as reward."""
+    fit = config.evaluation.judge
     with progress.stage("train judge", "held-out text", len(held_out) * fit.epochs, "rows") as advance:
         judge.fit(held_out, fit, seed_for(config.seed, "judge"), advance)
     return judge

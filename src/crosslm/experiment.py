@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from crosslm import arrivals, evaluate, snapshot
-from crosslm.canaries import plant
 from crosslm.cards import write_cards
 from crosslm.checkpoint import Checkpoints
 from crosslm.classification import label_posteriors
@@ -22,13 +21,11 @@ from crosslm.federation.intake import Intake
 from crosslm.federation.local import LocalExchange
 from crosslm.gate import Gate
 from crosslm.journal import RunJournal
-from crosslm.leaks import LeakCheck
+from crosslm.loaded import Loaded, load_models
 from crosslm.measures import LLM_MEASURES, LLMMeter, peak_memory_bytes
-from crosslm.models.encoder import SentenceEncoder
-from crosslm.models.llm import LLM
-from crosslm.models.private_fit import PrivateTraining, require_opacus
+from crosslm.models.private_fit import require_opacus
 from crosslm.models.slm import SLM
-from crosslm.models.sources import model_folder, resolve_device
+from crosslm.models.sources import resolve_device
 from crosslm.preparation import Prepared, check_same, class_report, describe_spec, prepare
 from crosslm.privacy import privacy_summary
 from crosslm.progress import Display, Progress
@@ -52,8 +49,8 @@ def run_local(
 ) -> dict[str, Any]:
     """Run the method and both baselines with all clients in this process.
 
-    Everything that can be wrong with the input is found before a model is loaded and before
-    anything is written.
+    Everything that can be wrong with the input is found before anything is written, and all that can be
+    found without the models' weights before a model is loaded.
 
     Args:
         config: what to run.
@@ -88,11 +85,12 @@ def run_local(
         require_opacus()
     prepared = prepare(config, cache, progress.note)
     with RunDir(output).locked():
+        loaded = load_models(config, prepared, cache, progress, make_client)
         run = RunDir.open(output) if goes_on else RunDir.create(output, given)
         run.note_session("resume" if goes_on else "start")
         try:
             with tracked(run, given, progress.note):
-                return _Run(config, prepared, run, cache, progress, stop_requested, make_client).execute()
+                return _Run(config, prepared, loaded, run, progress, stop_requested).execute()
         except BaseException as error:  # Ctrl-C too: who follows the run must know
             run.event("end", error=f"{type(error).__name__}: {error}")
             raise
@@ -105,21 +103,18 @@ class _Run:
         self,
         config: Config,
         prepared: Prepared,
+        loaded: Loaded,
         run: RunDir,
-        cache: Path,
         progress: Progress,
         stop_requested: Callable[[], bool],
-        make_client: Callable[..., Client],
     ) -> None:
         self.config, self.split, self.specs = config, prepared.split, prepared.specs
-        self.llm_folder, self.public = prepared.llm_folder, prepared.public
-        self.run, self.progress, self.stop_requested, self.make_client = run, progress, stop_requested, make_client
+        self.loaded, self.llm, self.public = loaded, loaded.llm, prepared.public
+        self.run, self.progress, self.stop_requested = run, progress, stop_requested
         self.checkpoints = Checkpoints(run, config.checkpoint.keep)
         self.task = Task.from_config(config.task)
         rows = evaluate.nlu_rows(config, self.split.test)
         self.meter = LLMMeter(run, config, self.task, progress, rows, prepared.perplexity_text)
-        self._folders: dict[str, str] = {}
-        self._cache = cache
         self._started = time.perf_counter()
         self._clients: dict[str, dict[str, Any]] = {}  # rounds and the name of the kept SLM, of those that arrived
 
@@ -132,12 +127,10 @@ class _Run:
                 f"{self.run.path}: arrival {record['arrival']} has been pruned and cannot be gone on from; run it again"
             )
         self.run.go_back(record["state"]["events"] if record else 0)
-        self.llm = LLM.load(self.llm_folder, config.llm, seed_for(config.seed, "llm"), config.device)
-        self.encoder = SentenceEncoder(self._folder(config.selection.encoder), config.device)
-        self.server = Server(config, self.task, self.llm, self.encoder, self.progress)
+        self.server = Server(config, self.task, self.llm, self.loaded.encoder, self.progress)
         self.journal = RunJournal(config, self.split, self.run, self.checkpoints, self.server, self.progress)
         self.exchange = LocalExchange(
-            [self._client(client_id) for client_id in self.split.private],
+            self.loaded.clients,
             config.federation.participations,
             config.seed,
             self.journal.failed,
@@ -170,8 +163,8 @@ class _Run:
         for client_id, examples in self.split.private.items():
             spec = describe_spec(self.specs[client_id])
             self.progress.note(f"client {client_id}: {class_report(examples, config)}; {spec}")
-        folder = self._folder(config.slm.models[0].model)
-        journal.judge = evaluate.train_judge(folder, config, self.split.judge, self.progress)
+        if self.loaded.judge:
+            journal.judge = evaluate.train_judge(self.loaded.judge, config, self.split.judge, self.progress)
         self.judge_accuracy = journal.judge.accuracy(self.split.test) if journal.judge else None
         specs = {name: spec.model_dump() for name, spec in self.specs.items()}
         run.event("start", versions=versions(), specs=specs)
@@ -313,30 +306,6 @@ class _Run:
         }
 
     # -- parts -------------------------------------------------------------------------------
-
-    def _folder(self, name: str) -> str:
-        if name not in self._folders:
-            self._folders[name] = model_folder(name, self._cache, self.progress.note)
-        return self._folders[name]
-
-    def _client(self, client_id: str) -> Client:
-        config, spec = self.config, self.specs[client_id]
-        slm = SLM.load(
-            self._folder(spec.model),
-            self.task.labels,
-            config.slm.max_length,
-            seed_for(config.seed, "head", client_id),
-            spec.num_hidden_layers,
-            config.slm.freeze_embeddings,
-            config.device,
-            spec.pooling,
-        )
-        rows, privacy = self.split.private[client_id], config.privacy
-        private = plant(rows, slm.tokenizer, len(self.task.labels), privacy.canaries, config.seed, client_id)
-        training = PrivateTraining(privacy, config.federation.participations) if privacy.epsilon else None
-        leaks = LeakCheck(private.texts, privacy, self.encoder) if privacy.checks_leaks else None
-        fit, accept = config.slm.private, config.acceptance
-        return self.make_client(client_id, private, slm, fit, config.seed, self.progress, accept, training, leaks)
 
     def _synthesize(self, detail: str, count: int, purpose: str) -> SyntheticSet:
         seed = seed_for(self.config.seed, purpose)

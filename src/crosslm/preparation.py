@@ -9,8 +9,8 @@ from crosslm.config_file import load
 from crosslm.data import Split, find_file, load_examples, load_split, read_text, readable_lines
 from crosslm.errors import DataError, ModelError, RunError
 from crosslm.models.architecture import check_travels
+from crosslm.models.pretrained import check_spec
 from crosslm.models.private_mean import check_center
-from crosslm.models.slm import check_spec
 from crosslm.models.sources import PREFIX, check_model, model_folder
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.models.vocabulary import cached_trim, tokenizer_words

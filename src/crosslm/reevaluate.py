@@ -22,8 +22,9 @@ def evaluate_run(run: RunDir, cache: Path, display: Display | None = None) -> di
         display: shows progress.
 
     Returns:
-        ``slm/accuracy/CLIENT``, ``llm/nlu_accuracy``, ``llm/nlg_accuracy`` by the returned SLMs on
-        newly written text and, where a text is configured, ``llm/perplexity``. Of a run between machines
+        ``slm/accuracy/CLIENT``, ``llm/nlu_accuracy``, ``llm/nlg_accuracy_returned`` by the returned SLMs on
+        newly written text (``nlg_accuracy`` of the summary is by the SLMs as first uploaded) and, where a text is
+        configured, ``llm/perplexity``. Of a run between machines
         without what the files at the server cannot tell.
 
     Raises:
@@ -53,5 +54,5 @@ def evaluate_run(run: RunDir, cache: Path, display: Display | None = None) -> di
         texts = synthesize(llm, task, config.synthesis, count, seed_for(config.seed, "evaluate"), advance)
     agreement = [evaluate.label_agreement(slm, texts) for slm in slms.values()]
     if agreement:
-        measures["llm/nlg_accuracy"] = sum(agreement) / len(agreement)
+        measures["llm/nlg_accuracy_returned"] = sum(agreement) / len(agreement)
     return measures

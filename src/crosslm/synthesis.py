@@ -66,6 +66,35 @@ def removal_reason(text: str, raw: str, prompt: str, finished: bool) -> str | No
     return "echo" if words and words in text.lower() else None
 
 
+class _Written:
+    """Counts tokens and finished texts, and tells of the texts while a batch is being written.
+
+    Whether a text is used is known at the end of its batch. Until then every row that has ended counts as its
+    part of one, and what turns out not to count is taken back.
+    """
+
+    def __init__(self, on_text: Callable[[float], None]) -> None:
+        self._on_text = on_text
+        self._told = self._before = 0
+        self._rows = self._candidates = 1
+        self.tokens = 0
+
+    def begin(self, rows: int, candidates: int) -> None:
+        """A batch of so many rows, so many of them for each text."""
+        self._rows, self._candidates, self._before = rows, candidates, self._told
+
+    def step(self, tokens: int) -> None:
+        """One token was sampled for each row that had not ended."""
+        self.tokens += tokens
+        self.finished(self._before + (self._rows - tokens) // self._candidates)
+
+    def finished(self, texts: int) -> None:
+        """So many texts are finished in all."""
+        if texts != self._told:
+            self._on_text(texts - self._told)
+            self._told = texts
+
+
 def synthesize(
     llm: LLM,
     task: Task,
@@ -85,17 +114,14 @@ def synthesize(
         sampling: decoding, stop strings and the number of attempts.
         count: texts wanted.
         seed: everything random follows from it.
-        on_text: told how many texts were finished.
+        on_text: told how many more texts are finished, while they are being written; fewer than none where texts
+            that had ended cannot be used.
 
     Raises:
         ModelError: some texts could not be written in ``sampling.max_attempts`` attempts.
     """
     removed: Counter[str] = Counter()
-    tokens_generated = 0
-
-    def count_tokens(tokens: int) -> None:
-        nonlocal tokens_generated
-        tokens_generated += tokens
+    progress = _Written(on_text)
 
     def decode(tokens: Sequence[int]) -> str:
         return str(llm.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -113,8 +139,8 @@ def synthesize(
                 _draw_prompt(task, labels[place], text_seed) for place, text_seed in zip(batch, seeds, strict=True)
             ]
             encoded = [tuple(llm.encode(prompt)) for prompt in prompts]
-            written = llm.generate(encoded, seeds, sampling, count_tokens)
-            before = sum(sample is not None for sample in samples)
+            progress.begin(len(batch), candidates)
+            written = llm.generate(encoded, seeds, sampling, progress.step)
             for place, text_seed, prompt, prompt_ids, tokens in zip(
                 batch, seeds, prompts, encoded, written, strict=True
             ):
@@ -129,7 +155,7 @@ def synthesize(
                     continue
                 ids = tuple(tokens) if finished else tokens_of(text, tokens, decode)
                 samples[place] = SyntheticText(text, labels[place], prompt, prompt_ids, ids, text_seed)
-            on_text(sum(sample is not None for sample in samples) - before)
+            progress.finished(sum(sample is not None for sample in samples))
         if all(sample is not None for sample in samples):
             break
     complete = [sample for sample in samples if sample is not None]
@@ -138,7 +164,7 @@ def synthesize(
             f"{count - len(complete)} of {count} texts could not be written in {sampling.max_attempts} attempts each "
             f"(removed: {dict(removed)}); look at task.prompt and synthesis.stop, or raise synthesis.max_new_tokens"
         )
-    return SyntheticSet(complete, dict(removed), tokens_generated)
+    return SyntheticSet(complete, dict(removed), progress.tokens)
 
 
 def _draw_prompt(task: Task, label: int, text_seed: int) -> str:

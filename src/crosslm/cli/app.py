@@ -55,4 +55,5 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would be lines before our message
     warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|huggingface_hub)\..*")

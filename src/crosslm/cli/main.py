@@ -4,7 +4,9 @@ import io
 import sys
 from typing import Annotated
 
+import click
 import typer
+from typer.core import TyperCommand
 
 from crosslm import __version__
 from crosslm.cli import (  # noqa: F401  their commands join the application
@@ -20,6 +22,17 @@ from crosslm.cli import (  # noqa: F401  their commands join the application
 )
 from crosslm.cli.app import app, console, errors
 from crosslm.errors import CrosslmError, StoppedError
+
+
+class _PlainHelp(TyperCommand):
+    """Typer escapes ``[required]`` for rich, also where rich does not print it."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        return super().get_help(ctx).replace("\\[", "[")
+
+
+for _command in app.registered_commands:
+    _command.cls = _PlainHelp
 
 
 @app.callback(invoke_without_command=True)

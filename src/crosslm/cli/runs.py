@@ -80,7 +80,12 @@ def evaluate(
     run_folder: RunArgument,
     cache_dir: CacheOption = None,
 ) -> None:
-    """Measure a run's classifiers and LLM again, from the files in its folder."""
+    """Measure a run's classifiers and LLM again, from the files in its folder.
+
+    Accuracies are of the classifiers that went back. llm/nlg_accuracy_returned is by them too and on newly written
+    text; nlg_accuracy in summary.json is by the classifiers as first uploaded. The independent judge is not kept in
+    the folder, so that nothing is measured by it again.
+    """
     quiet_libraries()
     from crosslm.display import display_for
     from crosslm.models.sources import cache_folder
@@ -88,7 +93,7 @@ def evaluate(
 
     measures = evaluate_run(RunDir.open(run_folder), cache_folder(cache_dir), display_for(console))
     for name, value in measures.items():
-        console.print(f"{name:<28} {value:.4f}", highlight=False)
+        console.print(f"{name:<30} {value:.4f}", highlight=False)
 
 
 def _run(config: Config, output: Path | None, cache_dir: str | None, resume: bool) -> None:

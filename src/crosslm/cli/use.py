@@ -89,6 +89,7 @@ def predict(
         nonlocal right, labelled
         for row in classified(slm, rows, column):
             label = str(row.get(data.label_column))
+            label = data.label_names.get(label, label)
             if row["predicted"] is not None and label in slm.labels:
                 labelled += 1
                 right += row["predicted"] == label

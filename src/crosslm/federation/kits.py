@@ -57,6 +57,8 @@ class SiloData(Section):
     """CSV, CSV.gz or JSONL file in ``dir``."""
     text_column: str = "text"
     label_column: str = "label"
+    label_names: dict[str, str] = Field(default={})
+    """The label for each name that the file has another name for."""
 
 
 class SiloSettings(Section):

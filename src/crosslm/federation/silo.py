@@ -159,8 +159,14 @@ class Silo:
         """
         data = self.settings.data
         folder = str((self.kit / data.dir).absolute())
-        columns = {"text_column": data.text_column, "label_column": data.label_column}
-        config = DataConfig(dir=folder, train=data.train, test=data.train, **columns)
+        config = DataConfig(
+            dir=folder,
+            train=data.train,
+            test=data.train,
+            text_column=data.text_column,
+            label_column=data.label_column,
+            label_names=data.label_names,
+        )
         if not is_there(data.train, config):
             raise DataError(
                 f"{Path(folder) / data.train}: no such file; put the labelled text there, "

@@ -15,6 +15,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSequenceClassification
 
 from crosslm.errors import ModelError, UploadError
+from crosslm.models.loading import loading
 
 MODEL_TYPES = (
     "albert",
@@ -85,9 +86,11 @@ def check_travels(folder: str, who: str) -> None:
     Raises:
         ModelError: it is not so.
     """
+    with loading(f"{who}: SLM {folder!r} cannot be loaded"):
+        config = AutoConfig.from_pretrained(folder)
     try:
-        check_model_type(AutoConfig.from_pretrained(folder).model_type)
-    except (OSError, ValueError, UploadError) as error:
+        check_model_type(config.model_type)
+    except UploadError as error:
         raise ModelError(f"{who}: SLM {folder!r} cannot be uploaded: {error}") from error
 
 

@@ -7,7 +7,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from crosslm.errors import ModelError
+from crosslm.models.loading import loading
 
 
 class Encoder(Protocol):
@@ -21,13 +21,10 @@ class SentenceEncoder:
     """A sentence-transformers model."""
 
     def __init__(self, folder: str, device: str = "cpu") -> None:
-        try:
+        with loading(
+            f"selection.encoder {folder!r} cannot be loaded as a sentence transformer", "sentence-transformers"
+        ):
             self._model = SentenceTransformer(folder, device=device)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"selection.encoder {folder!r} cannot be loaded as a sentence transformer: {error}\n"
-                "Give a folder written by sentence-transformers, a hub id (with network), or package:MODULE."
-            ) from error
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """``(texts, dimensions)``, in fp32."""

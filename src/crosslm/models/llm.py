@@ -24,6 +24,7 @@ from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.errors import ModelError
 from crosslm.models.decoding import decode
 from crosslm.models.head import head_logps, head_scores
+from crosslm.models.loading import loading
 from crosslm.models.tokens import encode, load_tokenizer
 
 ADAPTER = "default"  # peft's name for the only adapter
@@ -87,7 +88,7 @@ class LLM:
         model, tokenizer = _load_pretrained(folder, config, device)
         try:
             adapted = PeftModel.from_pretrained(model, trained, is_trainable=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as of a folder that is no model (models/loading.py)
             raise ModelError(f"{trained}: the adapter cannot be loaded: {error}\nRun its config.toml again.") from error
         return cls(adapted, tokenizer, config)
 
@@ -339,13 +340,9 @@ def weight_dtype(name: str, device: str = "cpu") -> torch.dtype:
 
 
 def _load_pretrained(folder: str, config: LLMConfig, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    try:
+    place = "" if folder == config.model else f" ({folder})"
+    with loading(f"llm.model {config.model!r}{place} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype(config.dtype, device))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"llm.model {config.model!r} cannot be loaded: {error}\n"
-            "Give a folder written by save_pretrained, a hub id (with network), or package:MODULE."
-        ) from error
     return model.to(device), load_tokenizer(folder, config.model)
 
 

@@ -18,10 +18,10 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from crosslm.config import FitConfig, SLMSpec
-from crosslm.errors import ModelError, UploadError
+from crosslm.config import FitConfig
+from crosslm.errors import UploadError
 from crosslm.models.architecture import SPECIAL_TOKENS, special_tokens, travelling
-from crosslm.models.pooling import check_pooling, pool_by_mean
+from crosslm.models.pretrained import pretrained_classifier
 from crosslm.models.rows import batches, hold_out
 from crosslm.records import Examples, SlmState
 
@@ -53,6 +53,9 @@ class SLM:
     ) -> "SLM":
         """A pretrained body with a new head whose first values come from the seed.
 
+        A folder that is a classifier already keeps its head if that has as many outputs as there are labels, in the
+        order of ``labels``; otherwise it gets a new one, which is logged once.
+
         Args:
             folder: model folder or hub id.
             labels: class names, in the order of the outputs.
@@ -66,24 +69,7 @@ class SLM:
         Raises:
             ModelError: it cannot be loaded as a sequence classifier, has fewer layers, or cannot have that pooling.
         """
-        try:
-            config = AutoConfig.from_pretrained(folder)
-            if num_hidden_layers is not None:
-                _keep_layers(config, num_hidden_layers, folder)
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {label: index for index, label in enumerate(labels)}
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
-                if pooling == "mean":
-                    pool_by_mean(model)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"SLM {folder!r} cannot be loaded as a sequence classifier: {error}\n"
-                "Give a folder written by save_pretrained, a hub id (with network), or package:MODULE."
-            ) from error
-        _set_padding(model, tokenizer)
+        model, tokenizer = pretrained_classifier(folder, labels, seed, num_hidden_layers, pooling)
         slm = cls(model.to(device), tokenizer, labels, min(max_length, _longest(model, max_length)))
         slm.freeze_embeddings(freeze_embeddings)
         return slm
@@ -325,37 +311,6 @@ class SLM:
         labels = torch.tensor(examples.labels)
         loss = float(-probabilities[torch.arange(len(labels)), labels].clamp_min(1e-9).log().mean())
         return loss, float((probabilities.argmax(dim=1) == labels).float().mean())
-
-
-def check_spec(folder: str, spec: SLMSpec, who: str) -> None:
-    """Find out that a model is there, has so many layers and can have such pooling, without loading its weights.
-
-    Raises:
-        ModelError: it is not so.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{who}: SLM {folder!r} cannot be loaded; give a sequence classifier: {error}") from error
-    if spec.num_hidden_layers is not None:
-        _keep_layers(config, spec.num_hidden_layers, folder)
-    if spec.pooling == "mean":
-        check_pooling(config.model_type, who)
-
-
-def _keep_layers(config: Any, layers: int, folder: str) -> None:
-    has = getattr(config, "num_hidden_layers", None)
-    if has is None or layers > has:
-        raise ModelError(f"SLM {folder!r} has {has} hidden layers; num_hidden_layers = {layers} must be no more")
-    config.num_hidden_layers = layers
-
-
-def _set_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Causal models that classify need to know which token is padding."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _longest(model: Any, otherwise: int) -> int:

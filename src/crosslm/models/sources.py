@@ -16,6 +16,7 @@ from pathlib import Path
 
 import platformdirs
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from crosslm.errors import ConfigError, ModelError
@@ -168,8 +169,11 @@ def _check_sha256(path: Path, expected: str) -> None:
 
 def _check_hub_id(name: str, key: str) -> None:
     try:
+        # asked once and without the retries of a download, which take a minute
+        if try_to_load_from_cache(name, "config.json") is None and not is_offline_mode():
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
         AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # connections fail in classes of their own
         raise ModelError(
             f"{key} = {name!r}: not on the hub, or the hub cannot be reached and it is not in its cache; "
             "get it where there is network (hf download), copy its folder here and name that, "

@@ -2,7 +2,8 @@
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from crosslm.errors import ConfigError, ModelError
+from crosslm.errors import ConfigError
+from crosslm.models.loading import loading
 from crosslm.task import Task
 
 
@@ -47,10 +48,6 @@ def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none.
     """
-    try:
+    with loading(f"llm.model {name!r}: its tokenizer cannot be loaded"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"llm.model {name!r}: its tokenizer cannot be loaded; give a folder that holds one: {error}"
-        ) from error
     return tokenizer

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from crosslm.errors import ModelError
+from crosslm.models.loading import loading
 
 PUNCTUATION = frozenset(string.punctuation)
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "decoder_start_token_id")
@@ -53,11 +54,9 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
     output = output.absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"{output}: is there already; name a new folder")
-    try:
+    with loading(f"{folder!r} cannot be loaded as a language model"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder!r} cannot be loaded as a language model; give another: {error}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(
             f"{folder!r}: its tokenizer must be of the tokenizers library to be trimmed; use the model whole"

@@ -132,7 +132,7 @@ def label_logits(llm: LLM, queries: Sequence[list[int]], verbalizers: Sequence[t
     hidden = causal.base_model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(encoded), device=llm.device), lengths - 1]
     first = torch.tensor([tokens[0] for tokens in verbalizers], device=llm.device)
-    logits: Tensor = (last @ causal.get_output_embeddings().weight[first].T).float()
+    logits: Tensor = last.float() @ causal.get_output_embeddings().weight[first].float().T
     return logits
 
 

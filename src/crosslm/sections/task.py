@@ -84,6 +84,8 @@ class DataConfig(Section):
     """Column that holds the text."""
     label_column: str = "label"
     """Column that holds the label's name."""
+    label_names: dict[str, str] = Field(default={})
+    """The task's label for each name that the data have another name for: ``{ neg = "negative" }``."""
     num_clients: Positive = 4
     """Clients that ``train`` is split among."""
     alpha: Annotated[float, Field(gt=0)] = 1.0

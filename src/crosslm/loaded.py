@@ -1,0 +1,87 @@
+"""The models of a run in one process, all loaded before its folder is begun: one that cannot be used leaves nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from crosslm import evaluate
+from crosslm.canaries import plant
+from crosslm.client import Client
+from crosslm.config import Config
+from crosslm.leaks import LeakCheck
+from crosslm.models.encoder import SentenceEncoder
+from crosslm.models.llm import LLM
+from crosslm.models.private_fit import PrivateTraining
+from crosslm.models.slm import SLM
+from crosslm.models.sources import model_folder
+from crosslm.preparation import Prepared
+from crosslm.progress import Progress
+from crosslm.seeding import seed_for
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Every model of a run, before anything is trained."""
+
+    llm: LLM
+    encoder: SentenceEncoder
+    judge: SLM | None
+    """To be trained on held-out rows; None where there are none."""
+    clients: list[Client]
+
+
+def load_models(
+    config: Config, prepared: Prepared, cache: Path, progress: Progress, make_client: Callable[..., Client]
+) -> Loaded:
+    """Load everything that a run trains or measures with.
+
+    Args:
+        config: of the run, with the device that is used.
+        prepared: its data, and who has which model.
+        cache: where converted models are kept.
+        progress: of the run.
+        make_client: as in :func:`crosslm.experiment.run_local`.
+
+    Raises:
+        ModelError: a model cannot be loaded.
+    """
+    specs = prepared.specs
+    names = {config.slm.models[0].model, config.selection.encoder, *(spec.model for spec in specs.values())}
+    folders = {name: model_folder(name, cache, progress.note) for name in sorted(names)}
+    llm = LLM.load(prepared.llm_folder, config.llm, seed_for(config.seed, "llm"), config.device)
+    encoder = SentenceEncoder(folders[config.selection.encoder], config.device)
+    judge = evaluate.load_judge(folders[config.slm.models[0].model], config) if len(prepared.split.judge) else None
+    clients = [
+        _client(name, folders[spec.model], config, prepared, encoder, progress, make_client)
+        for name, spec in specs.items()
+    ]
+    return Loaded(llm, encoder, judge, clients)
+
+
+def _client(
+    name: str,
+    folder: str,
+    config: Config,
+    prepared: Prepared,
+    encoder: SentenceEncoder,
+    progress: Progress,
+    make_client: Callable[..., Client],
+) -> Client:
+    spec = prepared.specs[name]
+    slm = SLM.load(
+        folder,
+        config.task.labels,
+        config.slm.max_length,
+        seed_for(config.seed, "head", name),
+        spec.num_hidden_layers,
+        config.slm.freeze_embeddings,
+        config.device,
+        spec.pooling,
+    )
+    rows, privacy = prepared.split.private[name], config.privacy
+    private = plant(rows, slm.tokenizer, len(config.task.labels), privacy.canaries, config.seed, name)
+    training = PrivateTraining(privacy, config.federation.participations) if privacy.epsilon else None
+    leaks = LeakCheck(private.texts, privacy, encoder) if privacy.checks_leaks else None
+    return make_client(
+        name, private, slm, config.slm.private, config.seed, progress, config.acceptance, training, leaks
+    )

@@ -1,0 +1,96 @@
+"""The body that a classifier starts from, with a head for the task's labels."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from crosslm.config import SLMSpec
+from crosslm.errors import ModelError
+from crosslm.models.loading import loading
+from crosslm.models.pooling import check_pooling, pool_by_mean
+
+logger = logging.getLogger(__name__)
+
+
+def pretrained_classifier(
+    folder: str, labels: Sequence[str], seed: int, num_hidden_layers: int | None, pooling: str | None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model and its tokenizer; see :meth:`crosslm.models.slm.SLM.load`.
+
+    Raises:
+        ModelError: it cannot be loaded as a sequence classifier, has fewer layers, or cannot have that pooling.
+    """
+    with loading(f"SLM {folder!r} (slm.models, or a client's own) cannot be loaded as a sequence classifier"):
+        config = AutoConfig.from_pretrained(folder)
+        outputs = config.num_labels
+        if num_hidden_layers is not None:
+            _keep_layers(config, num_hidden_layers, folder)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model, told = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # of the head alone
+                output_loading_info=True,
+            )
+            _check_fit(model, told["mismatched_keys"], folder, outputs)
+            if pooling == "mean":
+                pool_by_mean(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    _set_padding(model, tokenizer)
+    return model, tokenizer
+
+
+def check_spec(folder: str, spec: SLMSpec, who: str) -> None:
+    """Find out that a model is there, has so many layers and can have such pooling, without loading its weights.
+
+    Raises:
+        ModelError: it is not so.
+    """
+    with loading(f"{who}: SLM {folder!r} cannot be loaded"):
+        config = AutoConfig.from_pretrained(folder)
+    if spec.num_hidden_layers is not None:
+        _keep_layers(config, spec.num_hidden_layers, folder)
+    if spec.pooling == "mean":
+        check_pooling(config.model_type, who)
+
+
+def _check_fit(model: Any, mismatched: Iterable[tuple[str, Any, Any]], folder: str, outputs: int) -> None:
+    """Weights that do not fit may be those of the head alone, which is made anew; that is said."""
+    names = sorted(name for name, *_ in mismatched)
+    body = [name for name in names if name.startswith(f"{model.base_model_prefix}.")]
+    if body:
+        raise ModelError(f"SLM {folder!r}: {body[0]} is not as its config.json says; give a folder that is whole")
+    if names:
+        _say_once(
+            f"SLM {folder!r} is a classifier of {outputs} labels and the task has {model.config.num_labels}: "
+            "it gets a new head"
+        )
+
+
+@cache
+def _say_once(message: str) -> None:
+    """Clients with the same model, and attacks that train many, would repeat it."""
+    logger.warning(message)
+
+
+def _keep_layers(config: Any, layers: int, folder: str) -> None:
+    has = getattr(config, "num_hidden_layers", None)
+    if has is None or layers > has:
+        raise ModelError(f"SLM {folder!r} has {has} hidden layers; num_hidden_layers = {layers} must be no more")
+    config.num_hidden_layers = layers
+
+
+def _set_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Causal models that classify need to know which token is padding."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
