@@ -13,7 +13,8 @@ from crosslm.errors import ModelError
 from crosslm.federation.intake import check_upload
 from crosslm.federation.messages import encode
 from crosslm.finished import run
-from crosslm.models.slm import SLM, check_spec
+from crosslm.models.slm import SLM
+from crosslm.models.spec import check_spec
 from crosslm.preparation import client_specs, describe_spec
 from crosslm.records import Examples, Upload
 

@@ -18,11 +18,12 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from crosslm.config import FitConfig, SLMSpec
+from crosslm.config import FitConfig
 from crosslm.errors import ModelError, UploadError
 from crosslm.models.architecture import SPECIAL_TOKENS, special_tokens, travelling
-from crosslm.models.pooling import check_pooling, pool_by_mean
+from crosslm.models.pooling import pool_by_mean
 from crosslm.models.rows import batches, hold_out
+from crosslm.models.spec import keep_layers
 from crosslm.records import Examples, SlmState
 
 PREDICTION_BATCH = 64
@@ -69,7 +70,7 @@ class SLM:
         try:
             config = AutoConfig.from_pretrained(folder)
             if num_hidden_layers is not None:
-                _keep_layers(config, num_hidden_layers, folder)
+                keep_layers(config, num_hidden_layers, folder)
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: index for index, label in enumerate(labels)}
             with torch.random.fork_rng():
@@ -116,6 +117,7 @@ class SLM:
         seed: int,
         on_rows: Callable[[float], None] = lambda _: None,
         targets: Tensor | None = None,
+        canaries: int = 0,
     ) -> dict[str, float]:
         """Train by cross-entropy (step 1 on private text, step 5 on synthetic text).
 
@@ -128,13 +130,15 @@ class SLM:
             seed: of the order of rows, the held-out rows and dropout.
             on_rows: told how many rows were trained on.
             targets: ``(rows, labels)``, probabilities to learn instead of the labels.
+            canaries: the last so many rows are never held out.
 
         Returns:
             ``loss`` of the last epoch, ``epochs`` run and, with patience, ``holdout_loss`` and
             ``holdout_accuracy`` of the weights that were taken.
         """
         generator = torch.Generator().manual_seed(seed)
-        trained, held_out = hold_out(len(examples), config, generator)
+        share = config.holdout_fraction if config.patience else 0.0
+        trained, held_out = hold_out(len(examples), share, generator, canaries)
         training, holdout = examples.take(trained), examples.take(held_out)
         rows = self.encode(training.texts)
         wanted = torch.tensor(training.labels) if targets is None else targets[trained]
@@ -325,29 +329,6 @@ class SLM:
         labels = torch.tensor(examples.labels)
         loss = float(-probabilities[torch.arange(len(labels)), labels].clamp_min(1e-9).log().mean())
         return loss, float((probabilities.argmax(dim=1) == labels).float().mean())
-
-
-def check_spec(folder: str, spec: SLMSpec, who: str) -> None:
-    """Find out that a model is there, has so many layers and can have such pooling, without loading its weights.
-
-    Raises:
-        ModelError: it is not so.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{who}: SLM {folder!r} cannot be loaded; give a sequence classifier: {error}") from error
-    if spec.num_hidden_layers is not None:
-        _keep_layers(config, spec.num_hidden_layers, folder)
-    if spec.pooling == "mean":
-        check_pooling(config.model_type, who)
-
-
-def _keep_layers(config: Any, layers: int, folder: str) -> None:
-    has = getattr(config, "num_hidden_layers", None)
-    if has is None or layers > has:
-        raise ModelError(f"SLM {folder!r} has {has} hidden layers; num_hidden_layers = {layers} must be no more")
-    config.num_hidden_layers = layers
 
 
 def _set_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
