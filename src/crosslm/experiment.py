@@ -24,9 +24,10 @@ from crosslm.gate import Gate
 from crosslm.journal import RunJournal
 from crosslm.leaks import LeakCheck
 from crosslm.measures import LLM_MEASURES, LLMMeter, peak_memory_bytes
+from crosslm.models.accounting import require_opacus
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
-from crosslm.models.private_fit import PrivateTraining, require_opacus
+from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.preparation import Prepared, check_same, class_report, describe_spec, prepare
@@ -217,7 +218,8 @@ class _Run:
         self._clients = state["clients"]
         for client_id, kept in self._clients.items():
             told = None if kept["counts"] is None else tuple(kept["counts"])
-            self.exchange.clients[client_id].restore(snapshot.slm_state(get(kept["slm"])), kept["rounds"], told)
+            state_then, metrics = snapshot.slm_state(get(kept["slm"])), kept.get("metrics", [])
+            self.exchange.clients[client_id].restore(state_then, kept["rounds"], told, metrics)
         self.exchange.bytes_up |= state["bytes_up"]
         self.exchange.bytes_down |= state["bytes_down"]
         self.exchange.go_on(record["arrival"], self.run.barred())
@@ -244,7 +246,8 @@ class _Run:
         if who:
             client = self.exchange.clients[who]
             slm = put(snapshot.slm_bytes(client.slm.to_state()))
-            self._clients[who] = {"rounds": client.rounds, "slm": slm, "counts": client.told_counts}
+            told = {"counts": client.told_counts, "metrics": list(client.told_metrics)}
+            self._clients[who] = {"rounds": client.rounds, "slm": slm, **told}
         state = {
             "kept": self._kept,
             "journal": self.journal.state(),
@@ -335,7 +338,8 @@ class _Run:
         training = PrivateTraining(privacy, config.federation.participations) if privacy.epsilon else None
         leaks = LeakCheck(private.texts, privacy, self.encoder) if privacy.checks_leaks else None
         fit, accept = config.slm.private, config.acceptance
-        return self.make_client(client_id, private, slm, fit, config.seed, self.progress, accept, training, leaks)
+        common = (config.seed, self.progress, accept, training, leaks)
+        return self.make_client(client_id, private, slm, fit, *common, privacy.canaries)
 
     def _synthesize(self, detail: str, count: int, purpose: str) -> SyntheticSet:
         seed = seed_for(self.config.seed, purpose)
