@@ -30,8 +30,8 @@ docs: $(VENV)/.docs                ## the documentation site in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 test-privacy: $(VENV)/.dev         ## the tests of DP, attacks, canaries and the leak check alone; `make test` runs them too
-	$(BIN)/python -m pytest tests/test_private_fit.py tests/test_membership.py tests/test_leaks.py tests/test_audit.py \
-		tests/test_security.py $(ARGS)
+	$(BIN)/python -m pytest tests/test_private_fit.py tests/test_private_layers.py tests/test_accounting.py \
+		tests/test_membership.py tests/test_leaks.py tests/test_audit.py tests/test_security.py $(ARGS)
 
 audit: $(VENV)/.audit              ## look the pinned dependencies up among known vulnerabilities
 	$(BIN)/python .ci/audit.py

@@ -92,7 +92,7 @@ def test_the_margin_and_the_switch_are_fields(models, worse):
 
 
 def holdout(client):
-    return ROWS.take(client._order(0)[:10])
+    return ROWS.take(client._split(0)[1])
 
 
 @pytest.mark.parametrize("patience", [0, 2])

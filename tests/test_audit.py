@@ -2,12 +2,15 @@
 
 import json
 import random
+import tomllib
 
 import pytest
+import tomli_w
 import torch
 from conftest import BAD, GOOD, THINGS
 
-from crosslm.audit import attack_rows, audit_run, figures_of
+from crosslm.audit import _Audit, attack_rows, audit_run, figures_of
+from crosslm.canaries import draw_canaries
 from crosslm.cli import main as cli
 from crosslm.client import Client
 from crosslm.config import Config, FitConfig, PrivacyConfig
@@ -18,6 +21,7 @@ from crosslm.models.slm import SLM
 from crosslm.privacy import privacy_line
 from crosslm.records import Examples
 from crosslm.rundir import RunDir
+from crosslm.seeding import seed_for
 
 
 def rows(count, seed):
@@ -138,7 +142,7 @@ def test_the_held_out_rows_are_no_members(models, monkeypatch):
     original = slm.encode
     monkeypatch.setattr(slm, "encode", lambda rows: encoded.append(list(rows)) or original(rows))
     slm.fit(Examples(texts, [0, 1] * 8), fit, 5)
-    trained, held = hold_out(16, fit, torch.Generator().manual_seed(5))
+    trained, held = hold_out(16, 0.25, torch.Generator().manual_seed(5))
     assert encoded[0] == [texts[place] for place in trained]
     assert sorted(trained + held) == list(range(16))
     assert len(held) == 4
@@ -164,3 +168,73 @@ def test_a_run_without_opacus_stops_before_a_model_is_loaded(settings, tmp_path,
     with pytest.raises(ConfigError, match=r"crosslm\[privacy\]"):
         run_local(Config.model_validate(settings), tmp_path / "run", tmp_path / "cache")
     assert not (tmp_path / "run").exists()
+
+
+def test_canaries_are_never_held_out():
+    for seed in range(20):
+        trained, held = hold_out(20, 0.25, torch.Generator().manual_seed(seed), canaries=8)
+        assert len(held) == 5
+        assert max(held) < 12
+        assert sorted(trained + held) == list(range(20))
+
+
+@pytest.mark.parametrize("patience", [0, 1])
+@pytest.mark.parametrize("accept", [True, False])
+def test_the_members_are_the_rows_that_were_trained_on(settings, tmp_path, monkeypatch, patience, accept):
+    """What a client holds out, to accept an SLM or to stop by, is no member; its canaries are all trained on."""
+    fit = {"epochs": 1, "batch_size": 8, "holdout_fraction": 0.2, "patience": patience}
+    settings["slm"] |= {"private": fit, "models": settings["slm"]["models"][:1]}
+    settings |= {"acceptance": {"enabled": accept}, "privacy": {"canaries": 3}, "federation": {"participations": 2}}
+    config, seen = Config.model_validate(settings), {}
+    epoch, fitted = SLM._epoch, []
+
+    def spied(slm, rows, *arguments):
+        fitted.append(slm.tokenizer.batch_decode(rows, skip_special_tokens=True))
+        return epoch(slm, rows, *arguments)
+
+    def train(client):
+        fitted.clear()
+        made = original(client)
+        seen.setdefault(client.id, set()).update(text for texts in fitted for text in texts)
+        return made
+
+    original = Client.train
+    monkeypatch.setattr(SLM, "_epoch", spied)
+    monkeypatch.setattr(Client, "train", train)
+    run_local(config, tmp_path / "run", tmp_path / "cache")
+    audit = _Audit(RunDir.open(tmp_path / "run"), tmp_path / "cache", 0, None)
+    for client, texts in seen.items():
+        slm = SLM.load_trained(str(tmp_path / "run" / "uploads" / client))
+        private = audit.split.private[client]
+        members = audit._trained_on(client)
+        canaries = draw_canaries(slm.tokenizer, 2, 3, 0, seed_for(config.seed, "canaries", client)).planted
+        expected = slm.tokenizer.batch_decode(slm.encode(members.texts + canaries.texts), skip_special_tokens=True)
+        assert texts == set(expected)
+        if not (patience or accept):
+            assert len(members) == len(private)
+
+
+def test_the_attackers_models_are_trained_like_a_private_slm(private_run, tmp_path, monkeypatch):
+    """Under DP on the same layers, and no shadow model holds rows of its half out."""
+    run, _ = private_run
+    config = tomllib.loads((run / "config.toml").read_text())
+    config["privacy"] |= {"trained_layers": 0, "center": True}
+    (run / "config.toml").write_text(tomli_w.dumps(config))
+    audit = _Audit(RunDir.open(run), tmp_path, 2, None)
+    client, fits = next(iter(audit.specs)), []
+    fit = SLM.fit
+
+    def spied(slm, rows, config, *arguments):
+        trained = [name for name, parameter in slm.model.named_parameters() if parameter.requires_grad]
+        fits.append((config.patience, trained, len(slm.model.classifier._forward_pre_hooks)))
+        return fit(slm, rows, config, *arguments)
+
+    monkeypatch.setattr(SLM, "fit", spied)
+    slm = audit._uploaded(client)
+    audit._membership(client, slm, attack_rows(audit._trained_on(client), audit._held_out(client), 0))
+    assert fits == [(0, ["classifier.weight", "classifier.bias"], 1)] * 3
+    fits.clear()
+    audit.config = audit.config.model_copy(update={"privacy": PrivacyConfig()})
+    audit._membership(client, slm, attack_rows(audit._trained_on(client), audit._held_out(client), 0))
+    assert [patience for patience, _, _ in fits] == [1, 0, 0]
+    assert all(len(trained) > 2 and not hooks for _, trained, hooks in fits)

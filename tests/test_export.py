@@ -1,5 +1,6 @@
 """What a run made opens in the tools that people have, and says what it is."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -233,3 +234,10 @@ def test_cards_say_which_guarantee_holds(finished):
     half = {**open_run, "privacy": {clients[0]: {"epsilon": 3.2, "delta": 1e-5}}}
     assert "without differential privacy for all of them: no" in cards.dataset_card(finished.config, {"all": 1}, half)
     assert "without differential privacy: no" in cards.slm_card(clients[0], 1, finished.config, open_run)
+
+
+def test_a_card_says_that_the_counts_of_rows_are_hidden(finished):
+    client, summary = next(iter(finished.summary["clients"])), copy.deepcopy(finished.summary)
+    assert "| private training rows | routine 12, urgent 12 |" in cards.slm_card(client, 1, finished.config, summary)
+    summary["clients"][client]["rows"] = {"routine": 0, "urgent": 0}
+    assert "| private training rows | hidden |" in cards.slm_card(client, 1, finished.config, summary)

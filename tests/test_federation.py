@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from crosslm import rundir
 from crosslm.config import Config, FederationConfig, PrivacyConfig
-from crosslm.errors import DataError, FederationError, LeakError, RunError, UploadError
+from crosslm.errors import ConfigError, DataError, FederationError, LeakError, RunError, UploadError
 from crosslm.federation import keys
 from crosslm.federation import silo as silo_module
 from crosslm.federation import spool as spool_module
@@ -809,7 +809,23 @@ def test_the_silos_budget_holds_over_processes(silo, federated, models):
     second = decode_upload(Silo(silo.kit, silo.cache).upload(silo.settings.experiment, 1))
     assert second.class_counts == first.class_counts  # told again, not drawn again
     assert first.metrics["dp/epsilon"] < second.metrics["dp/epsilon"] <= 8.0
-    assert second.metrics["dp/steps"] == 2 * first.metrics["dp/steps"]
+    assert second.metrics["dp/noise_multiplier"] == first.metrics["dp/noise_multiplier"]
+    receipts = Silo(silo.kit, silo.cache).receipts()
+    assert [receipt["fields"]["metrics"] for receipt in receipts] == [first.metrics, second.metrics]
+
+
+def test_a_raised_number_of_uploads_does_not_raise_the_silos_bound(silo, federated, models):
+    """The budget was planned for one upload; a second one is not priced as if both had its noise."""
+    change(silo.kit, privacy=PrivacyConfig(epsilon=8.0))
+    silo = Silo(silo.kit, silo.cache)
+    _, download = answer(silo, Config.model_validate(federated), models)
+    silo.install(silo.settings.experiment, 0, encode(download))
+    change(silo.kit, max_participations=2)
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon = 8\.0 is spent: the 1 upload\(s\) so far cost 7\.99"):
+        Silo(silo.kit, silo.cache).upload(silo.settings.experiment, 1)
+    change(silo.kit, privacy=PrivacyConfig(epsilon=12.0))
+    second = decode_upload(Silo(silo.kit, silo.cache).upload(silo.settings.experiment, 1))
+    assert 11.9 < second.metrics["dp/epsilon"] <= 12
 
 
 def test_a_leak_stops_the_return_at_the_silo(silo, federated, models):

@@ -267,3 +267,26 @@ def test_a_damaged_file_is_named(tmp_path, name):
     (folder / name).write_text('{"event"')
     with pytest.raises(RunError, match=f"{name}: damaged"):
         view_of(folder)
+
+
+def test_a_private_run_shows_its_bound_and_hides_what_was_hidden(tmp_path):
+    bound = {"epsilon": 7.99, "delta": 1e-5, "noise_multiplier": 4.28}
+    upload = {
+        "event": "upload",
+        "client_id": "west",
+        "client_round": 0,
+        "class_counts": [0, 0],
+        "metrics": {"loss": 0.12345, **{f"dp/{name}": value for name, value in bound.items()}},
+        "tensors": {},
+        "bytes": 10,
+    }
+    folder = write_run(tmp_path / "run", extra=[upload], privacy={"north": bound})
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["clients"]["south"]["rows"] = {"routine": 0, "urgent": 0}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = " ".join("".join(Text(render([view_of(folder)])).text).split())
+    assert "figures: loss 0.1235, dp/epsilon 7.99, dp/delta 1e-05, dp/noise_multiplier 4.28" in text
+    assert "rows of each label: hidden" in text
+    assert "private rows: routine 90, urgent 110." in text
+    assert "private rows: hidden." in text
+    assert "epsilon of all uploads together north 7.99 (delta 1e-05); no bound for south." in text

@@ -58,6 +58,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
         {"event": "failure", "client": "west", "error": "MemoryError: full"},
         {"event": "gate", "client": "east", "passed": False, "reason": "agrees with nobody"},
         {"event": "llm", "moment": "after", "nlu_accuracy": 0.8},
+        {"event": "upload", "client_id": "west", "class_counts": [0, 0], "bytes": 2e6, "metrics": {}},
     ]
     console = Console(file=io.StringIO(), width=80)
     assert watch(RunDir.open(write_run(tmp_path / "run", extra=extra)), console)
@@ -71,6 +72,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
         "client west failed: MemoryError: full",
         "the upload of client east was quarantined: agrees with nobody",
         "LLM after: nlu_accuracy 0.800",
+        "upload from west: number of private rows hidden, 2.0 MB of weights",
     ]
 
 

@@ -5,6 +5,7 @@ the client's own; the others are held-out rows of the run, as many of each label
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from crosslm.algorithm.membership import (
 )
 from crosslm.algorithm.overlap import longest_shared, nearest_similarity
 from crosslm.canaries import Canaries, draw_canaries
+from crosslm.client import split_rows
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.data import Split, load_split
 from crosslm.errors import DataError, ModelError, RunError
 from crosslm.models.encoder import Encoder, SentenceEncoder
 from crosslm.models.llm import LLM
-from crosslm.models.rows import hold_out
+from crosslm.models.private_layers import as_under_dp
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.preparation import client_specs, original_llm
@@ -128,16 +130,15 @@ class _Audit:
     def _trained_on(self, client: str) -> Examples:
         """The private rows, canaries aside, that the last upload's weights were fitted to, in any of its rounds.
 
-        Under DP all rows are; else those that were held out to tell when to stop are left out.
+        Those that the client held out are left out; under DP it holds out none.
         """
-        private, fit = self.split.private[client], self.config.slm.private
-        if self.config.privacy.epsilon is not None:
+        config, private = self.config, self.split.private[client]
+        fit, canaries = config.slm.private, config.privacy.canaries
+        if config.privacy.epsilon is not None or not (fit.patience or config.acceptance.enabled):
             return private
-        rounds = self.config.federation.participations
         trained: set[int] = set()
-        for number in range(rounds):
-            generator = torch.Generator().manual_seed(seed_for(self.config.seed, "client", client, number))
-            trained |= set(hold_out(len(private) + self.config.privacy.canaries, fit, generator)[0])
+        for number in range(config.federation.participations):
+            trained |= set(split_rows(len(private) + canaries, fit, config.seed, client, number, canaries)[0])
         return private.take([place for place in sorted(trained) if place < len(private)])
 
     def _held_out(self, client: str) -> Examples:
@@ -150,8 +151,8 @@ class _Audit:
                     rows.setdefault(text, label)
         return Examples(list(rows), list(rows.values()))
 
-    def _fit(self, client: str, rows: Examples, purpose: str) -> SLM:
-        """A classifier of the client's architecture, trained as it trains, without DP: the attacker's own."""
+    def _fit(self, client: str, rows: Examples, purpose: str, patience: int | None = None) -> SLM:
+        """A classifier of the client's architecture, trained as it trains but without noise: the attacker's own."""
         config, spec = self.config, self.specs[client]
         seed = seed_for(config.seed, "audit", client, purpose)
         slm = SLM.load(
@@ -164,9 +165,15 @@ class _Audit:
             config.device,
             spec.pooling,
         )
-        total = len(rows) * config.slm.private.epochs
-        with self.progress.stage(f"train {purpose}", client, total, "rows") as advance:
-            slm.fit(rows, config.slm.private, seed, advance)
+        fit, private = config.slm.private, config.privacy.epsilon is not None
+        if private:
+            patience = 0  # DP-SGD heeds none
+        fit = fit if patience is None else fit.model_copy(update={"patience": patience})
+        with (
+            self.progress.stage(f"train {purpose}", client, len(rows) * fit.epochs, "rows") as advance,
+            as_under_dp(slm, rows, config.privacy) if private else nullcontext(),
+        ):
+            slm.fit(rows, fit, seed, advance)
         return slm
 
     def _membership(self, client: str, slm: SLM, rows: Rows) -> dict[str, Any]:
@@ -195,7 +202,8 @@ class _Audit:
             inside[pair + 1] = ~inside[pair]
         confidences = []
         for number, chosen in enumerate(inside):
-            shadow = self._fit(client, rows.take(chosen.nonzero().flatten().tolist()), f"shadow model {number}")
+            half = rows.take(chosen.nonzero().flatten().tolist())
+            shadow = self._fit(client, half, f"shadow model {number}", patience=0)  # or not all of the half is inside
             confidences.append(confidence_logit((-losses(shadow, rows.texts, rows.labels)).exp()))
         return lira_scores(confidence_logit((-loss).exp()), torch.stack(confidences), inside)
 

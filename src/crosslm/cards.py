@@ -8,6 +8,7 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from crosslm.config import Config
 from crosslm.models.sources import PACKAGES, PREFIX
+from crosslm.privacy import in_words
 from crosslm.rundir import RunDir
 
 TAGS = ["crosslm", "federated-learning", "synthetic-data"]
@@ -70,7 +71,7 @@ def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, A
         model_name=f"{config.name}-{client}",
         eval_results=_results(config, client, measured["crosslm"]),
     )
-    rows = ", ".join(f"{label} {count}" for label, count in about["rows"].items())
+    rows = in_words(list(about["rows"]), list(about["rows"].values()))
     known = [(METHODS[method], f"{value:.3f}") for method, value in measured.items() if value is not None]
     accuracy = "Measured at the silo, not known to the server that wrote this card."
     if known:
@@ -231,7 +232,7 @@ def _guarantee(summary: Mapping[str, Any], clients: Sequence[str]) -> str:
     )
     return (
         f"with DP-SGD, whose epsilon for all uploads together is\n{told}. That bounds what can be learned of one\n"
-        "private row; counts of rows in this card and decisions by held-out rows are not covered by it."
+        "private row; exact counts of rows in this card and what a leak check stopped are not covered by it."
     )
 
 

@@ -1,16 +1,20 @@
 """The silo's side: step 1, train on private text; step 5, take the enhanced SLM back, unless it is worse."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from crosslm.algorithm.agreement import sign_test
 from crosslm.config import AcceptanceConfig, FitConfig
+from crosslm.errors import ConfigError
 from crosslm.leaks import LeakCheck
 from crosslm.models.private_fit import PrivateTraining
+from crosslm.models.rows import hold_out
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
 from crosslm.records import Download, Examples, SlmState, Upload
+from crosslm.sections.privacy import NO_ACCEPTANCE
 from crosslm.seeding import seed_for
 
 
@@ -27,6 +31,18 @@ class Decision:
     """Accuracy there of the one that came."""
 
 
+def split_rows(
+    rows: int, fit: FitConfig, run_seed: int, client_id: str, client_round: int, canaries: int = 0
+) -> tuple[list[int], list[int]]:
+    """The places of the rows that a client trains on in a round, and of those that it holds out, if it holds out any.
+
+    They are those that :meth:`SLM.fit` draws where it holds rows out itself. Canaries are the last rows, and trained
+    on in every round.
+    """
+    generator = torch.Generator().manual_seed(seed_for(run_seed, "client", client_id, client_round))
+    return hold_out(rows, fit.holdout_fraction, generator, canaries)
+
+
 class Client:
     """One silo. Its private text is read here and goes nowhere."""
 
@@ -41,7 +57,27 @@ class Client:
         acceptance: AcceptanceConfig | None = None,
         privacy: PrivateTraining | None = None,
         leaks: LeakCheck | None = None,
+        canaries: int = 0,
     ) -> None:
+        """Set up.
+
+        Args:
+            client_id: the silo's name.
+            private: its rows; the last ``canaries`` of them are planted.
+            slm: its classifier, before step 1.
+            fit: how step 1 trains.
+            seed: of the run.
+            progress: shows the training.
+            acceptance: whether a returned SLM is tried on held-out rows; not with ``privacy``.
+            privacy: trains within its budget.
+            leaks: looks at the texts that trained a returned SLM.
+            canaries: how many rows are planted.
+
+        Raises:
+            ConfigError: acceptance is on under DP.
+        """
+        if privacy and acceptance and acceptance.enabled:
+            raise ConfigError(f"client {client_id}: {NO_ACCEPTANCE}")
         self.id = client_id
         self.slm = slm
         self.previous: SLM | None = None
@@ -49,6 +85,8 @@ class Client:
         self.rounds = 0
         self.told_counts: tuple[int, ...] | None = None
         """Rows of each label as the last upload told them."""
+        self.told_metrics: tuple[Mapping[str, float], ...] = ()
+        """Of each upload so far."""
         self._private = private
         self._fit = fit
         self._seed = seed
@@ -56,23 +94,27 @@ class Client:
         self._acceptance = acceptance or AcceptanceConfig()
         self._privacy = privacy
         self._leaks = leaks
+        self._canaries = canaries
 
     def train(self) -> Upload:
         """Step 1: train the SLM on the private text, and pack it for upload."""
         seed = seed_for(self._seed, "client", self.id, self.rounds)
         training = self._private
-        if self._acceptance.enabled and (self._privacy or not self._fit.patience):  # DP-SGD holds no rows out
-            training = self._private.take(self._order(self.rounds)[self._held() :])
+        if self._acceptance.enabled and not self._fit.patience:  # with patience SLM.fit holds them out
+            training = self._private.take(self._split(self.rounds)[0])
         rows = len(training) * self._fit.epochs
         with self._progress.stage("train SLM on private text", self.id, rows, "rows") as advance:
-            fit = self._privacy.fit if self._privacy else SLM.fit
-            metrics = fit(self.slm, training, self._fit, seed, advance)
+            if self._privacy:
+                metrics = self._privacy.fit(self.slm, training, self._fit, seed, advance)
+            else:
+                metrics = self.slm.fit(training, self._fit, seed, advance, canaries=self._canaries)
         counts = tuple(self._private.class_counts(len(self.slm.labels)))
         if self._privacy:
             counts = self._privacy.class_counts(counts)
         self.told_counts = counts
         upload = Upload(self.id, self.rounds, counts, metrics, self.slm.to_state())
         self.rounds += 1
+        self.told_metrics += (metrics,)
         return upload
 
     def install(self, download: Download) -> Decision:
@@ -94,21 +136,43 @@ class Client:
             self.previous, self.slm = self.slm, returned
         return decision
 
-    def restore(self, state: SlmState, rounds: int, told_counts: tuple[int, ...] | None) -> None:
-        """Go on from an earlier state: the SLM after so many trainings, and what was told of the rows."""
+    def restore(
+        self,
+        state: SlmState,
+        rounds: int,
+        told_counts: tuple[int, ...] | None,
+        told_metrics: Sequence[Mapping[str, float]],
+    ) -> None:
+        """Go on from an earlier state.
+
+        Args:
+            state: the SLM as it was then.
+            rounds: uploads until then.
+            told_counts: what the last one told of the rows of each label.
+            told_metrics: of each of them; the privacy budget goes on from there.
+
+        Raises:
+            ConfigError: under DP, those of an upload are missing.
+        """
+        if self._privacy and len(told_metrics) != rounds:
+            raise ConfigError(
+                f"client {self.id}: {rounds} upload(s) were made and the metadata of {len(told_metrics)} is kept, so "
+                "what is spent of privacy.epsilon cannot be known; start a new run"
+            )
         frozen = not self.slm.model.get_input_embeddings().weight.requires_grad
         labels = self.slm.labels
         self.slm = SLM.from_state(state, str(self.slm.device))
         self.slm.order_labels(labels)
         self.slm.freeze_embeddings(frozen)
-        self.rounds, self.told_counts = rounds, told_counts
+        self.rounds, self.told_counts, self.told_metrics = rounds, told_counts, tuple(told_metrics)
         if self._privacy:
-            self._privacy.go_on(rounds, told_counts)
+            self._privacy.go_on(told_metrics, told_counts)
 
     def _try(self, returned: SLM) -> Decision:
-        if not self._acceptance.enabled or not self._held() or not self.rounds:
+        held = self._split(self.rounds - 1)[1] if self._acceptance.enabled and self.rounds else []
+        if not held:
             return Decision(accepted=True, rows=0)
-        holdout = self._private.take(self._order(self.rounds - 1)[: self._held()])
+        holdout = self._private.take(held)
         labels = torch.tensor(holdout.labels)
         before, after = (slm.predict_proba(holdout.texts).argmax(dim=1) == labels for slm in (self.slm, returned))
         lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
@@ -117,12 +181,5 @@ class Client:
         shares = float(before.float().mean()), float(after.float().mean())
         return Decision(not (is_worse and is_sure), len(holdout), *shares)
 
-    def _held(self) -> int:
-        """How many rows are held out; as :meth:`SLM.fit` counts them."""
-        return round(self._fit.holdout_fraction * len(self._private))
-
-    def _order(self, client_round: int) -> list[int]:
-        """The rows as :meth:`SLM.fit` shuffles them in this round: the first are held out."""
-        seed = seed_for(self._seed, "client", self.id, client_round)
-        order: list[int] = torch.randperm(len(self._private), generator=torch.Generator().manual_seed(seed)).tolist()
-        return order
+    def _split(self, client_round: int) -> tuple[list[int], list[int]]:
+        return split_rows(len(self._private), self._fit, self._seed, self.id, client_round, self._canaries)

@@ -19,7 +19,7 @@ from crosslm.sections.federation import (
 )
 from crosslm.sections.method import EvaluationConfig, RewardConfig, SelectionConfig, SynthesisConfig
 from crosslm.sections.models import FitConfig, LLMConfig, SLMConfig, SLMSpec
-from crosslm.sections.privacy import PrivacyConfig
+from crosslm.sections.privacy import NO_ACCEPTANCE, PrivacyConfig
 from crosslm.sections.section import Section
 from crosslm.sections.task import ClientConfig, DataConfig, TaskConfig
 
@@ -97,7 +97,9 @@ class Config(Section):
     @classmethod
     def _under_what_is_given_lies_the_preset(cls, given: Any) -> Any:
         preset = given.get("preset", cls.model_fields["preset"].default) if isinstance(given, dict) else None
-        return merged(PRESETS[preset], given) if isinstance(preset, str) and preset in PRESETS else given
+        if not isinstance(preset, str) or preset not in PRESETS:
+            return given
+        return merged(_fitting(PRESETS[preset], given.get("privacy")), given)
 
     @model_validator(mode="after")
     def _one_source_of_clients(self) -> Self:
@@ -117,9 +119,21 @@ class Config(Section):
             raise ValueError(f"data.label_names gives {unknown}; the task's labels are {list(self.task.labels)}")
         return self
 
+    @model_validator(mode="after")
+    def _no_acceptance_under_dp(self) -> Self:
+        if self.privacy.epsilon is not None and self.acceptance.enabled:
+            raise ValueError(NO_ACCEPTANCE)
+        return self
+
     def dump(self) -> str:
         """The whole configuration as TOML; ``crosslm.config_file.load`` of it gives an equal one."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def _fitting(preset: Mapping[str, Any], privacy: Any) -> Mapping[str, Any]:
+    """The preset, without acceptance where the file asks for DP-SGD: it is outside that bound."""
+    epsilon = privacy.get("epsilon") if isinstance(privacy, dict) else getattr(privacy, "epsilon", None)
+    return preset if epsilon is None else {name: value for name, value in preset.items() if name != "acceptance"}
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from crosslm.gate import Gate
 from crosslm.journal import RunJournal
 from crosslm.loaded import Loaded, load_models
 from crosslm.measures import LLM_MEASURES, LLMMeter, peak_memory_bytes
-from crosslm.models.private_fit import require_opacus
+from crosslm.models.accounting import require_opacus
 from crosslm.models.slm import SLM
 from crosslm.models.sources import resolve_device
 from crosslm.preparation import Prepared, check_same, class_report, describe_spec, prepare
@@ -210,7 +210,8 @@ class _Run:
         self._clients = state["clients"]
         for client_id, kept in self._clients.items():
             told = None if kept["counts"] is None else tuple(kept["counts"])
-            self.exchange.clients[client_id].restore(snapshot.slm_state(get(kept["slm"])), kept["rounds"], told)
+            state_then, metrics = snapshot.slm_state(get(kept["slm"])), kept.get("metrics", [])
+            self.exchange.clients[client_id].restore(state_then, kept["rounds"], told, metrics)
         self.exchange.bytes_up |= state["bytes_up"]
         self.exchange.bytes_down |= state["bytes_down"]
         self.exchange.go_on(record["arrival"], self.run.barred())
@@ -237,7 +238,8 @@ class _Run:
         if who:
             client = self.exchange.clients[who]
             slm = put(snapshot.slm_bytes(client.slm.to_state()))
-            self._clients[who] = {"rounds": client.rounds, "slm": slm, "counts": client.told_counts}
+            told = {"counts": client.told_counts, "metrics": list(client.told_metrics)}
+            self._clients[who] = {"rounds": client.rounds, "slm": slm, **told}
         state = {
             "kept": self._kept,
             "journal": self.journal.state(),

@@ -82,6 +82,5 @@ def _client(
     private = plant(rows, slm.tokenizer, len(config.task.labels), privacy.canaries, config.seed, name)
     training = PrivateTraining(privacy, config.federation.participations) if privacy.epsilon else None
     leaks = LeakCheck(private.texts, privacy, encoder) if privacy.checks_leaks else None
-    return make_client(
-        name, private, slm, config.slm.private, config.seed, progress, config.acceptance, training, leaks
-    )
+    fit, accept = config.slm.private, config.acceptance
+    return make_client(name, private, slm, fit, config.seed, progress, accept, training, leaks, privacy.canaries)

@@ -10,7 +10,7 @@ from crosslm.data import Split, find_file, load_examples, load_split, read_text,
 from crosslm.errors import DataError, ModelError, RunError
 from crosslm.models.architecture import check_travels
 from crosslm.models.pretrained import check_spec
-from crosslm.models.private_mean import check_center
+from crosslm.models.private_layers import check_private
 from crosslm.models.sources import PREFIX, check_model, model_folder
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.models.vocabulary import cached_trim, tokenizer_words
@@ -119,8 +119,8 @@ def check_slm(folder: str, spec: SLMSpec, privacy: PrivacyConfig, who: str) -> N
     """
     check_spec(folder, spec, who)
     check_travels(folder, who)
-    if privacy.epsilon and privacy.center:
-        check_center(folder, who)
+    if privacy.epsilon:
+        check_private(folder, privacy, who)
 
 
 def check_models(config: Config, specs: dict[str, SLMSpec]) -> None:

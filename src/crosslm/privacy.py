@@ -1,14 +1,15 @@
 """What a run says of the bounds that its uploads kept to."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 PREFIX = "dp/"
 
 
 def privacy_summary(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """For each client the bound over all its uploads, from the metadata of the last one; nothing without DP."""
+    """For each client the bound over all its uploads, from the metadata of the last one; none if one is without DP."""
     bounds: dict[str, dict[str, float]] = {}
+    unbounded = set()
     for event in events:
         if event["event"] == "upload":
             told = {
@@ -16,7 +17,9 @@ def privacy_summary(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, 
             }
             if told:
                 bounds[event["client_id"]] = told
-    return bounds
+            else:
+                unbounded.add(event["client_id"])
+    return {client: told for client, told in bounds.items() if client not in unbounded}
 
 
 def privacy_line(summary: Mapping[str, Any]) -> str:
@@ -28,4 +31,18 @@ def privacy_line(summary: Mapping[str, Any]) -> str:
         return "Private rows: no bound (privacy.epsilon is not set); `crosslm audit` measures what the SLMs give away."
     told = ", ".join(f"{client} {bound['epsilon']:.2f}" for client, bound in bounds.items())
     deltas = {f"{bound['delta']:g}" for bound in bounds.values()}
-    return f"Private rows: DP-SGD, epsilon of all uploads together {told} (delta {', '.join(sorted(deltas))})."
+    others = [client for client in summary.get("clients", {}) if client not in bounds]
+    return f"Private rows: DP-SGD, epsilon of all uploads together {told} (delta {', '.join(sorted(deltas))})" + (
+        f"; no bound for {', '.join(others)}." if others else "."
+    )
+
+
+def hidden(counts: Iterable[int]) -> bool:
+    """Whether class counts tell nothing: a silo has at least one row, so all zeros are what hides the numbers."""
+    return not any(counts)
+
+
+def in_words(labels: Sequence[str], counts: Sequence[int]) -> str:
+    """Class counts as a reader is told them."""
+    told = ", ".join(f"{label} {count}" for label, count in zip(labels, counts, strict=True))
+    return "hidden" if hidden(counts) else told

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crosslm.errors import RunError
+from crosslm.privacy import hidden
 from crosslm.report import LLM_MEASURES
 from crosslm.rundir import METRICS, SUMMARY, RunDir
 
@@ -65,8 +66,9 @@ def sentence(event: Event) -> str | None:
                 return "started; silos come when they are ready"
             return f"started, {len(event.get('specs', {}))} clients"
         case "upload":
-            rows = sum(event["class_counts"])
-            return f"upload from {event['client_id']}: {rows} private rows, {event['bytes'] / 1e6:.1f} MB of weights"
+            counts = event["class_counts"]
+            rows = "number of private rows hidden" if hidden(counts) else f"{sum(counts)} private rows"
+            return f"upload from {event['client_id']}: {rows}, {event['bytes'] / 1e6:.1f} MB of weights"
         case "step":
             judge = f", judge {event['judge/pool']:.3f}" if "judge/pool" in event else ""
             kd = f" (data-free KD {event['slm/data_free_kd']:.3f})" if "slm/data_free_kd" in event else ""

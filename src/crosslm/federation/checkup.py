@@ -24,7 +24,7 @@ from crosslm.federation.kits import (
     silo_names,
 )
 from crosslm.federation.silo import Silo
-from crosslm.models.private_fit import require_opacus
+from crosslm.models.accounting import require_opacus
 from crosslm.models.sources import check_model, model_folder
 from crosslm.preparation import check_slm, client_specs, describe_spec
 

@@ -23,6 +23,7 @@ from crosslm.config import (
 from crosslm.config_file import load
 from crosslm.errors import FederationError
 from crosslm.rundir import KIT_FILE
+from crosslm.sections.privacy import NO_ACCEPTANCE
 from crosslm.sections.section import Positive, Section
 
 KIT = "CROSSLM_KIT"
@@ -97,6 +98,12 @@ class SiloSettings(Section):
     def _labels_differ(self) -> Self:
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels must differ from each other, found {list(self.labels)}")
+        return self
+
+    @model_validator(mode="after")
+    def _no_acceptance_under_dp(self) -> Self:
+        if self.privacy.epsilon is not None and self.acceptance.enabled:
+            raise ValueError(NO_ACCEPTANCE)
         return self
 
 

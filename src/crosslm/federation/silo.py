@@ -29,7 +29,7 @@ from crosslm.models.sources import model_folder, resolve_device
 from crosslm.records import Examples, SlmState, Upload
 from crosslm.seeding import seed_for
 
-DP_METRICS = ("epsilon", "delta", "clip", "noise_multiplier", "sample_rate", "steps")
+DP_METRICS = ("epsilon", "delta", "clip", "noise_multiplier", "sample_rate", "steps", "means", "count_epsilon")
 DTYPES = {"float32": float32, "float16": float16}
 
 
@@ -116,7 +116,7 @@ class Silo:
             )
         check_same_model(upload.slm, download.slm, f"silo {settings.id}")
         client = self.client()
-        client.restore(upload.slm, number + 1, upload.class_counts)
+        client.restore(upload.slm, number + 1, upload.class_counts, self._told(number + 1))
         decision = client.install(download)
         client.slm.save(str(self.state / "slm"))
         write_whole(self.state / f"download-{number:04}.safetensors", [data])
@@ -145,11 +145,16 @@ class Silo:
         accept = settings.acceptance
         client = Client(settings.id, private, slm, settings.fit, settings.seed, None, accept, privacy, leaks)
         if self.installed:
-            client.restore(slm.to_state(), self.installed, self._uploaded(self.installed - 1).class_counts)
+            counts = self._uploaded(self.installed - 1).class_counts
+            client.restore(slm.to_state(), self.installed, counts, self._told(self.installed))
         return client
 
     def _uploaded(self, number: int) -> Upload:
         return decode_upload((self.state / f"upload-{number:04}.safetensors").read_bytes())
+
+    def _told(self, rounds: int) -> list[Mapping[str, float]]:
+        """The metadata of so many uploads: what they have spent of the privacy budget, whatever the kit says now."""
+        return [self._uploaded(number).metrics for number in range(rounds)]
 
     def private(self) -> Examples:
         """The private rows.

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from crosslm.html_report.collect import METHODS, RunView
 from crosslm.html_report.findings import findings
 from crosslm.html_report.intervals import Interval
+from crosslm.privacy import PREFIX, hidden, in_words, privacy_line
 from crosslm.report import AT_THE_SILO, LLM_MEASURES, about_accuracy, measured, moment
 from crosslm.report import METHODS as METHOD_NAMES
 
@@ -35,6 +36,9 @@ def render(views: list[RunView]) -> str:
         "gain_interval": gain_interval,
         "size": size,
         "moment": moment,
+        "told": told,
+        "in_words": lambda rows: in_words(list(rows), list(rows.values())),
+        "counts": lambda counts: "hidden" if hidden(counts) else ", ".join(map(str, counts)),
     }
     environment.filters |= filters
     script = _asset("browse.js")
@@ -64,6 +68,7 @@ def contents(view: RunView) -> dict[str, Any]:
         "matrices": matrices(view),
         "uploads": view.of("upload"),
         "gate": view.of("gate"),
+        "privacy": privacy_line(view.summary),
         "measured": measured(view.summary),
         "about_accuracy": about_accuracy(view.summary) if view.between_machines else "",
     }
@@ -141,6 +146,11 @@ def number(value: float | None, digits: int = 3, sign: str = "-") -> str:
         return "–"
     value = round(value, digits)
     return f"{value:{sign},.{digits}f}".replace("-", "−") if value else f"{0:.{digits}f}"
+
+
+def told(value: float, name: str) -> str:
+    """A figure of an upload; what DP-SGD was made with as it is, since a delta of 1e-5 is no 0.0000."""
+    return f"{value:g}" if name.startswith(PREFIX) else number(value, 4)
 
 
 def interval(ends: Interval | None, digits: int = 3, sign: str = "-") -> str:

@@ -12,12 +12,9 @@ PyTorch's generator takes 32 bits of a seed on the CPU, few enough to try them a
 
 import math
 import random
-import re
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,91 +22,13 @@ from torch import Tensor, nn
 
 from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError, ModelError
+from crosslm.models.accounting import Mechanism, Spent, epsilon_of, plan, quiet, require_opacus
+from crosslm.models.private_layers import frozen_below
 from crosslm.models.private_mean import centred, noisy_mean
 from crosslm.models.slm import SLM
 from crosslm.records import Examples
 
-ACCOUNTANT = "rdp"  # Renyi; Opacus's tighter PRV accountant fails where every row is in every batch
-MOST_NOISE, CLOSE = 1e6, 0.01  # of the search for the least noise multiplier, as in Opacus's own
 MICRO_BATCH = 16  # rows whose gradients are in memory at once; changes no result
-LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
-EMBEDDINGS = re.compile(r"embed|\bwte\b|\bwpe\b")
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """The subsampled Gaussian mechanism, applied ``steps`` times for one upload."""
-
-    noise_multiplier: float
-    sample_rate: float
-    """Probability of a row to be in a batch."""
-    steps: int
-    means: int = 0
-    """Noisy means of all rows, each with the same noise."""
-
-    def epsilon(self, delta: float, uploads: int = 1) -> float:
-        """Epsilon of so many uploads together, by Opacus's accountant (Mironov 2017; Mironov et al. 2019)."""
-        from opacus.accountants import create_accountant
-
-        accountant = create_accountant(mechanism=ACCOUNTANT)
-        accountant.history = [(self.noise_multiplier, self.sample_rate, self.steps * uploads)]
-        if self.means:
-            accountant.history.append((self.noise_multiplier, 1.0, self.means * uploads))
-        with _quiet():
-            return float(accountant.get_epsilon(delta))
-
-
-def require_opacus() -> None:
-    """Find out that Opacus is there.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    try:
-        import opacus  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("privacy.epsilon needs Opacus: pip install 'crosslm[privacy]'") from error
-
-
-def plan(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int) -> Mechanism:
-    """The least noise with which so many uploads stay within the budget.
-
-    Args:
-        rows: private rows.
-        fit: ``epochs`` and ``batch_size``, the expected size of a batch.
-        privacy: the budget; the part for noisy class counts is taken off first.
-        uploads: how often the client trains and uploads in all.
-
-    Raises:
-        ConfigError: no noise is enough, or there is no budget.
-    """
-    rate = min(1.0, fit.batch_size / rows)
-    steps, means = fit.epochs * -(-rows // fit.batch_size), int(privacy.center)
-    noise = _noise_multiplier(privacy.epsilon_of_training, privacy.delta, rate, steps, means, uploads)
-    if noise is None:
-        raise ConfigError(
-            f"privacy.epsilon = {privacy.epsilon} cannot be kept over {steps * uploads} steps of {rows} rows: "
-            "raise it, or lower slm.private.epochs"
-        )
-    return Mechanism(noise, rate, steps, means)
-
-
-@cache  # a search of seconds, the same for each upload
-def _noise_multiplier(epsilon: float, delta: float, rate: float, steps: int, means: int, uploads: int) -> float | None:
-    """The least noise within the budget, to a hundredth of epsilon; None where none is enough."""
-
-    def spent(noise: float) -> float:
-        return Mechanism(noise, rate, steps, means).epsilon(delta, uploads)
-
-    low, high = 0.0, 10.0
-    while spent(high) > epsilon:
-        low, high = high, 2 * high
-        if high > MOST_NOISE:
-            return None
-    while epsilon - spent(high) > CLOSE:
-        middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle) > epsilon else (low, middle)
-    return high
 
 
 class PrivateTraining:
@@ -130,7 +49,8 @@ class PrivateTraining:
         require_opacus()
         self.privacy, self.uploads = privacy, uploads
         self._secret = secret or random.SystemRandom()
-        self._made = 0
+        self._earlier: tuple[Mapping[str, float], ...] = ()
+        self._made: tuple[Mechanism, ...] = ()
         self._counts: tuple[int, ...] | None = None
 
     def fit(
@@ -149,32 +69,38 @@ class PrivateTraining:
             on_rows: told how many rows were trained on, those of a batch in one go.
 
         Returns:
-            ``epochs`` and, with the prefix ``dp/``, the bound of all uploads so far and what it was computed from.
+            ``epochs`` and, with the prefix ``dp/``, the bound of all uploads so far, this one's noise, sampling rate,
+            steps and means, and what noisy class counts cost.
 
         Raises:
-            ConfigError: the budget is spent.
+            ConfigError: the budget is spent, or an earlier upload was made without one.
             ModelError: the classifier has parameters that have no gradient of each row.
         """
-        if self._made >= self.uploads:
+        spent = self._spent()
+        if len(spent.uploads) >= self.uploads:
             raise ConfigError(
                 f"the privacy budget was set for {self.uploads} upload(s) and is spent; no more leave this silo"
             )
-        mechanism = plan(len(examples), config, self.privacy, self.uploads)
-        self._made += 1  # counted before it is used: what is not uploaded is not given back
+        mechanism = plan(len(examples), config, self.privacy, self.uploads, spent)
+        self._made += (mechanism,)  # counted before it is used: what is not uploaded is not given back
         with torch.random.fork_rng(), frozen_below(slm, self.privacy.trained_layers):
             torch.manual_seed(seed)
             with self._centred(slm, examples, mechanism):
                 dp_sgd(slm, examples, config, mechanism, self.privacy.clip, self._secret, on_rows)
-        spent = mechanism.epsilon(self.privacy.delta, self._made)
+        count_epsilon = spent.count_epsilon or self.privacy.epsilon_of_counts
         return {
             "epochs": float(config.epochs),
-            "dp/epsilon": spent + self.privacy.epsilon_of_counts,
+            "dp/epsilon": epsilon_of((*spent.uploads, mechanism), self.privacy.delta) + count_epsilon,
             "dp/delta": self.privacy.delta,
             "dp/clip": self.privacy.clip,
-            "dp/noise_multiplier": mechanism.noise_multiplier,
-            "dp/sample_rate": mechanism.sample_rate,
-            "dp/steps": float(mechanism.steps * self._made),
+            "dp/count_epsilon": count_epsilon,
+            **mechanism.told(),
         }
+
+    def _spent(self) -> Spent:
+        """By the uploads of earlier processes and of this one, those included that failed here."""
+        earlier = Spent.of(self._earlier)
+        return replace(earlier, uploads=earlier.uploads + self._made)
 
     @contextmanager
     def _centred(self, slm: SLM, examples: Examples, mechanism: Mechanism) -> Iterator[None]:
@@ -186,9 +112,15 @@ class PrivateTraining:
         with centred(slm, noisy_mean(slm, slm.encode(examples.texts), mechanism.noise_multiplier, noise)):
             yield
 
-    def go_on(self, made: int, told: tuple[int, ...] | None) -> None:
-        """Count the uploads that were made before this process began; the counts that were told then are told again."""
-        self._made, self._counts = made, told
+    def go_on(self, metrics: Sequence[Mapping[str, float]], told: tuple[int, ...] | None) -> None:
+        """Count the uploads that were made before this process began, by their metadata.
+
+        Args:
+            metrics: of each of them.
+            told: the class counts that they told; noisy ones are told again.
+        """
+        self._earlier, self._made = tuple(metrics), ()
+        self._counts = told if any(one.get("dp/count_epsilon") for one in metrics) else None
 
     def class_counts(self, counts: tuple[int, ...]) -> tuple[int, ...]:
         """What is told of the rows of each label: nothing (zeros), noisy numbers, or the exact ones.
@@ -264,11 +196,24 @@ def _step(slm: SLM, rows: list[list[int]], labels: list[int], optimizer: Any) ->
         if rows:
             slm.losses(rows[piece], labels[piece]).sum().backward()
             _check_gradients(slm.model, len(rows[piece]))
+            _leave_out_what_is_not_finite([parameter.grad_sample for parameter in optimizer.params])
         else:
             for parameter in optimizer.params:
                 parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)
         optimizer.signal_skip_step(start + MICRO_BATCH < len(rows))
         optimizer.step()
+
+
+def _leave_out_what_is_not_finite(samples: list[Tensor]) -> None:
+    """Zero the gradients of rows that have an infinite one or none at all.
+
+    Clipping cannot mend them, zero times infinity is no number, and one such row would show in all of the upload. The
+    weights that came back decide which rows have such gradients, so a server could ask for a row in that way.
+    """
+    norms = torch.stack([torch.linalg.vector_norm(sample.flatten(1), dim=1) for sample in samples])
+    rows = ~norms.isfinite().all(dim=0)
+    for sample in samples:
+        sample[rows] = 0.0
 
 
 def _check_gradients(model: nn.Module, rows: int) -> None:
@@ -306,53 +251,23 @@ def _gradients_of_each_row(model: nn.Module) -> Iterator[None]:
     ]
     try:
         hooks = GradSampleHooks(model, loss_reduction="sum")
-    except NotImplementedError as error:
-        raise ModelError(
-            f"the classifier cannot be trained with privacy.epsilon: {str(error)[:100]}; choose another of slm.models"
-        ) from error
+    except (NotImplementedError, AttributeError) as error:
+        raise _untrainable(error) from error
     try:
-        with _quiet():
+        with quiet():
             yield
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise _untrainable(error) from error  # of layers that Opacus has no gradients of rows for, each fails its way
     finally:
         hooks.cleanup()
         for handle in handles:
             handle.remove()
 
 
-@contextmanager
-def frozen_below(slm: SLM, layers: int | None) -> Iterator[None]:
-    """Train only the highest layers and what lies above them; 0: only the new head; None: what is trained anyhow.
-
-    Noise grows with the number of trained parameters, so fewer of them often learn more.
-
-    Raises:
-        ModelError: the model's layers cannot be told apart.
-    """
-    trained = {name: parameter for name, parameter in slm.model.named_parameters() if parameter.requires_grad}
-    if layers is not None:
-        body = f"{slm.model.base_model_prefix}."
-        numbers = {name: int(found.group(1)) for name in trained if (found := LAYER.search(name))}
-        if not numbers or not any(name.startswith(body) for name in trained):
-            raise ModelError(
-                "privacy.trained_layers: this classifier's layers have no numbers to tell them apart by; "
-                "leave trained_layers out, or choose another of slm.models"
-            )
-        lowest = max(numbers.values()) - layers + 1
-        for name, parameter in trained.items():
-            above = layers > 0 and name not in numbers and not EMBEDDINGS.search(name)
-            keep = not name.startswith(body) or above or numbers.get(name, -1) >= lowest
-            parameter.requires_grad_(keep)
-    try:
-        yield
-    finally:
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What Opacus and its hooks warn of in passing: inputs without gradients, and a looser bound at the range's end."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        warnings.filterwarnings("ignore", message="Optimal order is the (largest|smallest) alpha")
-        yield
+def _untrainable(error: Exception) -> ModelError:
+    return ModelError(
+        f"the classifier cannot be trained with privacy.epsilon: {type(error).__name__}: {str(error)[:100]}; set "
+        "privacy.trained_layers = 0 to train its head alone, or choose another of slm.models"
+    )

@@ -51,7 +51,8 @@ def noisy_mean(slm: SLM, rows: Sequence[list[int]], noise_multiplier: float, gen
     """``(sum of clipped vectors + noise_multiplier * radius * N(0, I)) / rows`` of what the last layer reads.
 
     A vector is clipped to a norm of ``radius``, the largest norm of those of the label names, which are public: one
-    row more or less changes the sum by no more than that.
+    row more or less changes the sum by no more than that. A vector that is not finite counts as zero: clipping cannot
+    mend it, and one would show in the whole mean.
 
     Args:
         slm: the classifier.
@@ -61,10 +62,19 @@ def noisy_mean(slm: SLM, rows: Sequence[list[int]], noise_multiplier: float, gen
 
     Returns:
         ``(width,)``.
+
+    Raises:
+        ModelError: the vectors of the label names are not finite.
     """
     radius = _read_by_head(slm, slm.encode(slm.labels)).norm(dim=1).max()
+    if not radius.isfinite():  # no noise would be of the right size
+        raise ModelError(
+            "privacy.center: what the head reads of the label names is not finite, so the classifier is damaged; "
+            "leave out what the server sent back, or set privacy.center = false"
+        )
     vectors = _read_by_head(slm, rows)
     vectors = vectors * (radius / vectors.norm(dim=1, keepdim=True)).clamp(max=1)
+    vectors[~vectors.isfinite().all(dim=1)] = 0.0
     noise = torch.randn(vectors.shape[1], generator=generator, device=generator.device).to(vectors)
     mean: Tensor = (vectors.sum(dim=0) + noise_multiplier * radius * noise) / len(rows)
     return mean

@@ -2,16 +2,22 @@
 
 import torch
 
-from crosslm.config import FitConfig
-
 WINDOW = 8  # batches whose rows are sorted by length together
 
 
-def hold_out(rows: int, config: FitConfig, generator: torch.Generator) -> tuple[list[int], list[int]]:
-    """The places of the rows that are trained on, and of those that tell when to stop: none without patience."""
+def hold_out(rows: int, share: float, generator: torch.Generator, canaries: int = 0) -> tuple[list[int], list[int]]:
+    """The places of the rows that are trained on, and of those that are held out.
+
+    Args:
+        rows: how many there are.
+        share: of them that is held out.
+        generator: draws both.
+        canaries: the last so many rows are planted to be learned, and never held out.
+    """
     order: list[int] = torch.randperm(rows, generator=generator).tolist()
-    held = round(config.holdout_fraction * rows) if config.patience else 0
-    return order[held:], order[:held]
+    held = [place for place in order if place < rows - canaries][: round(share * rows)]
+    out = set(held)
+    return [place for place in order if place not in out], held
 
 
 def batches(rows: list[list[int]], size: int, generator: torch.Generator) -> list[list[int]]:

@@ -102,6 +102,7 @@ class SLM:
         seed: int,
         on_rows: Callable[[float], None] = lambda _: None,
         targets: Tensor | None = None,
+        canaries: int = 0,
     ) -> dict[str, float]:
         """Train by cross-entropy (step 1 on private text, step 5 on synthetic text).
 
@@ -114,13 +115,15 @@ class SLM:
             seed: of the order of rows, the held-out rows and dropout.
             on_rows: told how many rows were trained on.
             targets: ``(rows, labels)``, probabilities to learn instead of the labels.
+            canaries: the last so many rows are never held out.
 
         Returns:
             ``loss`` of the last epoch, ``epochs`` run and, with patience, ``holdout_loss`` and
             ``holdout_accuracy`` of the weights that were taken.
         """
         generator = torch.Generator().manual_seed(seed)
-        trained, held_out = hold_out(len(examples), config, generator)
+        share = config.holdout_fraction if config.patience else 0.0
+        trained, held_out = hold_out(len(examples), share, generator, canaries)
         training, holdout = examples.take(trained), examples.take(held_out)
         rows = self.encode(training.texts)
         wanted = torch.tensor(training.labels) if targets is None else targets[trained]

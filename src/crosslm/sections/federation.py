@@ -56,7 +56,8 @@ class AcceptanceConfig(Section):
     """What a client does with the SLM that comes back (ours)."""
 
     enabled: bool = False
-    """Try it on held-out private rows and install it only if it is not worse; the old one is kept."""
+    """Try it on held-out private rows and install it only if it is not worse; the old one is kept. Not with
+    ``privacy.epsilon``, which does not bound what that tells; ``recommended`` leaves it off there."""
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """So much accuracy it may lose there."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.9

@@ -6,13 +6,19 @@ from pydantic import Field, model_validator
 
 from crosslm.sections.section import Section
 
+NO_ACCEPTANCE = (
+    "acceptance.enabled = true cannot be with privacy.epsilon: whether a returned SLM is kept depends on held-out "
+    "private rows, is told to the server and decides where the next upload starts, all outside the bound; leave it "
+    "out, or set it to false"
+)
+
 
 class PrivacyConfig(Section):
     """Bounds on what an upload tells of single private rows, and the means to look for what it does tell."""
 
     epsilon: Annotated[float, Field(gt=0)] | None = None
     """Train step 1 with DP-SGD, within this budget for all uploads of a client together. Needs
-    ``crosslm[privacy]``; ``slm.private.patience`` is not heeded then. Not set: no bound."""
+    ``crosslm[privacy]``; ``slm.private.patience`` is not heeded then, and ``acceptance`` is off. Not set: no bound."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     """Well below one over the number of rows."""
     clip: Annotated[float, Field(gt=0)] = 1.0

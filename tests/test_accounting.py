@@ -1,0 +1,176 @@
+"""The privacy budget over uploads whose settings or rows differ, in one process and at a silo; and no acceptance."""
+
+import dataclasses
+import random
+
+import pytest
+from conftest import BAD, GOOD, sentences
+from opacus.accountants import RDPAccountant
+
+from crosslm.client import Client
+from crosslm.config import AcceptanceConfig, Config, FitConfig, PrivacyConfig
+from crosslm.errors import ConfigError
+from crosslm.federation.kits import SiloSettings
+from crosslm.models.accounting import Mechanism, Spent, plan
+from crosslm.models.private_fit import PrivateTraining
+from crosslm.models.slm import SLM
+from crosslm.privacy import privacy_summary
+from crosslm.records import Download, Examples
+
+EXAMPLES = Examples(sentences(BAD) + sentences(GOOD), [0] * 40 + [1] * 40)
+FIT = FitConfig(epochs=2, batch_size=20, learning_rate=1e-3)
+
+
+@pytest.fixture
+def slm(models):
+    return SLM.load(str(models / "bert"), ("bad", "good"), 32, 0, freeze_embeddings=True)
+
+
+def training(metrics=(), uploads=2, told=None, **privacy):
+    made = PrivateTraining(
+        PrivacyConfig(**({"epsilon": 8.0, "trained_layers": 0} | privacy)), uploads, random.Random(0)
+    )
+    made.go_on(metrics, told)
+    return made
+
+
+def upload(slm, metrics=(), rows=EXAMPLES, fit=FIT, uploads=2, **privacy):
+    return training(metrics, uploads, **privacy).fit(slm, rows, fit, 0, lambda _: None)
+
+
+def true_epsilon(uploads):
+    """As Opacus counts, one step after the other, each upload by what its own metadata says."""
+    accountant = RDPAccountant()
+    for told in uploads:
+        for _ in range(int(told["dp/steps"])):
+            accountant.step(noise_multiplier=told["dp/noise_multiplier"], sample_rate=told["dp/sample_rate"])
+        for _ in range(int(told["dp/means"])):
+            accountant.step(noise_multiplier=told["dp/noise_multiplier"], sample_rate=1.0)
+    return accountant.get_epsilon(1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": EXAMPLES.take(range(30, 60))},
+        {"fit": FIT.model_copy(update={"epochs": 5})},
+        {"epsilon": 12.0},
+        {"center": True},
+        {"uploads": 4},
+        {},
+    ],
+    ids=["rows", "fit", "epsilon", "center", "uploads", "nothing"],
+)
+def test_what_changes_between_uploads_is_composed_as_it_was(slm, change):
+    first = upload(slm)
+    second = upload(slm, [first], **change)
+    budget = change.get("epsilon", 8.0)
+    assert first["dp/epsilon"] == pytest.approx(true_epsilon([first]))
+    assert second["dp/epsilon"] == pytest.approx(true_epsilon([first, second]))
+    assert second["dp/epsilon"] <= budget
+    assert (second["dp/noise_multiplier"] == first["dp/noise_multiplier"]) == (not change)
+    if change.get("uploads", 2) == 2:
+        assert second["dp/epsilon"] > budget - 0.011  # all of it is used
+
+
+def test_one_upload_more_than_was_planned_is_refused_unless_the_budget_is_raised(slm):
+    first = upload(slm, uploads=1)
+    assert first["dp/epsilon"] > 7.98
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon = 8\.0 is spent: the 1 upload\(s\) so far cost 7\.99 of"):
+        upload(slm, [first], uploads=2)
+    second = upload(slm, [first], uploads=2, epsilon=10.0)
+    assert second["dp/epsilon"] == pytest.approx(true_epsilon([first, second]))
+    assert 9.98 < second["dp/epsilon"] <= 10
+
+
+def test_a_small_budget_is_not_taken_for_a_spent_one(slm):
+    first = upload(slm, epsilon=0.01)
+    assert upload(slm, [first], epsilon=0.01)["dp/epsilon"] <= 0.01
+
+
+def test_an_upload_without_dp_before_leaves_no_bound(slm):
+    with pytest.raises(ConfigError, match=r"upload 1 of this client was made without privacy\.epsilon"):
+        upload(slm, [{"loss": 0.5, "epochs": 2.0}])
+    events = [
+        {"event": "upload", "client_id": client, "metrics": metrics}
+        for client, metrics in (
+            ("a", {"dp/epsilon": 1.0}),
+            ("a", {"loss": 1.0}),
+            ("b", {"dp/epsilon": 1.0}),
+            ("b", {"dp/epsilon": 2.0}),
+        )
+    ]
+    assert privacy_summary(events) == {"b": {"epsilon": 2.0}}
+
+
+def test_counts_that_were_told_stay_paid_for(slm):
+    noisy = {"class_counts": "noisy", "count_epsilon": 1.0}
+    before = training(**noisy)
+    told, first = before.class_counts((40, 40)), before.fit(slm, EXAMPLES, FIT, 0, lambda _: None)
+    assert first["dp/count_epsilon"] == 1.0
+    second = upload(slm, [first], told=told, class_counts="hidden")
+    assert second["dp/epsilon"] == pytest.approx(true_epsilon([first, second]) + 1.0)
+    assert second["dp/epsilon"] <= 8
+    again = training([first], told=told, class_counts="noisy", count_epsilon=2.0)
+    assert again.class_counts((40, 40)) == told  # and not drawn again
+    assert again.fit(slm, EXAMPLES, FIT, 0, lambda _: None)["dp/count_epsilon"] == 1.0
+    fresh = training([upload(slm)], told=(0, 0), class_counts="noisy")
+    assert fresh.class_counts((4000, 4000)) != (0, 0)  # none were told, so they are drawn now
+
+
+def test_a_plan_from_metadata_is_the_one_that_was_told():
+    mechanism = Mechanism(3.5, 0.25, 8, 1)
+    assert Spent.of([mechanism.told()]).uploads == (mechanism,)
+    older = {name: value for name, value in mechanism.told().items() if name != "dp/means"}
+    assert Spent.of([older]).uploads == (mechanism,)  # a mean may have been there
+    fresh = plan(80, FIT, PrivacyConfig(epsilon=8), 1)
+    assert fresh.epsilon(1e-5) <= 8
+
+
+def test_metadata_that_is_lost_stops_the_client(slm):
+    client = Client("north", EXAMPLES, slm, FIT, 0, privacy=training())
+    first = client.train()
+    with pytest.raises(ConfigError, match=r"client north: 1 upload\(s\) were made and the metadata of 0 is kept"):
+        client.restore(first.slm, 1, first.class_counts, [])
+    client.restore(first.slm, 1, first.class_counts, [first.metrics])
+    second = client.train()
+    assert second.metrics["dp/epsilon"] == pytest.approx(true_epsilon([first.metrics, second.metrics]))
+
+
+def test_there_is_no_acceptance_under_dp(settings, slm):
+    """The preset leaves it off then, and who asks for both is told why it cannot be."""
+    assert Config.model_validate(settings).acceptance.enabled
+    private = settings | {"privacy": {"epsilon": 8.0}}
+    config = Config.model_validate(private)
+    assert not config.acceptance.enabled
+    assert config.gate == Config.model_validate(settings).gate  # nothing else of the preset is left out
+    assert not Config.model_validate(settings | {"privacy": PrivacyConfig(epsilon=8)}).acceptance.enabled
+    assert Config.model_validate(config.model_dump()) == config
+    both = {"privacy": {"epsilon": 8.0}, "acceptance": {"enabled": True}}
+    with pytest.raises(ValueError, match=r"acceptance\.enabled = true cannot be with privacy\.epsilon"):
+        Config.model_validate(settings | both)
+    kit = {"id": "a", "experiment": "e", "server": "h:1", "labels": ["bad", "good"], "data": {"train": "a.csv"}}
+    kit |= {"slm": {"model": "m"}}
+    SiloSettings.model_validate(kit | {"privacy": {"epsilon": 8.0}})
+    with pytest.raises(ValueError, match=r"acceptance\.enabled = true cannot be with privacy\.epsilon"):
+        SiloSettings.model_validate(kit | both)
+    with pytest.raises(ConfigError, match=r"client a: acceptance\.enabled = true cannot be"):
+        Client("a", EXAMPLES, slm, FIT, 0, acceptance=AcceptanceConfig(enabled=True), privacy=training())
+
+
+def test_under_dp_whatever_comes_back_is_installed_and_the_next_upload_starts_there(settings, slm):
+    """So nothing of the private rows but the noisy weights decides what the server sees next."""
+    client = Client(
+        "a",
+        EXAMPLES,
+        slm,
+        FIT,
+        0,
+        acceptance=Config.model_validate(settings | {"privacy": {"epsilon": 8.0}}).acceptance,
+        privacy=training(),
+    )
+    first = client.train()
+    zeros = {name: value * 0 for name, value in first.slm.weights.items()}
+    decision = client.install(Download("a", 0, 1, {}, dataclasses.replace(first.slm, weights=zeros)))
+    assert decision.accepted
+    assert decision.rows == 0
