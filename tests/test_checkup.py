@@ -2,6 +2,7 @@
 
 import socket
 import ssl
+import sys
 import threading
 
 import pytest
@@ -188,6 +189,18 @@ def test_what_a_silo_lacks(kits, shell, damage, message):
     code, out, _ = shell("doctor", kit)
     assert code == (0 if message.startswith("warning") else 2)
     assert message in out
+
+
+def test_a_silo_without_opacus_is_told_so_beside_all_else(kits, shell, monkeypatch):
+    kit = kits / "silos" / "silo-0"
+    change(kit, privacy=read_silo(kit).privacy.model_copy(update={"epsilon": 8.0}))
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    code, out, _ = shell("doctor", kit)
+    assert code == 2
+    assert lines(out, "error") == [
+        "error   privacy.epsilon: privacy.epsilon needs Opacus: pip install 'crosslm[privacy]'"
+    ]
+    assert "ok      slm: trains " in out
 
 
 def test_without_the_extra_it_says_so_and_looks_no_further(kits, shell, monkeypatch):
