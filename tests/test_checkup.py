@@ -8,6 +8,7 @@ import threading
 import pytest
 from test_federation import federated  # noqa: F401  the fixture
 
+import crosslm
 from crosslm import doctor
 from crosslm.config import Config, SLMSpec
 from crosslm.federation import provision as provision_module
@@ -209,6 +210,20 @@ def test_without_the_extra_it_says_so_and_looks_no_further(kits, shell, monkeypa
     assert code == 2
     assert "package no-such-flower: not installed; pip install 'crosslm[federation]'" in out
     assert "server.crt" not in out
+
+
+def test_a_kit_says_which_wheel_to_install(federated, tmp_path):  # noqa: F811
+    made(federated, tmp_path / "plain")
+    made({**federated, "privacy": {"epsilon": 8.0}}, tmp_path / "private")
+    for path, extras in (
+        ("plain/server", "federation"),
+        ("plain/silos/silo-0", "federation"),
+        ("private/silos/silo-0", "federation,privacy"),
+    ):
+        assert (
+            f"`pip install 'crosslm-{crosslm.__version__}-py3-none-any.whl[{extras}]'`"
+            in (tmp_path / path / "README.md").read_text()
+        )
 
 
 def test_a_kit_is_no_configuration(kits, shell):
