@@ -24,7 +24,7 @@ test-faults: $(VENV)/.dev          ## only: crashes, hostile uploads, the gate, 
 		tests/test_attacks.py $(ARGS)
 
 test-report: $(VENV)/.browser      ## the report in headless Chromium, which must be installed, with axe
-	$(BIN)/python -m pytest tests/test_report.py tests/test_report_browser.py $(ARGS)
+	REQUIRE_BROWSER=1 $(BIN)/python -m pytest tests/test_report.py tests/test_report_browser.py $(ARGS)
 
 docs: $(VENV)/.docs                ## the documentation site in docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html

@@ -123,3 +123,53 @@ def write_run(folder, arrivals=(("north", 0.2, 0.90), ("south", 0.5, 0.70)), ext
     )
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+FIGURES = {"texts": 60, "auc_upper": 0.95, "largest_share": 0.55, "correlation": 0.71, "correlation_upper": 0.84}
+GATE = (
+    {"event": "gate", "step": 1, "client": "north", "passed": True, "auc": 0.91, **FIGURES},
+    {"event": "gate", "step": 2, "client": "south", "passed": True, "auc": None, "texts": 3},
+    {"event": "gate", "client": "east", "passed": False, "auc": 0.5, "reason": f"no better than chance {HOSTILE}"}
+    | FIGURES,
+)
+"""What the gate finds of uploads: one that passed, one that too few texts speak of, one that it stopped."""
+
+
+def spooled(number, silo, state, note="", **times):
+    """An entry of the journal of a run between machines."""
+    known = {"received_at": 1.7e9 + 600 * number, "started_at": None, "served_at": None, "delivered_at": None}
+    return {"number": number, "silo": silo, "round": 0, "bytes": 9152, "state": state, "note": note} | known | times
+
+
+def write_run_between_machines(folder):
+    """As ``write_run``, of a server without test rows: no accuracy is known, and not all silos came."""
+    write_run(folder, extra=GATE)
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    unknown = ("slm/", "judge/")
+    told = [
+        {key: value for key, value in event.items() if not key.startswith(unknown)}
+        for event in events
+        if event["event"] != "test"
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in told))
+    summary = json.loads((folder / "summary.json").read_text())
+    silos = ("north", "south")
+    for facts in summary["clients"].values():
+        facts["model"] = {"model": None, "num_hidden_layers": None, "type": "bert"}
+    summary |= {
+        "slm": {method: dict.fromkeys([*silos, "mean"]) for method in summary["slm"]},
+        "confusion": {method: {} for method in summary["slm"]},
+        "test_rows": dict.fromkeys(silos),
+        "judge_accuracy": None,
+        "arrivals": [
+            spooled(1, "north", "delivered", started_at=1.7e9 + 700, served_at=1.7e9 + 900, delivered_at=1.7e9 + 960),
+            spooled(2, "south", "served", started_at=1.7e9 + 1300, served_at=1.7e9 + 1500),
+            spooled(3, "east", "refused", GATE[-1]["reason"], started_at=1.7e9 + 1900),
+        ],
+        "not_delivered": ["south"],
+        "not_uploaded": {"west": "was asked at 12:04"},
+    }
+    for measure in ("nlg_judge_accuracy", "nlu_accuracy"):
+        summary["llm"][measure] = {"before": None, "after": None}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder

@@ -2,11 +2,13 @@
 
 import socket
 import ssl
+import sys
 import threading
 
 import pytest
 from test_federation import federated  # noqa: F401  the fixture
 
+import crosslm
 from crosslm import doctor
 from crosslm.config import Config, SLMSpec
 from crosslm.federation import provision as provision_module
@@ -190,12 +192,38 @@ def test_what_a_silo_lacks(kits, shell, damage, message):
     assert message in out
 
 
+def test_a_silo_without_opacus_is_told_so_beside_all_else(kits, shell, monkeypatch):
+    kit = kits / "silos" / "silo-0"
+    change(kit, privacy=read_silo(kit).privacy.model_copy(update={"epsilon": 8.0}))
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    code, out, _ = shell("doctor", kit)
+    assert code == 2
+    assert lines(out, "error") == [
+        "error   privacy.epsilon: privacy.epsilon needs Opacus: pip install 'crosslm[privacy]'"
+    ]
+    assert "ok      slm: trains " in out
+
+
 def test_without_the_extra_it_says_so_and_looks_no_further(kits, shell, monkeypatch):
     monkeypatch.setattr(doctor, "requires", lambda _: ["no-such-flower; extra == 'federation'"])
     code, out, _ = shell("doctor", kits / "server")
     assert code == 2
     assert "package no-such-flower: not installed; pip install 'crosslm[federation]'" in out
     assert "server.crt" not in out
+
+
+def test_a_kit_says_which_wheel_to_install(federated, tmp_path):  # noqa: F811
+    made(federated, tmp_path / "plain")
+    made({**federated, "privacy": {"epsilon": 8.0}}, tmp_path / "private")
+    for path, extras in (
+        ("plain/server", "federation"),
+        ("plain/silos/silo-0", "federation"),
+        ("private/silos/silo-0", "federation,privacy"),
+    ):
+        assert (
+            f"`pip install 'crosslm-{crosslm.__version__}-py3-none-any.whl[{extras}]'`"
+            in (tmp_path / path / "README.md").read_text()
+        )
 
 
 def test_a_kit_is_no_configuration(kits, shell):

@@ -1,5 +1,6 @@
 """The pages of the documentation site: commands and fields that exist, a reference that is complete."""
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+import crosslm
 from crosslm.cli.main import app
 from crosslm.config import Config
 
@@ -73,6 +75,21 @@ def test_the_command_reference_has_every_command_and_option(reference):
     for name, command in typer.main.get_command(app).commands.items():
         assert f"## `crosslm {name}`" in page
         assert all(option in page for parameter in command.params for option in parameter.opts if "--" in option)
+
+
+def documented(page):
+    """The dotted names that ``autoclass`` and ``automodule`` of a page bring."""
+    yield from re.findall(r"^\.\. autoclass:: ([\w.]+)", page, flags=re.M)
+    for module, members in re.findall(r"^\.\. automodule:: (\S+)\n(?:   :members:(.*)\n)?", page, flags=re.M):
+        names = [name.strip() for name in members.split(",") if name.strip()]
+        for name in names or vars(importlib.import_module(module)):
+            yield f"{module}.{name}"
+
+
+def test_the_python_reference_has_every_public_name():
+    found = set(documented(PAGES["python.md"]))
+    for name in set(crosslm.__all__) - {"__version__"}:
+        assert f"{getattr(crosslm, name).__module__}.{name}" in found, name
 
 
 def test_every_link_of_a_page_leads_somewhere():

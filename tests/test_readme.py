@@ -21,6 +21,8 @@ def blocks(language):
 
 
 COMMANDS = [line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines()]
+# run by test_install.py
+INSTALL = ["source .venv/bin/activate"]
 # run by test_real.py with the real weights
 REAL = ["crosslm demo --quick"]
 OWN = ["crosslm run tickets.toml", "crosslm report runs/tickets-1", "crosslm evaluate runs/tickets-1"]
@@ -88,7 +90,7 @@ PRIVATE = [
 def test_every_command_is_known_here():
     make = [command for command in COMMANDS if command.startswith("make")]
     ours = [*START, *OWN, *USE, *RECOVERY, *PACKAGED, *PREPARE, *PRIVATE, *FEDERATED, *LIVE, *REPRODUCE]
-    assert sorted([*make, *REAL, *ours]) == sorted(COMMANDS)
+    assert sorted([*make, *INSTALL, *REAL, *ours]) == sorted(COMMANDS)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert {command.split()[1] for command in make} == {"demo", "test"} <= targets
 

@@ -1,9 +1,12 @@
 """The HTML report: its intervals, its warnings, and that untrusted text stays text."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from made_run import HOSTILE, write_run
@@ -15,6 +18,8 @@ from crosslm.html_report.findings import findings
 from crosslm.html_report.intervals import binomial_interval, difference_is_noise, paired_gain_interval
 from crosslm.html_report.page import differences, gain_interval, number, render
 from crosslm.rundir import RunDir
+
+ROOT = Path(__file__).parents[1]
 
 
 def view_of(folder):
@@ -290,3 +295,25 @@ def test_a_private_run_shows_its_bound_and_hides_what_was_hidden(tmp_path):
     assert "private rows: routine 90, urgent 110." in text
     assert "private rows: hidden." in text
     assert "epsilon of all uploads together north 7.99 (delta 1e-05); no bound for south." in text
+
+
+@pytest.mark.parametrize(
+    ("required", "code", "words"), [(True, 1, "no Chromium on the PATH: install"), (False, 0, "skipped")]
+)
+def test_without_a_browser_make_test_report_fails_and_make_test_skips(tmp_path, required, code, words):
+    pytest.importorskip("axe_playwright_python")
+    (recipe,) = re.findall(r"^\t(.*test_report_browser\.py.*)$", (ROOT / "Makefile").read_text(), flags=re.M)
+    (setting,) = re.findall(r"^(\w+=1) ", recipe)
+    name, _, value = setting.partition("=")
+    environment = {key: kept for key, kept in os.environ.items() if key != name} | {"PATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-k", "axe", "-x", "-rs"]
+    done = subprocess.run(
+        [*command, "tests/test_report_browser.py"],
+        cwd=ROOT,
+        env=environment | ({name: value} if required else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout
+    assert words in done.stdout

@@ -14,6 +14,7 @@ from transformers import AutoModel, BertConfig, Gemma3TextConfig
 
 from crosslm import doctor, memory, starter
 from crosslm.cli import main as cli
+from crosslm.config import PRESETS
 from crosslm.config_file import load
 from crosslm.errors import ConfigError, ModelError
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
@@ -80,6 +81,16 @@ def test_the_task_that_is_written_passes_the_doctor_and_runs(start, shell, model
     assert set(json.loads((tmp_path / "run" / "summary.json").read_text())["slm"]["crosslm"]) == {
         "north", "east", "mean",
     }  # fmt: skip
+
+
+def test_what_is_written_leaves_the_preset_as_it_is(start, tmp_path):
+    code, _, err = start()
+    assert code == 0, err
+    config = load(tmp_path / "tickets" / "tickets.toml")
+    assert config.preset == "recommended"
+    for section, fields in PRESETS["recommended"].items():
+        found = getattr(config, section)
+        assert {name: getattr(found, name) for name in fields} == fields
 
 
 def test_nothing_is_written_over_and_nothing_is_left_half(start, tmp_path):

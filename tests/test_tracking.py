@@ -149,6 +149,7 @@ def test_tensorboard_asked_for_and_by_default(settings, tmp_path, name):
 
 
 LOG = """
+import os
 import sys
 from pathlib import Path
 from crosslm.tracking import TRACKERS
@@ -156,6 +157,7 @@ tracker = TRACKERS[sys.argv[1]](Path.cwd(), {"seed": 1, "task": {"labels": ["a",
 tracker.log({"llm/loss": 2.0}, "update", 1)
 tracker.log({"slm/accuracy": 0.8, "slm/accuracy/a": 0.8}, "arrival", 1)
 tracker.close()
+print(os.environ.get("MLFLOW_DISABLE_TELEMETRY"))
 """
 
 
@@ -175,11 +177,13 @@ def test_the_others_keep_figures_on_this_machine(name, left, tmp_path):
         "TRACKIO_DIR": str(tmp_path / "trackio"),
     }
     command = [sys.executable, "-c", LOG, name]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, **where}, capture_output=True, text=True, check=False
-    )
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_DISABLE_TELEMETRY"} | where
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     kept = list(tmp_path.glob(left))
     assert kept
+    if name == "mlflow":
+        assert b"slm/accuracy" in kept[0].read_bytes()
+        assert done.stdout.split()[-1] == "true"  # its own telemetry is off
     if name == "trackio":
         assert any(b'"slm/accuracy":0.8' in path.read_bytes() for path in kept)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-from crosslm.config import Config
+from crosslm.config import Config, PrivacyConfig
 from crosslm.config_file import load
 from crosslm.data import find_file, load_examples, load_split
 from crosslm.errors import CrosslmError, DataError
@@ -147,13 +147,19 @@ def asked_for(config: Config) -> Iterator[Finding]:
             yield Finding("ok", "tracking", ", ".join(trackers))
     except CrosslmError as error:
         yield Finding("error", "tracking", str(error))
-    if config.privacy.epsilon:
-        try:
-            require_opacus()
-        except CrosslmError as error:
-            yield Finding("error", "privacy.epsilon", str(error))
-        else:
-            yield Finding("ok", "privacy.epsilon", f"{config.privacy.epsilon:g}, by DP-SGD at each client")
+    yield from private(config.privacy)
+
+
+def private(privacy: PrivacyConfig) -> Iterator[Finding]:
+    """Whether Opacus is there, if a client is to train with differential privacy."""
+    if not privacy.epsilon:
+        return
+    try:
+        require_opacus()
+    except CrosslmError as error:
+        yield Finding("error", "privacy.epsilon", str(error))
+    else:
+        yield Finding("ok", "privacy.epsilon", f"{privacy.epsilon:g}, by DP-SGD at the client")
 
 
 def device(name: str) -> Finding:

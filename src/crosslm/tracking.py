@@ -1,6 +1,7 @@
 """A run's figures in the trackers that people have. Numbers and the configuration go there, no text."""
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,9 +44,10 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run of the experiment ``crosslm``, wherever ``MLFLOW_TRACKING_URI`` says."""
+    """A run of the experiment ``crosslm``, wherever ``MLFLOW_TRACKING_URI`` says, and nothing to MLflow's makers."""
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it when it is imported
         import mlflow
 
         mlflow.set_experiment(PROJECT)

@@ -24,7 +24,6 @@ from crosslm.federation.kits import (
     silo_names,
 )
 from crosslm.federation.silo import Silo
-from crosslm.models.accounting import require_opacus
 from crosslm.models.sources import check_model, model_folder
 from crosslm.preparation import check_slm, client_specs, describe_spec
 
@@ -111,9 +110,7 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
         yield doctor.count_rows("data", settings.data.train, silo.private(), settings.labels)
     except CrosslmError as error:
         yield Finding("error", "data", str(error))
-    if settings.privacy.epsilon:
-        require_opacus()
-        yield Finding("ok", "privacy.epsilon", f"{settings.privacy.epsilon:g}, by DP-SGD")
+    yield from doctor.private(settings.privacy)
     named, folders = {"slm.model": settings.slm.model}, dict[str, str]()
     if settings.privacy.checks_leaks:
         named["encoder"] = settings.encoder

@@ -16,12 +16,15 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from crosslm import __version__
 from crosslm.config import ClientConfig, Config
 from crosslm.errors import FederationError
 from crosslm.federation.kits import SERVER_FILE, SILO_FILE, ServerSettings, SiloData, SiloSettings, dump, read_server
 from crosslm.preparation import client_specs
 
 VALID_DAYS = 825
+WHEEL = f"crosslm-{__version__}-py3-none-any.whl"
+"""What ``pip wheel`` makes of this version; a kit's README says to install it."""
 FIRST_RUNTIME_PORT = 9094
 FLOWER_APP = """\
 # The app that Flower hands to the silos. It holds no code: each silo runs the crosslm that it installed itself.
@@ -40,7 +43,8 @@ serverapp = "crosslm.federation.flower.server_app:app"
 clientapp = "crosslm.federation.flower.client_app:app"
 """
 UNIT = """\
-# systemd unit: copy to /etc/systemd/system, set WorkingDirectory to this kit, then: systemctl enable --now {name}
+# systemd unit: copy to /etc/systemd/system, set WorkingDirectory to this kit and, if crosslm is in a virtual
+# environment, ExecStart to the whole path of that crosslm; then: systemctl enable --now {name}
 [Unit]
 Description=crosslm {what}
 After=network-online.target
@@ -59,7 +63,8 @@ WantedBy=multi-user.target
 """
 START = """\
 #!/bin/sh
-# Starts what is in this kit, and starts it again when it dies. Needs: pip install 'crosslm[federation]'
+# Starts what is in this kit, and starts it again when it dies. Needs crosslm on the PATH: activate its
+# virtual environment first.
 cd "$(dirname "$0")" || exit 1
 while true; do
     crosslm {command} . && exit 0
@@ -72,7 +77,8 @@ done
 SERVER_README = """\
 # crosslm server of {experiment}
 
-1. `pip install 'crosslm[federation]'` (the same version as the silos).
+1. `pip install '{wheel}[federation]'`, in the version of the silos: the wheel is made in crosslm's source folder by
+   `pip wheel --no-deps .`, and carried here.
 2. Check `config.toml` (the task, the LLM) and `server.toml` (where to listen). Files that `config.toml` names for the
    server (`data.test`, `llm.vocabulary_texts`, `gate.public_texts`) belong into this folder; without the file of
    `data.test` no accuracy is known here. Files of silos (`clients.train`) do not belong here.
@@ -87,7 +93,8 @@ silos ask. `server.key` is this server's secret. Results come in `run/` (`crossl
 SILO_README = """\
 # crosslm silo {silo} of {experiment}
 
-1. `pip install 'crosslm[federation]'` (the same version as the server).
+1. `pip install '{wheel}[{extras}]'`, in the version of the server: whoever sent this kit has the wheel, which is made
+   in crosslm's source folder by `pip wheel --no-deps .`.
 2. Put your labelled text where `silo.toml` says (`data`), or change that. The server cannot see or change `silo.toml`.
 3. `crosslm client . --dry-run` prints every tensor and every field that would leave, and sends nothing.
 4. `crosslm client .`, or `./start.sh`, or the systemd unit `crosslm-silo.service`: each starts again what dies.
@@ -172,7 +179,9 @@ def _server_kit(kit: Path, settings: ServerSettings, config: Config, authority: 
     here = config.data.model_copy(update={"dir": "."})  # what the server may see is put into its kit
     _text(kit / "config.toml", config.model_copy(update={"data": here}).dump())
     _text(kit / "app" / "pyproject.toml", FLOWER_APP)
-    _text(kit / "README.md", SERVER_README.format(experiment=settings.experiment, address=settings.address))
+    _text(
+        kit / "README.md", SERVER_README.format(experiment=settings.experiment, address=settings.address, wheel=WHEEL)
+    )
     _start_files(kit, "server", "crosslm-server", "server")
     (kit / "silos").mkdir(exist_ok=True)
 
@@ -185,8 +194,9 @@ def _silo_kit(kit: Path, settings: SiloSettings, server: Path) -> None:
     _file(kit / "ca.crt", (server / "ca.crt").read_bytes())
     _secret(kit / "silo.key", private)
     _text(kit / SILO_FILE, dump(settings))
-    texts = {"silo": settings.id, "experiment": settings.experiment, "address": settings.server}
-    _text(kit / "README.md", SILO_README.format(**texts))
+    texts = {"silo": settings.id, "experiment": settings.experiment, "address": settings.server, "wheel": WHEEL}
+    extras = "federation,privacy" if settings.privacy.epsilon else "federation"
+    _text(kit / "README.md", SILO_README.format(**texts, extras=extras))
     _start_files(kit, "client", "crosslm-silo", settings.id)
     _file(server / "silos" / f"{settings.id}.pub", public + b"\n")  # last: from now on the server knows it
 
