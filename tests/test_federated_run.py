@@ -395,7 +395,6 @@ def test_downloads_go_out_though_the_llm_cannot_be_measured_and_a_restart_comple
 ):
     """The whole server application over a grid in memory."""
     monkeypatch.setenv("CROSSLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(server_app, "DELIVERY_TIME", 60.0)
 
     def fails(self, silos):
         raise ModelError("the LLM could not write")

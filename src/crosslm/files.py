@@ -17,7 +17,7 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
     Raises:
         OSError: it cannot be written; what was there before is still there.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("wb") as file:
         for part in parts:
@@ -25,6 +25,11 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
         file.flush()
         os.fsync(file.fileno())
     rename(partial, path)
+
+
+def partial_of(path: Path) -> Path:
+    """Under what name a file is written before it has its own."""
+    return path.with_name(path.name + PARTIAL)
 
 
 def rename(path: Path, target: Path) -> None:
