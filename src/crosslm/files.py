@@ -1,7 +1,9 @@
-"""Writing a file whole or not at all, for everything that must survive a crash."""
+"""Writing a file whole or not at all, for everything that must survive a crash; and working in a folder alone."""
 
+import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -40,3 +42,20 @@ def rename(path: Path, target: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Hold a lock that no other process can hold meanwhile; a process that dies lets go by itself.
+
+    Args:
+        lock: a file, made if it is not there; its folder too.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the file cannot be written.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
