@@ -45,4 +45,4 @@ def _part(array: Array, name: str) -> bytes:
         raise UploadError(f"its array {name[:20]!r} cannot be read: {type(error).__name__}: {error}"[:200]) from error
     if read.dtype != np.uint8 or read.ndim != 1:
         raise UploadError(f"its array {name[:20]!r} is of {read.dtype} in {read.ndim} dimensions; bytes are needed")
-    return read.tobytes()
+    return bytes(read.tobytes())

@@ -108,9 +108,13 @@ def _descendants(pid: int) -> list[psutil.Process]:
 
 def environment(kit: Path) -> dict[str, str]:
     """The environment of Flower's processes: nothing is reported anywhere, nothing is asked of the internet."""
-    quiet = QUIET | {"TOKENIZERS_PARALLELISM": "false"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # they call each other
-    return {**os.environ, **quiet, "PATH": path, "FLWR_HOME": str(kit / "flower"), KIT: str(kit)}
+    return {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PATH": path, **settings_of(kit)}
+
+
+def settings_of(kit: Path) -> dict[str, str]:
+    """What in that environment is of this kit, and what keeps Flower quiet."""
+    return {**QUIET, "FLWR_HOME": str(kit.absolute() / "flower"), KIT: str(kit.absolute())}
 
 
 def program(name: str) -> str:
