@@ -425,7 +425,10 @@ def test_downloads_go_out_though_the_llm_cannot_be_measured_and_a_restart_comple
     def fails(self, silos):
         raise ModelError("the LLM could not write")
 
-    provision(Config.model_validate(tables), "localhost:9400", tmp_path / "kits")
+    drained, drain = [], FlowerExchange.drain
+    monkeypatch.setattr(FlowerExchange, "drain", lambda *given: (drained.append(given[1]), drain(*given))[1])
+    config = Config.model_validate(tables | {"federation": {"delivery_hours": 0.05}})
+    provision(config, "localhost:9400", tmp_path / "kits")
     kit = tmp_path / "kits" / "server"
     shutil.copy(Path(tables["data"]["dir"]) / "public.csv", kit)
     grid = MemoryGrid({decode_upload(upload).client_id: silo_with(upload) for upload in local[1]})
@@ -437,6 +440,7 @@ def test_downloads_go_out_though_the_llm_cannot_be_measured_and_a_restart_comple
         assert {arrival.state for arrival in spool.arrivals()} == {"delivered"}
     server_app.serve_kit(kit, grid, spool)
     assert spool.fact("finished") == ""
+    assert drained == [180.0, 180.0]
     summary = RunDir.open(kit / "run").summary()
     assert set(summary["clients"]) == set(SILOS)
     assert (summary["not_delivered"], summary["not_uploaded"]) == ([], {})

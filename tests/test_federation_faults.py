@@ -8,9 +8,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 
 import numpy as np
+import psutil
 import pytest
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
@@ -243,13 +245,18 @@ def test_a_kit_is_run_by_one_process(kits, shell, monkeypatch, command, kit):  #
 
 
 def test_what_a_killed_command_left_running_is_ended_by_the_next_and_nothing_else_is(tmp_path):
-    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    sleep = "import time; time.sleep(600)"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {sleep!r}]); time.sleep(600)"
+    command = [sys.executable, "-c", code]
     first, second = (processes.Child("superlink", command, tmp_path) for _ in range(2))
     first.start()
+    while not (started := psutil.Process(first.process.pid).children()):
+        time.sleep(0.1)
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(601)"])
     try:
         second.start()
         assert first.died()
+        assert psutil.wait_procs(started, timeout=30)[1] == []
         assert second.process.poll() is None
         (tmp_path / "logs" / "superlink.pid").write_text(str(other.pid))  # a number that was given out again
         second._stop_orphan()
@@ -257,7 +264,8 @@ def test_what_a_killed_command_left_running_is_ended_by_the_next_and_nothing_els
         (tmp_path / "logs" / "superlink.pid").write_text("none")
         second._stop_orphan()
     finally:
-        for process in (first.process, second.process, other):
+        second.stop()
+        for process in (first.process, other):
             process.kill()
             process.wait()
 
@@ -441,4 +449,4 @@ def test_flowers_own_commands_find_the_server_of_a_kit_wherever_it_is(kits, tmp_
     }
     code, out, _ = shell("client", kits / "silos" / "silo-0", "--environment")
     assert code == 0
-    assert f"export CROSSLM_KIT={kits / 'silos' / 'silo-0'}" in out.replace("\n/", "/")
+    assert f"export CROSSLM_KIT={kits / 'silos' / 'silo-0'}" in out

@@ -299,8 +299,11 @@ def spool_bytes(run, name):
 
 def child_of(party):
     """The process of Flower's that a command of ours has started, if it runs."""
-    running = [process for process in psutil.Process(party.process.pid).children() if process.status() != "zombie"]
-    return running[0] if running else None
+    for process in psutil.Process(party.process.pid).children():
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                return process
+    return None
 
 
 def application_of(run):

@@ -60,11 +60,16 @@ class Child:
         """End the process that an earlier start left behind when it was killed: it would keep the port."""
         try:
             orphan = psutil.Process(int(self._pid_file.read_text()))
-            if orphan.cmdline()[-len(self.command) + 1 :] == self.command[1:]:
-                orphan.terminate()
-                orphan.wait(15)
+            if orphan.cmdline()[-len(self.command) + 1 :] != self.command[1:]:
+                return  # the number was given to another process
+            started = _descendants(orphan.pid)
+            orphan.terminate()
         except (OSError, ValueError, psutil.Error):
             return
+        psutil.wait_procs([orphan], timeout=15)
+        for process in (orphan, *started):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def died(self) -> bool:
         """Whether it was started and runs no more."""
