@@ -80,7 +80,7 @@ class Wire:
         if message.metadata.message_type == "train.upload":
             content["message"] = split(encode(replace(self.upload, client_id=name, client_round=number)))
         else:
-            content["reply"]["size"] = sum(map(len, joined(message.content["message"])))
+            content["reply"]["size"] = sum(map(len, joined(message.content["message"], IntakeConfig().max_bytes)))
         self.replies[name] = Message(content, reply_to=message)
         return [name]
 

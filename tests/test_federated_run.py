@@ -349,6 +349,32 @@ def test_a_quarantined_upload_is_an_event_with_its_figures(tables, local, tmp_pa
     assert Run.open(tmp_path / "kit" / "run").clients == ()
 
 
+def test_what_was_refused_is_still_known_after_a_restart(tables, local, tmp_path):
+    """The figures of a quarantined upload too, which the spool's journal has not; and nothing is done again."""
+    kit, (first, second) = tmp_path / "kit", map(decode_upload, local[1])
+    server = federation(kit, tables, [])
+    before = next(server)
+    spool, again = before.spool, []
+    for upload, data in zip((first, second), local[1], strict=True):
+        spool.put(upload.client_id, 0, [data])
+        spool.next()
+        before._refuse = lambda *_: None  # it is killed before the journal is told
+        before.refused(upload, QuarantineError("quarantined: no good", {"auc": 0.4}))
+    before.failed("silo-2", "round 0: failed upload: its reply has no message")
+    RunDir(kit / "run").event("note", message="cut off")
+    config = before.config
+    deployment = Deployment.open(kit / "run", config, kit / "cache", lambda *given: again.append(given), spool)
+    assert [(gate["client"], gate["auc"]) for gate in events(kit / "run", "gate")] == [
+        (first.client_id, 0.4),
+        (second.client_id, 0.4),
+    ]
+    assert [event["client"] for event in events(kit / "run", "failure")] == ["silo-2"]
+    assert not [event for event in events(kit / "run", "note") if event["message"] == "cut off"]
+    assert [(silo, number) for silo, number, _ in again] == [(first.client_id, 0)]  # the second was not yet begun
+    assert deployment.server.steps == 0
+    server.close()
+
+
 def test_a_server_that_is_started_again_counts_on(tables, local, tmp_path):
     kit, uploads = tmp_path / "kit", local[1]
     server = federation(kit, tables, uploads)
@@ -395,12 +421,14 @@ def test_downloads_go_out_though_the_llm_cannot_be_measured_and_a_restart_comple
 ):
     """The whole server application over a grid in memory."""
     monkeypatch.setenv("CROSSLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(server_app, "DELIVERY_TIME", 60.0)
 
     def fails(self, silos):
         raise ModelError("the LLM could not write")
 
-    provision(Config.model_validate(tables), "localhost:9400", tmp_path / "kits")
+    drained, drain = [], FlowerExchange.drain
+    monkeypatch.setattr(FlowerExchange, "drain", lambda *given: (drained.append(given[1]), drain(*given))[1])
+    config = Config.model_validate(tables | {"federation": {"delivery_hours": 0.05}})
+    provision(config, "localhost:9400", tmp_path / "kits")
     kit = tmp_path / "kits" / "server"
     shutil.copy(Path(tables["data"]["dir"]) / "public.csv", kit)
     grid = MemoryGrid({decode_upload(upload).client_id: silo_with(upload) for upload in local[1]})
@@ -412,6 +440,7 @@ def test_downloads_go_out_though_the_llm_cannot_be_measured_and_a_restart_comple
         assert {arrival.state for arrival in spool.arrivals()} == {"delivered"}
     server_app.serve_kit(kit, grid, spool)
     assert spool.fact("finished") == ""
+    assert drained == [180.0, 180.0]
     summary = RunDir.open(kit / "run").summary()
     assert set(summary["clients"]) == set(SILOS)
     assert (summary["not_delivered"], summary["not_uploaded"]) == ([], {})

@@ -51,11 +51,12 @@ def free_ports(count):
 class Party:
     """A command of ours in a process with a home of its own."""
 
-    def __init__(self, command, kit, home):
+    def __init__(self, command, kit, home, log=None, **variables):
         self.kit = kit
-        self.log = Path(f"{kit}-{command}.log")
+        self.log = Path(f"{kit}-{log or command}.log")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("FLWR", "PYTEST"))}
         environment |= {"HOME": str(home), "CROSSLM_CACHE": str(home / "cache"), "OMP_NUM_THREADS": "1"}
+        environment |= variables
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "crosslm.cli.main", command, str(kit)], stdout=log, stderr=log, env=environment
@@ -122,10 +123,10 @@ class Federation:
         fit = read_silo(self.kit(name)).fit
         self.change(name, fit=fit.model_copy(update={"epochs": epochs}))
 
-    def start(self, command, kit):
+    def start(self, command, kit, log=None, **variables):
         home = self.folder / f"home-{kit.name}"
         home.mkdir(exist_ok=True)
-        party = Party(command, kit, home)
+        party = Party(command, kit, home, log, **variables)
         self.parties.append(party)
         return party
 
@@ -168,6 +169,37 @@ def arrived(name, *states):
     return lambda spool: any(arrival.state in states for arrival in spool.of(name))
 
 
+TWICE = """
+import sys
+from pathlib import Path
+
+if any("flower-supernode" in part for part in sys.orig_argv):
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+
+    once = FleetHttpClient.PushMessages
+
+    def twice(client, request):
+        answer = once(client, request)
+        again = "taken"
+        try:
+            answer = once(client, request)
+        except Exception as error:
+            again = f"refused: {error}"
+        with (Path(__file__).parent / "sent").open("a") as file:
+            file.write(again + "\\n")
+        return answer
+
+    FleetHttpClient.PushMessages = twice
+"""
+
+
+def answering_twice(folder):
+    """An environment in which a silo sends each of its answers two times, with its own signature."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(TWICE)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+
 def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
     run = start(["fast", "middle", "slow"])
     run.epochs("slow", 1500)
@@ -185,11 +217,18 @@ def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
     shutil.copytree(run.kit("middle"), forger)  # a certificate of another authority
     provision(run.config, "localhost:1", run.folder / "others")
     shutil.copy(run.folder / "others" / "authority" / "ca.crt", forger / "ca.crt")
-    for kit, port in zip((stranger, forger), free_ports(2), strict=True):
+    keyless, mistaken = run.folder / "keyless", run.folder / "mistaken"
+    shutil.copytree(run.kit("middle"), keyless)
+    (keyless / "silo.key").unlink()
+    shutil.copytree(run.kit("middle"), mistaken)  # the key of another silo
+    shutil.copy(run.kit("slow") / "silo.key", mistaken)
+    shut_out = (stranger, forger, keyless, mistaken)
+    for kit, port in zip(shut_out, free_ports(4), strict=True):
         (kit / SILO_FILE).write_text(dump(read_silo(kit).model_copy(update={"runtime_port": port})))
 
     server = run.start("server", run.server_kit)
-    silos = {name: run.start("client", run.kit(name)) for name in ("slow", "fast")}
+    twice = answering_twice(run.folder / "twice")
+    silos = {"slow": run.start("client", run.kit("slow")), "fast": run.start("client", run.kit("fast"), **twice)}
     run.until(arrived("fast", "delivered"), "the fast silo's download")
     spool = run.spool()
     assert not spool.of("slow"), "the fast silo is complete before the slow one has sent"
@@ -206,10 +245,22 @@ def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
         urllib.request.urlopen(unsigned, context=context)
     assert 400 <= refused.value.code < 500
 
-    let_in = [run.start("client", kit) for kit in (stranger, forger)]
-    assert [party.wait() for party in let_in] == [2, 2]
-    assert "the server does not know the key" in let_in[0].text()
-    assert "was not signed by the authority" in let_in[1].text()
+    for kit, words in zip(
+        shut_out,
+        (
+            "the server does not know the key",
+            "was not signed by the authority",
+            "silo.key: is not a key as crosslm provision makes them",
+            "as that of silo slow",
+        ),
+        strict=True,
+    ):
+        party = run.start("client", kit)
+        assert party.wait() == 2
+        assert words in party.text()
+    again = run.start("server", run.server_kit, log="again")  # and the first one goes on
+    assert again.wait() == 2
+    assert "is run by another process already" in again.text()
 
     silos["middle"] = run.start("client", run.kit("middle"))  # a late joiner
     assert server.wait() == 0, server.text()
@@ -220,6 +271,8 @@ def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
     arrivals = spool.arrivals()
     assert arrivals[0].silo == "fast"
     assert {arrival.state for arrival in arrivals} == {"delivered"}
+    assert len(arrivals) == 3
+    assert len((run.folder / "twice" / "sent").read_text().splitlines()) == 2  # the upload and that it was installed
     config = load(run.server_kit / "config.toml")
     llm = LLM.load(str(models / "gpt2"), config.llm, seed_for(config.seed, "llm"))
     method = Server(config, Task.from_config(config.task), llm, SentenceEncoder(str(models / "encoder")))
@@ -244,6 +297,24 @@ def spool_bytes(run, name):
     return (run.server_kit / "spool" / f"{name}-0000-up.safetensors").read_bytes()
 
 
+def child_of(party):
+    """The process of Flower's that a command of ours has started, if it runs."""
+    for process in psutil.Process(party.process.pid).children():
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                return process
+    return None
+
+
+def application_of(run):
+    """The number of the server application's process."""
+    spool = run.spool()
+    try:
+        return int((spool.fact("process") or "0").split()[0])
+    finally:
+        spool.close()
+
+
 def test_processes_that_die_and_a_silo_that_never_answers(start, models):
     run = start(["steady", "killed", "silent"], deadline_minutes=60.0)
     run.epochs("killed", 1500)
@@ -254,15 +325,23 @@ def test_processes_that_die_and_a_silo_that_never_answers(start, models):
         return "asked for" in (spool.fact("silo/killed") or "")
 
     run.until(asked, "a request to the silo that will be killed")
-    node = psutil.Process(silos["killed"].process.pid).children()[0]
-    for process in [*node.children(recursive=True), node]:
+    first = child_of(silos["killed"])
+    for process in [*first.children(recursive=True), first]:
         process.kill()  # in the middle of its training; crosslm client starts it again
-    node = psutil.Process(silos["silent"].process.pid).children()[0]
+    node = child_of(silos["silent"])
     for process in [*node.children(recursive=True), node]:
         process.suspend()
 
+    run.until(lambda _: child_of(silos["killed"]) not in (None, first), "a new start of what was killed")
+    orphan = child_of(silos["killed"])
+    silos["killed"].process.kill()  # crosslm client itself, which ends nothing; the same command again
+    silos["killed"].process.wait()
+    silos["killed"] = run.start("client", run.kit("killed"))
+    run.until(lambda _: child_of(silos["killed"]) is not None, "a start after crosslm client was killed")
+    assert not orphan.is_running()
+
     run.until(arrived("steady", "delivered"), "the steady silo's download")
-    superlink = psutil.Process(server.process.pid).children()[0]
+    superlink = child_of(server)
     assert "flower-superlink" in " ".join(superlink.cmdline())
     superlink.kill()  # the server application dies with it; crosslm server starts both again, and silos come back
     run.epochs("killed", 2)  # of the training that begins again nothing more is asked than that it ends
@@ -272,13 +351,17 @@ def test_processes_that_die_and_a_silo_that_never_answers(start, models):
     tables["federation"]["deadline_minutes"] = 0.01  # and so the run ends
     assert silos["steady"].wait() == 0
     assert silos["killed"].wait() == 0
+    assert "the SuperLink ended and is started again" in server.text()
+    orphan, before = child_of(server), application_of(run)
+    server.process.kill()  # crosslm server itself, which ends nothing; the same command again
+    server.process.wait()
+    server = run.start("server", run.server_kit)
+    run.until(lambda _: application_of(run) != before, "a start after crosslm server was killed")
+    assert not orphan.is_running()
     (run.server_kit / "config.toml").write_text(tomli_w.dumps(tables))
-    spool = run.spool()
-    application = int((spool.fact("process") or "0").split()[0])
-    spool.close()
+    application = application_of(run)
     os.kill(application, signal.SIGKILL)  # the server application alone; crosslm server starts it again
     assert server.wait() == 0, server.text()
-    assert "the SuperLink ended and is started again" in server.text()
     assert "the server application ended before the run was complete and is started again" in server.text()
     spool = run.spool()
     assert [(arrival.silo, arrival.state) for arrival in spool.arrivals()] == [

@@ -1,7 +1,9 @@
-"""Writing a file whole or not at all, for everything that must survive a crash."""
+"""Writing a file whole or not at all, for everything that must survive a crash; and working in a folder alone."""
 
+import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -17,7 +19,7 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
     Raises:
         OSError: it cannot be written; what was there before is still there.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("wb") as file:
         for part in parts:
@@ -25,6 +27,11 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
         file.flush()
         os.fsync(file.fileno())
     rename(partial, path)
+
+
+def partial_of(path: Path) -> Path:
+    """Under what name a file is written before it has its own."""
+    return path.with_name(path.name + PARTIAL)
 
 
 def rename(path: Path, target: Path) -> None:
@@ -35,3 +42,20 @@ def rename(path: Path, target: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Hold a lock that no other process can hold meanwhile; a process that dies lets go by itself.
+
+    Args:
+        lock: a file, made if it is not there; its folder too.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the file cannot be written.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield

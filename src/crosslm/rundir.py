@@ -9,14 +9,14 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosslm.config import Config
 from crosslm.errors import RunError
-from crosslm.files import PARTIAL, write_whole
+from crosslm.files import PARTIAL, alone, write_whole
 
 if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
     from torch import Tensor
@@ -92,18 +92,15 @@ class RunDir:
         Raises:
             RunError: another one is at work here, or the folder cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("a")
-        except OSError as error:
-            raise RunError(f"{self.path}: cannot be written: {error}; choose another --output") from error
-        with lock:
+        with ExitStack() as held:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                held.enter_context(alone(self.path / LOCK))
+            except BlockingIOError as error:
                 raise RunError(
                     f"{self.path}: another process is at work on this run; wait for it, stop it, or use another folder"
                 ) from error
+            except OSError as error:
+                raise RunError(f"{self.path}: cannot be written: {error}; choose another --output") from error
             yield
 
     def is_locked(self) -> bool:

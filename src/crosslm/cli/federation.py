@@ -1,6 +1,7 @@
 """Commands of a federation between machines."""
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,9 @@ import typer
 from crosslm.cli.app import CacheOption, ConfigArgument, DataDirOption, SetOption, app, console, quiet_libraries
 from crosslm.config_file import load
 
+EnvironmentOption = Annotated[
+    bool, typer.Option("--environment", help="Print the environment of Flower's own commands; start nothing.")
+]
 KitArgument = Annotated[Path, typer.Argument(metavar="KIT", help="Folder that crosslm provision made.")]
 
 
@@ -34,13 +38,20 @@ def provision(
 
 
 @app.command()
-def server(kit: KitArgument) -> None:
+def server(kit: KitArgument, environment: EnvironmentOption = False) -> None:
     """Run the server of a kit until all silos are served; start it again and it goes on."""
     from crosslm.federation.flower.processes import end_on_sigterm
-    from crosslm.federation.flower.server_processes import ServerProcesses
+    from crosslm.federation.flower.server_processes import ServerProcesses, configure
+    from crosslm.federation.kits import held, read_server
 
+    read_server(kit)  # a folder that is no kit gets nothing written
+    if environment:
+        configure(kit)
+        _print_environment(kit)
+        return
     end_on_sigterm()
-    waiting = ServerProcesses(kit, _say).run()
+    with held(kit):
+        waiting = ServerProcesses(kit, _say).run()
     _say("complete" + (f"; not delivered to: {', '.join(waiting)}" if waiting else ""))
     _say(f"Everything is in {kit / 'run'} (summary.json, synthetic/, slm/, llm/). See it: crosslm report {kit / 'run'}")
 
@@ -51,6 +62,7 @@ def client(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every tensor and field that would leave; send nothing.")
     ] = False,
+    environment: EnvironmentOption = False,
     cache_dir: CacheOption = None,
 ) -> None:
     """Run the silo of a kit: train when asked, upload, install what returns."""
@@ -59,15 +71,20 @@ def client(
     from crosslm.models.sources import cache_folder
 
     silo = Silo(kit, cache_folder(cache_dir))
+    if environment:
+        _print_environment(kit)
+        return
     if dry_run:
         _print_contents(silo.would_send())
         return
     silo.private()  # a file that cannot be used is found now, and not when the server asks
     from crosslm.federation.flower.processes import end_on_sigterm
     from crosslm.federation.flower.silo_processes import run_silo
+    from crosslm.federation.kits import held
 
     end_on_sigterm()
-    run_silo(silo, _say)
+    with held(kit):
+        run_silo(silo, _say)
 
 
 def silo_status(kit: Path) -> None:
@@ -129,6 +146,14 @@ def _print_contents(found: dict[str, object]) -> None:
     _say(f"field   metrics, numbers of the training: {', '.join(names)}")
     _say(f"{len(tensors)} tensors of {found['tensor_bytes']} bytes, and these fields. Nothing else leaves.")
     _say("Nothing was sent.")
+
+
+def _print_environment(kit: Path) -> None:
+    """As a shell takes it: eval "$(crosslm server KIT --environment)"."""
+    from crosslm.federation.flower.processes import settings_of
+
+    for name, value in settings_of(kit).items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
 
 
 def _ago(moment: float) -> str:

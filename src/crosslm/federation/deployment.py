@@ -52,6 +52,7 @@ class Deployment:
         self.before: dict[str, float] = {}
         self.tokens_generated = 0
         self.removed: Counter[str] = Counter()
+        self._completed = False
 
     @classmethod
     def open(cls, folder: Path, config: Config, cache: Path, refuse: Refuse, spool: Spool) -> "Deployment":
@@ -106,6 +107,9 @@ class Deployment:
         for arrival in self.spool.of(str(cause.get("client"))):
             if arrival.round == cause["round"] and arrival.state in ("received", "processing"):
                 self.spool.serve(arrival.silo, arrival.round, get(state["download"]))
+        for silo, number, reason in state.get("refused", []):
+            if any(arrival.round == number and arrival.state == "processing" for arrival in self.spool.of(silo)):
+                self._refuse(silo, number, UploadError(reason))  # it was known to be no good, and not yet told
 
     def _save(self, cause: dict[str, Any], download: bytes | None) -> None:
         put, server = self.checkpoints.put, self.server
@@ -179,7 +183,22 @@ class Deployment:
         else:
             self.run.event("failure", client=who, error=f"{type(error).__name__}: {error}")
         self.spool.note("working on", "")
+        self._keep_events([who, upload.client_round, str(error)])
         self._refuse(who, upload.client_round, error)
+
+    def failed(self, silo: str, reason: str) -> None:
+        """A silo refuses what it was asked for, or its answer cannot be used: an event of the run."""
+        self.run.event("failure", client=silo, error=reason)
+        self._keep_events()
+
+    def _keep_events(self, *refused: list[Any]) -> None:
+        """What has been written of uploads that change nothing outlasts a restart as the last checkpoint does."""
+        record = self.checkpoints.last()
+        if record is None or self._completed:  # what a completed run has measured is measured again after a restart
+            return
+        state = record["state"]
+        state |= {"events": self.run.keep_events(), "refused": [*state.get("refused", []), *refused]}
+        self.checkpoints.write(record["arrival"], record["cause"], record["adapter"], state)
 
     def complete(self, silos: Iterable[str]) -> None:
         """The last upload was served: measure the LLM, and write cards and summary.
@@ -190,6 +209,7 @@ class Deployment:
         Raises:
             ModelError: the LLM could not write the texts that it is measured by.
         """
+        self._completed = True
         count = self.config.evaluation.nlg_samples
         self.run.save_llm(self.server.llm)
         after = self.meter.reading(self.server.llm, "after")

@@ -5,6 +5,8 @@ the federation's authority. The authority's own key stays where the kits were ma
 """
 
 import tomllib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -22,7 +24,8 @@ from crosslm.config import (
 )
 from crosslm.config_file import load
 from crosslm.errors import FederationError
-from crosslm.rundir import KIT_FILE
+from crosslm.files import alone
+from crosslm.rundir import KIT_FILE, LOCK
 from crosslm.sections.privacy import NO_ACCEPTANCE
 from crosslm.sections.section import Positive, Section
 
@@ -133,6 +136,26 @@ def server_config(kit: Path) -> Config:
 def silo_names(kit: Path) -> list[str]:
     """The silos that a server's kit knows, which are those with a public key in it."""
     return sorted(path.stem for path in (kit / "silos").glob("*.pub"))
+
+
+@contextmanager
+def held(kit: Path) -> Iterator[None]:
+    """Keep every other process from running this kit, since both would use the same ports, keys and state.
+
+    Raises:
+        FederationError: another one runs it, or the kit cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(alone(kit / LOCK))
+        except BlockingIOError as error:
+            raise FederationError(
+                f"{kit}: is run by another process already (crosslm server or client); "
+                "leave that one at work, or end it first"
+            ) from error
+        except OSError as error:
+            raise FederationError(f"{kit}: cannot be written: {error}; make it writable for this user") from error
+        yield
 
 
 def dump(settings: Section) -> str:

@@ -9,6 +9,9 @@ import datetime
 import ipaddress
 import os
 import secrets
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from cryptography import x509
@@ -20,6 +23,7 @@ from crosslm import __version__
 from crosslm.config import ClientConfig, Config
 from crosslm.errors import FederationError
 from crosslm.federation.kits import SERVER_FILE, SILO_FILE, ServerSettings, SiloData, SiloSettings, dump, read_server
+from crosslm.files import PARTIAL
 from crosslm.preparation import client_specs
 
 VALID_DAYS = 825
@@ -53,7 +57,9 @@ Wants=network-online.target
 [Service]
 WorkingDirectory=/srv/crosslm/{folder}
 ExecStart=/usr/bin/env crosslm {command} .
-Restart=always
+# a run that is complete (0), a setting that is wrong (2) or Ctrl-C (130): starting again does not help
+Restart=on-failure
+RestartPreventExitStatus=2 130
 RestartSec=5
 NoNewPrivileges=true
 PrivateTmp=true
@@ -117,7 +123,8 @@ def provision(config: Config, address: str, output: Path) -> list[Path]:
         The kits that were made.
 
     Raises:
-        FederationError: there are no clients, the address is wrong, or the output belongs to another federation.
+        FederationError: there are no clients, the address is wrong, or the output belongs to another federation or
+            lacks a part of this one.
     """
     if not config.clients:
         raise FederationError(f"{config.name}: name each silo in a [[clients]] table; data.train is for one machine")
@@ -133,15 +140,46 @@ def provision(config: Config, address: str, output: Path) -> list[Path]:
             )
     else:
         settings = ServerSettings(experiment=f"{config.name}-{secrets.token_hex(4)}", address=address)
-        _authority(output / "authority")
-        _server_kit(server, settings, config, output / "authority")
+        _check_beginning(output)
+        if not (output / "authority").exists():
+            _whole(output / "authority", _authority)
+        _whole(server, lambda kit: _server_kit(kit, settings, config, output / "authority"))
         made.append(server)
     for place, client in enumerate(config.clients):
         kit = output / "silos" / client.id
         if not kit.exists():
-            _silo_kit(kit, _silo_settings(config, client, settings, place), server)
+            own = _silo_settings(config, client, settings, place)
+            _whole(kit, partial(_silo_kit, settings=own, server=server))
             made.append(kit)
     return made
+
+
+def _check_beginning(output: Path) -> None:
+    """Find out that a server's kit may be made here: silos that are there already belong to one that is not."""
+    kits = sorted(path for path in (output / "silos").glob("*") if not path.name.endswith(PARTIAL))
+    if kits:
+        raise FederationError(
+            f"{output}: holds the kit of {kits[0].name} and no server/{SERVER_FILE}; put the server's kit back there, "
+            "and silos are added to it, or choose another --output"
+        )
+    if (output / "server").exists():
+        raise FederationError(f"{output / 'server'}: has no {SERVER_FILE}; put it back, or remove that folder")
+    authority = output / "authority"
+    missing = [name for name in ("ca.key", "ca.crt") if not (authority / name).is_file()]
+    if authority.exists() and missing:
+        raise FederationError(
+            f"{authority}: has no {missing[0]}, so that no server can be made with it; put that file back, or remove "
+            "the folder if no kit has come of it yet"
+        )
+
+
+def _whole(folder: Path, make: Callable[[Path], None]) -> None:
+    """Make a folder under another name, and give it its own when it is complete: what was cut off is made again."""
+    unfinished = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    make(unfinished)
+    unfinished.rename(folder)
 
 
 def _authority(folder: Path) -> None:
@@ -198,7 +236,8 @@ def _silo_kit(kit: Path, settings: SiloSettings, server: Path) -> None:
     extras = "federation,privacy" if settings.privacy.epsilon else "federation"
     _text(kit / "README.md", SILO_README.format(**texts, extras=extras))
     _start_files(kit, "client", "crosslm-silo", settings.id)
-    _file(server / "silos" / f"{settings.id}.pub", public + b"\n")  # last: from now on the server knows it
+    # before the kit has its name: one that is there is known to the server, until its operator takes the key away
+    _file(server / "silos" / f"{settings.id}.pub", public + b"\n")
 
 
 def _silo_settings(config: Config, client: ClientConfig, server: ServerSettings, place: int) -> SiloSettings:

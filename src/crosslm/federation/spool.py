@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from crosslm.errors import FederationError
-from crosslm.files import rename, write_whole
+from crosslm.errors import FederationError, RunError, UploadError
+from crosslm.files import partial_of, rename, write_whole
 
 TOLD = "told/"  # and a silo: how many of its rounds it has been told are complete
 SCHEMA = """
@@ -126,6 +126,7 @@ class Spool:
 
         Raises:
             FederationError: another upload of the same silo and round was here before.
+            RunError: it cannot be written.
         """
         path = self.upload_file(silo, number)
         digest, size = _write_hashed(path.with_suffix(".part"), parts)
@@ -161,16 +162,31 @@ class Spool:
                 self._write(sql, time.time(), waiting.number)
             return waiting
 
-    def upload(self, arrival: Arrival) -> bytes:
+    def upload(self, arrival: Arrival, most: int | None = None) -> bytes:
         """The bytes of an upload.
+
+        Args:
+            arrival: which.
+            most: bytes that it may have (``intake.max_bytes``); a larger one is not read.
 
         Raises:
             FederationError: the file is not what was received.
+            UploadError: it is larger.
         """
-        return _read(self.upload_file(arrival.silo, arrival.round), arrival.sha256)
+        path = self.upload_file(arrival.silo, arrival.round)
+        size = path.stat().st_size if path.exists() else 0
+        if most is not None and size > most:
+            raise UploadError(
+                f"client {arrival.silo}: the upload has {size} bytes; at most {most} are allowed (intake.max_bytes)"
+            )
+        return _read(path, arrival.sha256)
 
     def serve(self, silo: str, number: int, download: bytes) -> None:
-        """Keep the download that answers an upload; it is owed from now on."""
+        """Keep the download that answers an upload; it is owed from now on.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         digest, _ = _write_hashed(self.download_file(silo, number), [download])
         sql = "UPDATE arrivals SET state = 'served', served_at = ?, download_sha256 = ? WHERE silo = ? AND round = ?"
         with self._lock:
@@ -211,7 +227,11 @@ class Spool:
         return sum(arrival.state == "delivered" for arrival in self.of(silo))
 
     def note(self, name: str, value: str) -> None:
-        """Remember a fact about the run under a name."""
+        """Remember a fact about the run under a name.
+
+        Raises:
+            RunError: the journal cannot be written.
+        """
         with self._lock:
             self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", name, value)
 
@@ -234,12 +254,19 @@ class Spool:
         return None if row is None else Arrival(*row)
 
     def _write(self, sql: str, *values: object) -> None:
-        with self._database:
-            self._database.execute(sql, values)
+        try:
+            with self._database:
+                self._database.execute(sql, values)
+        except sqlite3.OperationalError as error:
+            raise _unwritable(self.folder / "journal.sqlite", str(error)) from error
 
 
 def _write_hashed(path: Path, parts: Iterable[bytes]) -> tuple[str, int]:
-    """Write a file whole or not at all; gives its SHA-256 and its size in bytes."""
+    """Write a file whole or not at all; gives its SHA-256 and its size in bytes.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     digest = hashlib.sha256()
 
     def counted() -> Iterator[bytes]:
@@ -247,8 +274,20 @@ def _write_hashed(path: Path, parts: Iterable[bytes]) -> tuple[str, int]:
             digest.update(part)
             yield part
 
-    write_whole(path, counted())
+    try:
+        write_whole(path, counted())
+    except OSError as error:
+        raise _unwritable(path, error.strerror or str(error)) from error
+    finally:
+        partial_of(path).unlink(missing_ok=True)  # of one that was too large, or did not fit
     return digest.hexdigest(), path.stat().st_size
+
+
+def _unwritable(path: Path, why: str) -> RunError:
+    return RunError(
+        f"{path}: cannot be written: {why}; nothing that was received is lost: make room there, and give the same "
+        "command (crosslm server) again"
+    )
 
 
 def _read(path: Path, expected: str) -> bytes:

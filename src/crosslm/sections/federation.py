@@ -18,6 +18,9 @@ class FederationConfig(Section):
     """Between machines: take no upload in later than so many minutes after the start."""
     reply_minutes: Annotated[float, Field(gt=0)] = 60.0
     """Between machines: a silo that has not answered for so long is asked again."""
+    delivery_hours: Annotated[float, Field(ge=0)] = 24.0
+    """Between machines: after the last step, and after a deadline too, the server stays for so long for silos that have
+    not taken their enhanced SLM yet."""
 
 
 class IntakeConfig(Section):

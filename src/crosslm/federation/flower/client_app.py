@@ -39,7 +39,9 @@ def install(message: Message, context: Context) -> Message:
     try:
         silo, number = _silo(), _round(request)
         assert isinstance(arrays, ArrayRecord)
-        metrics = silo.install(str(request["experiment"]), number, b"".join(joined(arrays)))
+        metrics = silo.install(
+            str(request["experiment"]), number, b"".join(joined(arrays, silo.settings.intake.max_bytes))
+        )
     except CrosslmError as error:
         return _refusal(message, error)
     content = RecordDict({"reply": _answer("ok", number), "metrics": MetricRecord(dict(metrics))})

@@ -8,7 +8,9 @@ each time, and count a reply once however often it comes.
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -19,6 +21,7 @@ from crosslm.config import FederationConfig
 from crosslm.errors import FederationError, UploadError
 from crosslm.federation import messages
 from crosslm.federation.flower.payload import joined, split
+from crosslm.federation.flower.replies import Answer, answer_in, pulled
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
 from crosslm.federation.spool import Arrival, Spool
@@ -56,6 +59,9 @@ class FlowerExchange:
     silos: list[str]
     config: FederationConfig
     intake: Intake
+    on_failure: Callable[[str, str], None] = lambda *_: None
+    """Told in the thread that trains of a silo that is asked for no more, and why."""
+    _failed: "SimpleQueue[tuple[str, str]]" = field(init=False, default_factory=SimpleQueue)
     _lines: dict[str, _Line] = field(init=False)
     _stop: threading.Event = field(init=False, default_factory=threading.Event)
     _failure: BaseException | None = field(init=False, default=None)
@@ -82,17 +88,19 @@ class FlowerExchange:
 
         An upload that does not pass the intake's checks is refused and noted in the journal.
         """
-        self._raise_failure()
+        self._look_at_carrier()
         arrival = self.spool.next()
         if arrival is None:
             time.sleep(POLL)
             return None
         try:
-            upload = self.intake.upload(self.spool.upload(arrival), arrival.silo)
+            data = self.spool.upload(arrival, self.intake.bounds.max_bytes)
+            upload = self.intake.upload(data, arrival.silo)
             if upload.client_round != arrival.round:
                 raise UploadError(
-                    f"silo {arrival.silo}: its upload of round {arrival.round} claims to be of {upload.client_round}; "
-                    "look at that silo's client.toml and state, or make it a new kit"
+                    f"silo {arrival.silo}: its upload of round {arrival.round} claims to be of round "
+                    f"{upload.client_round}; give that silo back the folder state that belongs beside its silo.toml, "
+                    "or make it a new kit"
                 )
         except (UploadError, FederationError) as error:
             self.refuse(arrival.silo, arrival.round, error)
@@ -111,7 +119,7 @@ class FlowerExchange:
 
     def finished(self) -> bool:
         """Whether no upload is to be served any more."""
-        self._raise_failure()
+        self._look_at_carrier()
         arrivals = self.spool.arrivals()
         served = sum(arrival.state in ("served", "delivered") for arrival in arrivals)
         if self.config.arrivals is not None and served >= self.config.arrivals:
@@ -128,7 +136,7 @@ class FlowerExchange:
         """
         end = time.time() + seconds
         while time.time() < end and self._owed():
-            self._raise_failure()
+            self._look_at_carrier()
             time.sleep(POLL)
         self._stop.set()
         self._thread.join(timeout=30)
@@ -193,43 +201,45 @@ class FlowerExchange:
         return RecordDict({"request": ConfigRecord(fields)})
 
     def _look_for_reply(self, line: _Line) -> bool:
-        replies = list(self.grid.pull_messages([str(line.open_message)]))
-        if not replies:
-            if time.time() - line.asked_at > self.config.reply_minutes * 60:
-                self._later(line, "no answer in time")
-            return False
-        reply = replies[0]
-        if reply.has_error():
-            self._later(line, f"{reply.error.code} {reply.error.reason}"[:200])
-            return True
-        answer = reply.content["reply"]
-        assert isinstance(answer, ConfigRecord)
-        if answer["status"] != "ok":
-            self._refused_by_silo(line, str(answer["reason"]))
-        elif line.kind == "upload":
-            self._received(line, reply)
-        else:
-            accepted = dict(reply.content["metrics"]).get("accepted", 1.0) if "metrics" in reply.content else 1.0
-            note = "" if accepted else "the silo keeps the SLM it had: worse on its held-out rows"
-            self.spool.delivered(line.silo, line.round, note)
+        try:
+            reply = pulled(self.grid, str(line.open_message))
+            if reply is None:
+                if time.time() - line.asked_at > self.config.reply_minutes * 60:
+                    self._later(line, "no answer in time")
+                return False
+            if reply.has_error():
+                self._later(line, f"{reply.error.code} {reply.error.reason}"[:200])
+                return True
+            self._take(line, answer_in(reply, line.kind))
+        except UploadError as error:
+            self._fail(line, "failed", str(error))
         line.open_message, line.attempts = None, 0
         self._write_line(line)
         return True
 
-    def _received(self, line: _Line, reply: Message) -> None:
-        arrays = reply.content["message"]
-        assert isinstance(arrays, ArrayRecord)
+    def _take(self, line: _Line, answer: Answer) -> None:
+        if answer.refusal is not None:
+            self._fail(line, "refused", answer.refusal)
+        elif answer.message is not None and line.kind == "upload":
+            self._received(line, answer.message)
+        else:
+            note = "" if answer.accepted else "the silo keeps the SLM it had: worse on its held-out rows"
+            self.spool.delivered(line.silo, line.round, note)
+
+    def _received(self, line: _Line, message: ArrayRecord) -> None:
         try:
-            new = self.spool.put(line.silo, line.round, joined(arrays))
+            new = self.spool.put(line.silo, line.round, joined(message, self.intake.bounds.max_bytes))
             line.note = "upload received" if new else "upload received again"
         except FederationError as error:
             logger.error("%s", error)
             line.note = str(error)
 
-    def _refused_by_silo(self, line: _Line, reason: str) -> None:
-        logger.error("silo %s refused %s of round %d: %s", line.silo, line.kind, line.round, reason)
-        line.over, line.note = True, f"refused {line.kind}: {reason}"
-        if line.kind == "install":
+    def _fail(self, line: _Line, how: str, reason: str) -> None:
+        """A silo has refused, or what it answers cannot be used: it is asked for no more, and the others go on."""
+        line.over, line.note = True, f"{how} {line.kind}: {reason}"
+        logger.error("silo %s, round %d: %s", line.silo, line.round, line.note)
+        self._failed.put((line.silo, f"round {line.round}: {line.note}"))
+        if line.kind == "install":  # or it would be owed for ever
             self.spool.delivered(line.silo, line.round, f"the silo did not take it: {reason}")
 
     def _later(self, line: _Line, why: str) -> None:
@@ -254,6 +264,8 @@ class FlowerExchange:
         minutes = self.config.deadline_minutes
         return minutes is not None and time.time() > float(str(self.spool.fact("started"))) + minutes * 60
 
-    def _raise_failure(self) -> None:
+    def _look_at_carrier(self) -> None:
+        while not self._failed.empty():
+            self.on_failure(*self._failed.get())
         if self._failure is not None:
             raise self._failure

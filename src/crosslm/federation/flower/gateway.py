@@ -3,9 +3,10 @@
 Flower serves its Fleet interface (authenticated nodes) and its Control interface (no accounts: who
 reaches it may start code on every node) on one port. The SuperLink therefore listens on the loopback
 interface, and this gateway in front of it lets ``/v1/fleet/`` through and answers 404 to the rest. One question
-it answers itself: whether the server's kit has a silo's key, and how many of its rounds are complete.
+it answers itself: which silo the server's kit knows by a key, and how many of its rounds are complete.
 """
 
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -20,9 +21,12 @@ from starlette.routing import Route
 
 from crosslm.errors import FederationError
 from crosslm.federation.keys import ASKED_AT, fingerprint
+from crosslm.federation.kits import SERVER_FILE, ServerSettings
 from crosslm.federation.spool import TOLD, Spool
 
 PASSED = "/v1/fleet/"
+MOST = 16 * 2**20
+"""Bytes of one request: Flower cuts what it sends into objects of 5 MiB, and sends each in a request of its own."""
 NOT_PASSED_ON = {"connection", "keep-alive", "transfer-encoding", "upgrade", "te", "trailer", "proxy-authorization"}
 
 
@@ -40,19 +44,23 @@ def gateway(superlink: str, kit: Path) -> Starlette:
         silo = _known(kit).get(request.path_params["fingerprint"])
         if silo is None:
             return PlainTextResponse("", status_code=403)
-        return PlainTextResponse(str(_complete(kit, silo)))
+        return PlainTextResponse(f"{_complete(kit, silo)} {silo}")
 
     async def passed(request: Request) -> Response:
         if not request.url.path.startswith(PASSED) or ".." in request.url.path:
             return PlainTextResponse("this is not served here\n", status_code=404)
+        if _claimed(request) > MOST:
+            return _too_large()
         headers = [(name, value) for name, value in request.headers.raw if name.decode().lower() not in NOT_PASSED_ON]
         inner = client.build_request(
-            request.method, request.url.path, params=request.query_params, headers=headers, content=request.stream()
+            request.method, request.url.path, params=request.query_params, headers=headers, content=_counted(request)
         )
         try:
             answer = await client.send(inner, stream=True)
         except httpx.TransportError:  # a SuperNode tries again after a 503, and gives up after a 500
             return PlainTextResponse("the SuperLink is not running\n", status_code=503)
+        except _TooLargeError:  # it had not said so
+            return _too_large()
         except ClientDisconnect:  # the silo is gone; nobody reads this
             return PlainTextResponse("", status_code=499)
         kept = {name: value for name, value in answer.headers.items() if name.lower() not in NOT_PASSED_ON}
@@ -88,6 +96,29 @@ def _complete(kit: Path, silo: str) -> int:
     return complete
 
 
+class _TooLargeError(Exception):
+    """A request has more bytes than are let through."""
+
+
+def _claimed(request: Request) -> int:
+    length = request.headers.get("content-length", "0")
+    return int(length) if length.isdigit() else 0
+
+
+async def _counted(request: Request) -> AsyncIterator[bytes]:
+    """The body of a request, part by part, as long as it is not too large."""
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MOST:
+            raise _TooLargeError
+        yield part
+
+
+def _too_large() -> Response:
+    return PlainTextResponse(f"at most {MOST} bytes in one request\n", status_code=413)
+
+
 async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
     try:
         async for part in answer.aiter_raw():
@@ -96,8 +127,30 @@ async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
         await answer.aclose()
 
 
-def serve(kit: Path, bind: str, port: int, superlink_port: int) -> None:
-    """Listen with the kit's certificate until stopped."""
+def listen(kit: Path, settings: ServerSettings) -> socket.socket:
+    """A socket on the port of the kit's address, before anything else is started.
+
+    Raises:
+        FederationError: this machine does not let us have it.
+    """
+    port = int(settings.address.rpartition(":")[2])
+    listening = socket.socket(socket.AF_INET6 if ":" in settings.bind else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the connections of an earlier server linger
+    try:
+        listening.bind((settings.bind, port))
+        listening.listen(128)
+    except OSError as error:
+        listening.close()
+        raise FederationError(
+            f"{kit / SERVER_FILE}: cannot listen on {settings.bind}:{port} (bind, and the port of address): "
+            f"{error.strerror}; end the program that has this port, or provision another address"
+        ) from error
+    return listening
+
+
+def serve(kit: Path, listening: socket.socket, superlink_port: int) -> None:
+    """Answer with the kit's certificate until stopped."""
     app = gateway(f"https://127.0.0.1:{superlink_port}", kit)
     certificate, key = str(kit / "server.crt"), str(kit / "server.key")
-    uvicorn.run(app, host=bind, port=port, ssl_certfile=certificate, ssl_keyfile=key, log_level="warning")
+    config = uvicorn.Config(app, ssl_certfile=certificate, ssl_keyfile=key, log_level="warning")
+    uvicorn.Server(config).run(sockets=[listening])

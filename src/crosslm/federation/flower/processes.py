@@ -60,11 +60,16 @@ class Child:
         """End the process that an earlier start left behind when it was killed: it would keep the port."""
         try:
             orphan = psutil.Process(int(self._pid_file.read_text()))
-            if orphan.cmdline()[-len(self.command) + 1 :] == self.command[1:]:
-                orphan.terminate()
-                orphan.wait(15)
+            if orphan.cmdline()[-len(self.command) + 1 :] != self.command[1:]:
+                return  # the number was given to another process
+            started = _descendants(orphan.pid)
+            orphan.terminate()
         except (OSError, ValueError, psutil.Error):
             return
+        psutil.wait_procs([orphan], timeout=15)
+        for process in (orphan, *started):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def died(self) -> bool:
         """Whether it was started and runs no more."""
@@ -108,9 +113,13 @@ def _descendants(pid: int) -> list[psutil.Process]:
 
 def environment(kit: Path) -> dict[str, str]:
     """The environment of Flower's processes: nothing is reported anywhere, nothing is asked of the internet."""
-    quiet = QUIET | {"TOKENIZERS_PARALLELISM": "false"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # they call each other
-    return {**os.environ, **quiet, "PATH": path, "FLWR_HOME": str(kit / "flower"), KIT: str(kit)}
+    return {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PATH": path, **settings_of(kit)}
+
+
+def settings_of(kit: Path) -> dict[str, str]:
+    """What in that environment is of this kit, and what keeps Flower quiet."""
+    return {**QUIET, "FLWR_HOME": str(kit.absolute() / "flower"), KIT: str(kit.absolute())}
 
 
 def program(name: str) -> str:

@@ -19,8 +19,6 @@ from crosslm.tracking import tracked, wanted
 
 app = ServerApp()
 
-DELIVERY_TIME = 24 * 3600.0  # seconds that downloads are kept on offer after the last step
-
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
@@ -46,17 +44,19 @@ def serve_kit(kit: Path, grid: Grid, spool: Spool) -> None:
     wanted(config)  # a tracker that is not installed is found before models load
     intake = Intake(config.task.labels, config.intake)
     exchange = FlowerExchange(grid, spool, read_server(kit).experiment, silo_names(kit), config.federation, intake)
+    delivery = config.federation.delivery_hours * 3600
     exchange.start()  # uploads are taken in while models load
     with (
         Deployment.open(kit / "run", config, cache_folder(), exchange.refuse, spool) as deployment,
         tracked(deployment.run, config, notes_of(deployment.run)),
     ):
+        exchange.on_failure = deployment.failed
         serve(exchange, deployment.server, deployment, exchange.finished)
         try:
             deployment.complete(exchange.silos)  # while the last downloads are on their way: a report can be had now
         except CrosslmError:
-            exchange.drain(DELIVERY_TIME)  # what was trained goes to its silo all the same
+            exchange.drain(delivery)  # what was trained goes to its silo all the same
             raise
-        waiting = exchange.drain(DELIVERY_TIME)
+        waiting = exchange.drain(delivery)
         deployment.summarise(exchange.silos)
     spool.note("finished", ",".join(waiting))

@@ -10,7 +10,10 @@ import threading
 import time
 from pathlib import Path
 
+import tomli_w
+
 from crosslm.errors import FederationError
+from crosslm.federation.flower.gateway import listen, serve
 from crosslm.federation.flower.processes import (
     RESTART,
     START_TIME,
@@ -39,6 +42,7 @@ class ServerProcesses:
         self.spool = Spool(self.kit / "spool")
         self.superlink = Child("superlink", superlink_command(self.kit), self.kit)
         self.registered: set[str] = set()
+        self.gateway: threading.Thread | None = None
         self.run_asked_at = 0.0
 
     def run(self) -> list[str]:
@@ -50,8 +54,8 @@ class ServerProcesses:
         Raises:
             FederationError: the configuration, a file or a model of the kit cannot be used.
         """
-        self._configure()
-        self._start_gateway()
+        configure(self.kit)
+        self._open_gateway()
         try:
             self.spool.note("refused", "")
             while self.spool.fact("finished") is None:
@@ -75,6 +79,10 @@ class ServerProcesses:
             time.sleep(0.5)
 
     def _keep_up(self) -> None:
+        if self.gateway is not None and not self.gateway.is_alive():
+            self.note("the gateway ended and is started again")
+            time.sleep(RESTART)
+            self._open_gateway()
         if self.superlink.process is None or self.superlink.died():
             if self.superlink.died():
                 last = self.superlink.last_words(5)
@@ -98,6 +106,7 @@ class ServerProcesses:
                 self.registered.add(silo)
         if not self._app_runs():
             if self.run_asked_at:
+                self.spool.note("restarted", str(time.time()))  # ends here where the disk is full
                 self.note("the server application ended before the run was complete and is started again")
             self.run_asked_at = time.time()
             flwr(self.kit, "run", str(self.kit / "app"), "crosslm")
@@ -109,22 +118,27 @@ class ServerProcesses:
             return bool(self.run_asked_at) and time.time() - self.run_asked_at < START_TIME
         return is_alive(int(pid))
 
-    def _configure(self) -> None:
-        folder = self.kit / "flower"
-        folder.mkdir(exist_ok=True)
-        text = (
-            '[superlink]\ndefault = "crosslm"\n\n[superlink.crosslm]\n'
-            f'address = "127.0.0.1:{self.settings.superlink_port}"\nroot-certificates = "{self.kit / "ca.crt"}"\n'
-        )
-        (folder / "config.toml").write_text(text, encoding="utf-8")
+    def _open_gateway(self) -> None:
+        """Take the port, and answer on it in a thread of its own."""
+        listening = listen(self.kit, self.settings)
+        host, port = listening.getsockname()[:2]
+        self.note(f"listening on {host}:{port} for {', '.join(silo_names(self.kit))}")
+        arguments = (self.kit, listening, self.settings.superlink_port)
+        self.gateway = threading.Thread(target=serve, args=arguments, name="gateway", daemon=True)
+        self.gateway.start()
 
-    def _start_gateway(self) -> None:
-        from crosslm.federation.flower.gateway import serve
 
-        port = int(self.settings.address.rpartition(":")[2])
-        arguments = (self.kit, self.settings.bind, port, self.settings.superlink_port)
-        threading.Thread(target=serve, args=arguments, name="gateway", daemon=True).start()
-        self.note(f"listening on {self.settings.bind}:{port} for {', '.join(silo_names(self.kit))}")
+def configure(kit: Path) -> None:
+    """Write the configuration of Flower's commands: where the SuperLink of this kit is, and by what it is known.
+
+    Written anew at each start, since Flower takes absolute paths only and a kit may have been moved.
+    """
+    folder = kit.absolute() / "flower"
+    folder.mkdir(exist_ok=True)
+    address = f"127.0.0.1:{read_server(kit).superlink_port}"
+    link = {"address": address, "root-certificates": str(folder.parent / "ca.crt")}
+    text = tomli_w.dumps({"superlink": {"default": "crosslm", "crosslm": link}})
+    (folder / "config.toml").write_text(text, encoding="utf-8")
 
 
 def superlink_command(kit: Path) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from crosslm.errors import FederationError
 from crosslm.federation.flower.processes import RESTART, Child, Note, program
 from crosslm.federation.keys import ASKED_AT, fingerprint
-from crosslm.federation.kits import read_silo
+from crosslm.federation.kits import SILO_FILE, read_silo
 from crosslm.federation.silo import Silo
 
 REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it does not know
@@ -120,14 +120,15 @@ def rounds_complete(silo: Silo) -> int | None:
     """Ask the server how many of this silo's rounds are complete. None where it does not answer, or not this.
 
     Raises:
-        FederationError: the server says that it does not know this silo's key, or there is no key.
+        FederationError: the server does not know this silo's key, or knows it as another's, or there is no key.
     """
     server, key = silo.settings.server, silo.kit / "silo.key"
     context = ssl.create_default_context(cafile=str(silo.kit / "ca.crt"))
     address = f"https://{server}{ASKED_AT}{fingerprint(key)}"
     try:
         with urllib.request.urlopen(address, context=context, timeout=10) as answer:
-            return int(answer.read(20))
+            complete, _, known_as = answer.read(100).decode().partition(" ")
+            number = int(complete)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 403:
@@ -138,6 +139,12 @@ def rounds_complete(silo: Silo) -> int | None:
         return None
     except (OSError, ValueError):
         return None
+    if known_as != silo.settings.id:
+        raise FederationError(
+            f"silo {silo.settings.id}: the server knows the key {key} as that of silo {known_as}; put the key of this "
+            f"silo's own kit there, or the id of {silo.kit / SILO_FILE} back to {known_as} if it was changed"
+        )
+    return number
 
 
 def _look_into_end(node: Child, silo: Silo, refused: bool, note: Note) -> bool:

@@ -1,0 +1,452 @@
+"""What a silo, a disk or a second process may do to a server between machines, and what it then does."""
+
+import asyncio
+import configparser
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+
+import numpy as np
+import psutil
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from test_federation import change, echo, exchange, federated, flower_run, kits, silo, turn  # noqa: F401  fixtures too
+
+from crosslm.config import Config, FederationConfig
+from crosslm.errors import FederationError, RunError, UploadError
+from crosslm.federation import provision as provision_module
+from crosslm.federation import spool as spool_module
+from crosslm.federation.flower import gateway, processes, server_processes, silo_processes
+from crosslm.federation.flower.payload import joined, split
+from crosslm.federation.kits import SERVER_FILE, dump, held, read_server, read_silo
+from crosslm.federation.provision import provision
+from crosslm.federation.spool import Spool
+
+# Flower, after our package has told it to be quiet
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # isort: skip
+
+
+# -- replies that are none -------------------------------------------------------------------
+
+
+def ok(**more):
+    return {"reply": ConfigRecord({"status": "ok"}), **more}
+
+
+def array(data, dtype="uint8", stype="numpy.ndarray"):
+    return ArrayRecord({"000000": Array(dtype, (3,), stype, data)})
+
+
+BROKEN = {
+    "nothing": ({}, "has no ConfigRecord 'reply'"),
+    "a reply of another kind": ({"reply": MetricRecord({"status": 1})}, "has no ConfigRecord 'reply'"),
+    "no status": ({"reply": ConfigRecord({"round": 0})}, "has the status 'None'"),
+    "another status": ({"reply": ConfigRecord({"status": "fine"})}, "has the status 'fine'"),
+    "a status that is no word": ({"reply": ConfigRecord({"status": 1.0})}, "has the status '1.0'"),
+    "a refusal without a reason": ({"reply": ConfigRecord({"status": "refused"})}, "no reason given"),
+    "no message": (ok(), "has no ArrayRecord 'message'"),
+    "a message of another kind": (ok(message=ConfigRecord({"a": 1})), "has no ArrayRecord 'message'"),
+    "an array that is none": (ok(message=array(b"garbage")), "its array '000000' cannot be read: ValueError"),
+    "an array of objects": (ok(message=array(b"\x80\x04.")), "its array '000000' cannot be read"),
+    "an array kept in another way": (ok(message=array(b"", stype="pickle")), "cannot be read: TypeError"),
+    "an array of floats": (ok(message=ArrayRecord([np.full(3, np.nan)])), "of float64 in 1 dimensions"),
+    "a table": (ok(message=ArrayRecord([np.zeros((2, 2), np.uint8)])), "of uint8 in 2 dimensions"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_reply_that_is_none_is_that_silos_failure_and_the_others_are_served(exchange, what):  # noqa: F811
+    content, reason = BROKEN[what]
+    told = []
+    exchange.on_failure = lambda *given: told.append(given)
+    exchange.grid.handlers["silo-0"] = lambda message: Message(RecordDict(content), reply_to=message)
+    turn(exchange, 3)
+    line = exchange._lines["silo-0"]
+    assert line.over
+    assert reason in line.note
+    assert exchange.spool.of("silo-0") == []
+    exchange.send(echo(exchange.receive()))
+    turn(exchange, 2)
+    assert [(arrival.silo, arrival.state) for arrival in exchange.spool.arrivals()] == [("silo-1", "delivered")]
+    assert exchange.finished()
+    ((who, words),) = told
+    assert who == "silo-0"
+    assert words == f"round 0: {line.note}"
+    assert exchange.grid.pushed.count(("silo-0", "train.upload", 0)) == 1
+    assert not list(exchange.spool.folder.glob("*part*"))
+
+
+def test_a_message_that_flower_cannot_put_together_is_its_silos_failure_too(exchange, monkeypatch):  # noqa: F811
+    import httpx
+
+    pull, errors = exchange.grid.pull_messages, [httpx.ConnectError("no SuperLink"), ValueError("no such object")]
+
+    def pulled(ids):
+        if ids == ["1"]:
+            raise errors[0]
+        return pull(ids)
+
+    monkeypatch.setattr(exchange.grid, "pull_messages", pulled)
+    with pytest.raises(httpx.ConnectError):  # that is no fault of a silo's
+        turn(exchange, 2)
+    assert not exchange._lines["silo-0"].over
+    errors.pop(0)
+    turn(exchange, 2)
+    assert "cannot be put together: ValueError: no such object" in exchange._lines["silo-0"].note
+    assert exchange.receive().client_id == "silo-1"
+
+
+def test_an_install_that_is_answered_with_nonsense_is_owed_no_more(exchange):  # noqa: F811
+    exchange.grid.online = ["silo-0"]
+    turn(exchange, 2)
+    exchange.send(echo(exchange.receive()))
+    exchange.grid.handlers["silo-0"] = lambda message: Message(RecordDict(), reply_to=message)
+    turn(exchange, 4)
+    (arrival,) = exchange.spool.arrivals()
+    assert arrival.state == "delivered"
+    assert arrival.note.startswith("the silo did not take it: its reply has no ConfigRecord")
+    assert exchange.grid.pushed.count(("silo-0", "train.install", 0)) == 1
+
+
+# -- bounds ----------------------------------------------------------------------------------
+
+
+def test_an_upload_that_is_too_large_is_cut_off_and_the_next_one_taken(exchange):  # noqa: F811
+    most = 10 * 2**20
+    exchange.intake = type(exchange.intake)(
+        exchange.intake.labels, exchange.intake.bounds.model_copy(update={"max_bytes": most})
+    )
+    large = split(bytes(2 * most))
+    exchange.grid.handlers["silo-0"] = lambda message: Message(RecordDict(ok(message=large)), reply_to=message)
+    turn(exchange, 3)
+    assert f"more than {most} bytes; no more are allowed (intake.max_bytes)" in exchange._lines["silo-0"].note
+    assert [arrival.silo for arrival in exchange.spool.arrivals()] == ["silo-1"]
+    assert not list(exchange.spool.folder.glob("silo-0*"))
+    assert exchange.receive().client_id == "silo-1"
+
+
+def test_bytes_are_counted_before_more_of_them_are_read():
+    arrays = split(bytes(40 * 2**20))
+    with pytest.raises(UploadError, match=r"more than 17 bytes; no more are allowed \(intake.max_bytes\)"):
+        list(joined(arrays, 17))
+    assert len(arrays) == 2  # of three
+    assert sum(map(len, joined(split(bytes(17)), 17))) == 17
+
+
+def test_a_file_of_the_spool_that_is_too_large_is_not_read(exchange, monkeypatch):  # noqa: F811
+    turn(exchange, 2)
+    bounds = exchange.intake.bounds.model_copy(update={"max_bytes": 1000})
+    exchange.intake = type(exchange.intake)(exchange.intake.labels, bounds)
+    monkeypatch.setattr(spool_module, "_read", lambda *_: pytest.fail("it was read"))
+    assert exchange.receive() is None
+    first = exchange.spool.of("silo-0")[0]
+    assert first.state == "refused"
+    assert "at most 1000 are allowed (intake.max_bytes)" in first.note
+
+
+# -- a full disk -----------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_told_with_its_file_and_what_to_do(exchange, monkeypatch):  # noqa: F811
+    """And ends the server: to start again does not help."""
+
+    def full(path, parts):
+        list(parts)
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spool_module, "write_whole", full)
+        exchange.start()
+        exchange._thread.join(10)
+        with pytest.raises(RunError, match=r"silo-0-0000-up\.part: cannot be written: No space left.*make room"):
+            exchange.finished()
+        with pytest.raises(RunError, match="crosslm server"):
+            exchange.spool.serve("silo-0", 0, b"download")
+    assert exchange.spool.arrivals() == []
+    assert exchange.spool.put("silo-0", 0, [b"whole"])  # and with room again it is taken
+
+
+def test_a_journal_that_cannot_be_written_is_named(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    spool._database.execute("PRAGMA max_page_count = 6")  # as good as a full disk
+    with pytest.raises(RunError, match=r"journal\.sqlite: cannot be written: .*full.*make room"):
+        spool.note("large", "x" * 10**6)
+    spool.close()
+
+
+@pytest.mark.parametrize("honest", [True, False], ids=["says so", "does not say so"])
+def test_the_gateway_lets_no_request_through_that_is_too_large(kits, monkeypatch, honest):  # noqa: F811
+    import httpx
+
+    real, passed = httpx.AsyncClient, []
+
+    async def superlink(request):
+        passed.append(len(await request.body()))
+        return PlainTextResponse("")
+
+    inner = httpx.ASGITransport(Starlette(routes=[Route("/{path:path}", superlink, methods=["POST"])]))
+    made = lambda base_url, **_: real(base_url=base_url, transport=inner)  # noqa: E731
+    monkeypatch.setattr(gateway.httpx, "AsyncClient", made)
+    monkeypatch.setattr(gateway, "MOST", 1000)
+    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server")
+
+    async def parts(size):
+        for _ in range(size // 100):
+            yield bytes(100)
+
+    async def ask(size):
+        content = bytes(size) if honest else parts(size)
+        async with real(transport=httpx.ASGITransport(outer), base_url="https://server") as client:
+            return (await client.post("/v1/fleet/push-object", content=content)).status_code
+
+    assert [asyncio.run(ask(size)) for size in (1000, 1100, 900)] == [200, 413, 200]
+    assert passed == [1000, 900]
+
+
+def test_what_flower_sends_at_once_fits_through_the_gateway():
+    from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+
+    assert 2 * FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE < gateway.MOST
+    array = next(iter(split(bytes(20 * 2**20)).values()))
+    assert max(len(part.data) for _, part in array.slice_array()) <= FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+
+
+# -- a second process ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("command", "kit"), [("server", "server"), ("client", "silos/silo-0")])
+def test_a_kit_is_run_by_one_process(kits, shell, monkeypatch, command, kit):  # noqa: F811
+    """And the first one goes on: nothing of it is ended."""
+    kit = kits / kit
+    code = (
+        "import sys, time; from pathlib import Path; from crosslm.federation.kits import held\n"
+        "with held(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(600)"
+    )
+    monkeypatch.setattr(processes.Child, "start", lambda _: pytest.fail("something was started"))
+    first = subprocess.Popen([sys.executable, "-c", code, kit], stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"held\n"
+        code, _, err = shell(command, kit)
+        assert code == 2
+        assert f"{kit}: is run by another process already (crosslm server or client)" in err.replace("\n", "")
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    with held(kit):  # a process that was killed holds nothing
+        pass
+
+
+def test_what_a_killed_command_left_running_is_ended_by_the_next_and_nothing_else_is(tmp_path):
+    sleep = "import time; time.sleep(600)"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {sleep!r}]); time.sleep(600)"
+    command = [sys.executable, "-c", code]
+    first, second = (processes.Child("superlink", command, tmp_path) for _ in range(2))
+    first.start()
+    while not (started := psutil.Process(first.process.pid).children()):
+        time.sleep(0.1)
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(601)"])
+    try:
+        second.start()
+        assert first.died()
+        assert psutil.wait_procs(started, timeout=30)[1] == []
+        assert second.process.poll() is None
+        (tmp_path / "logs" / "superlink.pid").write_text(str(other.pid))  # a number that was given out again
+        second._stop_orphan()
+        assert other.poll() is None
+        (tmp_path / "logs" / "superlink.pid").write_text("none")
+        second._stop_orphan()
+    finally:
+        second.stop()
+        for process in (first.process, other):
+            process.kill()
+            process.wait()
+
+
+# -- the port --------------------------------------------------------------------------------
+
+
+def with_port(kit, port):
+    settings = read_server(kit)
+    (kit / SERVER_FILE).write_text(
+        dump(settings.model_copy(update={"address": f"localhost:{port}", "bind": "127.0.0.1"}))
+    )
+
+
+def test_a_port_that_is_taken_ends_the_server_before_anything_is_started(kits, shell, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(processes.Child, "start", lambda _: pytest.fail("something was started"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with_port(kits / "server", port)
+        code, _, err = shell("server", kits / "server")
+    assert code == 2
+    said = " ".join(err.split())
+    assert f"server.toml: cannot listen on 127.0.0.1:{port} (bind, and the port of address): Address already" in said
+
+
+def test_a_gateway_that_ends_is_opened_again(kits, monkeypatch):  # noqa: F811
+    notes, served = [], []
+
+    def ends(kit, listening, superlink_port):
+        served.append(listening.getsockname())
+        listening.close()
+
+    monkeypatch.setattr(server_processes, "serve", ends)
+    monkeypatch.setattr(server_processes, "RESTART", 0.0)
+    with_port(kits / "server", 1)
+    server = server_processes.ServerProcesses(kits / "server", notes.append)
+    monkeypatch.setattr(server, "settings", server.settings.model_copy(update={"address": "localhost:0"}))
+    server.superlink.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(server, "_register_and_run", lambda: None)
+    try:
+        server._open_gateway()
+        server.gateway.join(10)
+        server._keep_up()
+        server.gateway.join(10)
+        assert notes[1] == "the gateway ended and is started again"
+        assert len(served) == 2
+    finally:
+        server.superlink.process.kill()
+        server.superlink.process.wait()
+        server.spool.close()
+
+
+# -- keys and old uploads --------------------------------------------------------------------
+
+
+def test_a_silo_with_another_silos_key_is_told_whose_it_is(kits, silo, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(b"0 silo-1"))
+    with pytest.raises(
+        FederationError, match=r"silo silo-0: the server knows the key .*silo.key as that of silo silo-1"
+    ):
+        silo_processes.rounds_complete(silo)
+    (silo.kit / "silo.key").unlink()
+    with pytest.raises(FederationError, match=r"silo.key: is not a key as crosslm provision makes them"):
+        silo_processes.rounds_complete(silo)
+
+
+def test_an_old_upload_is_not_taken_as_that_of_a_new_round(exchange, kits, monkeypatch):  # noqa: F811
+    exchange.config = FederationConfig(participations=2)
+    exchange.grid.online = ["silo-0"]
+    kit = kits / "silos" / "silo-0"
+    change(kit, max_participations=2)
+    turn(exchange, 2)
+    exchange.send(echo(exchange.receive()))
+    shutil.copy(kit / "state" / "upload-0000.safetensors", kit / "state" / "upload-0001.safetensors")
+    turn(exchange, 4)
+    assert [(arrival.round, arrival.state) for arrival in exchange.spool.arrivals()] == [
+        (0, "delivered"),
+        (1, "received"),
+    ]
+    assert exchange.receive() is None
+    refused = exchange.spool.of("silo-0")[1]
+    assert refused.state == "refused"
+    assert "its upload of round 1 claims to be of round 0" in refused.note
+    assert "silo.toml" in refused.note
+    turn(exchange, 2)
+    assert len(exchange.grid.pushed) == 3  # it is asked for no more
+
+
+# -- provisioning ----------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As a process that is killed: nothing is cleaned up."""
+
+
+def test_provisioning_that_is_cut_off_anywhere_is_completed_by_the_same_command(federated, tmp_path, monkeypatch):  # noqa: F811
+    config, write = Config.model_validate(federated), provision_module._file
+    provision(config, "localhost:9400", tmp_path / "whole")
+    expected = sorted(str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*"))
+    left = 0
+
+    def cut(path, data):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data[:1])
+            raise Killed
+        write(path, data)
+
+    monkeypatch.setattr(provision_module, "_file", cut)
+    for writes in range(40):
+        left, output = writes, tmp_path / f"cut-{writes}"
+        try:
+            provision(config, "localhost:9400", output)
+        except Killed:
+            left = 1000
+            made = provision(config, "localhost:9400", output)
+            assert made[-1] == output / "silos" / "silo-1"
+        else:
+            break
+        found = sorted(str(path.relative_to(output)) for path in output.rglob("*"))
+        assert found == expected, f"after {writes} files"
+        assert {read_silo(output / "silos" / name).experiment for name in ("silo-0", "silo-1")} == {
+            read_server(output / "server").experiment
+        }
+        fingerprints = {
+            silo_processes.fingerprint(output / place) for place in ("silos/silo-0/silo.key", "server/silos/silo-0.pub")
+        }
+        assert len(fingerprints) == 1
+    assert writes > 15
+
+
+def test_parts_of_a_federation_that_are_away_are_named(kits, federated):  # noqa: F811
+    config = Config.model_validate(federated)
+    (kits / "server").rename(kits.parent / "server")
+    with pytest.raises(FederationError, match=r"holds the kit of silo-0 and no server/server\.toml"):
+        provision(config, "localhost:9400", kits)
+    shutil.rmtree(kits / "silos")
+    (kits / "authority" / "ca.crt").unlink()
+    with pytest.raises(FederationError, match=r"authority: has no ca\.crt"):
+        provision(config, "localhost:9400", kits)
+    shutil.rmtree(kits / "authority")
+    (kits / "server").mkdir()
+    with pytest.raises(FederationError, match=r"server: has no server\.toml"):
+        provision(config, "localhost:9400", kits)
+
+
+@pytest.mark.parametrize("unit", ["server/crosslm-server.service", "silos/silo-0/crosslm-silo.service"])
+def test_systemd_starts_again_what_died_and_not_what_is_complete_or_wrong(kits, unit):  # noqa: F811
+    parsed = configparser.ConfigParser()
+    parsed.read(kits / unit)
+    assert parsed["Service"]["Restart"] == "on-failure"
+    assert parsed["Service"]["RestartPreventExitStatus"].split() == ["2", "130"]
+
+
+# -- Flower's own commands -------------------------------------------------------------------
+
+
+def test_flowers_own_commands_find_the_server_of_a_kit_wherever_it_is(kits, tmp_path, shell):  # noqa: F811
+    """With the environment that the documentation says, as a shell takes it; also after the kit was moved."""
+    kit = tmp_path / "it is mine"
+    (kits / "server").rename(kit)
+    code, out, err = shell("server", kit, "--environment")
+    assert (code, err) == (0, "")
+    script = f"{out}\nenv | grep -E 'FLWR|CROSSLM_KIT'; {processes.program('flwr')} config list"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FLWR")}
+    done = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert {
+        f"CROSSLM_KIT={kit}",
+        f"FLWR_HOME={kit / 'flower'}",
+        "FLWR_TELEMETRY_ENABLED=0",
+        "FLWR_DISABLE_UPDATE_CHECK=1",
+    } <= set(done.stdout.splitlines())
+    assert "crosslm (default)" in done.stdout
+    told = (kit / "flower" / "config.toml").read_text()
+    links = tomllib.loads(told)["superlink"]
+    assert links == {
+        "default": "crosslm",
+        "crosslm": {"address": "127.0.0.1:9091", "root-certificates": str(kit / "ca.crt")},
+    }
+    code, out, _ = shell("client", kits / "silos" / "silo-0", "--environment")
+    assert code == 0
+    assert f"export CROSSLM_KIT={kits / 'silos' / 'silo-0'}" in out
