@@ -727,6 +727,7 @@ def test_a_silo_stays_until_the_server_knows_of_its_last_round(silo, monkeypatch
     monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: None)
     monkeypatch.setattr(silo_processes, "rounds_complete", lambda _: next(known))
     monkeypatch.setattr(silo_processes, "supernode_command", lambda _: command)
+    monkeypatch.setattr(silo_processes, "tasks_command", lambda _: command)
     monkeypatch.setattr(silo_processes, "CONFIRM_TIME", 1.0)
     write_whole(silo.state / "installed.json", [b'{"rounds": 1}'])
     began = time.time()
@@ -832,7 +833,18 @@ def test_flower_builds_the_app_and_there_is_no_code_in_it(kits, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "module", ["client_app", "server_app", "exchange", "payload", "processes", "server_processes", "silo_processes"]
+    "module",
+    [
+        "client_app",
+        "server_app",
+        "exchange",
+        "payload",
+        "processes",
+        "server_processes",
+        "silo_processes",
+        "answer",
+        "tasks",
+    ],
 )
 def test_flower_is_told_to_be_quiet_before_it_is_imported(module):
     """Though the user's environment asks for the opposite; and who only starts processes does not import it."""
