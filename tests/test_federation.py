@@ -330,8 +330,10 @@ def test_what_comes_back_is_checked(silo, federated, models, what):
     state = type(upload.slm)(upload.slm.architecture, upload.slm.tokenizer, labels, upload.slm.max_length, weights)
     with pytest.raises((FederationError, UploadError), match="silo-0"):
         silo.install(silo.settings.experiment, 0, encode(Download(client, 0, 1, {}, state)))
-    assert silo.installed == 0
-    assert not (silo.state / "slm").exists()
+    assert silo.installed == 1  # the round is complete, with the SLM that was trained here
+    kept = silo.slm().model.state_dict()
+    assert all(weight.equal(upload.slm.weights[name]) for name, weight in kept.items())
+    assert not silo.decision(0)["accepted"]
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -811,7 +813,7 @@ def test_a_leak_stops_the_return_at_the_silo(silo, federated, models):
     near = dataclasses.replace(download, texts=(silo.private().texts[0],))
     with pytest.raises(LeakError, match=r"privacy\.max_shared_words"):
         silo.install(silo.settings.experiment, 0, encode(near))
-    assert silo.installed == 0
+    assert not silo.decision(0)["accepted"]
 
 
 def test_flower_builds_the_app_and_there_is_no_code_in_it(kits, tmp_path, monkeypatch):
