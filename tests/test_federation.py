@@ -545,8 +545,7 @@ def from_kit(kit, monkeypatch):
 
     def answered(message):
         monkeypatch.setenv(KIT, str(kit))
-        handler = client_app.install if message.metadata.message_type == "train.install" else client_app.upload
-        return handler(message, Context(1, 1, {}, RecordDict(), {}))
+        return client_app.app(message=message, context=Context(1, 1, {}, RecordDict(), {}))
 
     return answered
 

@@ -164,6 +164,7 @@ def test_the_last_refusal_is_told_before_the_server_goes(exchange, monkeypatch):
 
 def test_a_silo_that_is_added_is_asked_once_the_server_was_started_again(exchange, tmp_path):  # noqa: F811
     exchange.grid.handlers["late"] = lambda message: None
+    exchange.grid.online.append("late")
     turn(exchange, 2)
     exchange.receive()
     assert {name for name, _, _ in exchange.grid.pushed} == {"silo-0", "silo-1"}
