@@ -12,6 +12,16 @@ import numpy as np
 CANARY = "canary-was-here"
 
 
+HEADERS = {
+    "nothing": "claims",
+    **dict.fromkeys(("null", "a list", "a word"), "header is not an object"),
+    **dict.fromkeys(("deep lists", "deep objects", "many lists", "many names"), "holds more than"),
+    "the metadata twice": "twice",
+    "only metadata": "0 tensors",
+    "no metadata": "metadata is not an object",
+}
+
+
 def parts(data):
     """Header (with its inner JSON and tokenizer parsed) and body of an upload."""
     (length,) = struct.unpack_from("<Q", data)
@@ -57,21 +67,23 @@ def _raw(good, canary):
     code = pickle.dumps(Exploit(str(canary)))
     yield "empty", b"", "no safetensors file"
     for size in (1, 7, 8, 9, 100, 8 + length // 2, 8 + length, 9 + length, len(good) - 1, len(good) - 4):
-        yield f"cut at {size}", good[:size], ""
+        message = "no safetensors file" if size < 8 else "claims" if size < 8 + length else "fill"
+        yield f"cut at {size}", good[:size], message
     yield "one byte more", good + b"\0", "fill"
     yield "a megabyte more", good + bytes(2**20), "fill"
-    yield "pickle", code, ""
+    yield "pickle", code, "claims"
     yield "pickle with a length", struct.pack("<Q", len(code)) + code, "header is not JSON"
     yield "pickle behind a good header", joined(header, code + bytes(max(0, len(body) - len(code)))), ""
     archive = BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("archive/data.pkl", code)
         file.writestr("archive/bomb", bytes(10**7))
-    yield "torch archive", archive.getvalue(), ""
+    yield "torch archive", archive.getvalue(), "claims"
     for name, start in {"gzip": b"\x1f\x8b\x08", "elf": b"\x7fELF", "gguf": b"GGUF", "npy": b"\x93NUMPY"}.items():
-        yield name, start + bytes(200), ""
+        yield name, start + bytes(200), "claims"
     for claim in (0, 1, length - 1, length + 1, len(good) - 8, len(good), 2**31, 2**32, 2**63, 2**64 - 1):
-        yield f"header of {claim} bytes", struct.pack("<Q", claim) + good[8:], ""
+        message = "claims" if claim < 2 or claim > len(good) - 8 else ""
+        yield f"header of {claim} bytes", struct.pack("<Q", claim) + good[8:], message
     for name, text in {
         "nothing": "",
         "null": "null",
@@ -91,7 +103,7 @@ def _raw(good, canary):
         "no metadata": '{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
     }.items():
         raw = text.encode("utf-8", "surrogateescape")
-        yield f"header: {name}", struct.pack("<Q", len(raw)) + raw + bytes(4), ""
+        yield f"header: {name}", struct.pack("<Q", len(raw)) + raw + bytes(4), HEADERS.get(name, "is not JSON")
 
 
 def _tables(good):
@@ -109,19 +121,22 @@ def _tables(good):
     for dtype in ("F16", "BF16", "I64"):
         yield changed(f"lying dtype {dtype}", "claims the shape", dtype=dtype)
     for shape in ([], [1], [-1], [2**40], [2**62, 2**62], [0], [1.5], ["3"], None, "3", [1] * 99, [True], [10**30]):
-        yield changed(f"shape {str(shape)[:30]}", "", shape=shape)
+        message = "claims the shape" if str(shape) in ("[]", "[1]", "[0]", str([2**40])) else "cannot be"
+        yield changed(f"shape {str(shape)[:30]}", message, shape=shape)
     for offsets in ([0, 0], [4, 0], [-4, 0], [0, 2**60], [0], [0, 1, 2], None, ["0", "4"], [0.0, 4.0], [2**63, 2**64]):
-        yield changed(f"offsets {offsets}", "", data_offsets=offsets)
+        message = "claims the shape" if offsets in ([0, 0], [4, 0]) else "cannot be"
+        yield changed(f"offsets {offsets}", message, data_offsets=offsets)
     yield changed("another field", "is not described", code="import os")
     for name in (first, second):
         new = {key: value for key, value in header.items() if key != name}
-        yield f"without {name}", joined(new, body), ""
+        yield f"without {name}", joined(new, body), "bytes between them"
     overlapping = copy.deepcopy(header)
     overlapping[first] = overlapping[second]
     yield "overlapping tensors", joined(overlapping, body), "overlap"
     for name in ("../../etc/passwd", "/etc/passwd", "..\\x", "x" * 10_000, "", "\0", "weights.pkl", "__metadata__ "):
         new = {(name if key == first else key): value for key, value in header.items()}
-        yield f"tensor named {name[:20]!r}", joined(new, body), ""
+        message = "is missing" if len(name) < 100 else "is not described"
+        yield f"tensor named {name[:20]!r}", joined(new, body), message
     extra = copy.deepcopy(header)
     extra["one more"] = {"dtype": "F32", "shape": [2], "data_offsets": [len(body), len(body) + 8]}
     yield "one tensor more", joined(extra, body + bytes(8)), "not one of it"
@@ -160,9 +175,18 @@ def _fields(good):
 
     for value in ("", "south", "../north", "north/..", "/north", "north\n", "north\0", None, 3, ["north"]):
         yield inner(f"client id {value!r}", "of client", lambda f, v=value: f.update(client_id=v))
-    for key in ("version", "kind", "client_id", "client_round", "class_counts", "metrics", "slm"):
-        yield inner(f"without {key}", "", lambda f, k=key: f.pop(k))
-        yield inner(f"{key} is null", "", lambda f, k=key: f.update({k: None}))
+    for key, message in {
+        "version": "of version",
+        "kind": "of version",
+        "client_id": "of client",
+        "client_round": "whole numbers",
+        "class_counts": "whole numbers",
+        "metrics": "is not an object",
+        "slm": "is not an object",
+    }.items():
+        gone = message if key in ("version", "kind") else "fields must be"
+        yield inner(f"without {key}", gone, lambda f, k=key: f.pop(k))
+        yield inner(f"{key} is null", message, lambda f, k=key: f.update({k: None}))
     yield inner("another version", "of version", lambda f: f.update(version=99))
     yield inner("a download", "expected a upload", lambda f: f.update(kind="download"))
     yield inner("code beside it", "fields must be", lambda f: f.update(code="import os"))
@@ -170,7 +194,8 @@ def _fields(good):
     for value in (-1, 1.5, "0", True, 10**12, 10**30):
         yield inner(f"round {value!r}", "round", lambda f, v=value: f.update(client_round=v))
     for value in ([], [1], [1, 2, 3], [-1, 1], [1.5, 2], ["1", "2"], {"bad": 1}, [10**30, 1], [True, False]):
-        yield inner(f"class counts {value}", "", lambda f, v=value: f.update(class_counts=v))
+        message = "one for each label" if value in ([], [1], [1, 2, 3]) else "whole numbers"
+        yield inner(f"class counts {value}", message, lambda f, v=value: f.update(class_counts=v))
     for value in ([], {"x": "1"}, {"x": None}, {"x" * 1000: 1}, {f"m{n}": 1 for n in range(500)}, {"x": [1]}):
         yield inner(f"metrics {str(value)[:30]}", "metrics", lambda f, v=value: f.update(metrics=v))
     for value in (
@@ -184,7 +209,8 @@ def _fields(good):
         None,
         [["bad"], "good"],
     ):
-        yield inner(f"labels {value}", "", lambda f, v=value: f["slm"].update(labels=v))
+        message = "its labels are" if isinstance(value, list) and len(value) == 2 else "one for each label"
+        yield inner(f"labels {value}", message, lambda f, v=value: f["slm"].update(labels=v))
     for value in (0, -1, 65, 2**40, 1.5, "32", None, True):
         yield inner(f"max_length {value!r}", "max_length", lambda f, v=value: f["slm"].update(max_length=v))
     text = copy.deepcopy(header)
@@ -218,7 +244,8 @@ def _architectures(good):
         "t5",
         "xlnet",
     ):
-        yield architecture(f"type {kind!r}", "", model_type=kind)
+        message = "which no distilbert may bring" if kind == "distilbert" else "is not one of"
+        yield architecture(f"type {kind!r}", message, model_type=kind)
     yield architecture("auto_map", "auto_map", auto_map={"AutoModel": "evil--repo.Model"})
     words = """custom_pipelines quantization_config _attn_implementation attn_implementation _name_or_path architectures
         torch_dtype dtype return_dict output_hidden_states problem_type use_auth_token trust_remote_code code_revision
@@ -235,7 +262,8 @@ def _architectures(good):
         yield architecture(f"{key} = {str(value)[:20]}", "architecture", **{key: value})
     others = {"num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 7, "intermediate_size": 8, "type_vocab_size": 3}
     for key, value in {**others, "max_position_embeddings": 63, "is_decoder": "x" * 99}.items():
-        yield architecture(f"other {key}", "", **{key: value})
+        message = {"num_hidden_layers": "is not one of it", "is_decoder": "a text of 99"}.get(key, "architecture says")
+        yield architecture(f"other {key}", message, **{key: value})
     yield architecture("one layer more", "is missing", num_hidden_layers=3)
     for value in (
         {"0": "good", "1": "bad"},
@@ -245,12 +273,12 @@ def _architectures(good):
         [],
         {"1": "bad", "2": "good"},
     ):
-        yield architecture(f"id2label {value}", "", id2label=value)
+        yield architecture(f"id2label {value}", "which is not its labels", id2label=value)
     yield architecture("label2id", "label2id", label2id={"bad": 1, "good": 0})
     for value in (None, [], "bert", 3):
         new = copy.deepcopy(header)
         new["__metadata__"]["crosslm"]["slm"]["architecture"] = value
-        yield f"architecture {value!r}", joined(new, body), ""
+        yield f"architecture {value!r}", joined(new, body), "architecture is not an object"
 
 
 def _tokenizers(good):
@@ -269,14 +297,23 @@ def _tokenizers(good):
 
     yield files("another file", "exactly the files", **{"../../evil.py": "import os"})
     yield files("code", "exactly the files", **{"tokenization_evil.py": "import os"})
-    for text in ("", "{}", "[]", "null", "{", "[" * 100_000, "[" + "[]," * 2_100_000 + "[]]"):
-        yield files(f"tokenizer.json {text[:10]}", "", **{"tokenizer.json": text})
+    for text, message in {
+        "": "is not JSON",
+        "{}": "has no model",
+        "[]": "is not an object",
+        "null": "is not an object",
+        "{": "is not JSON",
+        "[" * 100_000: "nested deeper",
+        "[" + "[]," * 2_100_000 + "[]]": "holds more than",
+    }.items():
+        yield files(f"tokenizer.json {text[:10]}", message, **{"tokenizer.json": text})
     settings = [{"tokenizer_file": "/etc/passwd"}, {"auto_map": "x"}, {"chat_template": "{{ 1 }}"}, {"unk_token": 3}]
     settings += [{"unk_token": "x" * 1000}, {"tokenizer_class": "Evil"}, {"extra_special_tokens": {}}]
     for text in ("[]", "", *map(json.dumps, settings)):
-        yield files(f"tokenizer_config.json {text[:30]}", "", **{"tokenizer_config.json": text})
+        message = "no short text" if "unk_token" in text else "may name" if text else "is not JSON"
+        yield files(f"tokenizer_config.json {text[:30]}", message, **{"tokenizer_config.json": text})
     for value in (3, None, ["{}"]):
-        yield files(f"tokenizer.json is {value!r}", "", **{"tokenizer.json": value})
+        yield files(f"tokenizer.json is {value!r}", "exactly the files", **{"tokenizer.json": value})
     regex = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}
     grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
     yield tokenizer("endless expression", "regular expression", lambda t: t.update(normalizer=regex))
@@ -347,5 +384,5 @@ def _numbers(good):
             start, end = header[name]["data_offsets"]
             weights = np.frombuffer(body, dtype=np.uint8).copy()
             weights[start:end].view(np.float32)[-1] = number
-            message = "root mean square" if abs(number) < 1e39 else "is not finite"
-            yield f"{number} in {name}", joined(header, weights.tobytes()), "" if number == 1e38 else message
+            message = "root mean square" if abs(number) < 1e30 else "is not finite"  # 1e38 squared is not
+            yield f"{number} in {name}", joined(header, weights.tobytes()), message

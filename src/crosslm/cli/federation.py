@@ -88,18 +88,21 @@ def client(
 
 
 def silo_status(kit: Path) -> None:
-    """What a silo has sent and received."""
+    """What a silo does now, what it has sent, and what came of it."""
     from crosslm.federation.silo import Silo
+    from crosslm.federation.silo_news import doing, outcome
     from crosslm.models.sources import cache_folder
 
     silo = Silo(kit, cache_folder(None))
-    receipts = silo.receipts()
+    now = silo.doing()
     _say(f"silo {silo.settings.id} of {silo.settings.experiment}, server {silo.settings.server}")
-    for number, receipt in enumerate(receipts):
-        state = "complete" if number < silo.installed else "trained; its enhanced SLM has not come back yet"
-        _say(f"round {number}: {state}; {receipt['bytes_sent']:,} bytes, {_ago(receipt['time'])} ago")
-    if not receipts:
-        _say("nothing has left this silo")
+    _say(doing(now, _ago(now["since"]) if now else ""))
+    for number, receipt in enumerate(silo.receipts()):
+        if number < silo.installed:
+            state = f"complete: {outcome(silo.decision(number))}"
+        else:
+            state = "trained; nothing has come back yet"
+        _say(f"round {number}: {state}; {receipt['bytes_sent']:,} bytes sent, {_ago(receipt['time'])} ago")
 
 
 def server_status(kit: Path) -> None:
@@ -121,10 +124,11 @@ def server_status(kit: Path) -> None:
     _say(f"{settings.experiment} at {settings.address}: {state}")
     table = Table("silo", "round", "state", "since", "bytes", "note", box=None)
     for silo in silo_names(kit):
-        _, _, line = (spool.fact(f"silo/{silo}") or " ").partition(" ")
-        mine = spool.of(silo)
+        moment, _, line = (spool.fact(f"silo/{silo}") or " ").partition(" ")
+        mine, since = spool.of(silo), _ago(float(moment)) if moment else "-"
         if not mine:
-            table.add_row(silo, "-", "not uploaded", "-", "-", line)
+            table.add_row(silo, "-", "not uploaded", since, "-", line)
+        line = f"{line}, {since} ago" if line else ""
         for arrival in mine:
             table.add_row(
                 silo, str(arrival.round), arrival.state, _ago(arrival.since), f"{arrival.bytes:,}", arrival.note or line
@@ -133,6 +137,8 @@ def server_status(kit: Path) -> None:
 
 
 def _print_contents(found: dict[str, object]) -> None:
+    from crosslm.federation.leaving import CARRIER
+
     tensors, fields = found["tensors"], found["fields"]
     assert isinstance(tensors, dict)
     assert isinstance(fields, dict)
@@ -141,10 +147,15 @@ def _print_contents(found: dict[str, object]) -> None:
         _say(f"tensor  {name}  {shape}  {entry['dtype']}  {entry['bytes']} bytes")
     for name, value in fields.items():
         _say(f"field   {name}  {json.dumps(value)}")
-    names = found["metrics_after_training"]
+    names, answers = found["metrics_after_training"], found["answers"]
     assert isinstance(names, list)
+    assert isinstance(answers, dict)
     _say(f"field   metrics, numbers of the training: {', '.join(names)}")
-    _say(f"{len(tensors)} tensors of {found['tensor_bytes']} bytes, and these fields. Nothing else leaves.")
+    for occasion, parts in answers.items():
+        _say(f"answer  {occasion}: {', '.join(parts)}")
+    _say("metrics.accepted is 0 if what came back is worse on held-out private rows, and so is a fact about these rows")
+    _say(f"carrier {CARRIER}")
+    _say(f"{len(tensors)} tensors of {found['tensor_bytes']} bytes, and these fields and answers. Nothing else leaves.")
     _say("Nothing was sent.")
 
 

@@ -7,6 +7,7 @@ import typer
 
 from crosslm.cli.app import CacheOption, app, console, quiet_libraries
 from crosslm.cli.runs import finish
+from crosslm.errors import RunError
 from crosslm.rundir import CONFIG, SUMMARY, RunDir
 
 AnyRun = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not.")]
@@ -35,12 +36,17 @@ def run_status(run_folder: Path) -> None:
 
     run = RunDir.open(run_folder)
     checkpoints = Checkpoints(run)
-    records = [checkpoints.read(number) for number in checkpoints.numbers()]
+    numbers, records, damaged = checkpoints.numbers(), [], []
+    for number in numbers:
+        try:
+            records.append(checkpoints.read(number))
+        except RunError as error:
+            damaged.append(str(error))
     unfinished = "at work" if run.is_locked() else "stopped"
     if run.is_between_machines():
         unfinished = f"not complete; crosslm status {run_folder.parent} says more"
     state = "complete" if (run_folder / SUMMARY).is_file() else unfinished
-    console.print(f"{run_folder}: {state}, {max(len(records) - 1, 0)} arrivals done", highlight=False, soft_wrap=True)
+    console.print(f"{run_folder}: {state}, {max(len(numbers) - 1, 0)} arrivals done", highlight=False, soft_wrap=True)
     for record in records:
         cause = record["cause"]
         kept = "" if record["state"] is not None else " (only the adapter is kept)"
@@ -50,6 +56,8 @@ def run_status(run_folder: Path) -> None:
         adapter = f"adapter {record['adapter'][:12]}{kept}"
         line = f"arrival {record['arrival']}: {who}{cause['outcome']}{step}{reason}; {adapter}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for message in damaged:
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
     if run.barred():
         console.print(f"rolled back: without {', '.join(run.barred())}", highlight=False, markup=False)
     if state == "stopped":

@@ -48,15 +48,17 @@ class Intake:
     def upload(self, data: bytes | Path, client_id: str) -> Upload:
         """As :func:`check_upload`."""
         with _refusing(f"client {client_id}: "):
-            upload = decode_upload(_checked(data, "upload", self.labels, self.bounds, client_id))
-            _check_numbers(upload.slm, self.bounds)
+            deadline = time.monotonic() + self.bounds.max_seconds
+            upload = decode_upload(_checked(data, "upload", self.labels, self.bounds, client_id, deadline))
+            _check_numbers(upload.slm, self.bounds, deadline)
         return upload
 
     def download(self, data: bytes | Path, client_id: str) -> Download:
         """As :func:`check_download`."""
         with _refusing(f"client {client_id}: what the server returned is refused: "):
-            download = decode_download(_checked(data, "download", self.labels, self.bounds, client_id))
-            _check_numbers(download.slm, self.bounds)
+            deadline = time.monotonic() + self.bounds.max_seconds
+            download = decode_download(_checked(data, "download", self.labels, self.bounds, client_id, deadline))
+            _check_numbers(download.slm, self.bounds, deadline)
         return download
 
 
@@ -95,9 +97,10 @@ def _refusing(prefix: str) -> Iterator[None]:
         raise UploadError(f"{prefix}{UNFORESEEN}: {type(error).__name__}: {str(error)[:120]}") from error
 
 
-def _checked(data: bytes | Path, kind: str, wanted: tuple[str, ...], bounds: IntakeConfig, client_id: str) -> bytes:
+def _checked(
+    data: bytes | Path, kind: str, wanted: tuple[str, ...], bounds: IntakeConfig, client_id: str, deadline: float
+) -> bytes:
     """The bytes, once all that can be said without their tensors has been checked."""
-    deadline = time.monotonic() + bounds.max_seconds
     if not CLIENT_ID.fullmatch(client_id):
         raise UploadError("its id must be 1 to 64 letters, digits, dots, dashes and underscores")
     size, head = _head(data, kind, bounds)
@@ -243,8 +246,9 @@ def _check_tensors(table: Mapping[str, tuple[str, tuple[int, ...]]], expected: M
             )
 
 
-def _check_numbers(state: SlmState, bounds: IntakeConfig) -> None:
+def _check_numbers(state: SlmState, bounds: IntakeConfig, deadline: float) -> None:
     for name, weight in state.weights.items():
+        _in_time(deadline, bounds)
         if not weight.is_floating_point() or not weight.numel():
             continue
         # a sum of squares in fp32 is infinite for numbers that are no weights, and refused

@@ -79,8 +79,8 @@ class SiloSettings(Section):
     runtime_port: Port = 9094
     """Port on the loopback interface for Flower's SuperNode; each silo on a machine needs its own."""
     wire_dtype: Literal["float32", "float16"] = "float32"
-    """``float16``: weights travel in half the bytes, rounded to 11 bits; the receipt says what that
-    does to the accuracy on the private rows."""
+    """``float16``: weights travel in half the bytes both ways, rounded to 11 bits; the receipt says what that
+    does to the accuracy on the private rows, and the silo keeps what it trained unrounded."""
     max_participations: Positive = 1
     """Uploads that this silo agrees to send in all."""
     data: SiloData

@@ -5,6 +5,7 @@ The client application may run in a new process for each message, so everything 
 """
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,13 +14,14 @@ from typing import Any
 
 from torch import float16, float32
 
-from crosslm.client import Client
+from crosslm.client import Client, Decision
 from crosslm.config import DataConfig
 from crosslm.data import is_there, load_examples
-from crosslm.errors import DataError, FederationError
+from crosslm.errors import CrosslmError, DataError, FederationError
 from crosslm.federation.intake import Intake
 from crosslm.federation.kits import SILO_FILE, SiloSettings, read_silo
-from crosslm.federation.messages import decode_download, decode_upload, describe, encode
+from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names
+from crosslm.federation.messages import decode_download, decode_upload, encode
 from crosslm.files import write_whole
 from crosslm.leaks import LeakCheck
 from crosslm.models.encoder import SentenceEncoder
@@ -30,6 +32,7 @@ from crosslm.records import Examples, SlmState, Upload
 from crosslm.seeding import seed_for
 
 DP_METRICS = ("epsilon", "delta", "clip", "noise_multiplier", "sample_rate", "steps", "means", "count_epsilon")
+MAX_REASON = 400  # letters of what the server says of an upload that it did not use
 DTYPES = {"float32": float32, "float16": float16}
 
 
@@ -77,18 +80,27 @@ class Silo:
             ModelError: the SLM cannot be loaded.
         """
         self._check(experiment, number)
-        path = self.state / f"upload-{number:04}.safetensors"
+        path = self._sent(number)
         if path.exists():
+            self.now("waiting", number)
             return path.read_bytes()
+        self.now("training", number)
         client = self.client()
         upload = client.train()
-        data = encode(_as_dtype(upload, self.settings.wire_dtype))
+        sent = self._as_sent(upload)
+        data = encode(sent)
         self._receipt(number, upload, data, client.slm)
+        if sent is not upload:
+            write_whole(self._unrounded(number), [encode(upload)])
         write_whole(path, [data])
+        self.now("waiting", number)
         return data
 
     def install(self, experiment: str, number: int, data: bytes) -> dict[str, float]:
         """Step 5: keep the enhanced SLM, as ``state/slm`` for transformers.
+
+        A round whose download is refused is complete all the same: the server sends none of it again, and this silo
+        goes on with the SLM that it has.
 
         Returns:
             What the server is told: the round, whether the SLM was accepted, and no more.
@@ -96,23 +108,31 @@ class Silo:
         Raises:
             FederationError: it does not answer this silo's upload.
             UploadError: the download is refused by the intake's checks.
+            LeakError: it was trained on text that is too near to private text.
+            DataError: the private file cannot be used.
         """
         self._check(experiment, number)
         if self.installed > number:
             return self._confirmation(number)
-        mine = self.state / f"upload-{number:04}.safetensors"
-        if not mine.exists():
-            raise FederationError(
-                f"silo {self.settings.id}: a download for round {number}, which was never uploaded; give it back "
-                f"the folder {self.state.name} that it had then"
-            )
+        upload = self._mine(number)
+        try:
+            decision = self._install(number, data, upload)
+        except CrosslmError as error:
+            SLM.from_state(upload.slm).save(str(self.state / "slm"))
+            self._complete(number, {"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
+            raise
+        told = confirmation(number, decision.accepted)
+        self._keep_receipt("install", number, {"answer": done(number), "metrics": told})
+        self._complete(number, vars(decision))
+        return told
+
+    def _install(self, number: int, data: bytes, upload: Upload) -> Decision:
         settings = self.settings
-        upload = self._uploaded(number)
         download = Intake(settings.labels, settings.intake).download(data, settings.id)
         if download.client_round != number:
             raise FederationError(
                 f"silo {settings.id}: asked to install round {number}, got the download of round "
-                f"{download.client_round}"
+                f"{download.client_round}; look at the server's spool"
             )
         check_same_model(upload.slm, download.slm, f"silo {settings.id}")
         client = self.client()
@@ -120,9 +140,41 @@ class Silo:
         decision = client.install(download)
         client.slm.save(str(self.state / "slm"))
         write_whole(self.state / f"download-{number:04}.safetensors", [data])
-        write_whole(self.state / f"decision-{number:04}.json", [json.dumps(vars(decision), indent=1).encode()])
+        return decision
+
+    def not_used(self, experiment: str, number: int, reason: str) -> None:
+        """The server did not use the upload of a round and sends nothing back: go on with the SLM as it was sent.
+
+        Args:
+            experiment: whom the message is from.
+            number: the round.
+            reason: the server's words.
+
+        Raises:
+            FederationError: the message is not for this silo, or of a round that it has not uploaded.
+        """
+        self._check(experiment, number)
+        if self.installed > number:
+            return
+        SLM.from_state(self._mine(number).slm).save(str(self.state / "slm"))
+        words = "".join(letter if letter.isprintable() else " " for letter in reason[:MAX_REASON])
+        self._keep_receipt("not-used", number, {"answer": done(number)})
+        self._complete(number, {"accepted": False, "rows": 0, "not_used": words})
+
+    def _complete(self, number: int, decision: Mapping[str, Any]) -> None:
+        write_whole(self.state / f"decision-{number:04}.json", [json.dumps(dict(decision), indent=1).encode()])
         write_whole(self.state / "installed.json", [json.dumps({"rounds": number + 1, "time": time.time()}).encode()])
-        return self._confirmation(number)
+        self.now("complete", number)
+
+    def now(self, what: str, number: int | None = None, why: str = "") -> None:
+        """Remember for ``crosslm status`` what goes on since now: training, waiting, complete or refused."""
+        fields = {"now": what, "round": number, "why": why, "since": time.time(), "pid": os.getpid()}
+        write_whole(self.state / "now.json", [json.dumps(fields).encode()])
+
+    def doing(self) -> dict[str, Any] | None:
+        """What goes on at this silo, as :meth:`now` was told last; None before anything did."""
+        path = self.state / "now.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def decision(self, number: int) -> dict[str, Any]:
         """What was done with the SLM that a round brought, and why."""
@@ -131,7 +183,11 @@ class Silo:
         return found
 
     def _confirmation(self, number: int) -> dict[str, float]:
-        return {"round": float(number), "accepted": float(self.decision(number)["accepted"])}
+        """The answer again, whose first one was lost."""
+        decision = self.decision(number)
+        if why := decision.get("refused") or decision.get("not_used"):
+            raise FederationError(f"silo {self.settings.id}: round {number} is complete without an SLM: {why}")
+        return confirmation(number, decision["accepted"])
 
     def client(self) -> Client:
         """The client of the method, with the SLM as it is after all complete rounds."""
@@ -150,7 +206,27 @@ class Silo:
         return client
 
     def _uploaded(self, number: int) -> Upload:
-        return decode_upload((self.state / f"upload-{number:04}.safetensors").read_bytes())
+        """An upload of this silo as it was trained: what was rounded for the wire is not rounded here."""
+        path = self._unrounded(number)
+        return decode_upload((path if path.exists() else self._sent(number)).read_bytes())
+
+    def _sent(self, number: int) -> Path:
+        return self.state / f"upload-{number:04}.safetensors"
+
+    def _unrounded(self, number: int) -> Path:
+        return self.state / f"trained-{number:04}.safetensors"
+
+    def _mine(self, number: int) -> Upload:
+        if not self._sent(number).exists():
+            raise FederationError(
+                f"silo {self.settings.id}: an answer to its upload of round {number}, which was never uploaded; give "
+                f"it back the folder {self.state.name} that it had then"
+            )
+        return self._uploaded(number)
+
+    def _as_sent(self, upload: Upload) -> Upload:
+        dtype = DTYPES[self.settings.wire_dtype]
+        return upload if dtype == float32 else replace(upload, slm=upload.slm.in_dtype(dtype))
 
     def _told(self, rounds: int) -> list[Mapping[str, float]]:
         """The metadata of so many uploads: what they have spent of the privacy budget, whatever the kit says now."""
@@ -205,7 +281,7 @@ class Silo:
         )
 
     def would_send(self) -> dict[str, Any]:
-        """Every tensor and every field that an upload has, before anything is trained.
+        """Every tensor and every field that an upload has, and every field of every answer, before anything is trained.
 
         Values that training gives are there as they are before it: no metrics, but their names are in
         ``metrics_after_training``.
@@ -214,19 +290,16 @@ class Silo:
         slm.predict_proba(private.texts[:1])  # a tokenizer that was used once has its truncation written in it
         counts = tuple(private.class_counts(len(self.settings.labels)))
         upload = Upload(self.settings.id, self.installed, counts, {}, slm.to_state())
-        found, privacy = contents(_as_dtype(upload, self.settings.wire_dtype)), self.settings.privacy
-        if privacy.epsilon:
-            names = ["epochs", *(f"dp/{name}" for name in DP_METRICS)]
-            if privacy.class_counts != "exact":
-                hidden = privacy.class_counts == "hidden"
-                found["fields"]["class_counts"] = [0] * len(counts) if hidden else "the counts, with noise"
-        else:
-            names = ["loss", "epochs"] + (["holdout_loss", "holdout_accuracy"] if self.settings.fit.patience else [])
-        return {**found, "metrics_after_training": names}
+        found, privacy = contents(self._as_sent(upload)), self.settings.privacy
+        if privacy.epsilon and privacy.class_counts != "exact":
+            hidden = privacy.class_counts == "hidden"
+            found["fields"]["class_counts"] = [0] * len(counts) if hidden else "the counts, with noise"
+        names = metric_names(self.settings.fit, privacy)
+        return {**found, "metrics_after_training": names, "answers": answers()}
 
     def receipts(self) -> list[dict[str, Any]]:
         """What left this silo so far, one receipt an upload."""
-        paths = sorted((self.state / "receipts").glob("*.json"))
+        paths = sorted((self.state / "receipts").glob("upload-*.json"))
         return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
     def _check(self, experiment: str, number: int) -> None:
@@ -248,35 +321,22 @@ class Silo:
             )
 
     def _receipt(self, number: int, upload: Upload, data: bytes, slm: SLM) -> None:
-        receipt = {"time": time.time(), "server": self.settings.server, "bytes_sent": len(data)}
-        receipt |= contents(_as_dtype(upload, self.settings.wire_dtype))
+        receipt: dict[str, Any] = {"bytes_sent": len(data), "answer": done(number)} | contents(self._as_sent(upload))
         if self.settings.wire_dtype != "float32":
             private = self.private()
-            rounded = SLM.from_state(_as_dtype(upload, self.settings.wire_dtype).slm, str(slm.device))
+            rounded = SLM.from_state(self._as_sent(upload).slm, str(slm.device))
             rounded.order_labels(slm.labels)
             receipt["accuracy_on_private_rows"] = {
                 "float32": slm.accuracy(private),
                 self.settings.wire_dtype: rounded.accuracy(private),
             }
-        path = self.state / "receipts" / f"upload-{number:04}.json"
-        write_whole(path, [(json.dumps(receipt, indent=1) + "\n").encode()])
+        self._keep_receipt("upload", number, receipt)
 
-
-def contents(upload: Upload) -> dict[str, Any]:
-    """All that is in an upload: every field by name, the tensors by shape, type and size."""
-    state = upload.slm
-    fields = {name: value for name, value in describe(upload).items() if name not in ("tensors", "bytes")}
-    return {
-        "fields": {
-            **fields,
-            "labels": list(state.labels),
-            "max_length": state.max_length,
-            "architecture": dict(state.architecture),
-            "tokenizer": {name: f"{len(text.encode())} bytes" for name, text in state.tokenizer.items()},
-        },
-        "tensors": describe(upload)["tensors"],
-        "tensor_bytes": describe(upload)["bytes"],
-    }
+    def _keep_receipt(self, kind: str, number: int, receipt: Mapping[str, Any]) -> None:
+        """Keep what leaves, before it does."""
+        kept = {"time": time.time(), "server": self.settings.server, **receipt}
+        path = self.state / "receipts" / f"{kind}-{number:04}.json"
+        write_whole(path, [(json.dumps(kept, indent=1) + "\n").encode()])
 
 
 def check_same_model(mine: SlmState, returned: SlmState, who: str) -> None:
@@ -288,22 +348,14 @@ def check_same_model(mine: SlmState, returned: SlmState, who: str) -> None:
     if (mine.architecture, mine.tokenizer, mine.labels) != (returned.architecture, returned.tokenizer, returned.labels):
         raise FederationError(
             f"{who}: the SLM that came back has another architecture, tokenizer or label order, and is not installed; "
-            "this silo must not be served by that server until its operator knows why"
+            "ask whoever runs the server why, before this silo agrees to more (max_participations)"
         )
     if _shapes(mine.weights) != _shapes(returned.weights):
         raise FederationError(
             f"{who}: the SLM that came back has other tensors than the one that was sent, and is not installed; "
-            "this silo must not be served by that server until its operator knows why"
+            "ask whoever runs the server why, before this silo agrees to more (max_participations)"
         )
 
 
 def _shapes(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in weights.items()}
-
-
-def _as_dtype(upload: Upload, name: str) -> Upload:
-    dtype = DTYPES[name]
-    weights = {
-        key: weight.to(dtype) if weight.dtype == float32 else weight for key, weight in upload.slm.weights.items()
-    }
-    return replace(upload, slm=replace(upload.slm, weights=weights))

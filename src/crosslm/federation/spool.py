@@ -212,6 +212,11 @@ class Spool:
             sql = "UPDATE arrivals SET state = 'delivered', delivered_at = ?, note = ? WHERE silo = ? AND round = ?"
             self._write(sql, time.time(), note, silo, number)
 
+    def told(self, silo: str, number: int) -> None:
+        """The silo knows that its upload was refused."""
+        with self._lock:
+            self._write("UPDATE arrivals SET delivered_at = ? WHERE silo = ? AND round = ?", time.time(), silo, number)
+
     def arrivals(self) -> list[Arrival]:
         """All, in order of arrival."""
         with self._lock:
@@ -223,8 +228,8 @@ class Spool:
         return [arrival for arrival in self.arrivals() if arrival.silo == silo]
 
     def complete(self, silo: str) -> int:
-        """How many of a silo's rounds are complete: its answer to the download has been received."""
-        return sum(arrival.state == "delivered" for arrival in self.of(silo))
+        """How many of a silo's rounds are complete: it has answered to the download, or to there being none."""
+        return sum(arrival.delivered_at is not None for arrival in self.of(silo))
 
     def note(self, name: str, value: str) -> None:
         """Remember a fact about the run under a name.

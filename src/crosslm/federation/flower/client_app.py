@@ -1,7 +1,8 @@
-"""The client application: answers two requests of the server, and runs nothing that comes with them."""
+"""The client application: answers three requests of the server, and runs nothing that comes with them."""
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -9,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from crosslm import __version__
 from crosslm.errors import CrosslmError
-from crosslm.federation import messages
+from crosslm.federation import leaving, messages
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.kits import KIT
 from crosslm.federation.silo import Silo
@@ -28,8 +29,8 @@ def upload(message: Message, context: Context) -> Message:
         _check_version(request, silo)
         data = silo.upload(str(request["experiment"]), number)
     except CrosslmError as error:
-        return _refusal(message, error)
-    return Message(RecordDict({"reply": _answer("ok", number), "message": split(data)}), reply_to=message)
+        return refusal(message, error)
+    return Message(RecordDict({"reply": ConfigRecord(leaving.done(number)), "message": split(data)}), reply_to=message)
 
 
 @app.train("install")
@@ -43,9 +44,22 @@ def install(message: Message, context: Context) -> Message:
             str(request["experiment"]), number, b"".join(joined(arrays, silo.settings.intake.max_bytes))
         )
     except CrosslmError as error:
-        return _refusal(message, error)
-    content = RecordDict({"reply": _answer("ok", number), "metrics": MetricRecord(dict(metrics))})
-    return Message(content, reply_to=message)
+        return refusal(message, error)
+    reply = {"reply": ConfigRecord(leaving.done(number)), "metrics": MetricRecord(dict(metrics))}
+    return Message(RecordDict(reply), reply_to=message)
+
+
+@app.train("not_used")
+def not_used(message: Message, context: Context) -> Message:
+    """The server did not use the upload, and nothing comes back."""
+    request = message.content["request"]
+    try:
+        silo, number = _silo(), _round(request)
+        assert isinstance(request, ConfigRecord)
+        silo.not_used(str(request["experiment"]), number, str(request["reason"]))
+    except CrosslmError as error:
+        return refusal(message, error)
+    return Message(RecordDict({"reply": ConfigRecord(leaving.done(number))}), reply_to=message)
 
 
 def _silo() -> Silo:
@@ -66,13 +80,9 @@ def _check_version(request: object, silo: Silo) -> None:
         )
 
 
-def _answer(status: str, number: int) -> ConfigRecord:
-    return ConfigRecord({"status": status, "round": number, "crosslm": __version__})
-
-
-def _refusal(message: Message, error: CrosslmError) -> Message:
-    """The server learns that it was refused, and no more: the words may name private files."""
+def refusal(message: Message, error: CrosslmError) -> Message:
+    """An answer by which the server learns that it was refused and the kind of error; the silo's own log has more."""
     logger.error("%s", error)
-    kind = type(error).__name__
-    reply = ConfigRecord({"status": "refused", "reason": f"{kind}, see the silo's own log", "crosslm": __version__})
-    return Message(RecordDict({"reply": reply}), reply_to=message)
+    with suppress(CrosslmError, OSError):  # a kit or a disk that cannot be used is what the refusal may be about
+        _silo().now("refused", why=str(error))
+    return Message(RecordDict({"reply": ConfigRecord(leaving.refused(error))}), reply_to=message)

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from crosslm import __version__
 from crosslm.config import FederationConfig
-from crosslm.errors import FederationError, UploadError
+from crosslm.errors import FederationError, QuarantineError, UploadError
 from crosslm.federation import messages
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.flower.replies import Answer, answer_in, pulled
@@ -30,6 +30,7 @@ from crosslm.records import Download, Upload
 POLL = 0.5  # seconds between looks at the grid and at the spool
 LONGEST_WAIT = 60.0  # seconds between two attempts at a silo that does not answer
 HEARTBEAT = 5.0  # seconds
+TELL_REFUSED = 120.0  # seconds at the end of a run for silos to hear that their upload was not used
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +46,7 @@ class _Line:
     attempts: int = 0
     not_before: float = 0.0
     over: bool = False
-    """It refused, or was refused: it is not asked again."""
+    """It refused to train: it is not asked again."""
     note: str = ""
 
 
@@ -70,9 +71,6 @@ class FlowerExchange:
 
     def __post_init__(self) -> None:
         self._lines = {silo: _Line(silo) for silo in self.silos}
-        for arrival in self.spool.arrivals():
-            if arrival.state == "refused" and arrival.silo in self._lines:
-                self._lines[arrival.silo].over = True
         if self.spool.fact("started") is None:
             self.spool.note("started", str(time.time()))
         self._thread = threading.Thread(target=self._carry, name="carrier", daemon=True)
@@ -112,10 +110,9 @@ class FlowerExchange:
         self.spool.serve(download.client_id, download.client_round, encode(download))
 
     def refuse(self, silo: str, number: int, error: Exception) -> None:
-        """An upload cannot be used: its silo is asked for no more."""
+        """An upload cannot be used: its silo is told, and is asked for its next one as any other."""
         logger.error("silo %s, round %d: refused: %s", silo, number, error)
-        self.spool.refuse(silo, number, str(error))
-        self._lines[silo].over = True
+        self.spool.refuse(silo, number, f"{type(error).__name__}: {error}")
 
     def finished(self) -> bool:
         """Whether no upload is to be served any more."""
@@ -136,6 +133,10 @@ class FlowerExchange:
         """
         end = time.time() + seconds
         while time.time() < end and self._owed():
+            self._look_at_carrier()
+            time.sleep(POLL)
+        end = time.time() + TELL_REFUSED
+        while time.time() < end and self._untold():
             self._look_at_carrier()
             time.sleep(POLL)
         self._stop.set()
@@ -190,15 +191,18 @@ class FlowerExchange:
             content = self._request(owed.round)
             content["message"] = split(self.spool.download(owed))
             return "install", owed.round, content
+        untold = next((arrival for arrival in self._untold() if arrival.silo == line.silo), None)
+        if untold is not None:
+            return "not_used", untold.round, self._request(untold.round, reason=_told_of(untold))
         if line.over or any(arrival.state in ("received", "processing") for arrival in mine):
             return None
         if len(mine) >= self.config.participations or self._too_late():
             return None
         return "upload", len(mine), self._request(len(mine))
 
-    def _request(self, number: int) -> RecordDict:
+    def _request(self, number: int, reason: str = "") -> RecordDict:
         fields = {"experiment": self.experiment, "round": number, "version": messages.VERSION, "crosslm": __version__}
-        return RecordDict({"request": ConfigRecord(fields)})
+        return RecordDict({"request": ConfigRecord({**fields, "reason": reason} if reason else fields)})
 
     def _look_for_reply(self, line: _Line) -> bool:
         try:
@@ -222,6 +226,8 @@ class FlowerExchange:
             self._fail(line, "refused", answer.refusal)
         elif answer.message is not None and line.kind == "upload":
             self._received(line, answer.message)
+        elif line.kind == "not_used":
+            self.spool.told(line.silo, line.round)
         else:
             note = "" if answer.accepted else "the silo keeps the SLM it had: worse on its held-out rows"
             self.spool.delivered(line.silo, line.round, note)
@@ -235,12 +241,18 @@ class FlowerExchange:
             line.note = str(error)
 
     def _fail(self, line: _Line, how: str, reason: str) -> None:
-        """A silo has refused, or what it answers cannot be used: it is asked for no more, and the others go on."""
-        line.over, line.note = True, f"{how} {line.kind}: {reason}"
+        """A silo has refused, or what it answers cannot be used: the others go on.
+
+        One that has refused what came back may still send its next upload.
+        """
+        line.over = line.over or how == "failed" or line.kind == "upload"
+        line.note = f"{how} {line.kind}: {reason}"
         logger.error("silo %s, round %d: %s", line.silo, line.round, line.note)
         self._failed.put((line.silo, f"round {line.round}: {line.note}"))
         if line.kind == "install":  # or it would be owed for ever
             self.spool.delivered(line.silo, line.round, f"the silo did not take it: {reason}")
+        if line.kind == "not_used":
+            self.spool.told(line.silo, line.round)
 
     def _later(self, line: _Line, why: str) -> None:
         line.attempts += 1
@@ -257,6 +269,10 @@ class FlowerExchange:
     def _owed(self) -> list[Arrival]:
         return [arrival for arrival in self.spool.arrivals() if arrival.state == "served"]
 
+    def _untold(self) -> list[Arrival]:
+        arrivals = self.spool.arrivals()
+        return [arrival for arrival in arrivals if arrival.state == "refused" and arrival.delivered_at is None]
+
     def _is_done(self, line: _Line) -> bool:
         return line.over or len(self.spool.of(line.silo)) >= self.config.participations
 
@@ -269,3 +285,8 @@ class FlowerExchange:
             self.on_failure(*self._failed.get())
         if self._failure is not None:
             raise self._failure
+
+
+def _told_of(refused: Arrival) -> str:
+    """What a silo is told of its upload: not the gate's figures, by which one that is hostile could aim better."""
+    return "the gate has quarantined it" if refused.note.startswith(QuarantineError.__name__) else refused.note

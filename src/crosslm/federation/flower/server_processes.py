@@ -72,7 +72,7 @@ class ServerProcesses:
     def _wait_until_told(self) -> None:
         """Give the silos time to hear that their last answers have come: until then they stay connected."""
         end = time.time() + TELL_TIME
-        silos = {arrival.silo for arrival in self.spool.arrivals() if arrival.state == "delivered"}
+        silos = {arrival.silo for arrival in self.spool.arrivals() if arrival.delivered_at is not None}
         while time.time() < end and any(
             self.spool.fact(f"{TOLD}{silo}") != str(self.spool.complete(silo)) for silo in silos
         ):

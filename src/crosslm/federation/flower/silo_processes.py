@@ -1,7 +1,11 @@
-"""A silo's Flower process: a SuperNode that connects to the server, started again when it dies."""
+"""A silo's processes: Flower's SuperNode, which connects to the server, and ours, which answers what it receives.
+
+Both are started again when one dies.
+"""
 
 import socket
 import ssl
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -12,6 +16,7 @@ from crosslm.federation.flower.processes import RESTART, Child, Note, program
 from crosslm.federation.keys import ASKED_AT, fingerprint
 from crosslm.federation.kits import SILO_FILE, read_silo
 from crosslm.federation.silo import Silo
+from crosslm.federation.silo_news import outcome
 
 REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it does not know
 REFUSED_PAUSE = 10.0  # seconds until a silo that was refused tries again
@@ -19,7 +24,12 @@ CONFIRM_TIME = 300.0  # seconds that a silo with all its rounds stays to tell th
 
 
 def supernode_command(kit: Path) -> list[str]:
-    """The command line of the SuperNode of a kit."""
+    """The command line of the SuperNode of a kit.
+
+    With ``--isolation process`` it starts no program for the app that the server sends: who answers is
+    :func:`tasks_command`. (Flower's ``--trusted-entities`` would not do: a server without its app hub cannot vouch
+    for any app, and who can sign one could sign code.)
+    """
     settings = read_silo(kit)
     return [
         program("flower-supernode"),
@@ -33,7 +43,14 @@ def supernode_command(kit: Path) -> list[str]:
         str(settings.runtime_port),
         "--auth-supernode-private-key",
         str(kit / "silo.key"),
+        "--isolation",
+        "process",
     ]
+
+
+def tasks_command(kit: Path) -> list[str]:
+    """The command line of the process that answers what the SuperNode of a kit receives."""
+    return [sys.executable, "-m", "crosslm.federation.flower.tasks", f"127.0.0.1:{read_silo(kit).runtime_port}"]
 
 
 def run_silo(silo: Silo, note: Note) -> None:
@@ -47,6 +64,7 @@ def run_silo(silo: Silo, note: Note) -> None:
         return
     kit = silo.kit.absolute()
     node = Child("supernode", supernode_command(kit), kit)
+    tasks = Child("tasks", tasks_command(kit), kit)
     told = silo.installed, len(silo.receipts())
     last = silo.settings.max_participations - 1
     refused = False
@@ -56,17 +74,24 @@ def run_silo(silo: Silo, note: Note) -> None:
     until = 0.0  # when to end at the latest: an answer that the server has not read is lost when the silo goes
     try:
         while not until or (time.time() < until and (rounds_complete(silo) or 0) <= last):
-            if node.process is None or node.died():
+            if node.process is None or node.died() or tasks.died():
+                tasks.stop()  # what it trains is for a SuperNode that is gone
                 if node.died():
                     refused = _look_into_end(node, silo, refused, note)
                     time.sleep(REFUSED_PAUSE if refused else RESTART)
+                elif tasks.died():
+                    note(f"the process that trains ended and is started again; its log is {tasks.log}")
+                    node.stop()
+                    time.sleep(RESTART)
                 node.start()
+                tasks.start()
             told = _tell(silo, told, note)
             if silo.installed > last and not until:
                 until = time.time() + CONFIRM_TIME
             time.sleep(0.5)
         silo.confirm()
     finally:
+        tasks.stop()
         node.stop()
 
 
@@ -76,7 +101,8 @@ def _tell(silo: Silo, told: tuple[int, int], note: Note) -> tuple[int, int]:
     if sent > told[1]:
         note(f"trained; the receipt of what leaves is {silo.kit / 'state' / 'receipts' / f'upload-{sent - 1:04}.json'}")
     if complete > told[0]:
-        note(f"round {complete} is complete: the enhanced classifier is {silo.kit / 'state' / 'slm'}")
+        what = outcome(silo.decision(complete - 1))
+        note(f"round {complete - 1} is complete: {what}; it is in {silo.kit / 'state' / 'slm'}")
     return complete, sent
 
 

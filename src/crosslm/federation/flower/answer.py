@@ -1,0 +1,69 @@
+"""One task of the SuperNode: the answer to one message of the server, in a process of its own.
+
+Flower's own ``flwr-clientapp`` unpacks the app bundle that the server sends and imports what its settings
+name, so that whoever holds the server runs code at every silo. Here a bundle is looked at, never
+unpacked, and the application is always the one of the crosslm that the silo has installed. To do without
+Flower's program is less fragile than to guard it: a Flower in which these functions are named
+otherwise ends this process with an error, and cannot make it install anything.
+"""
+
+import logging
+import os
+import sys
+
+from flwr.app import Context, Error, Message
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.supercore.app_utils import start_parent_process_monitor
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+from crosslm.errors import FederationError
+from crosslm.federation.flower.bundle import check_bundle
+from crosslm.federation.flower.client_app import app, refusal
+
+UNSAID = "an error at the silo, see its own log"
+logger = logging.getLogger(__name__)
+
+
+def answer(address: str, token: str) -> None:
+    """Take the message of a task from the SuperNode, answer it, and bring the answer back.
+
+    Args:
+        address: HOST:PORT of the SuperNode's interface on this machine.
+        token: of the task.
+    """
+    client = RuntimeHttpClient.from_server_address(
+        server_address=address,
+        insecure=True,
+        root_certificates=None,
+        interceptors=[RuntimeVersionHttpInterceptor("flwr-clientapp"), RuntimeTokenHttpInterceptor(token)],
+        retry_invoker=make_simple_http_retry_invoker(),
+    )
+    try:
+        message, context, _, bundle = pull_task_input(client)
+        push_message(client, answer_to(message, context, bundle.content), context)
+        push_task_output(client=client, context=context, sub_status=SubStatus.COMPLETED, details="")
+    finally:
+        client.close()
+
+
+def answer_to(message: Message, context: Context, bundle: bytes) -> Message:
+    """The answer of the installed application, or a refusal if the app that came along is another.
+
+    An error that was not foreseen is told without its words, which may quote private text or name files.
+    """
+    try:
+        check_bundle(bundle)
+        return app(message=message, context=context)
+    except FederationError as error:
+        return refusal(message, error)
+    except Exception:
+        logger.exception("the message could not be answered")
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, UNSAID), reply_to=message)
+
+
+if __name__ == "__main__":
+    start_parent_process_monitor(os.getppid())
+    answer(sys.argv[1], sys.stdin.read())

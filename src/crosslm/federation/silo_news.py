@@ -1,0 +1,39 @@
+"""What a silo's operator is told of its rounds, in words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from crosslm.files import is_running
+
+
+def outcome(decision: Mapping[str, Any]) -> str:
+    """What came of a round that is complete."""
+    if why := decision.get("not_used"):
+        return f"the server did not use the upload ({why}); the classifier in use is the one that was trained here"
+    if why := decision.get("refused"):
+        return f"what came back was refused ({why}); the classifier in use is the one that was trained here"
+    if not decision["accepted"]:
+        figures = f"{decision['before']:.3f} before, {decision['after']:.3f} with it"
+        return (
+            f"what came back is worse on {decision['rows']} held-out rows ({figures}); the old classifier stays in use"
+        )
+    return "the enhanced classifier is installed"
+
+
+def doing(now: Mapping[str, Any] | None, ago: str) -> str:
+    """What goes on at a silo.
+
+    Args:
+        now: as :meth:`crosslm.federation.silo.Silo.doing` gives it.
+        ago: for how long, in words.
+    """
+    if now is None:
+        return "the server has asked for nothing yet; nothing has left this silo"
+    if now["now"] == "refused":
+        return f"refused a request {ago} ago: {now['why']}"
+    if now["now"] == "training":
+        stopped = "" if is_running(now["pid"]) else ", and was stopped in it; the server asks again"
+        return f"training for round {now['round']} since {ago}{stopped}; nothing of this round has left yet"
+    if now["now"] == "waiting":
+        return f"waiting since {ago} for what the server makes of round {now['round']}"
+    return f"round {now['round']} is complete since {ago}"

@@ -1,0 +1,209 @@
+"""The server cannot choose what a silo runs: app bundles through Flower's own functions and Runtime interface."""
+
+import dataclasses
+import hashlib
+import io
+import threading
+import time
+import zipfile
+
+import pytest
+import uvicorn
+from conftest import PATIENCE
+from test_federation import federated, flower_run, kits, silo  # noqa: F401  fixtures
+from test_federation_live import free_ports
+
+from crosslm.errors import FederationError
+from crosslm.federation import messages
+from crosslm.federation.flower import answer, tasks
+from crosslm.federation.flower.bundle import MAX_BYTES, check_bundle
+from crosslm.federation.flower.processes import environment
+from crosslm.federation.provision import FLOWER_APP
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict  # isort: skip
+from flwr.cli.build import build_fab_from_files  # isort: skip
+from flwr.cli.install import install_from_fab  # isort: skip
+from flwr.clientapp.utils import get_load_client_app_fn  # isort: skip
+from flwr.supercore.constant import TaskType  # isort: skip
+from flwr.supercore.fab import Fab  # isort: skip
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree  # isort: skip
+from flwr.supercore.object_store import ObjectStoreFactory  # isort: skip
+from flwr.supercore.run import Run  # isort: skip
+from flwr.supernode.main import create_app  # isort: skip
+from flwr.supernode.nodestate import NodeStateFactory  # isort: skip
+from flwr.supernode.start_client_internal import _pull_and_store_message  # isort: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern")  # what Flower's own builder uses
+
+APP_ID, APP_VERSION = "crosslm/crosslm-federation", "1.0.0"
+GENUINE = {"pyproject.toml": FLOWER_APP.encode()}
+
+
+def bundle(files):
+    return build_fab_from_files(files)[0]
+
+
+def canary(path):
+    """An app with crosslm's name and version, and code that leaves a file behind."""
+    code = f"from pathlib import Path\nPath({str(path)!r}).write_text('the server was here')\n"
+    settings = FLOWER_APP.replace("crosslm.federation.flower.client_app:app", "evil:app")
+    code += "from crosslm.federation.flower.client_app import app\n"
+    return bundle({"pyproject.toml": settings.encode(), "evil.py": code.encode()})
+
+
+class Node:
+    """Flower's SuperNode without its connection: its state, its Runtime interface, its intake of messages."""
+
+    def __init__(self):
+        self.factory = NodeStateFactory(ObjectStoreFactory())
+        self.state, self.store = self.factory.state(), self.factory.objectstore_factory.store()
+        self.state.set_node_id(1)
+        (port,) = free_ports(1)
+        self.address = f"127.0.0.1:{port}"
+        config = uvicorn.Config(create_app(self.factory), host="127.0.0.1", port=port, log_level="warning", ws="none")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive(), "the SuperNode's interface does not start"
+            time.sleep(0.05)
+
+    def receives(self, message, content, kind=TaskType.SERVER_APP):
+        """What the SuperNode does with a message and the app that comes along."""
+        digest = hashlib.sha256(content).hexdigest()
+        run = dataclasses.replace(
+            Run.create_empty(1),
+            fab_id=APP_ID,
+            fab_version=APP_VERSION,
+            fab_hash=digest,
+            primary_task_type=kind,
+        )
+        message.metadata.__dict__["_message_id"] = message.object_id
+        objects = {name: each.deflate() for name, each in get_all_nested_objects(message).items()}
+        received = _pull_and_store_message(
+            state=self.state,
+            object_store=self.store,
+            node_config={},
+            receive=lambda: (message, get_object_tree(message)),
+            get_run=lambda _: run,
+            get_fab=lambda *_: Fab(digest, content, {}),
+            pull_object=lambda _, name: objects[name],
+            confirm_message_received=lambda *_: None,
+            trusted_entities=None,
+        )
+        assert received == 1
+
+    def reply(self):
+        (message,) = self.state.get_messages_legacy(is_reply=True)
+        return message
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(PATIENCE)
+
+
+@pytest.fixture
+def node(silo, monkeypatch, flower_run):  # noqa: F811
+    for name, value in environment(silo.kit).items():
+        monkeypatch.setenv(name, value)
+    made = Node()
+    yield made
+    made.stop()
+
+
+def request(silo):  # noqa: F811
+    fields = {"experiment": silo.settings.experiment, "round": 0, "version": messages.VERSION, "crosslm": "any"}
+    return Message(RecordDict({"request": ConfigRecord(fields)}), 1, "train.upload", ttl=3600)
+
+
+def answered(node):
+    """Whether a task was there for the silo's process, as it asks for one."""
+    client = tasks.RuntimeHttpClient.from_server_address(node.address, True, None, [])
+    try:
+        return tasks.take_one(client, node.address)
+    finally:
+        client.close()
+
+
+def test_flower_itself_would_run_what_the_server_sends(tmp_path, monkeypatch):
+    """Which is why its programs for apps are not used at a silo."""
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flower"))
+    written = tmp_path / "canary"
+    content = canary(written)
+    install_from_fab(content, skip_prompt=True)
+    get_load_client_app_fn("", None, True)(APP_ID, APP_VERSION, hashlib.sha256(content).hexdigest())
+    assert written.exists()
+
+
+def test_code_that_the_server_sends_is_not_run_and_not_even_unpacked(node, silo, tmp_path):  # noqa: F811
+    written = tmp_path / "canary"
+    node.receives(request(silo), canary(written))
+    assert answered(node)
+    assert not written.exists()
+    assert not list(silo.kit.rglob("evil*"))
+    assert silo.doing()["now"] == "refused"
+    assert "it holds '.info/CONTENT', 'evil.py', 'pyproject.toml'" in silo.doing()["why"]
+    assert not silo.receipts()
+    assert len(node.state.get_messages_legacy(is_reply=True)) == 1
+
+
+def test_the_genuine_app_is_answered_by_the_installed_crosslm(node, silo):  # noqa: F811
+    node.receives(request(silo), bundle(GENUINE))
+    assert answered(node)
+    assert node.reply().metadata.message_type == "train.upload"
+    assert (silo.state / "upload-0000.safetensors").exists()
+    assert not list(silo.kit.rglob("pyproject.toml"))  # it is not unpacked either
+    assert not answered(node)
+
+
+def test_tasks_of_other_kinds_are_not_taken(node, silo, tmp_path):  # noqa: F811
+    node.receives(request(silo), canary(tmp_path / "canary"), TaskType.AGENT_APP)
+    assert not answered(node)
+
+
+def zipped(**files):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+def with_settings(text):
+    return zipped(**{"pyproject.toml": text, ".info/CONTENT": ""})
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"no archive", "cannot be read"),
+        (zipped(), "it holds"),
+        (zipped(**{"pyproject.toml": FLOWER_APP}), "it holds 'pyproject.toml'; allowed are"),
+        (zipped(**{"pyproject.toml": FLOWER_APP, ".info/CONTENT": "", "evil.py": "pass"}), "evil.py"),
+        (zipped(**{"pyproject.toml": FLOWER_APP, ".info/CONTENT": "", "../up": "pass"}), r"\.\./up"),
+        (with_settings(b"\xff"), "cannot be read"),
+        (with_settings("name ="), "cannot be read"),
+        (with_settings(FLOWER_APP.replace("client_app:app", "server_app:app")), "names another app"),
+        (with_settings(FLOWER_APP.replace("dependencies = []", 'dependencies = ["evil"]')), "names another app"),
+        (with_settings(FLOWER_APP + "\n[tool.uv]\nindex-url = 'http://evil'\n"), "names another app"),
+        (with_settings(" " * (MAX_BYTES + 1)), "a file in it is larger"),
+        (b"\0" * (MAX_BYTES + 1), "bytes, at most"),
+    ],
+)
+def test_any_other_bundle_is_refused(content, reason):
+    with pytest.raises(FederationError, match=reason):
+        check_bundle(content)
+
+
+def test_the_genuine_bundle_passes_as_flower_builds_it():
+    check_bundle(bundle(GENUINE))
+
+
+def test_an_unforeseen_error_is_told_without_its_words(silo, flower_run, monkeypatch, caplog):  # noqa: F811
+    def fails(*_):
+        raise RuntimeError("a private sentence")
+
+    monkeypatch.setattr(answer, "app", lambda message, context: fails())
+    reply = answer.answer_to(request(silo), Context(1, 1, {}, RecordDict(), {}), bundle(GENUINE))
+    assert reply.error.reason == answer.UNSAID
+    assert "a private sentence" in caplog.text

@@ -1,0 +1,267 @@
+"""What a silo sends, keeps and says over its rounds: answers, rounds without a return, half precision, status."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+from test_federation import (  # noqa: F401  fixtures
+    answer,
+    change,
+    exchange,
+    federated,
+    flower_run,
+    from_kit,
+    kits,
+    silo,
+    turn,
+)
+
+from crosslm.client import Client
+from crosslm.config import Config, PrivacyConfig
+from crosslm.errors import DataError, FederationError, LeakError, QuarantineError
+from crosslm.federation.flower.exchange import FlowerExchange
+from crosslm.federation.flower.payload import split
+from crosslm.federation.messages import decode_download, decode_upload, encode
+from crosslm.federation.silo import Silo
+from crosslm.federation.silo_news import doing, outcome
+from crosslm.federation.spool import Spool
+
+from flwr.app import ConfigRecord, Message, RecordDict  # isort: skip
+
+
+def ask(silo, kind, monkeypatch, number=0, message=None, **fields):  # noqa: F811
+    """The answer of the silo's real application."""
+    request = {"experiment": silo.settings.experiment, "round": number, "version": 1, "crosslm": "any", **fields}
+    content = {"request": ConfigRecord(request)} | ({"message": message} if message else {})
+    handler = from_kit(silo.kit, monkeypatch)
+    return handler(Message(RecordDict(content), 1, f"train.{kind}", ttl=60)).content
+
+
+def keys(content):
+    """Every field of a message, those of metrics by their full name."""
+    return [*content["reply"], *(f"metrics.{name}" for name in content.get("metrics", {}))]
+
+
+def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, flower_run, monkeypatch, shell):  # noqa: F811
+    promised = silo.would_send()
+    sent = {"beside the upload": ask(silo, "upload", monkeypatch)}
+    assert set(sent["beside the upload"]) == {"reply", "message"}
+    _, download = answer(silo, Config.model_validate(federated), models)
+    parts = split(encode(download))
+    sent["when an SLM came back"] = ask(silo, "install", monkeypatch, message=parts)
+    assert set(sent["when an SLM came back"]) == {"reply", "metrics"}
+    sent["when this silo refuses"] = ask(silo, "upload", monkeypatch, number=5)
+    fresh = Silo(silo.kit.with_name("silo-1"), silo.cache)
+    fresh.upload(fresh.settings.experiment, 0)
+    sent["when the server did not use the upload"] = ask(fresh, "not_used", monkeypatch, reason="none")
+    assert {occasion: sorted(keys(content)) for occasion, content in sent.items()} == {
+        occasion: sorted(names) for occasion, names in promised["answers"].items()
+    }
+    assert {"version", "kind", "client_id", "client_round", "class_counts", "metrics"} <= promised["fields"].keys()
+    kept = {path.stem: json.loads(path.read_text()) for path in (silo.state / "receipts").iterdir()}
+    assert kept["upload-0000"]["answer"] == dict(sent["beside the upload"]["reply"])
+    assert kept["install-0000"]["answer"] == dict(sent["when an SLM came back"]["reply"])
+    assert kept["install-0000"]["metrics"] == dict(sent["when an SLM came back"]["metrics"])
+    assert len(silo.receipts()) == 1
+    code, out, _ = shell("client", str(silo.kit), "--dry-run")
+    assert code == 0
+    for line in (
+        "field   version  1",
+        'field   kind  "upload"',
+        "answer  when an SLM came back: status, round, crosslm, metrics.round, metrics.accepted",
+        "answer  when this silo refuses: status, reason, crosslm",
+        "metrics.accepted is 0 if what came back is worse on held-out private rows",
+        "carrier Flower adds of its own",
+    ):
+        assert line in out
+
+
+def test_a_round_whose_return_is_refused_is_complete(silo, federated, models):  # noqa: F811
+    """Nothing more comes for it: crosslm client ends, or goes on with the SLM that it has."""
+    federated["privacy"] = {"max_shared_words": 2}
+    privacy = PrivacyConfig(max_shared_words=2)
+    change(silo.kit, privacy=privacy, encoder=str(models / "encoder"), max_participations=2)
+    silo = Silo(silo.kit, silo.cache)
+    upload, download = answer(silo, Config.model_validate(federated), models)
+    near = dataclasses.replace(download, texts=(silo.private().texts[0],))
+    with pytest.raises(LeakError):
+        silo.install(silo.settings.experiment, 0, encode(near))
+    assert silo.installed == 1
+    assert silo.private().texts[0] not in json.dumps(silo.decision(0))
+    assert "what came back was refused (LeakError: " in outcome(silo.decision(0))
+    weights = silo.slm().model.state_dict()
+    assert all(weight.equal(upload.slm.weights[name]) for name, weight in weights.items())
+    assert (silo.state / "slm" / "model.safetensors").exists()
+    with pytest.raises(FederationError, match="round 0 is complete without an SLM: LeakError"):
+        silo.install(silo.settings.experiment, 0, encode(download))  # the answer was lost
+    assert decode_upload(silo.upload(silo.settings.experiment, 1)).client_round == 1
+
+
+def test_a_download_that_was_refused_does_not_end_the_silos_part(exchange, kits, tmp_path, monkeypatch):  # noqa: F811
+    for name in ("silo-0", "silo-1"):
+        change(kits / "silos" / name, max_participations=2)
+    exchange.config = exchange.config.model_copy(update={"participations": 2})
+    exchange.grid.online = ["silo-0"]
+    turn(exchange, 2)
+    upload = exchange.receive()
+    exchange.spool.serve("silo-0", 0, b"no download")
+    turn(exchange, 2)
+    (arrival,) = exchange.spool.arrivals()
+    assert (arrival.state, arrival.note) == (
+        "delivered",
+        "the silo did not take it: UploadError, see the silo's own log",
+    )
+    assert Silo(kits / "silos" / "silo-0", tmp_path).installed == 1
+    turn(exchange, 2)
+    assert exchange.grid.pushed[-1] == ("silo-0", "train.upload", 1)
+    assert exchange.receive().client_round == upload.client_round + 1
+
+
+def test_a_quarantined_silo_is_told_and_comes_again_as_in_one_process(exchange, kits, tmp_path):  # noqa: F811
+    for name in ("silo-0", "silo-1"):
+        change(kits / "silos" / name, max_participations=2)
+    exchange.config = exchange.config.model_copy(update={"participations": 2})
+    exchange.grid.online = ["silo-0"]
+    turn(exchange, 2)
+    exchange.receive()
+    exchange.refuse("silo-0", 0, QuarantineError("0.51 by 40 texts", {"auc": 0.5}))
+    assert exchange.spool.complete("silo-0") == 0
+    assert not exchange.finished()
+    turn(exchange, 2)
+    assert exchange.grid.pushed[-1] == ("silo-0", "train.not_used", 0)
+    assert exchange.spool.complete("silo-0") == 1
+    silo = Silo(kits / "silos" / "silo-0", tmp_path)  # noqa: F811
+    assert silo.installed == 1
+    assert silo.decision(0)["not_used"] == "the gate has quarantined it"  # and none of its figures
+    turn(exchange, 2)
+    again = exchange.receive()
+    assert again.client_round == 1
+
+    silo = Silo(kits / "silos" / "silo-1", tmp_path)  # the same steps, by the client of one process
+    silo.upload(silo.settings.experiment, 0)
+    silo.not_used(silo.settings.experiment, 0, "because\x1b[31m")
+    assert silo.decision(0)["not_used"] == "because [31m"
+    settings, private = silo.settings, silo.private()
+    fresh = Silo(kits / "silos" / "silo-1", tmp_path)
+    fresh.state = tmp_path / "no state"
+    local = Client(settings.id, private, fresh.slm(), settings.fit, settings.seed, None, settings.acceptance)
+    local.train()
+    expected, found = local.train(), decode_upload(silo.upload(settings.experiment, 1))
+    assert all(weight.equal(found.slm.weights[name]) for name, weight in expected.slm.weights.items())
+
+
+def test_the_last_refusal_is_told_before_the_server_goes(exchange, monkeypatch):  # noqa: F811
+    exchange.grid.online = ["silo-0"]
+    turn(exchange, 2)
+    exchange.receive()
+    exchange.refuse("silo-0", 0, ValueError("no good"))
+    exchange.start()
+    assert exchange.drain(0.0) == []
+    assert exchange.spool.complete("silo-0") == 1
+
+
+def test_a_silo_that_is_added_is_asked_once_the_server_was_started_again(exchange, tmp_path):  # noqa: F811
+    exchange.grid.handlers["late"] = lambda message: None
+    exchange.grid.online.append("late")
+    turn(exchange, 2)
+    exchange.receive()
+    assert {name for name, _, _ in exchange.grid.pushed} == {"silo-0", "silo-1"}
+    exchange.spool.close()
+    spool, silos = Spool(tmp_path / "spool"), [*exchange.silos, "late"]
+    again = FlowerExchange(exchange.grid, spool, exchange.experiment, silos, exchange.config, exchange.intake)
+    assert again.receive().client_id == "silo-0"  # goes on where it was
+    turn(again, 2)
+    assert [name for name, _, _ in exchange.grid.pushed] == ["silo-0", "silo-1", "late"]
+    spool.close()
+
+
+def test_half_precision_goes_both_ways_and_is_not_kept_at_the_silo(silo, federated, models):  # noqa: F811
+    change(silo.kit, wire_dtype="float16")
+    silo = Silo(silo.kit, silo.cache)
+    upload, download = answer(silo, Config.model_validate(federated), models)
+    for state in (upload.slm, download.slm):
+        assert {weight.dtype for weight in state.weights.values() if weight.is_floating_point()} == {torch.float16}
+    assert len(encode(download)) < 0.7 * len(
+        encode(dataclasses.replace(download, slm=upload.slm.in_dtype(torch.float32)))
+    )
+    assert decode_download(encode(download)).slm.weights.keys() == upload.slm.weights.keys()
+    trained = silo._uploaded(0).slm.weights
+    assert all(weight.dtype == torch.float32 for weight in trained.values() if weight.is_floating_point())
+    assert any(not weight.equal(upload.slm.weights[name].float()) for name, weight in trained.items())
+    silo.not_used(silo.settings.experiment, 0, "none")
+    kept = silo.slm().model.state_dict()
+    assert all(weight.equal(trained[name]) for name, weight in kept.items())
+    (receipt,) = silo.receipts()
+    exact, rounded = receipt["accuracy_on_private_rows"].values()
+    assert abs(exact - rounded) <= 1 / len(silo.private())  # at most one row changes sides
+
+
+def test_a_silo_that_took_half_precision_installs_it(silo, federated, models):  # noqa: F811
+    change(silo.kit, wire_dtype="float16")
+    silo = Silo(silo.kit, silo.cache)
+    _, download = answer(silo, Config.model_validate(federated), models)
+    assert silo.install(silo.settings.experiment, 0, encode(download))["accepted"] == 1.0
+    weights = silo.slm().model.state_dict()
+    assert all(weight.equal(download.slm.weights[name].to(weight.dtype)) for name, weight in weights.items())
+
+
+def test_a_silo_says_what_it_does_and_why_it_refused(silo, federated, models, flower_run, monkeypatch, shell):  # noqa: F811
+    def said():
+        code, out, _ = shell("status", str(silo.kit))
+        assert code == 0
+        return out
+
+    assert "nothing has left this silo" in said()
+    seen = []
+    train = Client.train
+    monkeypatch.setattr(Client, "train", lambda self: seen.append(said()) or train(self))
+    _, download = answer(silo, Config.model_validate(federated), models)
+    assert "training for round 0 since " in seen[0]
+    assert "nothing has left" not in seen[0].replace("nothing of this round has left yet", "")
+    assert "waiting since " in said()
+    assert "round 0: trained; nothing has come back yet" in said()
+    ask(silo, "upload", monkeypatch, number=7)
+    assert "refused a request 0 s ago: silo silo-0: agrees to 1 uploads (max_participations)" in said()
+    silo.install(silo.settings.experiment, 0, encode(download))
+    assert "round 0: complete: the enhanced classifier is installed" in said()
+    (silo.kit / "silo-0.csv").unlink()
+    (silo.state / "now.json").unlink()
+    with pytest.raises(DataError):
+        Silo(silo.kit, silo.cache).private()
+    assert "round 0: complete" in said()
+
+
+def test_a_training_that_was_killed_is_not_said_to_go_on():
+    now = {"now": "training", "round": 0, "why": "", "since": 0.0, "pid": os.getpid()}
+    assert "was stopped in it" not in doing(now, "3 min")
+    assert "was stopped in it; the server asks again" in doing(now | {"pid": 2**22 + 1}, "3 min")
+
+
+def test_what_came_of_a_round_is_told_apart():
+    figures = {"rows": 20, "before": 0.8, "after": 0.5}
+    told = [
+        outcome(decision)
+        for decision in (
+            {"accepted": True, **figures},
+            {"accepted": False, **figures},
+            {"accepted": False, "rows": 0, "refused": "UploadError: cut"},
+            {"accepted": False, "rows": 0, "not_used": "the gate has quarantined it"},
+        )
+    ]
+    assert len(set(told)) == 4
+    assert "0.800 before, 0.500 with it" in told[1]
+    assert "UploadError: cut" in told[2]
+    assert "the gate has quarantined it" in told[3]
+
+
+def test_the_servers_status_says_since_when_a_silo_is_asked(kits, shell, monkeypatch):  # noqa: F811
+    spool = Spool(kits / "server" / "spool")
+    spool.note("silo/silo-0", "1000 upload of round 0 asked for")
+    spool.close()
+    monkeypatch.setattr("crosslm.cli.federation.time.time", lambda: 1000 + 200)
+    code, out, _ = shell("status", str(kits / "server"))
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if "silo-0" in line]
+    assert "3 min" in line
