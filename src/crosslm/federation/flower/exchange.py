@@ -30,6 +30,7 @@ from crosslm.records import Download, Upload
 POLL = 0.5  # seconds between looks at the grid and at the spool
 LONGEST_WAIT = 60.0  # seconds between two attempts at a silo that does not answer
 HEARTBEAT = 5.0  # seconds
+QUARANTINED = "quarantined/"  # and silo and round: the gate stopped that upload
 TELL_REFUSED = 120.0  # seconds at the end of a run for silos to hear that their upload was not used
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,9 @@ class FlowerExchange:
     def refuse(self, silo: str, number: int, error: Exception) -> None:
         """An upload cannot be used: its silo is told, and is asked for its next one as any other."""
         logger.error("silo %s, round %d: refused: %s", silo, number, error)
-        self.spool.refuse(silo, number, f"{type(error).__name__}: {error}")
+        if isinstance(error, QuarantineError):
+            self.spool.note(f"{QUARANTINED}{silo}/{number}", str(time.time()))
+        self.spool.refuse(silo, number, str(error))
 
     def finished(self) -> bool:
         """Whether no upload is to be served any more."""
@@ -193,7 +196,7 @@ class FlowerExchange:
             return "install", owed.round, content
         untold = next((arrival for arrival in self._untold() if arrival.silo == line.silo), None)
         if untold is not None:
-            return "not_used", untold.round, self._request(untold.round, reason=_told_of(untold))
+            return "not_used", untold.round, self._request(untold.round, reason=self._told_of(untold))
         if line.over or any(arrival.state in ("received", "processing") for arrival in mine):
             return None
         if len(mine) >= self.config.participations or self._too_late():
@@ -273,6 +276,11 @@ class FlowerExchange:
         arrivals = self.spool.arrivals()
         return [arrival for arrival in arrivals if arrival.state == "refused" and arrival.delivered_at is None]
 
+    def _told_of(self, refused: Arrival) -> str:
+        """What a silo is told of its upload: not the gate's figures, by which one that is hostile could aim better."""
+        quarantined = self.spool.fact(f"{QUARANTINED}{refused.silo}/{refused.round}")
+        return "the gate has quarantined it" if quarantined else refused.note
+
     def _is_done(self, line: _Line) -> bool:
         return line.over or len(self.spool.of(line.silo)) >= self.config.participations
 
@@ -285,8 +293,3 @@ class FlowerExchange:
             self.on_failure(*self._failed.get())
         if self._failure is not None:
             raise self._failure
-
-
-def _told_of(refused: Arrival) -> str:
-    """What a silo is told of its upload: not the gate's figures, by which one that is hostile could aim better."""
-    return "the gate has quarantined it" if refused.note.startswith(QuarantineError.__name__) else refused.note
