@@ -9,13 +9,15 @@ from opacus.accountants import RDPAccountant
 
 from crosslm.client import Client
 from crosslm.config import AcceptanceConfig, Config, FitConfig, PrivacyConfig
-from crosslm.errors import ConfigError
+from crosslm.errors import ConfigError, StoppedError
+from crosslm.experiment import run_local
 from crosslm.federation.kits import SiloSettings
 from crosslm.models.accounting import Mechanism, Spent, plan
 from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
 from crosslm.privacy import privacy_summary
 from crosslm.records import Download, Examples
+from crosslm.rundir import RunDir
 
 EXAMPLES = Examples(sentences(BAD) + sentences(GOOD), [0] * 40 + [1] * 40)
 FIT = FitConfig(epochs=2, batch_size=20, learning_rate=1e-3)
@@ -176,3 +178,21 @@ def test_under_dp_whatever_comes_back_is_installed_and_the_next_upload_starts_th
     decision = client.install(Download("a", 0, 1, {}, dataclasses.replace(first.slm, weights=zeros)))
     assert decision.accepted
     assert decision.rows == 0
+
+
+def test_a_run_that_is_gone_on_with_counts_what_it_had_spent(settings, tmp_path):
+    """Each go meets new clients, whose budget begins with the uploads of the checkpoint."""
+    settings["slm"]["models"] = settings["slm"]["models"][:1]
+    settings |= {"privacy": {"epsilon": 8.0, "trained_layers": 0}, "federation": {"participations": 2}}
+    config, run = Config.model_validate(settings), tmp_path / "run"
+    arrivals = iter([False, False, False, True])  # after three of four
+    with pytest.raises(StoppedError):
+        run_local(config, run, tmp_path / "cache", stop_requested=lambda: next(arrivals))
+    summary = run_local(config, run, tmp_path / "cache", resume=True)
+    uploads = [event for event in RunDir.open(run).events() if event["event"] == "upload"]
+    assert len(uploads) == 4
+    for client, bound in summary["privacy"].items():
+        told = [event["metrics"] for event in uploads if event["client_id"] == client]
+        assert len(told) == 2
+        assert bound["epsilon"] == pytest.approx(true_epsilon(told))
+        assert 7.98 < bound["epsilon"] <= 8
