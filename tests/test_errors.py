@@ -29,6 +29,7 @@ from crosslm.errors import (
     QuarantineError,
     RunError,
     StoppedError,
+    UnservedError,
     UploadError,
 )
 
@@ -111,6 +112,11 @@ CASES = {
         r"client north: quarantined: its AUC is .*; look at that client's data"
         r".*error: run: no client could be served.*client north: .*quarantined: its AUC",
     ),
+    UnservedError: (
+        ("run", "tickets.toml", "--output", "run", *OVERRIDES, *STRICT_GATE),
+        None,
+        r"error: run: no client could be served; when this is mended, run again",
+    ),
     LeakError: (
         ("run", "tickets.toml", "--output", "run", *OVERRIDES, *LEAK_BOUND),
         None,
@@ -123,10 +129,15 @@ CASES = {
         r"stopped after arrival 1; .*To go on: crosslm run run/config.toml --output run --resume",
     ),
 }
-ENDS = {UploadError: (2, [RunError]), QuarantineError: (2, [RunError]), LeakError: (0, []), StoppedError: (130, None)}
+ENDS = {
+    UploadError: (2, [UnservedError]),
+    QuarantineError: (2, [UnservedError]),
+    LeakError: (0, []),
+    StoppedError: (130, None),
+}
 """Exit code, and the class that the command line catches, where they are not 2 and the class itself.
 
-The first three end one client's arrival and not the run, which says so while it goes on. It fails if it has served
+Three of them end one client's arrival and not the run, which says so while it goes on. It fails if it has served
 nobody; a client that was served and has not taken its SLM back does not make it fail.
 """
 

@@ -60,7 +60,7 @@ def do(cell: Cell, choice: Choice, store: Store, cache: Path, display: Display |
         if not trained.is_dir():
             again = f"delete {store.cell_file(replace(cell, stage=RUN))} and {trained.parent}"
             raise RunError(
-                f"{trained}: the enhanced LLM is not there; copy the folder back, or {again} to have it made again"
+                f"{trained}: the enhanced LLM is not there; put the folder back, or {again} to have it made again"
             )
     return benchmark(cell, config, trained, choice, cache, Progress(display))
 
