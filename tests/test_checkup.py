@@ -10,7 +10,7 @@ from test_federation import federated  # noqa: F401  the fixture
 
 import crosslm
 from crosslm import doctor
-from crosslm.config import Config, SLMSpec
+from crosslm.config import AcceptanceConfig, Config, PrivacyConfig, SLMSpec
 from crosslm.federation import provision as provision_module
 from crosslm.federation.kits import SERVER_FILE, SILO_FILE, dump, read_server, read_silo
 from crosslm.federation.provision import provision
@@ -194,7 +194,7 @@ def test_what_a_silo_lacks(kits, shell, damage, message):
 
 def test_a_silo_without_opacus_is_told_so_beside_all_else(kits, shell, monkeypatch):
     kit = kits / "silos" / "silo-0"
-    change(kit, privacy=read_silo(kit).privacy.model_copy(update={"epsilon": 8.0}))
+    change(kit, privacy=PrivacyConfig(epsilon=8.0), acceptance=AcceptanceConfig())
     monkeypatch.setitem(sys.modules, "opacus", None)
     code, out, _ = shell("doctor", kit)
     assert code == 2

@@ -351,7 +351,8 @@ def test_an_old_upload_is_not_taken_as_that_of_a_new_round(exchange, kits, monke
     assert "its upload of round 1 claims to be of round 0" in refused.note
     assert "silo.toml" in refused.note
     turn(exchange, 2)
-    assert len(exchange.grid.pushed) == 3  # it is asked for no more
+    asked = [kind for _, kind, _ in exchange.grid.pushed]
+    assert asked == ["train.upload", "train.install", "train.upload", "train.not_used"]  # it is asked for no more
 
 
 # -- provisioning ----------------------------------------------------------------------------

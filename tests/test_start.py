@@ -324,7 +324,8 @@ def test_one_file_that_is_split_is_counted_for_each_client(shell, settings, tmp_
 def test_the_doctor_looks_for_what_the_configuration_asks_for(shell, workplace, monkeypatch):
     monkeypatch.setattr("crosslm.tracking._installed", lambda name: name == "trackio")
     monkeypatch.setitem(sys.modules, "opacus", None)
-    changes = ("--set", "tracking=['wandb']", "--set", "privacy.epsilon=8")
+    # the configuration of the fixture has all that the preset set, acceptance too
+    changes = ("--set", "tracking=['wandb']", "--set", "privacy.epsilon=8", "--set", "acceptance.enabled=false")
     code, out, _ = shell("doctor", workplace / "tickets.toml", *changes)
     assert code == 2
     assert "error   tracking: tracking names 'wandb', which is not installed: pip install wandb" in out

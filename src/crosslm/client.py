@@ -77,7 +77,7 @@ class Client:
             ConfigError: acceptance is on under DP.
         """
         if privacy and acceptance and acceptance.enabled:
-            raise ConfigError(f"client {client_id}: {NO_ACCEPTANCE}")
+            raise ConfigError(f"client {client_id}: give it no acceptance; {NO_ACCEPTANCE}")
         self.id = client_id
         self.slm = slm
         self.previous: SLM | None = None

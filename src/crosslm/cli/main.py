@@ -1,6 +1,8 @@
 """The command line: every module of commands is imported here, and :func:`main` runs the one that was asked for."""
 
+import atexit
 import io
+import signal
 import sys
 from typing import Annotated
 
@@ -50,6 +52,8 @@ def main() -> None:
     try:
         app()
     except StoppedError as stop:
+        # a second Ctrl-C while Python ends would change the exit code
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         errors.print(str(stop), highlight=False, markup=False, soft_wrap=True)
         sys.exit(130)
     except (CrosslmError, OSError) as error:  # an OSError names its file: a full disk, a folder that is not ours

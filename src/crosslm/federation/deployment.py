@@ -226,7 +226,8 @@ class Deployment:
         self.run.summarise(self._summary(silos))
 
     def _summary(self, silos: Iterable[str]) -> dict[str, Any]:
-        return summary_of(self.run, self.config, self.spool, silos, self.test, self._counted())
+        dtype = str(self.server.llm.model.dtype).removeprefix("torch.")
+        return summary_of(self.run, self.config, self.spool, silos, self.test, self._counted() | {"llm_dtype": dtype})
 
     def _first_uploads(self) -> Iterator[tuple[str, SLM]]:
         """The SLM of each silo that was served, as it came first."""

@@ -154,7 +154,7 @@ def held(kit: Path) -> Iterator[None]:
                 "leave that one at work, or end it first"
             ) from error
         except OSError as error:
-            raise FederationError(f"{kit}: cannot be written: {error}; make it writable for this user") from error
+            raise FederationError(f"{kit}: cannot be written: {error}; it must be writable for this user") from error
         yield
 
 

@@ -11,7 +11,7 @@ from crosslm.errors import CrosslmError
 from crosslm.federation.messages import VERSION, describe
 from crosslm.records import Upload
 
-DP_METRICS = ("epsilon", "delta", "clip", "noise_multiplier", "sample_rate", "steps")
+DP_METRICS = ("epsilon", "delta", "clip", "noise_multiplier", "sample_rate", "steps", "means", "count_epsilon")
 CARRIER = (
     "Flower adds of its own: numbers of message, run and node, the kind of message, its time and how long it is kept, "
     "its own version, a signature by this silo's key, how long the answer took to make, and a sign of life now and then"

@@ -31,7 +31,6 @@ from crosslm.models.sources import model_folder, resolve_device
 from crosslm.records import Examples, SlmState, Upload
 from crosslm.seeding import seed_for
 
-DP_METRICS = ("epsilon", "delta", "clip", "noise_multiplier", "sample_rate", "steps", "means", "count_epsilon")
 MAX_REASON = 400  # letters of what the server says of an upload that it did not use
 DTYPES = {"float32": float32, "float16": float16}
 
@@ -186,7 +185,9 @@ class Silo:
         """The answer again, whose first one was lost."""
         decision = self.decision(number)
         if why := decision.get("refused") or decision.get("not_used"):
-            raise FederationError(f"silo {self.settings.id}: round {number} is complete without an SLM: {why}")
+            raise FederationError(
+                f"silo {self.settings.id}: round {number} is complete without an SLM: {why}; look at the receipt"
+            )
         return confirmation(number, decision["accepted"])
 
     def client(self) -> Client:

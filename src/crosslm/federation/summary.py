@@ -35,7 +35,7 @@ def summary_of(
         spool: whose journal says what came and went.
         silos: all that have a kit.
         test: the server's test rows, if it has any.
-        counted: ``seconds`` by stage, ``tokens_generated``, ``texts_removed``.
+        counted: ``seconds`` by stage, ``tokens_generated``, ``texts_removed``; and ``llm_dtype``.
     """
     events, journal = run.events(), spool.arrivals()
     served = list(dict.fromkeys(event["client"] for event in events if event["event"] == "step"))
@@ -48,6 +48,7 @@ def summary_of(
         "seed": config.seed,
         "engine": ENGINE,
         "versions": versions(),
+        "llm_dtype": counted["llm_dtype"],
         "seconds": {**counted["seconds"], "total": round(events[-1]["time"] - began, 2)},
         "slm": {method: _with_mean(served, accuracy.get(method, {})) for method in METHODS},
         "confusion": {method: _confusion(run, method, accuracy.get(method, {}), served, config) for method in METHODS},

@@ -143,7 +143,7 @@ def listen(kit: Path, settings: ServerSettings) -> socket.socket:
         listening.close()
         raise FederationError(
             f"{kit / SERVER_FILE}: cannot listen on {settings.bind}:{port} (bind, and the port of address): "
-            f"{error.strerror}; end the program that has this port, or provision another address"
+            f"{error.strerror}; end the program that has this port, or give another address to crosslm provision"
         ) from error
     return listening
 
