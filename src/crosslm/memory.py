@@ -101,8 +101,9 @@ def estimate(config: Config, llm: Shape, slms: Sequence[Shape], encoder: Shape) 
     # [M(y), x] and [x, M'(y)]; an adapter keeps what it reads in float32, whatever the model's dtype
     update = 2 * config.llm.micro_batch_size * activations(llm, tokens) * 4
     largest = max(slms, key=lambda shape: shape.parameters)
+    judging = min(config.reward.teachers - 1, len(slms))  # beside the one that arrives
     # of each client: its own, the one that it uploaded; and one in training: gradients, two moments, an upload
-    classifiers = 2 * sum(shape.parameters for shape in slms) + 5 * largest.parameters
+    classifiers = 2 * sum(shape.parameters for shape in slms) + (5 + judging) * largest.parameters
     batch = max(config.slm.private.batch_size, config.slm.synthetic.batch_size)
     training = batch * activations(largest, config.slm.max_length) * 4
     return Estimate(
