@@ -369,6 +369,10 @@ def test_a_folder_that_cannot_be_made_is_an_error_in_words(config, tmp_path):
         run_local(config, Path("/proc/crosslm"), tmp_path)
 
 
+def begun(sessions):
+    return len(sessions.read_text().splitlines()) if sessions.exists() else 0
+
+
 def test_ctrl_c_stops_at_the_safe_point_with_130_and_again_at_once(small_file, tmp_path):
     folder = tmp_path / "run"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -378,9 +382,10 @@ def test_ctrl_c_stops_at_the_safe_point_with_130_and_again_at_once(small_file, t
         with ExitStack() as stack:
             run = stack.enter_context(subprocess.Popen(call, **pipes))
             stack.callback(run.kill)  # comes first: to leave a process is to wait for its end
-            sessions = folder / "sessions.jsonl"
+            sessions, metrics = folder / "sessions.jsonl", folder / "metrics.jsonl"
             deadline = time.monotonic() + PATIENCE
-            while not sessions.exists() or len(sessions.read_text().splitlines()) < presses:
+            # the second press must come while an arrival is at work, or there is nothing to stop at once
+            while not (begun(sessions) >= presses and (presses == 1 or '"upload"' in metrics.read_text())):
                 assert run.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
