@@ -144,6 +144,8 @@ def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, capsys
     }
     cell = json.loads((output / "test/cells/sst2/paper/base/seed-0/run.json").read_text())
     assert {"commit", "machine", "date", "seconds", "versions", "settings", "figures"} <= set(cell)
+    assert str(data) not in json.dumps(cell)  # cells are passed on, and say nothing of the folders of a machine
+    assert not {"dir", "device"} & {*cell["settings"]["config"], *cell["settings"]["config"]["data"]}
     run = cell["figures"]
     # what is kept of each row gives the accuracies of the run's own summary
     for method in ("standalone", "data_free_kd", "crosslm"):

@@ -1,5 +1,6 @@
 """Doing a cell: a run, a ceiling, or a benchmark, to figures that can be kept."""
 
+import functools
 import gc
 import json
 from dataclasses import replace
@@ -19,7 +20,7 @@ from crosslm.progress import Display, Progress
 from crosslm.records import Examples
 from crosslm.reproduce.benchmarks import fine_tune, matthews, start_llm
 from crosslm.reproduce.plan import CEILING, ORIGINAL, RUN, Cell, Choice
-from crosslm.reproduce.store import Store
+from crosslm.reproduce.store import MACHINES_OWN, Store
 from crosslm.rundir import SUMMARY, RunDir
 from crosslm.seeding import seed_for
 
@@ -27,8 +28,11 @@ KEPT_OF_A_SUMMARY = ("slm", "llm", "judge_accuracy", "reward_hacking", "clients"
 
 
 def settings_of(cell: Cell, choice: Choice) -> dict[str, Any]:
-    """What the figures of a cell depend on."""
-    config = {"config": choice.cell_config(cell).model_dump(mode="json", exclude_none=True)}
+    """What the figures of a cell depend on; not where this machine has its data, since cells are passed on."""
+    dump = choice.cell_config(cell).model_dump(mode="json", exclude_none=True)
+    for *path, name in MACHINES_OWN:
+        functools.reduce(dict.__getitem__, path, dump).pop(name, None)
+    config = {"config": dump}
     if cell.stage in (RUN, CEILING):
         return config
     return config | {"finetuning": choice.scale.finetuning.model_dump(mode="json")}
