@@ -6,6 +6,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
 
 
@@ -17,8 +19,12 @@ def machine(device: str = "cpu") -> str:
         if info.exists()
         else []
     )
-    used = "no GPU used" if device == "cpu" else f"on {device}"
+    used = "no GPU used" if device == "cpu" else _gpu(device)
     return f"{os.cpu_count()} cores ({names[0] if names else platform.processor()}), {platform.system()}, {used}"
+
+
+def _gpu(device: str) -> str:
+    return f"on {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else f"on {device}"
 
 
 def commit() -> str:

@@ -264,11 +264,11 @@ class LLM:
         """The adapter added into the weights for a while: fewer products, which pays at few tokens a pass.
 
         The weights themselves are kept and put back, since subtracting the adapter again would leave
-        rounding errors in them. On the CPU only: elsewhere memory is too scarce for a second copy.
+        rounding errors in them. Not where there is no memory for this second copy and as much again for the cache.
         """
         layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         weights = [layer.get_base_layer().weight for layer in layers]
-        if not layers or self.device.type != "cpu":
+        if not layers or not _has_room(self.device, 2 * sum(weight.nbytes for weight in weights)):
             yield
             return
         originals = [weight.data for weight in weights]
@@ -311,6 +311,11 @@ class LLM:
 def _head_weight(model: Any) -> Tensor:
     weight: Tensor = model.get_output_embeddings().weight
     return weight
+
+
+def _has_room(device: torch.device, size: int) -> bool:
+    """Whether so many more bytes are sure to fit; on the CPU they were counted before the run began."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= size)
 
 
 def _unflatten(values: Tensor, mask: Tensor) -> Tensor:
