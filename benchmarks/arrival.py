@@ -88,9 +88,8 @@ def main() -> None:
     llm = LLM.load(original_llm(config, cache, print), config.llm, seed_for(config.seed, "llm"), options.device)
     encoder = SentenceEncoder(model_folder(config.selection.encoder, cache), options.device)
     folder, length = model_folder(spec.model, cache), config.slm.max_length
-    slm = SLM.load(
-        folder, task.labels, length, 0, spec.num_hidden_layers, config.slm.freeze_embeddings, pooling=spec.pooling
-    )
+    frozen = config.slm.freeze_embeddings
+    slm = SLM.load(folder, task.labels, length, 0, spec.num_hidden_layers, frozen, options.device, spec.pooling)
     upload = Client(name, split.private[name], slm, config.slm.private, config.seed).train()
     server = Server(config.model_copy(update={"device": options.device}), task, llm, encoder)
 

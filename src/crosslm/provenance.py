@@ -24,7 +24,9 @@ def machine(device: str = "cpu") -> str:
 
 
 def _gpu(device: str) -> str:
-    return f"on {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else f"on {device}"
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return f"on {device} ({torch.cuda.get_device_name(device)})"
+    return f"on {device}"
 
 
 def commit() -> str:
