@@ -20,7 +20,8 @@ LAYERS = [
     {"task", "records", "rows", "hub", "models.loading"},
     {"algorithm.rewards", "algorithm.losses", "algorithm.selection", "algorithm.agreement"}
     | {"algorithm.membership", "algorithm.overlap", "algorithm.verbalizer"},
-    {"data", "demo", "models.sources", "models.encoder", "models.head", "models.tokens", "models.vocabulary"},
+    {"data", "demo", "models.sources", "models.encoder", "models.head", "models.tokens"},
+    {"models.vocabulary"},
     {"models.architecture"},
     {"models.decoding", "models.pooling", "models.rows", "leaks"},
     {"models.pretrained"},

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from crosslm.config import Config, LLMConfig
 from crosslm.errors import DataError, ModelError
+from crosslm.files import alone
 from crosslm.models.llm import LLM
+from crosslm.models.sources import lock_of
 from crosslm.models.vocabulary import cached_trim, tokenizer_words, trim_vocabulary
 from crosslm.preparation import original_llm
 
@@ -140,6 +145,18 @@ def test_a_run_trims_once_into_the_cache(settings, models, tmp_path):
         assert cut.tokenize(text) == whole.tokenize(text)  # the task's own words stay whole
     whole = config.model_copy(update={"llm": config.llm.model_copy(update={"vocabulary_texts": ()})})
     assert original_llm(whole, tmp_path, pytest.fail) == str(models / "gpt2")
+
+
+def test_what_another_process_is_trimming_is_waited_for_and_taken(models, tmp_path):
+    one = cached_trim(str(models / "gpt2"), TEXTS, tmp_path / "one", lambda _: None)
+    theirs, news = tmp_path / "two/models" / Path(one).name, []
+    with ThreadPoolExecutor(1) as pool:
+        with alone(lock_of(theirs)):
+            ours = pool.submit(cached_trim, str(models / "gpt2"), TEXTS, tmp_path / "two", news.append)
+            time.sleep(0.5)
+            shutil.copytree(one, theirs)
+        assert ours.result() == str(theirs)
+    assert not news
 
 
 def test_a_model_folder_that_has_changed_is_trimmed_again(models, tmp_path):

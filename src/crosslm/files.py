@@ -45,19 +45,20 @@ def rename(path: Path, target: Path) -> None:
 
 
 @contextmanager
-def alone(lock: Path) -> Iterator[None]:
+def alone(lock: Path, wait: bool = False) -> Iterator[None]:
     """Hold a lock that no other process can hold meanwhile; a process that dies lets go by itself.
 
     Args:
         lock: a file, made if it is not there; its folder too.
+        wait: until no other process holds it.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds it, and ``wait`` is false.
         OSError: the file cannot be written.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 

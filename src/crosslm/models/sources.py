@@ -20,6 +20,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, t
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from crosslm.errors import ConfigError, ModelError
+from crosslm.files import alone
 
 PREFIX = "package:"
 
@@ -126,8 +127,18 @@ def model_folder(name: str, cache: Path, on_news: Callable[[str], None] = lambda
 
 def _converted(module: str, package: Package, cache: Path, on_news: Callable[[str], None]) -> Path:
     folder = cache / "models" / f"{module}-{package.sha256[:12]}"
-    if (folder / "config.json").is_file():
-        return folder
+    with alone(lock_of(folder), wait=True):
+        if not (folder / "config.json").is_file():
+            _convert(module, package, folder, on_news)
+    return folder
+
+
+def lock_of(folder: Path) -> Path:
+    """The file that is locked while a folder of the cache is made, since two processes may want it at once."""
+    return folder.parent / f".{folder.name}.lock"
+
+
+def _convert(module: str, package: Package, folder: Path, on_news: Callable[[str], None]) -> None:
     on_news(f"Converting {package.file} once into {folder} (about two minutes). Licence: {package.licence}")
     work = folder.with_name(folder.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
@@ -145,7 +156,6 @@ def _converted(module: str, package: Package, cache: Path, on_news: Callable[[st
     tokenizer.save_pretrained(work)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)  # last, so that a folder that exists is whole
-    return folder
 
 
 def _package(module: str, key: str) -> Package:

@@ -19,7 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from crosslm.errors import ModelError
+from crosslm.files import alone
 from crosslm.models.loading import loading
+from crosslm.models.sources import lock_of
 
 PUNCTUATION = frozenset(string.punctuation)
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "decoder_start_token_id")
@@ -84,9 +86,10 @@ def cached_trim(folder: str, texts: list[str], cache: Path, on_news: Callable[[s
     """:func:`trim_vocabulary` into the cache, once for the same model and texts; the folder."""
     key = hashlib.sha256("\n".join([_identity(folder), *texts]).encode()).hexdigest()[:12]
     output = cache / "models" / f"{Path(folder).name}-trimmed-{key}"
-    if not (output / "config.json").is_file():
-        on_news(f"Trimming the vocabulary of {Path(folder).name} once into {output} (about half a minute)")
-        trim_vocabulary(folder, texts, output)
+    with alone(lock_of(output), wait=True):
+        if not (output / "config.json").is_file():
+            on_news(f"Trimming the vocabulary of {Path(folder).name} once into {output} (about half a minute)")
+            trim_vocabulary(folder, texts, output)
     return str(output)
 
 
