@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import AutoModel, BertConfig, Gemma3TextConfig
 
 from crosslm import doctor, memory, starter
 from crosslm.cli import main as cli
+from crosslm.cli.main import EXTRAS
 from crosslm.config import PRESETS
 from crosslm.config_file import load
 from crosslm.errors import ConfigError, ModelError
@@ -230,6 +233,41 @@ def test_the_demo_models_get_what_suits_them(models):
 
 def levels(out):
     return {line.split(":")[0].split(maxsplit=1)[1]: line.split()[0] for line in out.splitlines()[:-1]}
+
+
+WITHOUT = """
+import sys
+sys.modules |= dict.fromkeys({packages})
+from crosslm.cli.main import main
+main()
+"""
+
+
+def without_extras(*arguments):
+    """A command as on a machine that has none of the packages that only an extra brings."""
+    script = WITHOUT.format(packages=list(EXTRAS))
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_doctor_needs_no_extra_for_a_configuration(workplace):
+    done = without_extras("doctor", workplace / "tickets.toml")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ", 0 errors" in done.stdout
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(tmp_path):
+    (tmp_path / "silo.toml").touch()
+    done = without_extras("doctor", tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: this needs the package \w+: pip install 'crosslm\[federation\]'\n", done.stderr)
+
+
+def test_the_extras_bring_what_they_are_said_to_bring():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        assert any(re.match(rf"{package}\b", needed) for needed in extras[extra]), package
 
 
 def test_the_doctor_looks_at_the_machine(shell):

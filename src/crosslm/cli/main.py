@@ -25,6 +25,18 @@ from crosslm.cli import (  # noqa: F401  their commands join the application
 from crosslm.cli.app import app, console, errors
 from crosslm.errors import CrosslmError, StoppedError
 
+EXTRAS = {
+    "cryptography": "federation",
+    "flwr": "federation",
+    "httpx": "federation",
+    "starlette": "federation",
+    "uvicorn": "federation",
+    "datasets": "datasets",
+    "matplotlib": "report",
+    "opacus": "privacy",
+}
+"""Packages that a command may find missing, and what brings them."""
+
 
 class _PlainHelp(TyperCommand):
     """Typer escapes ``[required]`` for rich, also where rich does not print it."""
@@ -45,7 +57,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main() -> None:
-    """Run a command; a :class:`CrosslmError` is printed and ends with exit code 2, a stop with 130."""
+    """Run a command; a :class:`CrosslmError` is printed and ends with exit code 2, a stop with 130.
+
+    So is a package that is not there, if one of the extras brings it.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
@@ -58,6 +73,13 @@ def main() -> None:
         sys.exit(130)
     except (CrosslmError, OSError) as error:  # an OSError names its file: a full disk, a folder that is not ours
         errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        message = f"error: this needs the package {package}: pip install 'crosslm[{EXTRAS[package]}]'"
+        errors.print(message, highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
 
 

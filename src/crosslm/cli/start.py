@@ -120,13 +120,15 @@ def doctor(
     """
     quiet_libraries()
     from crosslm.doctor import examine
-    from crosslm.federation.checkup import examine_kit, is_kit
+    from crosslm.federation.kits import is_kit
     from crosslm.models.sources import cache_folder
 
     levels, cache = [], cache_folder(cache_dir)
     if config is not None and is_kit(Path(config)):
         if overrides or data_dir:
             raise ConfigError(f"{config}: --set and --data-dir are not for a kit; change its files")
+        from crosslm.federation.checkup import examine_kit  # it needs the extra `federation`
+
         findings = examine_kit(Path(config), cache, _say)
     else:
         findings = examine(config, tuple(overrides), data_dir, cache, _say)

@@ -15,7 +15,6 @@ from crosslm.federation.flower.processes import program
 from crosslm.federation.flower.silo_processes import greet, rounds_complete
 from crosslm.federation.kits import (
     SERVER_FILE,
-    SILO_FILE,
     ServerSettings,
     SiloSettings,
     read_server,
@@ -29,11 +28,6 @@ from crosslm.preparation import check_slm, client_specs, describe_spec
 
 FEW_DAYS = 30
 News = Callable[[str], None]
-
-
-def is_kit(folder: Path) -> bool:
-    """Whether ``crosslm provision`` made this folder."""
-    return (folder / SERVER_FILE).is_file() or (folder / SILO_FILE).is_file()
 
 
 def examine_kit(kit: Path, cache: Path, on_news: News = lambda _: None) -> Iterator[Finding]:

@@ -39,6 +39,11 @@ Port = Annotated[int, Field(gt=0, lt=65536)]
 Kit = TypeVar("Kit", bound=Section)
 
 
+def is_kit(folder: Path) -> bool:
+    """Whether ``crosslm provision`` made this folder."""
+    return (folder / SERVER_FILE).is_file() or (folder / SILO_FILE).is_file()
+
+
 class ServerSettings(Section):
     """``server.toml``: where the server listens and which experiment it runs."""
 
