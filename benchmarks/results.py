@@ -153,6 +153,7 @@ def choices_section(result: dict) -> list[str]:
 NAMES = {
     "demo": "The demo, preset recommended",
     "demo-mean-pooling": 'The demo with `pooling = "mean"` for all four clients',
+    "demo-whole-vocabulary": "The demo on the whole vocabulary (`llm.vocabulary_texts = []`)",
     "demo-no-floor": "The demo before `llm.generation_floor` was in the preset",
     "demo-one-teacher": "The demo before `reward.teachers` and `slm.soft_labels` were in the preset, on 400 test rows",
     "demo-100-rows": "The same with half as many rows a silo (rows_per_client = 100, 16 epochs on them)",
