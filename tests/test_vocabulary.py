@@ -159,6 +159,13 @@ def test_what_another_process_is_trimming_is_waited_for_and_taken(models, tmp_pa
     assert not news
 
 
+def test_what_is_there_needs_no_lock_and_so_no_cache_that_can_be_written(models, tmp_path):
+    made = cached_trim(str(models / "gpt2"), TEXTS, tmp_path, lambda _: None)
+    lock_of(Path(made)).unlink()
+    assert cached_trim(str(models / "gpt2"), TEXTS, tmp_path, pytest.fail) == made
+    assert not lock_of(Path(made)).exists()
+
+
 def test_a_model_folder_that_has_changed_is_trimmed_again(models, tmp_path):
     shutil.copytree(models / "gpt2", tmp_path / "model")
     first = cached_trim(str(tmp_path / "model"), TEXTS, tmp_path, lambda _: None)

@@ -348,7 +348,7 @@ def _load_pretrained(folder: str, config: LLMConfig, device: str) -> tuple[Any, 
     place = "" if folder == config.model else f" ({folder})"
     with loading(f"llm.model {config.model!r}{place} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype(config.dtype, device))
-    # cuDNN's attention makes a plan for every new shape, and here nearly every batch and step has one of its own
+    # for the whole process: cuDNN's attention plans anew for every shape, and nearly every batch and step has its own
     torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device), load_tokenizer(folder, config.model)
 

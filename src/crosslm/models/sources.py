@@ -127,6 +127,8 @@ def model_folder(name: str, cache: Path, on_news: Callable[[str], None] = lambda
 
 def _converted(module: str, package: Package, cache: Path, on_news: Callable[[str], None]) -> Path:
     folder = cache / "models" / f"{module}-{package.sha256[:12]}"
+    if (folder / "config.json").is_file():
+        return folder  # without the lock: a cache that others share may be read-only
     with alone(lock_of(folder), wait=True):
         if not (folder / "config.json").is_file():
             _convert(module, package, folder, on_news)

@@ -86,6 +86,8 @@ def cached_trim(folder: str, texts: list[str], cache: Path, on_news: Callable[[s
     """:func:`trim_vocabulary` into the cache, once for the same model and texts; the folder."""
     key = hashlib.sha256("\n".join([_identity(folder), *texts]).encode()).hexdigest()[:12]
     output = cache / "models" / f"{Path(folder).name}-trimmed-{key}"
+    if (output / "config.json").is_file():
+        return str(output)  # without the lock: a cache that others share may be read-only
     with alone(lock_of(output), wait=True):
         if not (output / "config.json").is_file():
             on_news(f"Trimming the vocabulary of {Path(folder).name} once into {output} (about half a minute)")
