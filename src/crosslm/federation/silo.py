@@ -66,8 +66,8 @@ class Silo:
         told = {"rounds": self.installed, "time": time.time()}
         write_whole(self.state / "confirmed.json", [json.dumps(told).encode()])
 
-    def upload(self, experiment: str, number: int) -> bytes:
-        """Step 1: the upload of a round, trained now or, if it was asked for before, as it was sent then.
+    def upload(self, experiment: str, number: int) -> Path:
+        """Step 1: the file with a round's upload, trained now or, if it was asked for before, as it was sent then.
 
         Args:
             experiment: whom the request is from.
@@ -82,7 +82,7 @@ class Silo:
         path = self._sent(number)
         if path.exists():
             self.now("waiting", number)
-            return path.read_bytes()
+            return path
         self.now("training", number)
         client = self.client()
         upload = client.train()
@@ -93,7 +93,7 @@ class Silo:
             write_whole(self._unrounded(number), [encode(upload)])
         write_whole(path, [data])
         self.now("waiting", number)
-        return data
+        return path
 
     def install(self, experiment: str, number: int, data: bytes) -> dict[str, float]:
         """Step 5: keep the enhanced SLM, as ``state/slm`` for transformers.
@@ -209,7 +209,7 @@ class Silo:
     def _uploaded(self, number: int) -> Upload:
         """An upload of this silo as it was trained: what was rounded for the wire is not rounded here."""
         path = self._unrounded(number)
-        return decode_upload((path if path.exists() else self._sent(number)).read_bytes())
+        return decode_upload(path if path.exists() else self._sent(number))
 
     def _sent(self, number: int) -> Path:
         return self.state / f"upload-{number:04}.safetensors"
@@ -263,7 +263,7 @@ class Silo:
         if self.installed:
             number = self.installed - 1
             if self.decision(number)["accepted"]:
-                state = decode_download((self.state / f"download-{number:04}.safetensors").read_bytes()).slm
+                state = decode_download(self.state / f"download-{number:04}.safetensors").slm
             else:
                 state = self._uploaded(number).slm
             slm = SLM.from_state(state, device)

@@ -162,12 +162,12 @@ class Spool:
                 self._write(sql, time.time(), waiting.number)
             return waiting
 
-    def upload(self, arrival: Arrival, most: int | None = None) -> bytes:
-        """The bytes of an upload.
+    def upload(self, arrival: Arrival, most: int | None = None) -> Path:
+        """The file of an upload, once it was seen to be what was received.
 
         Args:
             arrival: which.
-            most: bytes that it may have (``intake.max_bytes``); a larger one is not read.
+            most: bytes that it may have (``intake.max_bytes``); a larger one is not looked at.
 
         Raises:
             FederationError: the file is not what was received.
@@ -179,7 +179,7 @@ class Spool:
             raise UploadError(
                 f"client {arrival.silo}: the upload has {size} bytes; at most {most} are allowed (intake.max_bytes)"
             )
-        return _read(path, arrival.sha256)
+        return _unchanged(path, arrival.sha256)
 
     def serve(self, silo: str, number: int, download: bytes) -> None:
         """Keep the download that answers an upload; it is owed from now on.
@@ -192,13 +192,13 @@ class Spool:
         with self._lock:
             self._write(sql, time.time(), digest, silo, number)
 
-    def download(self, arrival: Arrival) -> bytes:
-        """The bytes of a download.
+    def download(self, arrival: Arrival) -> Path:
+        """The file of a download, once it was seen to be what was written.
 
         Raises:
             FederationError: the file is not what was written.
         """
-        return _read(self.download_file(arrival.silo, arrival.round), str(arrival.download_sha256))
+        return _unchanged(self.download_file(arrival.silo, arrival.round), str(arrival.download_sha256))
 
     def refuse(self, silo: str, number: int, why: str) -> None:
         """An upload cannot be used; it stays on disk."""
@@ -295,15 +295,15 @@ def _unwritable(path: Path, why: str) -> RunError:
     )
 
 
-def _read(path: Path, expected: str) -> bytes:
+def _unchanged(path: Path, expected: str) -> Path:
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise FederationError(f"{path}: cannot be read: {error}; put it back from a backup") from error
-    digest = hashlib.sha256(data).hexdigest()
     if digest != expected:
         raise FederationError(
             f"{path}: has changed since it was written (SHA-256 {digest[:12]}, not {expected[:12]}); "
             "put it back from a backup"
         )
-    return data
+    return path

@@ -27,10 +27,10 @@ def upload(message: Message, context: Context) -> Message:
     try:
         silo, number = _silo(), _round(request)
         _check_version(request, silo)
-        data = silo.upload(str(request["experiment"]), number)
+        file = silo.upload(str(request["experiment"]), number)
     except CrosslmError as error:
         return refusal(message, error)
-    return Message(RecordDict({"reply": ConfigRecord(leaving.done(number)), "message": split(data)}), reply_to=message)
+    return Message(RecordDict({"reply": ConfigRecord(leaving.done(number)), "message": split(file)}), reply_to=message)
 
 
 @app.train("install")

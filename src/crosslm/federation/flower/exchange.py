@@ -27,7 +27,7 @@ from crosslm.federation.messages import encode
 from crosslm.federation.spool import Arrival, Spool
 from crosslm.records import Download, Upload
 
-POLL = 0.5  # seconds between looks at the grid and at the spool
+POLL = 0.5  # seconds after which each thread looks again, if the other has not woken it
 LONGEST_WAIT = 60.0  # seconds between two attempts at a silo that does not answer
 HEARTBEAT = 5.0  # seconds
 QUARANTINED = "quarantined/"  # and silo and round: the gate stopped that upload
@@ -66,6 +66,10 @@ class FlowerExchange:
     _failed: "SimpleQueue[tuple[str, str]]" = field(init=False, default_factory=SimpleQueue)
     _lines: dict[str, _Line] = field(init=False)
     _stop: threading.Event = field(init=False, default_factory=threading.Event)
+    _carried: threading.Event = field(init=False, default_factory=threading.Event)
+    """The carrying thread has done something: who waits for an upload or a delivery looks."""
+    _to_carry: threading.Event = field(init=False, default_factory=threading.Event)
+    """There is something for the carrying thread to do."""
     _failure: BaseException | None = field(init=False, default=None)
     _thread: threading.Thread = field(init=False)
     _beat: float = field(init=False, default=0.0)
@@ -90,11 +94,11 @@ class FlowerExchange:
         self._look_at_carrier()
         arrival = self.spool.next()
         if arrival is None:
-            time.sleep(POLL)
+            self._wait()
             return None
         try:
-            data = self.spool.upload(arrival, self.intake.bounds.max_bytes)
-            upload = self.intake.upload(data, arrival.silo)
+            file = self.spool.upload(arrival, self.intake.bounds.max_bytes)
+            upload = self.intake.upload(file, arrival.silo)
             if upload.client_round != arrival.round:
                 raise UploadError(
                     f"silo {arrival.silo}: its upload of round {arrival.round} claims to be of round "
@@ -109,6 +113,7 @@ class FlowerExchange:
     def send(self, download: Download) -> None:
         """Put a download into the spool; the carrying thread brings it to its silo."""
         self.spool.serve(download.client_id, download.client_round, encode(download))
+        self._to_carry.set()
 
     def refuse(self, silo: str, number: int, error: Exception) -> None:
         """An upload cannot be used: its silo is told, and is asked for its next one as any other."""
@@ -116,6 +121,7 @@ class FlowerExchange:
         if isinstance(error, QuarantineError):
             self.spool.note(f"{QUARANTINED}{silo}/{number}", str(time.time()))
         self.spool.refuse(silo, number, str(error))
+        self._to_carry.set()
 
     def finished(self) -> bool:
         """Whether no upload is to be served any more."""
@@ -137,14 +143,19 @@ class FlowerExchange:
         end = time.time() + seconds
         while time.time() < end and self._owed():
             self._look_at_carrier()
-            time.sleep(POLL)
+            self._wait()
         end = time.time() + TELL_REFUSED
         while time.time() < end and self._untold():
             self._look_at_carrier()
-            time.sleep(POLL)
+            self._wait()
         self._stop.set()
+        self._to_carry.set()
         self._thread.join(timeout=30)
         return [arrival.silo for arrival in self._owed()]
+
+    def _wait(self) -> None:
+        self._carried.wait(POLL)
+        self._carried.clear()
 
     # -- the carrying thread -----------------------------------------------------------------
 
@@ -156,8 +167,11 @@ class FlowerExchange:
                 if time.time() - self._beat > HEARTBEAT:
                     self._beat = time.time()
                     self.spool.note("alive", str(self._beat))
-                if not any(moved):
-                    self._stop.wait(POLL)
+                if any(moved):
+                    self._carried.set()
+                    continue
+                self._to_carry.wait(POLL)
+                self._to_carry.clear()
         except BaseException as error:  # noqa: BLE001  raised again in the thread that trains
             self._failure = error
 
