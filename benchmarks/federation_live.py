@@ -1,16 +1,22 @@
-"""Large SLMs through `crosslm server` and `crosslm client` themselves: ten uploads of 440 MB in a row on one machine.
+"""Large SLMs through `crosslm server` and `crosslm client` themselves, and through bare Flower on the same machine.
 
+Ours: ten uploads of 440 MB in a row.
 Real processes on the loopback interface: SuperLink with TLS and keys, gateway, SuperNode, both applications. The silo's
 SLM is a BERT of `--size` megabytes with random weights, trained for one epoch on eight rows in each round; the LLM is
-tiny, so that nearly all time is the transport's. Needs some 45 times the size on the disk.
+tiny, so that nearly all time is the transport's. Needs some 45 times the size on the disk. Bare: `flower_bare.py`,
+whose silo trains and saves the same SLM, from SuperNode to SuperLink with the same TLS and keys, by Flower's own
+programs.
 
-Keys: `transfers` (for each round bytes, seconds from the end of the round before until the upload had arrived, of the
-server's step, and of the way back), `memory_over_time` (seconds, resident bytes of each process by its name),
-`errors` (how often the logs of Flower's processes say "database is locked", and the exit codes).
+Keys: `ratio_time` (ours over bare, median seconds up and down of a round after the first), `ratio_memory` (the largest
+sum of all processes), `transfers` (for each round bytes, seconds from the end of the round before until the upload had
+arrived, of the server's step, and of the way back), `bare` (the same), `memory_over_time` (seconds, resident bytes of
+each process by its name), `errors` (how often the logs of Flower's processes say "database is locked", and the exit
+codes).
 
 With `--folder` everything is kept there, and the same command goes on where it was stopped.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -22,7 +28,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from measure import arguments, finish
+from measure import arguments, finish, ratio
 from random_bert import random_bert
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -31,12 +37,34 @@ from tokenizers import models as tokenizer_models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from crosslm.config import Config
-from crosslm.federation.kits import SERVER_FILE, SILO_FILE
+from crosslm.federation.flower.processes import Child, flwr, wait_for_port
+from crosslm.federation.flower.server_processes import configure, superlink_command
+from crosslm.federation.flower.silo_processes import supernode_command
+from crosslm.federation.kits import SERVER_FILE, SILO_FILE, read_server
 from crosslm.federation.provision import provision
 from crosslm.federation.spool import Arrival, Spool
 
 SILO = "silo"
-EVERY = 5.0  # seconds between two looks at the memory
+EVERY = 2.0  # seconds between two looks at the memory
+PATIENCE = 600.0  # seconds for a round
+BARE_APP = """\
+[project]
+name = "bare"
+version = "1.0.0"
+license = { text = "Apache-2.0" }
+dependencies = []
+
+[tool.flwr.app]
+publisher = "crosslm"
+
+[tool.flwr.app.components]
+serverapp = "flower_bare:server_app"
+clientapp = "flower_bare:client_app"
+
+[tool.flwr.app.config]
+rounds = 1
+file = ""
+"""
 FIT = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-5}
 
 
@@ -54,7 +82,7 @@ def tiny_llm(folder: Path) -> None:
 
 
 def make(folder: Path, megabytes: float, rounds: int) -> None:
-    """Models, rows and kits."""
+    """Models, rows, and kits for each side."""
     torch.manual_seed(0)
     tiny_llm(folder / "llm")
     random_bert(folder / "slm", megabytes)
@@ -84,14 +112,27 @@ def make(folder: Path, megabytes: float, rounds: int) -> None:
         "checkpoint": {"keep": 1},
         "evaluation": {"nlg_samples": 8},
     }
-    ports = [_free_port() for _ in range(3)]
-    provision(Config.model_validate(tables), f"localhost:{ports[0]}", folder / "kits")
-    server, silo = folder / "kits" / "server", folder / "kits" / "silos" / SILO
-    text = (server / SERVER_FILE).read_text().replace("9091", str(ports[1])).replace("0.0.0.0", "127.0.0.1")
+    config = Config.model_validate(tables)
+    make_kits(config, folder / "bare", gateway=False)
+    make_kits(config, folder / "kits", gateway=True)
+
+
+def make_kits(config: Config, folder: Path, gateway: bool) -> None:
+    """Kits on free ports of the loopback interface; without a gateway the silo asks the SuperLink itself."""
+    outer, runtime = _free_port(), _free_port()
+    inner = _free_port() if gateway else outer
+    provision(config, f"localhost:{outer}", folder)
+    server, silo = kits_of(folder)
+    text = (server / SERVER_FILE).read_text().replace("9091", str(inner)).replace("0.0.0.0", "127.0.0.1")
     (server / SERVER_FILE).write_text(text)
-    (silo / SILO_FILE).write_text((silo / SILO_FILE).read_text().replace("9094", str(ports[2])))
+    (silo / SILO_FILE).write_text((silo / SILO_FILE).read_text().replace("9094", str(runtime)))
     rows = [f"w{place} w{place + 1},{('bad', 'good')[place % 2]}" for place in range(8)]
     (silo / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+
+
+def kits_of(folder: Path) -> tuple[Path, Path]:
+    """The server's kit and the silo's."""
+    return folder / "server", folder / "silos" / SILO
 
 
 def _free_port() -> int:
@@ -103,15 +144,15 @@ def _free_port() -> int:
 def run(folder: Path) -> tuple[list[list], list[int]]:
     """Both commands until they end; gives memory over time and their exit codes."""
     parties = []
-    for command, kit in (("server", folder / "kits" / "server"), ("client", folder / "kits" / "silos" / SILO)):
+    for command, kit in zip(("server", "client"), kits_of(folder / "kits"), strict=True):
         environment = {**os.environ, "HOME": str(folder / command), "CROSSLM_CACHE": str(folder / command / "cache")}
         with (folder / f"{command}.log").open("ab") as log:
             program = [sys.executable, "-m", "crosslm.cli.main", command, str(kit)]
             parties.append(subprocess.Popen(program, stdout=log, stderr=log, env=environment))
-    started, samples = time.time(), []
+    samples = []
     try:
         while any(party.poll() is None for party in parties):
-            samples.append([round(time.time() - started, 1), _resident(parties)])
+            samples.append(sample(parties))
             if any(party.poll() for party in parties):  # one has failed, and the other would wait for it
                 break
             time.sleep(EVERY)
@@ -121,6 +162,41 @@ def run(folder: Path) -> tuple[list[list], list[int]]:
                 party.terminate()
         codes = [party.wait() for party in parties]
     return samples, codes
+
+
+def run_bare(folder: Path, rounds: int) -> tuple[list[list], list[dict]]:
+    """Flower's own programs with `flower_bare.py`; gives memory over time and the seconds of each round."""
+    kit, silo = kits_of(folder)
+    app, told = folder / "app", folder / "seconds.json"
+    app.mkdir(exist_ok=True)
+    shutil.copy(Path(__file__).with_name("flower_bare.py"), app)
+    (app / "pyproject.toml").write_text(BARE_APP)
+    link = Child("superlink", superlink_command(kit), kit)
+    words = supernode_command(silo)
+    place = words.index("--isolation")
+    node = Child("supernode", words[:place] + words[place + 2 :], silo)
+    configure(kit)
+    samples = []
+    try:
+        link.start()
+        wait_for_port("127.0.0.1", read_server(kit).superlink_port, link)
+        flwr(kit, "supernode", "register", str(kit / "silos" / f"{SILO}.pub"), "crosslm", "--name", SILO)
+        node.start()
+        flwr(kit, "run", str(app), "crosslm", "--run-config", f'rounds={rounds} file="{told}"')
+        while not told.exists():
+            samples.append(sample([link.process, node.process]))
+            if link.died() or node.died() or samples[-1][0] - samples[0][0] > PATIENCE * rounds:
+                sys.exit(f"bare Flower did not end; logs are in {kit / 'logs'} and {silo / 'logs'}")
+            time.sleep(EVERY)
+    finally:
+        node.stop()
+        link.stop()
+    return samples, json.loads(told.read_text())
+
+
+def sample(parties: list[subprocess.Popen]) -> list:
+    """The time, and the memory of both sides' processes now."""
+    return [round(time.time(), 1), _resident(parties)]
 
 
 def _resident(parties: list[subprocess.Popen]) -> dict[str, int]:
@@ -149,6 +225,11 @@ def transfer(arrival: Arrival, after: float) -> dict:
     }
 
 
+def largest(samples: list[list]) -> int:
+    """The largest sum of all processes."""
+    return max(sum(sizes.values()) for _, sizes in samples)
+
+
 def locked(folder: Path) -> int:
     """How often the logs of Flower's processes speak of a lock."""
     logs = (folder / "kits").rglob("*.log")
@@ -165,19 +246,25 @@ def main() -> None:
     options = arguments(__doc__, **more)
     size = options.size or (1.0 if options.quick else 440.0)
     rounds = options.transfers or (2 if options.quick else 10)
+    bare_rounds = min(rounds, 4)
     folder = (options.folder or Path(tempfile.mkdtemp())).absolute()
     if not (folder / "kits").exists():
         folder.mkdir(parents=True, exist_ok=True)
         make(folder, size, rounds)
+    bare_samples, bare = run_bare(folder / "bare", bare_rounds)
     samples, codes = run(folder)
     spool = Spool(folder / "kits" / "server" / "spool")
     arrivals, began = spool.arrivals(), float(spool.fact("started") or 0)
     spool.close()
     ends = [began, *(arrival.delivered_at or arrival.received_at for arrival in arrivals)]
+    transfers = [transfer(arrival, end) for arrival, end in zip(arrivals, ends, strict=False)]
     figures = {
+        "ratio_time": ratio(*([way["up"] + way["down"] for way in ways[1:]] for ways in (transfers, bare))),
+        "ratio_memory": round(largest(samples) / largest(bare_samples), 2),
         "megabytes": size,
-        "transfers": [transfer(arrival, end) for arrival, end in zip(arrivals, ends, strict=False)],
-        "memory_over_time": samples,
+        "transfers": transfers,
+        "bare": bare,
+        "memory_over_time": [[round(at - samples[0][0], 1), sizes] for at, sizes in samples],
         "errors": {"database is locked": locked(folder), "exit codes": codes},
     }
     finish("federation-live", figures, options)
