@@ -267,7 +267,7 @@ def main() -> None:
         "memory_over_time": [[round(at - samples[0][0], 1), sizes] for at, sizes in samples],
         "errors": {"database is locked": locked(folder), "exit codes": codes},
     }
-    finish("federation-live", figures, options)
+    finish("federation_live", figures, options)
     if len(arrivals) < rounds or any(codes):
         sys.exit(f"not complete; logs are in {folder}, and --folder {folder} goes on")
     if options.folder is None:

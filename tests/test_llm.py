@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.errors import ConfigError, ModelError
-from crosslm.models.llm import LLM, weight_dtype
+from crosslm.models.llm import LLM, distinct_tokens, weight_dtype
 from crosslm.models.tokens import verbalizer_ids
 
 FAMILIES = ("gpt2", "llama", "gemma3")
@@ -120,6 +120,28 @@ def test_scores_are_those_of_the_plain_models(models, family, adapter):
         torch.testing.assert_close(scores.reference_logps[row, :width], before, atol=1e-4, rtol=1e-4)
         assert (scores.logps[row, width:] == 0).all()
         assert scores.kl[row, :width].min() > 0
+
+
+def test_what_begins_many_texts_is_scored_once_and_counts_each_time(models, family):
+    assert distinct_tokens([[1, 2, 3], [1, 2, 4, 3], [5, 2, 3], [1, 2, 3]]) == (
+        [0, 1, 3, 4, 5, 6],
+        [0, 1, 0, 2, 3, 4, 5, 0, 1],
+    )
+    llm = tiny_llm(models, family)
+    disturb(llm)
+    start = llm.encode(TEXTS[0])
+    sequences = [[*start, *ending] for ending in ([5, 6, 7], [5, 7], [8], [5, 6, 7])]
+    assert len(distinct_tokens(sequences)[0]) < sum(map(len, sequences)) / 2
+    together = llm.score(sequences)
+    weights = torch.tensor([[0.5], [-1.0], [2.0], [3.0]])
+    loss = (together.logps * weights).sum() + (together.kl * weights).sum()
+    gradients = torch.autograd.grad(loss, llm.trainable_parameters())
+    alone = [llm.score([sequence]) for sequence in sequences]
+    for row, scores in enumerate(alone):
+        torch.testing.assert_close(together.logps[row, : scores.logps.shape[1]], scores.logps[0], atol=1e-4, rtol=1e-4)
+    loss = sum(weight * (scores.logps.sum() + scores.kl.sum()) for weight, scores in zip(weights, alone, strict=True))
+    for one, other in zip(gradients, torch.autograd.grad(loss, llm.trainable_parameters()), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
 def test_gradients_reach_the_adapter_and_nothing_else(models, family):

@@ -10,8 +10,11 @@ needs no gradient of its own, so the gradients with respect to the hidden states
 head (full fine-tuning) takes the plain way in chunks of tokens that are recomputed in the backward
 pass. ``tests/test_head.py`` holds both against the plain version.
 
-Logits are in fp32 also where the model is in bf16, in which those of likely tokens are multiples of
-1/16 or 1/8: too coarse for a divergence, and neighbouring tokens would fall together.
+In bf16 the logits of likely tokens are multiples of 1/16 or 1/8: too coarse for a divergence, and neighbouring tokens
+would fall together. But a processor multiplies in bf16 more than twice as fast as in fp32, and sums in fp32 before it
+rounds. So what is computed there is not a logit but its distance from an anchor, the largest logit so far. It is
+rounded to 1/256 of itself: next to nothing where the probability is. The other model's logits are these less
+``(h - h') W``, rounded in the same way. A target's own logit is a product in fp32.
 """
 
 from collections.abc import Callable
@@ -45,11 +48,9 @@ def head_scores(
         ``logps``, ``reference_logps`` and ``kl`` (the summand of Eq. 8), each ``(tokens,)`` in
         fp32; only ``logps`` and ``kl`` carry a gradient.
     """
-    if weight.requires_grad:
+    if weight.requires_grad or weight is not reference_weight:
         return _plain_scores_in_chunks(hidden, weight, targets, reference_hidden, reference_weight)
-    scores: tuple[Tensor, Tensor, Tensor] = _frozen_head_scores(
-        hidden, weight, targets, reference_hidden, reference_weight
-    )
+    scores: tuple[Tensor, Tensor, Tensor] = _frozen_head_scores(hidden, weight, targets, reference_hidden)
     return scores
 
 
@@ -71,9 +72,11 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _blocks(weight: Tensor) -> list[slice]:
-    """Parts of the vocabulary that are computed at a time."""
+    """Parts of the vocabulary that are computed at a time; the first is small, since it is computed in fp32."""
     size = VOCABULARY_BLOCK if weight.device.type == "cpu" else GPU_BLOCK
-    return [slice(start, start + size) for start in range(0, len(weight), size)]
+    return [slice(0, VOCABULARY_BLOCK)] + [
+        slice(start, start + size) for start in range(VOCABULARY_BLOCK, len(weight), size)
+    ]
 
 
 def top_logits(hidden: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -104,18 +107,29 @@ class _OnlineSoftmax:
     def __init__(self, tokens: Tensor) -> None:
         self.maximum = tokens.new_full((len(tokens), 1), -torch.inf, dtype=torch.float32)
         self.total = torch.zeros_like(self.maximum)
+        self._begun = False
 
-    def add(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn a block of logits into unnormalised probabilities, in place.
+    def distances(self, hidden: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of a block less an anchor, in fp32, and the anchor, ``(tokens, 1)``.
+
+        The anchor is the largest logit of the blocks before, which for the first is not known.
+        """
+        if not self._begun:
+            return linear(hidden.float(), block.float()), torch.zeros_like(self.maximum)
+        anchor = self.maximum.to(block.dtype)
+        return torch.addmm(-anchor, hidden, block.T).float(), anchor.float()
+
+    def add(self, distances: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn a block of :meth:`distances` into unnormalised probabilities, in place.
 
         Returns:
             These, and the factor by which sums of earlier blocks must be scaled.
         """
-        maximum = torch.maximum(self.maximum, logits.amax(dim=1, keepdim=True))
+        maximum = torch.maximum(self.maximum, distances.amax(dim=1, keepdim=True) + anchor)
         scale = (self.maximum - maximum).exp_()
-        weights = logits.sub_(maximum).exp_()
+        weights = distances.sub_(maximum - anchor).exp_()
         self.total.mul_(scale).add_(weights.sum(dim=1, keepdim=True))
-        self.maximum = maximum
+        self.maximum, self._begun = maximum, True
         return weights, scale
 
     def normaliser(self) -> Tensor:
@@ -133,12 +147,11 @@ class _FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        hidden = hidden.float()
         softmax = _OnlineSoftmax(hidden)
-        mean = torch.zeros_like(hidden)  # sum_v p_v W_v
+        mean = torch.zeros_like(hidden, dtype=torch.float32)  # sum_v p_v W_v
         for part in _blocks(weight):
             block = weight[part]
-            weights, scale = softmax.add(linear(hidden, block.float()))
+            weights, scale = softmax.add(*softmax.distances(hidden, block))
             if ctx.needs_input_grad[0]:
                 mean.mul_(scale).add_(weights.to(block.dtype) @ block)
         ctx.save_for_backward(weight[targets] - mean.div_(softmax.total))
@@ -159,20 +172,19 @@ class _FrozenHeadScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, reference_hidden: Tensor, reference_weight: Tensor
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, reference_hidden: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, reference_hidden = hidden.float(), reference_hidden.float()
         softmax, reference = _OnlineSoftmax(hidden), _OnlineSoftmax(hidden)
+        drift = (hidden.float() - reference_hidden.float()).to(weight.dtype)
         difference = torch.zeros_like(softmax.total)  # sum_v p_v (z_v - z'_v)
-        mean = torch.zeros_like(hidden)  # sum_v p_v W_v
+        mean = torch.zeros_like(hidden, dtype=torch.float32)  # sum_v p_v W_v
         weighted = torch.zeros_like(mean)  # sum_v p_v (z_v - z'_v) W_v
         for part in _blocks(weight):
             block = weight[part]
-            logits = linear(hidden, block.float())
-            reference_logits = linear(reference_hidden, reference_weight[part].float())
-            change = logits - reference_logits
-            reference.add(reference_logits)
-            weights, scale = softmax.add(logits)
+            change = linear(drift, block).float()
+            distances, anchor = softmax.distances(hidden, block)
+            reference.add(distances - change, anchor)
+            weights, scale = softmax.add(distances, anchor)
             change.mul_(weights)
             difference.mul_(scale).add_(change.sum(dim=1, keepdim=True))
             if ctx.needs_input_grad[0]:
@@ -184,17 +196,17 @@ class _FrozenHeadScores(torch.autograd.Function):
         ctx.save_for_backward(weight[targets] - mean, weighted.sub_(difference * mean))
         normaliser, reference_normaliser = softmax.normaliser(), reference.normaliser()
         logps = (_target_logits(hidden, weight, targets) - normaliser).squeeze(1)
-        reference_target = _target_logits(reference_hidden, reference_weight, targets)
+        reference_target = _target_logits(reference_hidden, weight, targets)
         reference_logps = (reference_target - reference_normaliser).squeeze(1)
         kl = (difference - (normaliser - reference_normaliser)).squeeze(1)
         ctx.mark_non_differentiable(reference_logps)
         return logps, reference_logps, kl
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor, _: Tensor, grad_kl: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_logps: Tensor, _: Tensor, grad_kl: Tensor) -> tuple[Tensor, None, None, None]:
         logps_gradient, kl_gradient = ctx.saved_tensors
         gradient = logps_gradient * grad_logps.unsqueeze(1) + kl_gradient * grad_kl.unsqueeze(1)
-        return gradient, None, None, None, None
+        return gradient, None, None, None
 
 
 # torch leaves the type of apply open

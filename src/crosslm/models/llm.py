@@ -163,8 +163,10 @@ class LLM:
         with torch.no_grad(), self._reference() as reference:
             reference_hidden = self._hidden(reference.base_model, ids, attention)[mask]
             reference_head = _head_weight(reference)
-        flat = head_scores(hidden, self._head(), ids[:, 1:][mask], reference_hidden, reference_head)
-        logps, reference_logps, kl = (_unflatten(values, mask) for values in flat)
+        places, which = (torch.tensor(numbers, device=self.device) for numbers in distinct_tokens(sequences))
+        targets = ids[:, 1:][mask][places]
+        flat = head_scores(hidden[places], self._head(), targets, reference_hidden[places], reference_head)
+        logps, reference_logps, kl = (_unflatten(values[which], mask) for values in flat)
         return TokenScores(logps, reference_logps, kl, mask)
 
     def logps(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -306,6 +308,29 @@ class LLM:
         output = backbone(input_ids=ids, attention_mask=attention, use_cache=False)
         hidden: Tensor = output.last_hidden_state[:, :-1]
         return hidden
+
+
+def distinct_tokens(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Which tokens a head must score: a prompt that begins many texts has the same hidden states in each of them.
+
+    Args:
+        sequences: tokens; the first of each is given and not counted.
+
+    Returns:
+        The places of tokens with something new before them or in them, counted through all sequences, and for each
+        token which of these has its score.
+    """
+    known: dict[tuple[int, int], int] = {}
+    places: list[int] = []
+    which: list[int] = []
+    for sequence in sequences:
+        before = -1 - sequence[0]  # no place of a token
+        for token in sequence[1:]:
+            before = known.setdefault((before, token), len(places))
+            if before == len(places):
+                places.append(len(which))
+            which.append(before)
+    return places, which
 
 
 def _head_weight(model: Any) -> Tensor:
