@@ -49,8 +49,9 @@ def drafts_and_rewards(llm: LLM, count: int) -> tuple[SyntheticSet, torch.Tensor
 
 
 def server_for(llm: LLM) -> Server:
-    """A server around this LLM; selection is not needed."""
-    config = demo_config(False)
+    """A server around this LLM; selection is not needed. Without the bound on Eq. 5, which no peer has."""
+    demo = demo_config(False)
+    config = demo.model_copy(update={"llm": demo.llm.model_copy(update={"generation_floor": 0.0})})
     return Server(config, Task.from_config(config.task), llm, SimpleNamespace())
 
 

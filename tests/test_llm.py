@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.errors import ConfigError, ModelError
-from crosslm.models.llm import LLM, distinct_tokens, weight_dtype
-from crosslm.models.tokens import verbalizer_ids
+from crosslm.models.causal import weight_dtype
+from crosslm.models.llm import LLM
+from crosslm.models.tokens import distinct_tokens, verbalizer_ids
 
 FAMILIES = ("gpt2", "llama", "gemma3")
 TEXTS = ["a good film and a kind one.", "a bad day.", "a sour book and a cold room."]

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from crosslm.config import Config
-from crosslm.models.llm import weight_dtype
+from crosslm.models.causal import weight_dtype
 
 PROCESS = int(0.75 * 2**30)
 """Python with torch, transformers and sentence-transformers imported, before any model."""

@@ -10,22 +10,21 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedTokenizerBase
 
 from crosslm.algorithm.verbalizer import label_probabilities
 from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.errors import ModelError
+from crosslm.models.causal import check_head, head_weight, load_causal, lora_config
 from crosslm.models.decoding import decode
 from crosslm.models.head import head_logps, head_scores
-from crosslm.models.loading import loading
-from crosslm.models.tokens import encode, load_tokenizer
+from crosslm.models.tokens import distinct_tokens, encode
 
 ADAPTER = "default"  # peft's name for the only adapter
 SCORING_BATCH = 32
@@ -55,11 +54,11 @@ class LLM:
         self.config = config
         self.model = model
         self._frozen: Any = None
-        _check_head(model)
+        check_head(model)
         if config.adapter == "full":
             self._frozen = copy.deepcopy(model).eval().requires_grad_(False)
         elif not isinstance(model, PeftModel):
-            self.model = get_peft_model(model, _lora_config(model, config))
+            self.model = get_peft_model(model, lora_config(model, config))
         self.model.eval()
 
     @classmethod
@@ -69,7 +68,7 @@ class LLM:
         Raises:
             ModelError: it cannot be loaded, or its head is not a plain matrix.
         """
-        model, tokenizer = _load_pretrained(folder, config, device)
+        model, tokenizer = load_causal(folder, config, device)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return cls(model, tokenizer, config)
@@ -78,14 +77,14 @@ class LLM:
     def load_trained(cls, folder: str, trained: str, config: LLMConfig, device: str = "cpu") -> "LLM":
         """Load what :meth:`save` wrote to ``trained``; ``folder`` is the original model."""
         if config.adapter == "full":
-            original, tokenizer = _load_pretrained(folder, config, device)
-            model, trained_tokenizer = _load_pretrained(trained, config, device)
+            original, tokenizer = load_causal(folder, config, device)
+            model, trained_tokenizer = load_causal(trained, config, device)
             if tokenizer.get_vocab() != trained_tokenizer.get_vocab():
                 raise ModelError(f"{trained}: has another vocabulary than {folder}; have llm.vocabulary_texts changed?")
             llm = cls(model, tokenizer, config)
             llm._frozen = original.eval().requires_grad_(False)
             return llm
-        model, tokenizer = _load_pretrained(folder, config, device)
+        model, tokenizer = load_causal(folder, config, device)
         try:
             adapted = PeftModel.from_pretrained(model, trained, is_trainable=True)
         except Exception as error:  # as of a folder that is no model (models/loading.py)
@@ -162,7 +161,7 @@ class LLM:
         hidden = self._hidden(self._causal().base_model, ids, attention)[mask]
         with torch.no_grad(), self._reference() as reference:
             reference_hidden = self._hidden(reference.base_model, ids, attention)[mask]
-            reference_head = _head_weight(reference)
+            reference_head = head_weight(reference)
         places, which = (torch.tensor(numbers, device=self.device) for numbers in distinct_tokens(sequences))
         targets = ids[:, 1:][mask][places]
         flat = head_scores(hidden[places], self._head(), targets, reference_hidden[places], reference_head)
@@ -259,7 +258,7 @@ class LLM:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def _head(self) -> Tensor:
-        return _head_weight(self._causal())
+        return head_weight(self._causal())
 
     @contextmanager
     def _merged(self) -> Iterator[None]:
@@ -310,34 +309,6 @@ class LLM:
         return hidden
 
 
-def distinct_tokens(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-    """Which tokens a head must score: a prompt that begins many texts has the same hidden states in each of them.
-
-    Args:
-        sequences: tokens; the first of each is given and not counted.
-
-    Returns:
-        The places of tokens with something new before them or in them, counted through all sequences, and for each
-        token which of these has its score.
-    """
-    known: dict[tuple[int, int], int] = {}
-    places: list[int] = []
-    which: list[int] = []
-    for sequence in sequences:
-        before = -1 - sequence[0]  # no place of a token
-        for token in sequence[1:]:
-            before = known.setdefault((before, token), len(places))
-            if before == len(places):
-                places.append(len(which))
-            which.append(before)
-    return places, which
-
-
-def _head_weight(model: Any) -> Tensor:
-    weight: Tensor = model.get_output_embeddings().weight
-    return weight
-
-
 def _has_room(device: torch.device, size: int) -> bool:
     """Whether so many more bytes are sure to fit; on the CPU they were counted before the run began."""
     return device.type == "cpu" or (device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= size)
@@ -345,49 +316,3 @@ def _has_room(device: torch.device, size: int) -> bool:
 
 def _unflatten(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-
-def _lora_config(model: Any, config: LLMConfig) -> LoraConfig:
-    return LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules="all-linear",
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        task_type="CAUSAL_LM",
-    )
-
-
-def weight_dtype(name: str, device: str = "cpu") -> torch.dtype:
-    """The dtype that ``llm.dtype`` means on a device."""
-    if name != "auto":
-        return cast(torch.dtype, getattr(torch, name))
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    # older torch cannot say; elsewhere than on x86 the names are others
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    multiplies = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if multiplies else torch.float32
-
-
-def _load_pretrained(folder: str, config: LLMConfig, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    place = "" if folder == config.model else f" ({folder})"
-    with loading(f"llm.model {config.model!r}{place} cannot be loaded"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype(config.dtype, device))
-    # for the whole process: cuDNN's attention plans anew for every shape, and nearly every batch and step has its own
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    return model.to(device), load_tokenizer(folder, config.model)
-
-
-def _check_head(model: Any) -> None:
-    """The logits must be ``hidden @ weight.T`` and nothing more, since that is what is computed."""
-    ids = torch.arange(4, device=model.device).unsqueeze(0)
-    causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    with torch.inference_mode():
-        expected = causal(input_ids=ids, use_cache=False).logits
-        hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        actual = torch.nn.functional.linear(hidden, _head_weight(causal))
-    if not torch.allclose(expected.float(), actual.float(), rtol=1e-3, atol=1e-3):
-        raise ModelError(
-            f"{causal.config.model_type}: its head is not a plain matrix (a bias, a scale or a soft cap), "
-            "which crosslm does not support; choose a GPT-2, Llama or Gemma 3 model"
-        )

@@ -1,5 +1,7 @@
 """Texts and verbalizers as tokens of the LLM; needs its tokenizer and not its weights."""
 
+from collections.abc import Sequence
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from crosslm.errors import ConfigError
@@ -40,6 +42,29 @@ def verbalizer_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[tuple
                 )
         found.append(tuple(ids))
     return found
+
+
+def distinct_tokens(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Which tokens a head must score: a prompt that begins many texts has the same hidden states in each of them.
+
+    Args:
+        sequences: tokens; the first of each is given and not counted.
+
+    Returns:
+        The places of tokens with something new before them or in them, counted through all sequences, and for each
+        token which of these has its score.
+    """
+    known: dict[tuple[int, int], int] = {}
+    places: list[int] = []
+    which: list[int] = []
+    for sequence in sequences:
+        before = -1 - sequence[0]  # no place of a token
+        for token in sequence[1:]:
+            before = known.setdefault((before, token), len(places))
+            if before == len(places):
+                places.append(len(which))
+            which.append(before)
+    return places, which
 
 
 def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:

@@ -1,0 +1,76 @@
+"""A causal language model as transformers loads it: its dtype, its adapter's places, its head."""
+
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from crosslm.config import LLMConfig
+from crosslm.errors import ModelError
+from crosslm.models.loading import loading
+from crosslm.models.tokens import load_tokenizer
+
+
+def load_causal(folder: str, config: LLMConfig, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model folder or hub id and its tokenizer, in the dtype of the configuration.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    place = "" if folder == config.model else f" ({folder})"
+    with loading(f"llm.model {config.model!r}{place} cannot be loaded"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype(config.dtype, device))
+    # for the whole process: cuDNN's attention plans anew for every shape, and nearly every batch and step has its own
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return model.to(device), load_tokenizer(folder, config.model)
+
+
+def weight_dtype(name: str, device: str = "cpu") -> torch.dtype:
+    """The dtype that ``llm.dtype`` means on a device."""
+    if name != "auto":
+        return cast(torch.dtype, getattr(torch, name))
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    # older torch cannot say; elsewhere than on x86 the names are others
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    multiplies = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if multiplies else torch.float32
+
+
+def lora_config(model: Any, config: LLMConfig) -> LoraConfig:
+    """An adapter on every linear layer but the head."""
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="CAUSAL_LM",
+    )
+
+
+def head_weight(model: Any) -> Tensor:
+    """The matrix that gives the logits, ``(vocabulary, hidden)``."""
+    weight: Tensor = model.get_output_embeddings().weight
+    return weight
+
+
+def check_head(model: Any) -> None:
+    """The logits must be ``hidden @ weight.T`` and nothing more, since that is what is computed.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    ids = torch.arange(4, device=model.device).unsqueeze(0)
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.inference_mode():
+        expected = causal(input_ids=ids, use_cache=False).logits
+        hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        actual = torch.nn.functional.linear(hidden, head_weight(causal))
+    if not torch.allclose(expected.float(), actual.float(), rtol=1e-3, atol=1e-3):
+        raise ModelError(
+            f"{causal.config.model_type}: its head is not a plain matrix (a bias, a scale or a soft cap), "
+            "which crosslm does not support; choose a GPT-2, Llama or Gemma 3 model"
+        )
