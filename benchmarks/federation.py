@@ -3,13 +3,12 @@
 `--size`: a BERT of that many megabytes goes up and down through the exchange (spool, journal, the intake's checks and
 decoding included) and, as one array each tensor, through bare Flower messages, in turn, over the same grid in memory of
 real Flower objects (serialised, hashed and inflated as Flower does it). Ten times the largest one through one exchange.
-`--silos`: tiny uploads of so many silos at once. What is compared is what we add to Flower; its sockets, which are the
-same on both sides, are left out here and in `federation_live.py`, where real processes carry large uploads.
+`--silos`: tiny uploads of so many silos at once. What is compared is what we add to Flower; its sockets and processes
+are left out here, and are in `federation_live.py`.
 
 Keys: `ratio_time` and `ratio_memory` (ours over bare, each side's memory from a process of its own), `in_a_row`
 (seconds of each round trip), `arrivals_a_minute`, `latency_idle` and `latency_loaded` (seconds from upload to
-download), `memory_over_time` (seconds, resident bytes of the process that holds server and silos). Ours looks at the
-grid and at the spool every half second, which is most of its time for a few megabytes and little of it for hundreds.
+download), `memory_over_time` (seconds, resident bytes of the process that holds server and silos).
 
 A part that is done is kept in the file of `--parts`; the same command goes on after it, unless the commit differs.
 """
@@ -40,6 +39,7 @@ from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
 from crosslm.federation.spool import Spool
+from crosslm.files import parts_of
 from crosslm.models.slm import SLM
 from crosslm.records import Download, Upload
 
@@ -65,8 +65,9 @@ def carried(message: Message) -> Message:
 class Wire:
     """Flower's grid in memory: silos that answer each request with the same SLM, carried as Flower carries it."""
 
-    def __init__(self, upload: Upload, silos: list[str]) -> None:
+    def __init__(self, upload: Upload, silos: list[str], folder: Path) -> None:
         self.upload, self.silos, self.replies = upload, silos, {}
+        self.file = folder / "upload"  # a silo sends what it has on its disk
 
     def get_nodes(self) -> list:
         """All silos are connected."""
@@ -78,7 +79,8 @@ class Wire:
         name, number = self.silos[message.metadata.dst_node_id - 1], int(message.content["request"]["round"])
         content = RecordDict({"reply": ConfigRecord({"status": "ok"})})
         if message.metadata.message_type == "train.upload":
-            content["message"] = split(encode(replace(self.upload, client_id=name, client_round=number)))
+            self.file.write_bytes(encode(replace(self.upload, client_id=name, client_round=number)))
+            content["message"] = split(parts_of(self.file))
         else:
             content["reply"]["size"] = sum(map(len, joined(message.content["message"], IntakeConfig().max_bytes)))
         self.replies[name] = Message(content, reply_to=message)
@@ -93,7 +95,7 @@ def through_ours(upload: Upload, silos: list[str], folder: Path, rounds: int = 1
     """Uploads up through exchange, spool and intake, and down again as they are; gives the journal's arrivals."""
     spool = Spool(folder)
     config, intake = FederationConfig(participations=rounds), Intake(LABELS, IntakeConfig())
-    exchange = FlowerExchange(Wire(upload, silos), spool, "bench", silos, config, intake)
+    exchange = FlowerExchange(Wire(upload, silos, folder), spool, "bench", silos, config, intake)
     exchange.start()
     while not exchange.finished():
         if (received := exchange.receive()) is not None:

@@ -409,7 +409,7 @@ def silo_with(upload):
     def answered(message):
         content = RecordDict({"reply": ConfigRecord({"status": "ok", "round": 0})})
         if message.metadata.message_type == "train.upload":
-            content["message"] = split(upload)
+            content["message"] = split([upload])
         return Message(content, reply_to=message)
 
     return answered

@@ -31,8 +31,9 @@ from crosslm.federation import keys
 from crosslm.federation import silo as silo_module
 from crosslm.federation import spool as spool_module
 from crosslm.federation.flower import client_app, gateway, processes, server_processes, silo_processes
+from crosslm.federation.flower import exchange as exchange_module
 from crosslm.federation.flower.exchange import FlowerExchange
-from crosslm.federation.flower.payload import PART, joined, split
+from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.flower.silo_processes import run_silo
 from crosslm.federation.intake import Intake
 from crosslm.federation.kits import KIT, SILO_FILE, dump, read_server, read_silo, server_config, silo_names
@@ -40,7 +41,7 @@ from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
 from crosslm.federation.silo import Silo
 from crosslm.federation.spool import Spool
-from crosslm.files import write_whole
+from crosslm.files import PART, parts_of, write_whole
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.records import Download
 from crosslm.rundir import RunDir
@@ -191,7 +192,7 @@ def test_an_upload_counts_once_however_often_it_comes(tmp_path):
     with pytest.raises(FederationError, match="silo a: round 0 was received before with other contents"):
         spool.put("a", 0, [b"other"])
     assert [arrival.bytes for arrival in spool.arrivals()] == [6]
-    assert spool.upload(spool.arrivals()[0]).read_bytes() == b"onetwo"
+    assert spool.upload(spool.arrivals()[0]) == b"onetwo"
     assert not list((tmp_path / "spool").glob("*.part*"))
 
 
@@ -208,7 +209,7 @@ def test_uploads_are_served_in_order_of_arrival_and_none_is_lost_by_a_restart(tm
     spool.refuse("fast", 0, "no good")
     assert spool.next() is None
     assert [(arrival.state, arrival.note) for arrival in spool.arrivals()] == [("served", ""), ("refused", "no good")]
-    assert spool.download(spool.arrivals()[0]).read_bytes() == b"enhanced"
+    assert b"".join(spool.download(spool.arrivals()[0])) == b"enhanced"
     spool.delivered("slow", 0)
     assert spool.of("slow")[0].state == "delivered"
     assert spool.of("slow")[0].since >= spool.of("slow")[0].received_at
@@ -232,7 +233,7 @@ def test_a_file_is_written_whole_or_not_at_all_by_everybody(tmp_path, monkeypatc
         spool.put("a", 0, cut())
     assert spool.arrivals() == []
     assert spool.put("a", 0, [b"whole"])
-    assert spool.upload(spool.arrivals()[0]).read_bytes() == b"whole"
+    assert spool.upload(spool.arrivals()[0]) == b"whole"
     run = RunDir(tmp_path / "run")
     run.write("a.txt", "first")
 
@@ -273,7 +274,7 @@ def test_only_one_process_serves_from_a_spool(tmp_path):
 
 def answer(silo, config, models):
     """What the server returns for the silo's first upload, from the method itself."""
-    upload = decode_upload(silo.upload(silo.settings.experiment, 0))
+    upload = decode_upload(silo.upload(silo.settings.experiment, 0).read_bytes())
     server = Server(
         config, Task.from_config(config.task), tiny_llm(models, "gpt2"), SentenceEncoder(str(models / "encoder"))
     )
@@ -303,7 +304,7 @@ def test_the_second_round_starts_from_the_enhanced_slm(silo, federated, models):
     silo = Silo(silo.kit, silo.cache)
     _, download = answer(silo, Config.model_validate(federated), models)
     silo.install(silo.settings.experiment, 0, encode(download))
-    again = decode_upload(silo.upload(silo.settings.experiment, 1))
+    again = decode_upload(silo.upload(silo.settings.experiment, 1).read_bytes())
     assert again.client_round == 1
     assert silo.client().rounds == 1
     with pytest.raises(FederationError, match=r"agrees to 2 uploads \(max_participations\)"):
@@ -377,7 +378,7 @@ def test_the_dry_run_names_all_that_the_upload_then_holds(silo, private):
 def test_half_precision_halves_the_bytes_and_says_what_it_does(kits, silo):
     change(kits / "silos" / "silo-0", wire_dtype="float16")
     half = Silo(silo.kit, silo.cache)
-    data = half.upload(half.settings.experiment, 0)
+    data = half.upload(half.settings.experiment, 0).read_bytes()
     (receipt,) = half.receipts()
     assert receipt["tensor_bytes"] == silo.would_send()["tensor_bytes"] / 2
     assert set(receipt["accuracy_on_private_rows"]) == {"float32", "float16"}
@@ -660,7 +661,7 @@ def test_what_is_no_upload_is_refused_and_the_next_one_served(exchange):
 
     def broken(message):
         reply = good(message)
-        reply.content["message"] = split(b"not safetensors")
+        reply.content["message"] = split([b"not safetensors"])
         return reply
 
     exchange.grid.handlers["silo-0"] = broken
@@ -713,6 +714,22 @@ def test_a_restarted_server_goes_on_where_the_journal_says(exchange, kits, tmp_p
     assert again.grid.pushed.count(("silo-0", "train.upload", 0)) == 1
 
 
+def test_each_thread_wakes_the_other(exchange, monkeypatch):
+    """Nothing waits for the next look, which is a minute away here."""
+    monkeypatch.setattr(exchange_module, "POLL", 60.0)
+    started = time.monotonic()
+    exchange.start()
+    served = []
+    while not exchange.finished():
+        if (upload := exchange.receive()) is not None:
+            served.append(upload.client_id)
+            exchange.send(echo(upload))
+    assert exchange.drain(50) == []
+    assert not exchange._thread.is_alive()
+    assert sorted(served) == ["silo-0", "silo-1"]
+    assert time.monotonic() - started < 50
+
+
 def test_a_failure_of_the_carrying_thread_is_not_silent(exchange):
     exchange.grid.get_nodes = None
     exchange.start()
@@ -723,12 +740,11 @@ def test_a_failure_of_the_carrying_thread_is_not_silent(exchange):
 
 def test_bytes_survive_as_arrays(tmp_path):
     data = np.random.default_rng(0).bytes(PART + 17)
-    arrays = split(data)
+    (tmp_path / "file").write_bytes(data)
+    arrays = split(parts_of(tmp_path / "file"))
     assert len(arrays) == 2
     assert b"".join(joined(arrays, len(data))) == data
     assert len(arrays) == 0
-    (tmp_path / "file").write_bytes(data)
-    assert b"".join(joined(split(tmp_path / "file"), len(data))) == data
     assert isinstance(ConfigRecord({"round": 1})["round"], int)
 
 
@@ -810,7 +826,7 @@ def test_the_silos_budget_holds_over_processes(silo, federated, models):
     silo = Silo(silo.kit, silo.cache)
     first, download = answer(silo, Config.model_validate(federated), models)
     silo.install(silo.settings.experiment, 0, encode(download))
-    second = decode_upload(Silo(silo.kit, silo.cache).upload(silo.settings.experiment, 1))
+    second = decode_upload(Silo(silo.kit, silo.cache).upload(silo.settings.experiment, 1).read_bytes())
     assert second.class_counts == first.class_counts  # told again, not drawn again
     assert first.metrics["dp/epsilon"] < second.metrics["dp/epsilon"] <= 8.0
     assert second.metrics["dp/noise_multiplier"] == first.metrics["dp/noise_multiplier"]
@@ -830,7 +846,7 @@ def test_a_raised_number_of_uploads_does_not_raise_the_silos_bound(silo, federat
     ):
         Silo(silo.kit, silo.cache).upload(silo.settings.experiment, 1)
     change(silo.kit, privacy=PrivacyConfig(epsilon=12.0))
-    second = decode_upload(Silo(silo.kit, silo.cache).upload(silo.settings.experiment, 1))
+    second = decode_upload(Silo(silo.kit, silo.cache).upload(silo.settings.experiment, 1).read_bytes())
     assert 11.9 < second.metrics["dp/epsilon"] <= 12
 
 

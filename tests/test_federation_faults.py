@@ -28,6 +28,7 @@ from crosslm.federation.flower.payload import KIND, joined, split
 from crosslm.federation.kits import SERVER_FILE, dump, held, read_server, read_silo
 from crosslm.federation.provision import provision
 from crosslm.federation.spool import Spool
+from crosslm.files import PART
 
 # Flower, after our package has told it to be quiet
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # isort: skip
@@ -125,7 +126,7 @@ def test_an_upload_that_is_too_large_is_cut_off_and_the_next_one_taken(exchange)
     exchange.intake = type(exchange.intake)(
         exchange.intake.labels, exchange.intake.bounds.model_copy(update={"max_bytes": most})
     )
-    large = split(bytes(2 * most))
+    large = split([bytes(2 * most)])
     exchange.grid.handlers["silo-0"] = lambda message: Message(RecordDict(ok(message=large)), reply_to=message)
     turn(exchange, 3)
     assert f"more than {most} bytes; no more are allowed (intake.max_bytes)" in exchange._lines["silo-0"].note
@@ -135,11 +136,11 @@ def test_an_upload_that_is_too_large_is_cut_off_and_the_next_one_taken(exchange)
 
 
 def test_bytes_are_counted_before_more_of_them_are_read():
-    arrays = split(bytes(40 * 2**20))
+    arrays = split([bytes(16 * 2**20)] * 3)
     with pytest.raises(UploadError, match=r"more than 17 bytes; no more are allowed \(intake.max_bytes\)"):
         list(joined(arrays, 17))
     assert len(arrays) == 2  # of three
-    assert sum(map(len, joined(split(bytes(17)), 17))) == 17
+    assert sum(map(len, joined(split([bytes(17)]), 17))) == 17
 
 
 def test_a_file_of_the_spool_that_is_too_large_is_not_read(exchange, monkeypatch):  # noqa: F811
@@ -216,7 +217,7 @@ def test_what_flower_sends_at_once_fits_through_the_gateway():
     from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
     assert 2 * FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE < gateway.MOST
-    array = next(iter(split(bytes(20 * 2**20)).values()))
+    array = next(iter(split([bytes(PART)]).values()))
     assert max(len(part.data) for _, part in array.slice_array()) <= FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
 

@@ -278,7 +278,7 @@ def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
     method = Server(config, Task.from_config(config.task), llm, SentenceEncoder(str(models / "encoder")))
     for arrival in arrivals:
         download, _ = method.step(decode_upload(spool.upload(arrival)))
-        assert encode(download) == spool.download(arrival).read_bytes(), (
+        assert encode(download) == b"".join(spool.download(arrival)), (
             f"{arrival.silo} got something else than from the method"
         )
         assert (run.kit(arrival.silo) / "state" / "slm" / "model.safetensors").exists()
@@ -375,7 +375,7 @@ def test_processes_that_die_and_a_silo_that_never_answers(start, models):
     llm = LLM.load(str(models / "gpt2"), config.llm, seed_for(config.seed, "llm"))
     method = Server(config, Task.from_config(config.task), llm, SentenceEncoder(str(models / "encoder")))
     for arrival in spool.arrivals():
-        assert encode(method.step(decode_upload(spool.upload(arrival)))[0]) == spool.download(arrival).read_bytes()
+        assert encode(method.step(decode_upload(spool.upload(arrival)))[0]) == b"".join(spool.download(arrival))
     spool.close()
 
 

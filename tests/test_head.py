@@ -94,28 +94,46 @@ def test_more_logits_than_the_vocabulary_has():
 
 
 @pytest.mark.parametrize("size", [50, 5000, 50000])
-def test_a_bf16_model_is_scored_nearly_as_in_float32(size):
-    """Distances from the largest logit are rounded, and logits themselves, of 20 and more, are not."""
+@pytest.mark.parametrize("peak", [0, 20], ids=["flat", "peaked"])
+def test_a_bf16_model_is_scored_as_in_float32_but_for_two_thousandths(size, peak):
+    """Distances from the largest logit are rounded, and logits themselves, of 20 and more, are not.
+
+    Peaked: the likely token is in the last block, with a rival a tenth behind, as when an LLM is sure.
+    """
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(size, 64, generator=generator).bfloat16()
-    hidden, drift = (scale * torch.randn(TOKENS, 64, generator=generator) for scale in (1, 0.1))
-    hidden, reference = hidden.bfloat16().requires_grad_(), (hidden + drift).bfloat16()
-    hidden32 = hidden.detach().float().requires_grad_()
+    weight = torch.randn(size, 64, generator=generator)
+    hidden, drift = (scale * torch.randn(TOKENS, 64, generator=generator) for scale in (0.5, 0.05))
     targets = torch.randint(size, (TOKENS,), generator=generator)
+    for token in range(TOKENS if peak else 0):
+        direction = hidden[token] / hidden[token].square().sum()
+        for place, logit in ((size - 2 * TOKENS + token, peak), (size - TOKENS + token, peak - 0.1)):
+            weight[place] += (logit - weight[place] @ hidden[token]) * direction
+        if token % 2:  # of the others the next token is another one than the LLM is sure of
+            targets[token] = size - 2 * TOKENS + token
+    weight, reference = weight.bfloat16(), (hidden + drift).bfloat16()
+    hidden = hidden.bfloat16().requires_grad_()
+    hidden32 = hidden.detach().float().requires_grad_()
     expected = plain(hidden32, weight.float(), targets, reference.float(), weight.float())
     actual = head.head_scores(hidden, weight, targets, reference, weight)
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(actual[0] - actual[1], expected[0] - expected[1], atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=0)
+    torch.testing.assert_close(actual[0] - actual[1], expected[0] - expected[1], atol=2e-3, rtol=0)
+    torch.testing.assert_close(head.head_logps(hidden, weight, targets), expected[0], atol=2e-3, rtol=0)
     (gradient,) = torch.autograd.grad(loss(actual[0], actual[2]), [hidden])
     (wanted,) = torch.autograd.grad(loss(expected[0], expected[2]), [hidden32])
-    assert torch.cosine_similarity(gradient.float().flatten(), wanted.flatten(), dim=0) > 0.9999
-    torch.testing.assert_close(head.head_logps(hidden, weight, targets), expected[0], atol=2e-3, rtol=2e-3)
+    assert torch.cosine_similarity(gradient.float().flatten(), wanted.flatten(), dim=0) > 0.999
     # logits in bf16 alone would not do
     rough = (hidden @ weight.T).float().log_softmax(1).gather(1, targets.unsqueeze(1)).squeeze(1)
-    assert (rough - expected[0]).abs().max() > 0.02
+    assert (rough - expected[0]).abs().max() > 0.005
     assert (head.head_scores(hidden, weight, targets, hidden.detach(), weight)[2] == 0).all()
+
+
+def test_a_frozen_head_beside_another_one_is_scored_in_the_plain_way(tensors):
+    hidden, weight, targets, reference, _ = tensors
+    others = (hidden, weight, targets, reference, weight + 1)
+    for one, other in zip(head.head_scores(*others), plain(*others), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
 
 
 def test_no_gradient_is_kept_without_need(tensors):

@@ -55,7 +55,7 @@ def test_an_honest_upload_passes_unchanged(models, task, config, kind, tmp_path)
 
 
 def test_every_crafted_upload_is_refused_and_the_next_one_is_served(good, task, config, tmp_path):
-    canary, path = tmp_path / "canary", tmp_path / "upload.safetensors"
+    canary = tmp_path / "canary"
     names, started = set(), time.monotonic()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name, data, message in crafted(good, canary):
@@ -68,10 +68,6 @@ def test_every_crafted_upload_is_refused_and_the_next_one_is_served(good, task, 
         assert UNFORESEEN not in str(refusal.value), (name, str(refusal.value))
         assert len(str(refusal.value)) < 1500, name
         assert not canary.exists(), name
-        path.write_bytes(data)
-        with pytest.raises(UploadError) as of_file:  # a file is mapped where bytes are read
-            check(path, task, config)
-        assert str(of_file.value) == str(refusal.value), name
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert len(names) >= 200
     assert grown * (1 if sys.platform == "darwin" else 1024) < 512 * 2**20

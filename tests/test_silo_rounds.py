@@ -49,7 +49,7 @@ def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, 
     sent = {"beside the upload": ask(silo, "upload", monkeypatch)}
     assert set(sent["beside the upload"]) == {"reply", "message"}
     _, download = answer(silo, Config.model_validate(federated), models)
-    parts = split(encode(download))
+    parts = split([encode(download)])
     sent["when an SLM came back"] = ask(silo, "install", monkeypatch, message=parts)
     assert set(sent["when an SLM came back"]) == {"reply", "metrics"}
     sent["when this silo refuses"] = ask(silo, "upload", monkeypatch, number=5)
@@ -96,7 +96,7 @@ def test_a_round_whose_return_is_refused_is_complete(silo, federated, models):  
     assert (silo.state / "slm" / "model.safetensors").exists()
     with pytest.raises(FederationError, match="round 0 is complete without an SLM: LeakError"):
         silo.install(silo.settings.experiment, 0, encode(download))  # the answer was lost
-    assert decode_upload(silo.upload(silo.settings.experiment, 1)).client_round == 1
+    assert decode_upload(silo.upload(silo.settings.experiment, 1).read_bytes()).client_round == 1
 
 
 def test_a_download_that_was_refused_does_not_end_the_silos_part(exchange, kits, tmp_path, monkeypatch):  # noqa: F811
@@ -148,7 +148,7 @@ def test_a_quarantined_silo_is_told_and_comes_again_as_in_one_process(exchange, 
     fresh.state = tmp_path / "no state"
     local = Client(settings.id, private, fresh.slm(), settings.fit, settings.seed, None, settings.acceptance)
     local.train()
-    expected, found = local.train(), decode_upload(silo.upload(settings.experiment, 1))
+    expected, found = local.train(), decode_upload(silo.upload(settings.experiment, 1).read_bytes())
     assert all(weight.equal(found.slm.weights[name]) for name, weight in expected.slm.weights.items())
 
 

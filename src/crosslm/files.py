@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
+PART = 16 * 2**20  # bytes of a large file that are held at a time
 
 
 def write_whole(path: Path, parts: Iterable[bytes]) -> None:
@@ -27,6 +28,17 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
         file.flush()
         os.fsync(file.fileno())
     rename(partial, path)
+
+
+def parts_of(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, at most 16 MiB at a time.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        while part := file.read(PART):
+            yield part
 
 
 def partial_of(path: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 from crosslm.config import Config, IntakeConfig
 from crosslm.errors import UploadError
 from crosslm.federation import strict_json
-from crosslm.federation.messages import MAX_HEADER, VERSION, decode_download, decode_upload, part_of, size_of
+from crosslm.federation.messages import MAX_HEADER, VERSION, decode_download, decode_upload
 from crosslm.federation.tokenizer_rules import check_tokenizer
 from crosslm.models.architecture import SPECIAL_TOKENS, check_architecture, on_meta
 from crosslm.records import Download, SlmState, Upload
@@ -99,8 +99,8 @@ def _refusing(prefix: str) -> Iterator[None]:
 
 def _checked(
     data: bytes | Path, kind: str, wanted: tuple[str, ...], bounds: IntakeConfig, client_id: str, deadline: float
-) -> bytes | Path:
-    """What was given, once all that can be said without its tensors has been checked."""
+) -> bytes:
+    """The bytes, once all that can be said without their tensors has been checked."""
     if not CLIENT_ID.fullmatch(client_id):
         raise UploadError("its id must be 1 to 64 letters, digits, dots, dashes and underscores")
     size, head = _head(data, kind, bounds)
@@ -120,18 +120,26 @@ def _checked(
         raise UploadError(f"its max_length is {str(longest)[:40]}; the architecture reads 1 to {places} tokens")
     check_tokenizer(_object(slm["tokenizer"], "tokenizer"), SPECIAL_TOKENS, model.config.vocab_size)
     _in_time(deadline, bounds)
-    return data
+    return data if isinstance(data, bytes) else data.read_bytes()
 
 
 def _head(data: bytes | Path, kind: str, bounds: IntakeConfig) -> tuple[int, bytes]:
     """Size of the whole, and the bytes of the safetensors header."""
-    if isinstance(data, Path) and (data.is_symlink() or not data.is_file()):
-        raise UploadError(f"the {kind} is not an ordinary file")
-    size = size_of(data)
+    if isinstance(data, Path):
+        if data.is_symlink() or not data.is_file():
+            raise UploadError(f"the {kind} is not an ordinary file")
+        size = data.stat().st_size
+    else:
+        size = len(data)
     if size > bounds.max_bytes:
         raise UploadError(f"the {kind} has {size} bytes; at most {bounds.max_bytes} are allowed (intake.max_bytes)")
-    length = _header_length(part_of(data, 0, 8), size, kind)
-    return size, part_of(data, 8, 8 + length)
+    if isinstance(data, Path):
+        with data.open("rb") as file:
+            start = file.read(8)
+            length = _header_length(start, size, kind)
+            return size, file.read(length)
+    length = _header_length(data[:8], size, kind)
+    return size, data[8 : 8 + length]
 
 
 def _header_length(start: bytes, size: int, kind: str) -> int:

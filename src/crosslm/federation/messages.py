@@ -6,11 +6,10 @@ No pickle. The header is read with a size limit before any tensor is.
 import json
 import struct
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, save
 
 from crosslm.errors import UploadError
 from crosslm.records import Download, SlmState, Upload
@@ -29,8 +28,8 @@ def encode(message: Upload | Download) -> bytes:
     return save(weights, metadata={"crosslm": header})
 
 
-def decode_upload(data: bytes | Path) -> Upload:
-    """The upload in these bytes, or in this file, whose tensors are then mapped and not read.
+def decode_upload(data: bytes) -> Upload:
+    """The upload in these bytes.
 
     Raises:
         UploadError: they are not an upload.
@@ -50,8 +49,8 @@ def decode_upload(data: bytes | Path) -> Upload:
         ) from error
 
 
-def decode_download(data: bytes | Path) -> Download:
-    """The download in these bytes, or in this file, whose tensors are then mapped and not read.
+def decode_download(data: bytes) -> Download:
+    """The download in these bytes.
 
     Raises:
         UploadError: they are not a download.
@@ -82,35 +81,20 @@ def describe(message: Upload | Download) -> dict[str, Any]:
     return {**fields, "tensors": tensors, "bytes": sum(entry["bytes"] for entry in tensors.values())}
 
 
-def size_of(data: bytes | Path) -> int:
-    """How many bytes a message has."""
-    return data.stat().st_size if isinstance(data, Path) else len(data)
-
-
-def part_of(data: bytes | Path, start: int, end: int) -> bytes:
-    """Some bytes of a message; of a file no others are read."""
-    if not isinstance(data, Path):
-        return data[start:end]
-    with data.open("rb") as file:
-        file.seek(start)
-        return file.read(end - start)
-
-
-def _decode(data: bytes | Path, kind: str) -> tuple[dict[str, Any], SlmState]:
+def _decode(data: bytes, kind: str) -> tuple[dict[str, Any], SlmState]:
     try:
-        (length,) = struct.unpack("<Q", part_of(data, 0, 8))
-        if length > min(MAX_HEADER, size_of(data) - 8):
+        (length,) = struct.unpack_from("<Q", data)
+        if length > min(MAX_HEADER, len(data) - 8):
             raise UploadError(f"the {kind}'s header claims {length} bytes; allowed are {MAX_HEADER}")
-        fields = json.loads(json.loads(part_of(data, 8, 8 + length))["__metadata__"]["crosslm"])
+        fields = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["crosslm"])
         if fields["version"] != VERSION or fields["kind"] != kind:
             raise UploadError(
                 f"expected a {kind} of version {VERSION}, found a {fields['kind']} of version {fields['version']}; "
                 "both sides need the same crosslm"
             )
         slm = fields["slm"]
-        weights = load_file(data) if isinstance(data, Path) else load(data)
         state = SlmState(
-            dict(slm["architecture"]), dict(slm["tokenizer"]), tuple(slm["labels"]), int(slm["max_length"]), weights
+            dict(slm["architecture"]), dict(slm["tokenizer"]), tuple(slm["labels"]), int(slm["max_length"]), load(data)
         )
     except (struct.error, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise UploadError(f"not a crosslm {kind}; was it cut or changed on its way? {error!r}") from error

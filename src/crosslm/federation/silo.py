@@ -209,7 +209,7 @@ class Silo:
     def _uploaded(self, number: int) -> Upload:
         """An upload of this silo as it was trained: what was rounded for the wire is not rounded here."""
         path = self._unrounded(number)
-        return decode_upload(path if path.exists() else self._sent(number))
+        return decode_upload((path if path.exists() else self._sent(number)).read_bytes())
 
     def _sent(self, number: int) -> Path:
         return self.state / f"upload-{number:04}.safetensors"
@@ -263,7 +263,7 @@ class Silo:
         if self.installed:
             number = self.installed - 1
             if self.decision(number)["accepted"]:
-                state = decode_download(self.state / f"download-{number:04}.safetensors").slm
+                state = decode_download((self.state / f"download-{number:04}.safetensors").read_bytes()).slm
             else:
                 state = self._uploaded(number).slm
             slm = SLM.from_state(state, device)

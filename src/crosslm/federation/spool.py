@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from crosslm.errors import FederationError, RunError, UploadError
-from crosslm.files import partial_of, rename, write_whole
+from crosslm.files import partial_of, parts_of, rename, write_whole
 
 TOLD = "told/"  # and a silo: how many of its rounds it has been told are complete
 SCHEMA = """
@@ -162,12 +162,12 @@ class Spool:
                 self._write(sql, time.time(), waiting.number)
             return waiting
 
-    def upload(self, arrival: Arrival, most: int | None = None) -> Path:
-        """The file of an upload, once it was seen to be what was received.
+    def upload(self, arrival: Arrival, most: int | None = None) -> bytes:
+        """The bytes of an upload.
 
         Args:
             arrival: which.
-            most: bytes that it may have (``intake.max_bytes``); a larger one is not looked at.
+            most: bytes that it may have (``intake.max_bytes``); a larger one is not read.
 
         Raises:
             FederationError: the file is not what was received.
@@ -179,7 +179,7 @@ class Spool:
             raise UploadError(
                 f"client {arrival.silo}: the upload has {size} bytes; at most {most} are allowed (intake.max_bytes)"
             )
-        return _unchanged(path, arrival.sha256)
+        return b"".join(_unchanged(path, arrival.sha256))
 
     def serve(self, silo: str, number: int, download: bytes) -> None:
         """Keep the download that answers an upload; it is owed from now on.
@@ -192,11 +192,11 @@ class Spool:
         with self._lock:
             self._write(sql, time.time(), digest, silo, number)
 
-    def download(self, arrival: Arrival) -> Path:
-        """The file of a download, once it was seen to be what was written.
+    def download(self, arrival: Arrival) -> Iterator[bytes]:
+        """The bytes of a download, part by part.
 
         Raises:
-            FederationError: the file is not what was written.
+            FederationError: the file is not what was written; known after the last part.
         """
         return _unchanged(self.download_file(arrival.silo, arrival.round), str(arrival.download_sha256))
 
@@ -295,15 +295,17 @@ def _unwritable(path: Path, why: str) -> RunError:
     )
 
 
-def _unchanged(path: Path, expected: str) -> Path:
+def _unchanged(path: Path, expected: str) -> Iterator[bytes]:
+    hashed = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        for part in parts_of(path):
+            hashed.update(part)
+            yield part
     except OSError as error:
         raise FederationError(f"{path}: cannot be read: {error}; put it back from a backup") from error
+    digest = hashed.hexdigest()
     if digest != expected:
         raise FederationError(
             f"{path}: has changed since it was written (SHA-256 {digest[:12]}, not {expected[:12]}); "
             "put it back from a backup"
         )
-    return path

@@ -23,7 +23,9 @@ def load_causal(folder: str, config: LLMConfig, device: str) -> tuple[Any, PreTr
     place = "" if folder == config.model else f" ({folder})"
     with loading(f"llm.model {config.model!r}{place} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype(config.dtype, device))
-    # for the whole process: cuDNN's attention plans anew for every shape, and nearly every batch and step has its own
+    # for the whole process: the head needs sums in fp32 that are rounded once (models/head.py), and cuDNN's attention
+    # plans anew for every shape, of which nearly every batch and step has its own
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device), load_tokenizer(folder, config.model)
 
@@ -34,6 +36,8 @@ def weight_dtype(name: str, device: str = "cpu") -> torch.dtype:
         return cast(torch.dtype, getattr(torch, name))
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.startswith("mps"):  # whose sums have not been looked at
+        return torch.float32
     # older torch cannot say; elsewhere than on x86 the names are others
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     multiplies = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

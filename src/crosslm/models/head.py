@@ -12,9 +12,10 @@ pass. ``tests/test_head.py`` holds both against the plain version.
 
 In bf16 the logits of likely tokens are multiples of 1/16 or 1/8: too coarse for a divergence, and neighbouring tokens
 would fall together. But a processor multiplies in bf16 more than twice as fast as in fp32, and sums in fp32 before it
-rounds. So what is computed there is not a logit but its distance from an anchor, the largest logit so far. It is
-rounded to 1/256 of itself: next to nothing where the probability is. The other model's logits are these less
-``(h - h') W``, rounded in the same way. A target's own logit is a product in fp32.
+rounds. So what is computed there is not a logit but its distance from an anchor, the largest logit so far, and again
+from a new anchor for tokens that find a larger one. It is rounded to 1/256 of itself: next to nothing where the
+probability is. The other model's logits are these less ``(h - h') W``, rounded in the same way. A target's own logit,
+which is the first anchor, is a product in fp32.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from crosslm.algorithm.losses import token_kl
 
 VOCABULARY_BLOCK = 2048  # of 1024 to 32768 the fastest or within 2 %: 600 x 2048 fp32 is 5 MB
 GPU_BLOCK = 2**15  # a GPU has no such cache, and each block costs it a dozen launches
+RISE = 0.25  # above its anchor a logit in bf16 is off by less than 0.001
 CHUNK_ELEMENTS = 2**24  # logits that the plain way holds at a time: 64 MiB in fp32
 
 
@@ -42,7 +44,7 @@ def head_scores(
         weight: ``(vocabulary, hidden)``, its head.
         targets: ``(tokens,)``, the token that came next.
         reference_hidden: ``(tokens, hidden)``, of the original LLM, without gradient.
-        reference_weight: its head; the same tensor with LoRA.
+        reference_weight: its head; with LoRA the very same tensor, by which the fast way is known.
 
     Returns:
         ``logps``, ``reference_logps`` and ``kl`` (the summand of Eq. 8), each ``(tokens,)`` in
@@ -72,11 +74,9 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _blocks(weight: Tensor) -> list[slice]:
-    """Parts of the vocabulary that are computed at a time; the first is small, since it is computed in fp32."""
+    """Parts of the vocabulary that are computed at a time."""
     size = VOCABULARY_BLOCK if weight.device.type == "cpu" else GPU_BLOCK
-    return [slice(0, VOCABULARY_BLOCK)] + [
-        slice(start, start + size) for start in range(VOCABULARY_BLOCK, len(weight), size)
-    ]
+    return [slice(start, start + size) for start in range(0, len(weight), size)]
 
 
 def top_logits(hidden: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -104,20 +104,23 @@ def top_logits(hidden: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tens
 class _OnlineSoftmax:
     """Sums over the vocabulary of ``exp(z)``-weighted things, a block at a time."""
 
-    def __init__(self, tokens: Tensor) -> None:
-        self.maximum = tokens.new_full((len(tokens), 1), -torch.inf, dtype=torch.float32)
-        self.total = torch.zeros_like(self.maximum)
-        self._begun = False
+    def __init__(self, known: Tensor) -> None:
+        """Begin with a logit of the vocabulary for each token, ``(tokens, 1)``."""
+        self.maximum = known
+        self.total = torch.zeros_like(known)
 
     def distances(self, hidden: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of a block less an anchor, in fp32, and the anchor, ``(tokens, 1)``.
-
-        The anchor is the largest logit of the blocks before, which for the first is not known.
-        """
-        if not self._begun:
-            return linear(hidden.float(), block.float()), torch.zeros_like(self.maximum)
+        """Logits of a block less an anchor near the largest so far, in fp32, and the anchor, ``(tokens, 1)``."""
         anchor = self.maximum.to(block.dtype)
-        return torch.addmm(-anchor, hidden, block.T).float(), anchor.float()
+        distances = torch.addmm(-anchor, hidden, block.T).float()
+        if block.dtype != torch.float32:
+            rise = distances.amax(dim=1, keepdim=True)
+            higher = (rise.squeeze(1) > RISE).nonzero().squeeze(1)
+            if len(higher):
+                raised = (anchor[higher].float() + rise[higher]).to(block.dtype)
+                anchor = anchor.index_copy(0, higher, raised)
+                distances[higher] = torch.addmm(-raised, hidden[higher], block.T).float()
+        return distances, anchor.float()
 
     def add(self, distances: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
         """Turn a block of :meth:`distances` into unnormalised probabilities, in place.
@@ -129,7 +132,7 @@ class _OnlineSoftmax:
         scale = (self.maximum - maximum).exp_()
         weights = distances.sub_(maximum - anchor).exp_()
         self.total.mul_(scale).add_(weights.sum(dim=1, keepdim=True))
-        self.maximum, self._begun = maximum, True
+        self.maximum = maximum
         return weights, scale
 
     def normaliser(self) -> Tensor:
@@ -147,7 +150,8 @@ class _FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        softmax = _OnlineSoftmax(hidden)
+        target = _target_logits(hidden, weight, targets)
+        softmax = _OnlineSoftmax(target)
         mean = torch.zeros_like(hidden, dtype=torch.float32)  # sum_v p_v W_v
         for part in _blocks(weight):
             block = weight[part]
@@ -155,7 +159,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 mean.mul_(scale).add_(weights.to(block.dtype) @ block)
         ctx.save_for_backward(weight[targets] - mean.div_(softmax.total))
-        return (_target_logits(hidden, weight, targets) - softmax.normaliser()).squeeze(1)
+        return (target - softmax.normaliser()).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, None, None]:
@@ -174,7 +178,8 @@ class _FrozenHeadScores(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, reference_hidden: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        softmax, reference = _OnlineSoftmax(hidden), _OnlineSoftmax(hidden)
+        target, reference_target = (_target_logits(part, weight, targets) for part in (hidden, reference_hidden))
+        softmax, reference = _OnlineSoftmax(target), _OnlineSoftmax(reference_target)
         drift = (hidden.float() - reference_hidden.float()).to(weight.dtype)
         difference = torch.zeros_like(softmax.total)  # sum_v p_v (z_v - z'_v)
         mean = torch.zeros_like(hidden, dtype=torch.float32)  # sum_v p_v W_v
@@ -195,8 +200,7 @@ class _FrozenHeadScores(torch.autograd.Function):
         weighted.div_(softmax.total)
         ctx.save_for_backward(weight[targets] - mean, weighted.sub_(difference * mean))
         normaliser, reference_normaliser = softmax.normaliser(), reference.normaliser()
-        logps = (_target_logits(hidden, weight, targets) - normaliser).squeeze(1)
-        reference_target = _target_logits(reference_hidden, weight, targets)
+        logps = (target - normaliser).squeeze(1)
         reference_logps = (reference_target - reference_normaliser).squeeze(1)
         kl = (difference - (normaliser - reference_normaliser)).squeeze(1)
         ctx.mark_non_differentiable(reference_logps)

@@ -162,7 +162,9 @@ class LLM:
         with torch.no_grad(), self._reference() as reference:
             reference_hidden = self._hidden(reference.base_model, ids, attention)[mask]
             reference_head = head_weight(reference)
-        places, which = (torch.tensor(numbers, device=self.device) for numbers in distinct_tokens(sequences))
+        places, which = (
+            torch.tensor(numbers, dtype=torch.long, device=self.device) for numbers in distinct_tokens(sequences)
+        )
         targets = ids[:, 1:][mask][places]
         flat = head_scores(hidden[places], self._head(), targets, reference_hidden[places], reference_head)
         logps, reference_logps, kl = (_unflatten(values[which], mask) for values in flat)

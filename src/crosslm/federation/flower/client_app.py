@@ -14,6 +14,7 @@ from crosslm.federation import leaving, messages
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.kits import KIT
 from crosslm.federation.silo import Silo
+from crosslm.files import parts_of
 from crosslm.models.sources import cache_folder
 
 app = ClientApp()
@@ -30,7 +31,9 @@ def upload(message: Message, context: Context) -> Message:
         file = silo.upload(str(request["experiment"]), number)
     except CrosslmError as error:
         return refusal(message, error)
-    return Message(RecordDict({"reply": ConfigRecord(leaving.done(number)), "message": split(file)}), reply_to=message)
+    return Message(
+        RecordDict({"reply": ConfigRecord(leaving.done(number)), "message": split(parts_of(file))}), reply_to=message
+    )
 
 
 @app.train("install")

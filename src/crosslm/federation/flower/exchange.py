@@ -97,8 +97,8 @@ class FlowerExchange:
             self._wait()
             return None
         try:
-            file = self.spool.upload(arrival, self.intake.bounds.max_bytes)
-            upload = self.intake.upload(file, arrival.silo)
+            data = self.spool.upload(arrival, self.intake.bounds.max_bytes)
+            upload = self.intake.upload(data, arrival.silo)
             if upload.client_round != arrival.round:
                 raise UploadError(
                     f"silo {arrival.silo}: its upload of round {arrival.round} claims to be of round "
