@@ -42,30 +42,18 @@ from crosslm.federation.flower.processes import Child, flwr, wait_for_port
 from crosslm.federation.flower.server_processes import configure, superlink_command
 from crosslm.federation.flower.silo_processes import supernode_command
 from crosslm.federation.kits import SERVER_FILE, SILO_FILE, read_server
-from crosslm.federation.provision import provision
+from crosslm.federation.provision import FLOWER_APP, provision
 from crosslm.federation.spool import Arrival, Spool
 
 SILO = "silo"
 EVERY = 2.0  # seconds between two looks at the memory
 PATIENCE = 600.0  # seconds for a round
-BARE_APP = """\
-[project]
-name = "bare"
-version = "1.0.0"
-license = { text = "Apache-2.0" }
-dependencies = []
-
-[tool.flwr.app]
-publisher = "crosslm"
-
-[tool.flwr.app.components]
-serverapp = "flower_bare:server_app"
-clientapp = "flower_bare:client_app"
-
-[tool.flwr.app.config]
-rounds = 1
-file = ""
-"""
+BARE_APP = (
+    FLOWER_APP.replace("crosslm.federation.flower.server_app:app", "flower_bare:server_app").replace(
+        "crosslm.federation.flower.client_app:app", "flower_bare:client_app"
+    )
+    + '\n[tool.flwr.app.config]\nrounds = 1\nfile = ""\n'
+)
 FIT = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-5}
 
 

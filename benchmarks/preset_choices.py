@@ -29,6 +29,7 @@ from crosslm.client import Client
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.data import load_split
+from crosslm.enhancement import select, train_on_synthetic
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
@@ -38,7 +39,7 @@ from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, SyntheticText, Upload
 from crosslm.rundir import RunDir
 from crosslm.seeding import seed_for
-from crosslm.server import Server, receive_slm, select, train_on_synthetic
+from crosslm.server import Server, receive_slm
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 from crosslm.teachers import Teachers

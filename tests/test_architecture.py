@@ -30,7 +30,7 @@ LAYERS = [
     {"models.private_layers"},
     {"models.private_fit"},
     {"synthesis", "classification", "client", "gate"},
-    {"teachers"},
+    {"enhancement", "teachers"},
     {"server", "evaluate", "rundir"},
     {
         "baselines",

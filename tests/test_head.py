@@ -129,6 +129,21 @@ def test_a_bf16_model_is_scored_as_in_float32_but_for_two_thousandths(size, peak
     assert (head.head_scores(hidden, weight, targets, hidden.detach(), weight)[2] == 0).all()
 
 
+def test_far_from_the_original_a_bf16_model_is_scored_more_roughly():
+    """The difference of the two models' logits is rounded to 1/256 of itself, which is no longer small then."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5000, 64, generator=generator).bfloat16()
+    hidden, drift = (scale * torch.randn(TOKENS, 64, generator=generator) for scale in (0.5, 0.4))
+    targets = torch.randint(5000, (TOKENS,), generator=generator)
+    hidden, reference = hidden.bfloat16(), (hidden + drift).bfloat16()
+    expected = plain(hidden.float(), weight.float(), targets, reference.float(), weight.float())
+    assert expected[2].mean() > 1
+    logps, reference_logps, kl = head.head_scores(hidden, weight, targets, reference, weight)
+    torch.testing.assert_close(logps, expected[0], atol=2e-3, rtol=0)
+    torch.testing.assert_close(reference_logps, expected[1], atol=0.05, rtol=0)
+    torch.testing.assert_close(kl, expected[2], atol=0.01, rtol=0)
+
+
 def test_a_frozen_head_beside_another_one_is_scored_in_the_plain_way(tensors):
     hidden, weight, targets, reference, _ = tensors
     others = (hidden, weight, targets, reference, weight + 1)

@@ -15,8 +15,8 @@ from crosslm.algorithm.selection import (
     select_top,
 )
 from crosslm.config import SelectionConfig
+from crosslm.enhancement import select
 from crosslm.records import SyntheticSet, SyntheticText
-from crosslm.server import select
 
 
 def test_eq_10_by_hand():

@@ -11,12 +11,13 @@ from crosslm.algorithm.losses import token_kl
 from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
 from crosslm.client import Client
 from crosslm.config import Config, SelectionConfig
+from crosslm.enhancement import select
 from crosslm.errors import ModelError, UploadError
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
 from crosslm.records import Examples, SyntheticSet
 from crosslm.seeding import seed_for
-from crosslm.server import Server, receive_slm, select
+from crosslm.server import Server, receive_slm
 from crosslm.synthesis import synthesize
 from crosslm.teachers import Teachers
 

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from crosslm.algorithm.rewards import label_rewards
 from crosslm.config import Config
+from crosslm.enhancement import select, train_on_synthetic
 from crosslm.models.encoder import Encoder
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, Upload
-from crosslm.server import receive_slm, select, train_on_synthetic
+from crosslm.server import receive_slm
 from crosslm.task import Task
 from crosslm.teachers import Teachers
 

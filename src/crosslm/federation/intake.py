@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from crosslm.config import Config, IntakeConfig
-from crosslm.errors import UploadError
+from crosslm.errors import FederationError, UploadError
 from crosslm.federation import strict_json
 from crosslm.federation.messages import MAX_HEADER, VERSION, decode_download, decode_upload
 from crosslm.federation.tokenizer_rules import check_tokenizer
@@ -84,6 +84,24 @@ def check_download(data: bytes | Path, task: Task, config: Config, client_id: st
         UploadError: it is refused; names the client and the reason.
     """
     return Intake(task.labels, config.intake).download(data, client_id)
+
+
+def check_same_model(mine: SlmState, returned: SlmState, who: str) -> None:
+    """Find out that what came back is the model that was sent, with other weights and nothing else.
+
+    Raises:
+        FederationError: it is another one.
+    """
+    if (mine.architecture, mine.tokenizer, mine.labels) != (returned.architecture, returned.tokenizer, returned.labels):
+        raise FederationError(
+            f"{who}: the SLM that came back has another architecture, tokenizer or label order, and is not installed; "
+            "ask whoever runs the server why, before this silo agrees to more (max_participations)"
+        )
+    if _shapes(mine.weights) != _shapes(returned.weights):
+        raise FederationError(
+            f"{who}: the SLM that came back has other tensors than the one that was sent, and is not installed; "
+            "ask whoever runs the server why, before this silo agrees to more (max_participations)"
+        )
 
 
 @contextmanager
@@ -279,3 +297,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**48 for number in value)
+
+
+def _shapes(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in weights.items()}

@@ -18,7 +18,7 @@ from crosslm.client import Client, Decision
 from crosslm.config import DataConfig
 from crosslm.data import is_there, load_examples
 from crosslm.errors import CrosslmError, DataError, FederationError
-from crosslm.federation.intake import Intake
+from crosslm.federation.intake import Intake, check_same_model
 from crosslm.federation.kits import SILO_FILE, SiloSettings, read_silo
 from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names
 from crosslm.federation.messages import decode_download, decode_upload, encode
@@ -28,7 +28,7 @@ from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
-from crosslm.records import Examples, SlmState, Upload
+from crosslm.records import Examples, Upload
 from crosslm.seeding import seed_for
 
 MAX_REASON = 400  # letters of what the server says of an upload that it did not use
@@ -338,25 +338,3 @@ class Silo:
         kept = {"time": time.time(), "server": self.settings.server, **receipt}
         path = self.state / "receipts" / f"{kind}-{number:04}.json"
         write_whole(path, [(json.dumps(kept, indent=1) + "\n").encode()])
-
-
-def check_same_model(mine: SlmState, returned: SlmState, who: str) -> None:
-    """Find out that what came back is the model that was sent, with other weights and nothing else.
-
-    Raises:
-        FederationError: it is another one.
-    """
-    if (mine.architecture, mine.tokenizer, mine.labels) != (returned.architecture, returned.tokenizer, returned.labels):
-        raise FederationError(
-            f"{who}: the SLM that came back has another architecture, tokenizer or label order, and is not installed; "
-            "ask whoever runs the server why, before this silo agrees to more (max_participations)"
-        )
-    if _shapes(mine.weights) != _shapes(returned.weights):
-        raise FederationError(
-            f"{who}: the SLM that came back has other tensors than the one that was sent, and is not installed; "
-            "ask whoever runs the server why, before this silo agrees to more (max_participations)"
-        )
-
-
-def _shapes(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(weight.shape) for name, weight in weights.items()}
