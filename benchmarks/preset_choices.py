@@ -50,6 +50,7 @@ NEARER = {"slm": {"interpolation": 0.7}}
 POSTERIOR = {"selection": {"llm_posterior": True}}
 TEACHERS = {"reward": {"teachers": 4}}
 SOFT = {"slm": {"soft_labels": True}}
+INTENDED = {"slm": {"soft_labels": True, "intended_labels": True}}
 WHOLE = {"selection": {"fraction": 1.0}}
 # name: sections and fields that lie over the paper's, the later over the earlier
 VARIANTS: dict[str, list[dict[str, dict[str, Any]]]] = {
@@ -178,7 +179,7 @@ class Bench:
             judged = teachers.probabilities(slm, upload, pool.texts)
             rewards, agreed = label_rewards(judged, pool.labels), config.selection.llm_posterior
             _, kept = select(pool, rewards, encoder, config.selection, posteriors if agreed else None)
-            train_on_synthetic(slm, pool.examples(kept), judged[kept], upload, config, Progress(), client_id)
+            train_on_synthetic(slm, pool, kept, judged, upload, config, Progress(), client_id)
             agreement = evaluate.label_agreement(self.judge, SyntheticSet([pool.samples[place] for place in kept]))
             cells[name] = {
                 "accuracy": slm.accuracy(self.split.tests[client_id]),

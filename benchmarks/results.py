@@ -150,8 +150,36 @@ def choices_section(result: dict) -> list[str]:
     return [*lines, ""]
 
 
+def teacher_section(result: dict) -> list[str]:
+    """What benchmarks/llm_teacher.py measured."""
+    lines = [
+        "## The demo's LLM as a classifier and as a teacher",
+        "",
+        f"Accuracy on {result['rows']} sentences that are in no file of the demo. `benchmarks/llm_teacher.py` on a "
+        f"demo of commit `{result['run_commit'][:10]}`, seed {result['seed']}; commit `{result['commit'][:10]}`, "
+        f"{result['date']}, {result['machine']}. Calibrated: the mean of the LLM's log-probabilities over texts that "
+        "it wrote itself is taken off.",
+        "",
+        "| LLM | Eq. 1 | Eq. 1, calibrated |",
+        "| --- | --- | --- |",
+        *(f"| {name} | {row['plain']:.3f} | {row['calibrated']:.3f} |" for name, row in result["classifier"].items()),
+        "",
+        "Step 5 with the soft labels of one or the other, from the same uploads and on the same texts; clients in "
+        "their order of arrival:",
+        "",
+    ]
+    clients = result["teacher"]
+    lines += ["| soft labels of | " + " | ".join([*clients, "mean"]) + " |", "| --- |" + " --- |" * (len(clients) + 1)]
+    for name in next(iter(clients.values())):
+        values = [row[name] for row in clients.values()]
+        cells = " | ".join(f"{value:.3f}" for value in [*values, sum(values) / len(values)])
+        lines.append(f"| {'nobody (before step 5)' if name == 'before' else name} | {cells} |")
+    return [*lines, ""]
+
+
 NAMES = {
     "demo": "The demo, preset recommended",
+    "demo-before-anchors": "The demo with the same seed and another rounding in the LLM's update (the version before)",
     "demo-mean-pooling": 'The demo with `pooling = "mean"` for all four clients',
     "demo-whole-vocabulary": "The demo on the whole vocabulary (`llm.vocabulary_texts = []`)",
     "demo-no-floor": "The demo before `llm.generation_floor` was in the preset",
@@ -287,6 +315,8 @@ def documents() -> dict[Path, str]:
     for name, title in NAMES.items():
         if name in loaded:
             lines += run_section(title, loaded[name])
+    if "llm-teacher" in loaded:
+        lines += teacher_section(loaded["llm-teacher"])
     if "preset-choices" in loaded:
         lines += choices_section(loaded["preset-choices"])
     remarks = RESULTS / "remarks.md"

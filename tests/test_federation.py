@@ -257,6 +257,16 @@ def test_a_file_that_changed_on_disk_is_not_used(tmp_path):
         spool.upload(spool.arrivals()[0])
 
 
+def test_a_download_that_changed_on_disk_is_not_sent(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    spool.put("a", 0, [b"whole"])
+    spool.serve("a", 0, b"enhanced")
+    assert b"".join(spool.download(spool.arrivals()[0])) == b"enhanced"
+    spool.download_file("a", 0).write_bytes(b"enhancer")
+    with pytest.raises(FederationError, match="has changed since it was written"):
+        list(spool.download(spool.arrivals()[0]))
+
+
 def test_only_one_process_serves_from_a_spool(tmp_path):
     first = Spool(tmp_path / "spool")
     first.hold()

@@ -44,5 +44,5 @@ def data_free_kd(
     judged = teachers.probabilities(slm, upload, pool.texts)
     _, kept = select(pool, label_rewards(judged, pool.labels), encoder, config.selection, posteriors)
     detail = f"{upload.client_id}, data-free KD"
-    train_on_synthetic(slm, pool.examples(kept), judged[kept], upload, config, progress, detail)
+    train_on_synthetic(slm, pool, kept, judged, upload, config, progress, detail)
     return slm

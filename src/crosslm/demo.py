@@ -55,9 +55,8 @@ def prepare_data(cache: Path, on_news: Callable[[str], None] = lambda _: None) -
     work.mkdir(parents=True)
     tests, judges, neutrals = [], [], []
     for silo, ratings in read_silos(archive).items():
-        shuffler = random.Random(f"demo/{silo}")
-        shuffler.shuffle(ratings)
-        clear = [(text, "positive" if rating > 0 else "negative") for rating, text in ratings if abs(rating) > NEUTRAL]
+        ratings = shuffled(silo, ratings)
+        clear = clear_rows(ratings)
         ends = (TRAIN_ROWS, TRAIN_ROWS + TEST_ROWS, TRAIN_ROWS + TEST_ROWS + JUDGE_ROWS)
         train, test, judge = clear[: ends[0]], clear[ends[0] : ends[1]], clear[ends[1] : ends[2]]
         _write_csv(work / f"{silo}-train.csv", train)
@@ -114,6 +113,18 @@ def read_silos(archive: Path) -> dict[str, list[Rating]]:
             raise DataError(f"{archive}: has no {INNER}; delete the file and run again")
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as tar:
             return {silo: _ratings(tar, member) for silo, member in SILOS.items()}
+
+
+def shuffled(silo: str, ratings: list[Rating]) -> list[Rating]:
+    """A silo's ratings in the order in which they are dealt out."""
+    ratings = list(ratings)
+    random.Random(f"demo/{silo}").shuffle(ratings)
+    return ratings
+
+
+def clear_rows(ratings: list[Rating]) -> list[tuple[str, str]]:
+    """Text and label of the sentences that are rated clearly."""
+    return [(text, "positive" if rating > 0 else "negative") for rating, text in ratings if abs(rating) > NEUTRAL]
 
 
 def _ratings(tar: tarfile.TarFile, member: str) -> list[Rating]:

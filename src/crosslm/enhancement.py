@@ -14,11 +14,12 @@ from crosslm.algorithm.selection import (
     quality_diversity_scores,
     select_top,
 )
-from crosslm.config import Config, SelectionConfig
+from crosslm.algorithm.soft_labels import intended_label_accuracy, with_intended_labels
+from crosslm.config import Config, SelectionConfig, SLMConfig
 from crosslm.models.encoder import Encoder
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
-from crosslm.records import Examples, Receipt, SyntheticSet, Upload
+from crosslm.records import Receipt, SyntheticSet, Upload
 from crosslm.seeding import seed_for
 
 
@@ -52,14 +53,22 @@ def select(
 
 
 def train_on_synthetic(
-    slm: SLM, texts: Examples, judged: Tensor, upload: Upload, config: Config, progress: Progress, detail: str
+    slm: SLM,
+    pool: SyntheticSet,
+    kept: list[int],
+    judged: Tensor,
+    upload: Upload,
+    config: Config,
+    progress: Progress,
+    detail: str,
 ) -> dict[str, float]:
-    """Train an SLM on the selected texts.
+    """Train an SLM on the selected texts of a pool.
 
     Args:
         slm: to train.
-        texts: the selected ones.
-        judged: ``(texts, labels)``, the probabilities that their rewards were made of, for ``slm.soft_labels``.
+        pool: of texts.
+        kept: places of the selected ones.
+        judged: ``(texts, labels)`` of the whole pool, the probabilities that its rewards were made of.
         upload: what the SLM came in.
         config: of the run.
         progress: is told of the training.
@@ -68,13 +77,29 @@ def train_on_synthetic(
     Returns:
         What :meth:`SLM.fit` returns; nothing if there is no text.
     """
+    texts, targets = pool.examples(kept), soft_labels(pool, judged, config.slm)
     with progress.stage(
         "train SLM on synthetic text", detail, len(texts) * config.slm.synthetic.epochs, "rows"
     ) as advance:
         if not len(texts):
             return {}
         seed = seed_for(config.seed, "synthetic", upload.client_id, upload.client_round)
-        metrics = slm.fit(texts, config.slm.synthetic, seed, advance, judged if config.slm.soft_labels else None)
+        metrics = slm.fit(texts, config.slm.synthetic, seed, advance, None if targets is None else targets[kept])
         if config.slm.interpolation < 1:
             slm.interpolate(upload.slm.weights, config.slm.interpolation)
         return metrics
+
+
+def soft_labels(pool: SyntheticSet, judged: Tensor, config: SLMConfig) -> Tensor | None:
+    """Probabilities that a text's training aims at, ``(texts, labels)``; none where its intended label is learned.
+
+    Args:
+        pool: of texts, all of which say how often the LLM wrote what it was told to.
+        judged: ``(texts, labels)``, the SLMs' judgement.
+        config: what is learned.
+    """
+    if not config.soft_labels:
+        return None
+    if not config.intended_labels:
+        return judged
+    return with_intended_labels(judged, pool.labels, intended_label_accuracy(judged, pool.labels))

@@ -115,7 +115,7 @@ class Server:
             posteriors = label_posteriors(self.llm, self.task, record.pool) if config.selection.llm_posterior else None
             record.receipts, kept = select(record.pool, rewards, self.encoder, config.selection, posteriors)  # Eq. 10
             advance(1)
-        fitted = train_on_synthetic(slm, record.pool.examples(kept), judged[kept], upload, config, self.progress, who)
+        fitted = train_on_synthetic(slm, record.pool, kept, judged, upload, config, self.progress, who)
 
         metrics = {"selected": float(len(kept)), **{f"fit/{name}": value for name, value in fitted.items()}}
         texts = tuple(record.pool.examples(kept).texts) if config.privacy.checks_leaks else ()

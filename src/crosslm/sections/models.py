@@ -54,6 +54,10 @@ class SLMConfig(Section):
     soft_labels: bool = False
     """Step 5 learns the probabilities that the rewards are made of, instead of the label that a text was written
     for (ours, after Hinton et al. 2015). Worth it where several SLMs judge (``reward.teachers``)."""
+    intended_labels: bool = False
+    """In soft labels the label that a text was written for counts as one more judge, who is right as often as the
+    others make it likely over the whole pool (ours, after Dawid and Skene 1979). Worth it where the LLM knows the
+    labels better than the SLMs do. Without ``soft_labels`` it changes nothing."""
     interpolation: Fraction = 1.0
     """Share of step 5's weights in the SLM that goes back, the rest being those that came (ours,
     after Wortsman et al. 2022); 1 is the paper's."""
