@@ -5,7 +5,8 @@
 Measured on sentences that are in no file of the demo. As a classifier: the original LLM and the one after
 each arrival, plain, and calibrated: the mean of its log-probabilities over texts that it wrote itself is taken off
 (Zhao et al. 2021 do so with texts without content). As a teacher: each client's upload, trained on the texts selected
-for it with the soft labels of the judges, of the LLM, or the mean of both. The first client to arrive has no other
+for it with the soft labels of the judges, of the LLM, the mean of both, or of the judges and the label that each text
+was written for (``slm.intended_labels``). The first client to arrive has no other
 judge than itself. Written to benchmarks/results/llm-teacher.json.
 """
 
@@ -23,6 +24,7 @@ from preset_choices import read_texts
 from results import keep, provenance
 
 from crosslm import demo
+from crosslm.algorithm.soft_labels import intended_label_accuracy, with_intended_labels
 from crosslm.checkpoint import Checkpoints
 from crosslm.classification import class_probabilities
 from crosslm.config_file import load
@@ -111,9 +113,11 @@ class Study:
         kept = [place for place, line in enumerate(lines) if json.loads(line)["kept"]]
         labels = {"judges": judged, "LLM": said, "LLM, calibrated": calibrated(said, said)}
         labels["mean of judges and calibrated LLM"] = (judged + labels["LLM, calibrated"]) / 2
+        rho = intended_label_accuracy(judged, pool.labels)
+        labels["judges and intended label"] = with_intended_labels(judged, pool.labels, rho)
         for name, soft in labels.items():
             slm = receive_slm(upload, self.task, self.config)
-            train_on_synthetic(slm, pool.examples(kept), soft[kept], upload, self.config, Progress(), client)
+            train_on_synthetic(slm, pool, kept, soft, upload, self.config, Progress(), client)
             accuracies[name] = slm.accuracy(self.rows)
         self.teachers.accepted(upload, receive_slm(upload, self.task, self.config))
         return accuracies

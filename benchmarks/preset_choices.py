@@ -1,11 +1,14 @@
-"""What each field that the presets differ in, or might, does on SST-2 with real weights.
+"""What each field that the presets differ in, or might, does with real weights.
 
     python benchmarks/preset_choices.py RUN    # RUN: a finished `crosslm run sst2 --set preset=paper`
+    python benchmarks/preset_choices.py RUN --name yahoo_answers --cells selection    # of preset recommended
 
 Step 5's fields are compared on the SLMs that the run's clients uploaded (trained again from the same
 seed) and on the pools that the run kept. Step 4's fields are compared by training the original LLM
-once through all of the run's arrivals, without step 5. Each cell is written when it is done to
-benchmarks/results/preset-choices.json and skipped when it is there.
+once through all of the run's arrivals, without step 5; under preset recommended step 5's fields alone are there to
+compare. Each cell is written when it is done to benchmarks/results/preset-choices.json (or preset-choices-NAME.json)
+and skipped when it is there. Test rows are those of the run: for tuning let it have the validation split
+(`crosslm reproduce --split validation` keeps its runs).
 """
 
 import argparse
@@ -68,6 +71,13 @@ VARIANTS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "correct_prior, class_balance, llm_posterior, interpolation = 0.7": [PRIOR, BALANCE, POSTERIOR, NEARER],
     "correct_prior, teachers = 4, soft_labels": [PRIOR, TEACHERS, SOFT],
     "correct_prior, teachers = 4, soft_labels, fraction = 1": [PRIOR, TEACHERS, SOFT, WHOLE],
+}
+OF_RECOMMENDED: dict[str, list[dict[str, dict[str, Any]]]] = {
+    "recommended": [],
+    "interpolation = 1": [{"slm": {"interpolation": 1.0}}],
+    "soft_labels = false": [{"slm": {"soft_labels": False}}],
+    "intended_labels": [INTENDED],
+    "intended_labels, interpolation = 1": [INTENDED, {"slm": {"interpolation": 1.0}}],
 }
 UPDATES: dict[str, list[dict[str, dict[str, Any]]]] = {
     "paper": [],
@@ -139,7 +149,8 @@ class Bench:
             slm.freeze_embeddings,
             pooling=spec.pooling,
         )
-        client = Client(client_id, self.split.private[client_id], model, slm.private, self.config.seed)
+        rows, accept = self.split.private[client_id], self.config.acceptance
+        client = Client(client_id, rows, model, slm.private, self.config.seed, acceptance=accept)
         self.uploads[client_id] = client.train()
         return self.uploads[client_id]
 
@@ -168,12 +179,13 @@ class Bench:
         upload = self.upload(client_id)
         arrival = self.arrivals[client_id]
         pool = read_texts(self.run / "synthetic" / f"step-{arrival:04}-pool.jsonl", self.task)
-        posteriors = label_posteriors(self.enhanced_llm(arrival), self.task, pool)
+        paper = self.config.preset == "paper"  # its variants have those that ask the LLM
+        posteriors = label_posteriors(self.enhanced_llm(arrival), self.task, pool) if paper else None
         vectors = SentenceEncoder(self.folder(self.config.selection.encoder)).encode(pool.texts)
         encoder = SimpleNamespace(encode=lambda texts: vectors)
         standalone = receive_slm(upload, self.task, self.config).accuracy(self.split.tests[client_id])
         cells = {}
-        for name, fields in VARIANTS.items():
+        for name, fields in (VARIANTS if paper else OF_RECOMMENDED).items():
             config = varied(self.config, fields)
             teachers, slm = self.teachers(config, arrival), receive_slm(upload, self.task, config)
             judged = teachers.probabilities(slm, upload, pool.texts)
@@ -223,11 +235,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--cells", default="selection,update", help="which parts to run")
+    parser.add_argument("--name", help="of the result, preset-choices-NAME; without it preset-choices")
     parser.add_argument("--clients", help="only these clients, with commas between; all if not given")
     arguments = parser.parse_args()
-    path = RESULTS / f"{NAME}.json"
-    figures = json.loads(path.read_text()) if path.exists() else {**provenance(), "selection": {}, "update": {}}
+    result = f"{NAME}-{arguments.name}" if arguments.name else NAME
+    path = RESULTS / f"{result}.json"
     bench = Bench(arguments.run)
+    data, kept = bench.config.data, path.exists()
+    new = {
+        **provenance(),
+        "task": bench.config.name,
+        "rows": [data.test, data.test_rows],
+        "selection": {},
+        "update": {},
+    }
+    figures = json.loads(path.read_text()) if kept else new
     torch.manual_seed(0)
     clients = arguments.clients.split(",") if arguments.clients else list(bench.arrivals)
     cells = [("selection", client) for client in clients] + [("update", name) for name in UPDATES]
@@ -235,7 +257,7 @@ def main() -> None:
         if part not in arguments.cells or name in figures[part]:
             continue
         figures[part][name] = bench.selection(name) if part == "selection" else bench.update(name)
-        keep(NAME, figures)
+        keep(result, figures)
         print(part, name, json.dumps(figures[part][name]), flush=True)
 
 

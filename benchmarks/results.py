@@ -104,6 +104,26 @@ def run_section(name: str, result: dict) -> list[str]:
     return [*lines, ""]
 
 
+def step_5_table(result: dict, preset: str) -> list[str]:
+    """What each client's SLM gains by each variant of step 5."""
+    clients = list(result["selection"])
+    lines = [
+        f"| what differs from preset {preset} | " + " | ".join(clients) + " | mean | judge, selected | selected |",
+        "| --- |" + " --- |" * (len(clients) + 3),
+    ]
+    for variant in next(iter(result["selection"].values()))["variants"]:
+        rows = [result["selection"][client]["variants"][variant] for client in clients]
+        values = [row["accuracy"] for row in rows]
+        judged = sum(row["judge"] for row in rows) / len(rows)
+        cells = " | ".join(f"{value:.3f}" for value in values)
+        selected = " + ".join(str(row["selected"]) for row in rows)
+        lines.append(f"| {variant} | {cells} | {sum(values) / len(values):.3f} | {judged:.3f} | {selected} |")
+    standalone = [result["selection"][client]["standalone"] for client in clients]
+    cells = " | ".join(f"{value:.3f}" for value in standalone)
+    lines += [f"| before (Standalone) | {cells} | {sum(standalone) / len(standalone):.3f} | | |", ""]
+    return lines
+
+
 def choices_section(result: dict) -> list[str]:
     """The measurements behind the presets."""
     lines = [
@@ -117,21 +137,7 @@ def choices_section(result: dict) -> list[str]:
         "the judge's agreement with the labels of the selected texts.",
         "",
     ]
-    clients = list(result["selection"])
-    lines += [
-        "| what differs from preset paper | " + " | ".join(clients) + " | mean | judge, selected | selected |",
-        "| --- |" + " --- |" * (len(clients) + 3),
-    ]
-    for variant in next(iter(result["selection"].values()))["variants"]:
-        rows = [result["selection"][client]["variants"][variant] for client in clients]
-        values = [row["accuracy"] for row in rows]
-        judged = sum(row["judge"] for row in rows) / len(rows)
-        cells = " | ".join(f"{value:.3f}" for value in values)
-        selected = " + ".join(str(row["selected"]) for row in rows)
-        lines.append(f"| {variant} | {cells} | {sum(values) / len(values):.3f} | {judged:.3f} | {selected} |")
-    standalone = [result["selection"][client]["standalone"] for client in clients]
-    cells = " | ".join(f"{value:.3f}" for value in standalone)
-    lines += [f"| before (Standalone) | {cells} | {sum(standalone) / len(standalone):.3f} | | |", ""]
+    lines += step_5_table(result, "paper")
     if not result["update"]:
         return lines
     arrivals = len(next(iter(result["update"].values()))["arrivals"])
@@ -148,6 +154,26 @@ def choices_section(result: dict) -> list[str]:
         distinct = row["arrivals"][-1]["distinct_2"]
         lines.append(f"| {name} | {judged} | {distinct:.3f} | {row['nlu']:.3f} | {perplexity} |")
     return [*lines, ""]
+
+
+def recommended_choices_section(results: dict[str, dict]) -> list[str]:
+    """Step 5's fields under preset recommended, on rows for tuning."""
+    lines = [
+        "## What step 5's fields do under preset recommended",
+        "",
+        "The same uploaded SLMs and the same pools, from a run with the preset; only step 5 differs. Accuracy of each "
+        "client's SLM, on rows of the validation part, which no table above has.",
+        "",
+    ]
+    for result in results.values():
+        file, rows = result["rows"]
+        lines += [
+            f"**{result['task']}**, {rows} rows of `{file}`. Commit `{result['commit'][:10]}`, {result['date']}, "
+            f"{result['machine']}. One seed.",
+            "",
+            *step_5_table(result, "recommended"),
+        ]
+    return lines
 
 
 def teacher_section(result: dict) -> list[str]:
@@ -319,6 +345,8 @@ def documents() -> dict[Path, str]:
         lines += teacher_section(loaded["llm-teacher"])
     if "preset-choices" in loaded:
         lines += choices_section(loaded["preset-choices"])
+    if under := {name: loaded[name] for name in sorted(loaded) if name.startswith("preset-choices-")}:
+        lines += recommended_choices_section(under)
     remarks = RESULTS / "remarks.md"
     if remarks.exists():
         lines.append(remarks.read_text().rstrip())
