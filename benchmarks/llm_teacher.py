@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 sys.path.insert(0, str(Path(__file__).parent))
 from preset_choices import read_texts
@@ -41,6 +42,7 @@ from crosslm.task import Task
 from crosslm.teachers import Teachers
 
 ROWS = 200  # of a silo
+LEAST = 1e-6  # a probability that counts as none
 
 
 def spare_rows(cache: Path, task: Task) -> Examples:
@@ -57,7 +59,7 @@ def spare_rows(cache: Path, task: Task) -> Examples:
 
 def calibrated(probabilities: Tensor, own: Tensor) -> Tensor:
     """Probabilities ``(texts, labels)`` less the mean of the logarithms of ``own``, normalised again."""
-    return (probabilities.log() - own.log().mean(dim=0)).softmax(dim=1)
+    return (probabilities.clamp_min(LEAST).log() - own.clamp_min(LEAST).log().mean(dim=0)).softmax(dim=1)
 
 
 def accuracy(probabilities: Tensor, rows: Examples) -> float:
@@ -113,6 +115,7 @@ class Study:
         kept = [place for place, line in enumerate(lines) if json.loads(line)["kept"]]
         labels = {"judges": judged, "LLM": said, "LLM, calibrated": calibrated(said, said)}
         labels["mean of judges and calibrated LLM"] = (judged + labels["LLM, calibrated"]) / 2
+        labels["intended label"] = one_hot(pool.labels, len(self.task.labels)).float()
         rho = intended_label_accuracy(judged, pool.labels)
         labels["judges and intended label"] = with_intended_labels(judged, pool.labels, rho)
         for name, soft in labels.items():
