@@ -19,7 +19,7 @@ LAYERS = [
     {"config_file"},
     {"task", "records", "rows", "hub", "models.loading"},
     {"algorithm.rewards", "algorithm.losses", "algorithm.selection", "algorithm.agreement"}
-    | {"algorithm.membership", "algorithm.overlap", "algorithm.verbalizer"},
+    | {"algorithm.membership", "algorithm.overlap", "algorithm.soft_labels", "algorithm.verbalizer"},
     {"data", "demo", "models.sources", "models.encoder", "models.head", "models.tokens"},
     {"models.vocabulary"},
     {"models.architecture"},
