@@ -5,9 +5,9 @@
 Measured on sentences that are in no file of the demo. As a classifier: the original LLM and the one after
 each arrival, plain, and calibrated: the mean of its log-probabilities over texts that it wrote itself is taken off
 (Zhao et al. 2021 do so with texts without content). As a teacher: each client's upload, trained on the texts selected
-for it with the soft labels of the judges, of the LLM, the mean of both, or of the judges and the label that each text
-was written for (``slm.intended_labels``). The first client to arrive has no other
-judge than itself. Written to benchmarks/results/llm-teacher.json.
+for it with the soft labels of the judges, of the LLM, the mean of both, the label that each text was written for, or
+the judges' and that label together (``slm.intended_labels``). The first client to arrive has no other judge than itself.
+Written to benchmarks/results/llm-teacher.json.
 """
 
 import argparse
@@ -16,17 +16,15 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 sys.path.insert(0, str(Path(__file__).parent))
-from preset_choices import read_texts
+from preset_choices import enhance, read_texts
 from results import keep, provenance
 
 from crosslm import demo
 from crosslm.algorithm.soft_labels import intended_label_accuracy, with_intended_labels
-from crosslm.checkpoint import Checkpoints
 from crosslm.classification import class_probabilities
 from crosslm.config_file import load
 from crosslm.enhancement import train_on_synthetic
@@ -36,7 +34,6 @@ from crosslm.models.sources import cache_folder, resolve_device
 from crosslm.preparation import original_llm
 from crosslm.progress import Progress
 from crosslm.records import Examples, SyntheticSet, Upload
-from crosslm.rundir import RunDir
 from crosslm.server import receive_slm
 from crosslm.task import Task
 from crosslm.teachers import Teachers
@@ -49,9 +46,8 @@ def spare_rows(cache: Path, task: Task) -> Examples:
     """Rows of all silos that come after those which the demo takes."""
     texts, labels = [], []
     for silo, ratings in demo.read_silos(demo.fetch(cache, print)).items():
-        for text, label in demo.clear_rows(demo.shuffled(silo, ratings))[
-            demo.TRAIN_ROWS + demo.TEST_ROWS + demo.JUDGE_ROWS :
-        ][:ROWS]:
+        clear = demo.clear_rows(demo.shuffled(silo, ratings))
+        for text, label in clear[demo.TRAIN_ROWS + demo.TEST_ROWS + demo.JUDGE_ROWS :][:ROWS]:
             texts.append(text)
             labels.append(task.labels.index(label))
     return Examples(texts, labels)
@@ -84,15 +80,6 @@ class Study:
     def texts(self, name: str) -> SyntheticSet:
         """Texts that the run kept."""
         return read_texts(self.run / "synthetic" / f"{name}.jsonl", self.task)
-
-    def enhance(self, arrival: int) -> None:
-        """Give the LLM the adapter that it had after this arrival."""
-        kept = Checkpoints(RunDir.open(self.run))
-        weights = load_tensors(kept.get(kept.read(arrival)["adapter"]))
-        with torch.no_grad():
-            for name, parameter in self.llm.model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(weights[name])
 
     def classifier(self, own: Tensor) -> dict[str, float]:
         """The LLM's accuracy by Eq. 1, plain and calibrated by what it says of its own texts."""
@@ -143,7 +130,7 @@ def main() -> None:
         "teacher": {},
     }
     for arrival, client in enumerate(study.order, start=1):
-        study.enhance(arrival)
+        enhance(study.llm, study.run, arrival)
         pool = study.texts(f"step-{arrival:04}-pool")
         said = class_probabilities(study.llm, study.task, pool.texts)
         figures["classifier"][f"after arrival {arrival}"] = study.classifier(said)

@@ -1,7 +1,7 @@
 """What each field that the presets differ in, or might, does with real weights.
 
     python benchmarks/preset_choices.py RUN    # RUN: a finished `crosslm run sst2 --set preset=paper`
-    python benchmarks/preset_choices.py RUN --name yahoo_answers --cells selection    # of preset recommended
+    python benchmarks/preset_choices.py RUN --name yahoo_answers    # RUN: one of preset recommended
 
 Step 5's fields are compared on the SLMs that the run's clients uploaded (trained again from the same
 seed) and on the pools that the run kept. Step 4's fields are compared by training the original LLM
@@ -106,6 +106,16 @@ def read_texts(path: Path, task: Task) -> SyntheticSet:
     )
 
 
+def enhance(llm: LLM, run: Path, arrival: int) -> None:
+    """Give an LLM the adapter that it had after this arrival, from the run's checkpoint."""
+    kept = Checkpoints(RunDir.open(run))
+    weights = load_tensors(kept.get(kept.read(arrival)["adapter"]))
+    with torch.no_grad():
+        for name, parameter in llm.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(weights[name])
+
+
 def varied(config: Config, fields: list[dict[str, dict[str, Any]]]) -> Config:
     """The configuration with these fields of its sections changed."""
     for sections in fields:
@@ -155,14 +165,10 @@ class Bench:
         return self.uploads[client_id]
 
     def enhanced_llm(self, arrival: int) -> LLM:
-        """The LLM that wrote this arrival's pool, from the run's checkpoint."""
-        config, kept = self.config, Checkpoints(RunDir.open(self.run))
+        """The LLM that wrote this arrival's pool."""
+        config = self.config
         llm = LLM.load(original_llm(config, self.cache, print), config.llm, seed_for(config.seed, "llm"))
-        weights = load_tensors(kept.get(kept.read(arrival)["adapter"]))
-        with torch.no_grad():
-            for name, parameter in llm.model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(weights[name])
+        enhance(llm, self.run, arrival)
         return llm
 
     def teachers(self, config: Config, arrival: int) -> Teachers:
@@ -252,7 +258,8 @@ def main() -> None:
     figures = json.loads(path.read_text()) if kept else new
     torch.manual_seed(0)
     clients = arguments.clients.split(",") if arguments.clients else list(bench.arrivals)
-    cells = [("selection", client) for client in clients] + [("update", name) for name in UPDATES]
+    updates = UPDATES if bench.config.preset == "paper" else {}
+    cells = [("selection", client) for client in clients] + [("update", name) for name in updates]
     for part, name in cells:
         if part not in arguments.cells or name in figures[part]:
             continue

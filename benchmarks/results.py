@@ -157,12 +157,12 @@ def choices_section(result: dict) -> list[str]:
 
 
 def recommended_choices_section(results: dict[str, dict]) -> list[str]:
-    """Step 5's fields under preset recommended, on rows for tuning."""
+    """Step 5's fields under preset recommended."""
     lines = [
         "## What step 5's fields do under preset recommended",
         "",
         "The same uploaded SLMs and the same pools, from a run with the preset; only step 5 differs. Accuracy of each "
-        "client's SLM, on rows of the validation part, which no table above has.",
+        "client's SLM on the rows that are named.",
         "",
     ]
     for result in results.values():

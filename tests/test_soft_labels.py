@@ -52,6 +52,14 @@ def test_the_accuracy_is_found_with_judges_who_are_often_wrong_and_know_it(rho, 
     assert (agreed.argmax(dim=1) == truth).float().mean() >= (labels == truth).float().mean()
 
 
+def test_judges_who_are_less_sure_than_right_make_the_accuracy_too_large():
+    sure = torch.tensor([[1.0, 0.0]] * 8 + [[0.0, 1.0]] * 2)
+    labels = torch.zeros(10, dtype=torch.long)  # fit eight of ten texts
+    assert intended_label_accuracy(sure, labels) == pytest.approx(0.8)
+    # p = 0.8 and 0.2: 8 x 0.6 / (0.2 + 0.6 rho) = 2 x 0.6 / (0.8 - 0.6 rho), rho = 1
+    assert intended_label_accuracy(0.2 + 0.6 * sure, labels) == MOST
+
+
 def test_no_less_than_chance_and_nothing_of_nothing():
     against = torch.tensor([[0.1, 0.9]] * 3)
     assert intended_label_accuracy(against, torch.zeros(3, dtype=torch.long)) == 0.5

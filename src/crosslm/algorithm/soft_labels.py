@@ -17,7 +17,8 @@ def intended_label_accuracy(probabilities: Tensor, labels: Tensor) -> float:
     """Share rho of the texts that fit the label they were written for, as the SLMs' judgement makes it most likely.
 
     Maximises ``sum_i log(rho p_i + (1 - rho) (1 - p_i) / (classes - 1))`` with ``p_i = S(y_i|x_i)``, which is concave
-    in rho, by EM: rho becomes the mean of the posterior that the text fits its label.
+    in rho, by EM: rho becomes the mean of the posterior that the text fits its label. It is right as far as S is
+    calibrated; SLMs that are less sure than they are right, as the mean of several is, make rho too large.
 
     Args:
         probabilities: ``(texts, classes)``, of the SLMs.
