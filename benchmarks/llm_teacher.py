@@ -6,8 +6,8 @@ Measured on sentences that are in no file of the demo. As a classifier: the orig
 each arrival, plain, and calibrated: the mean of its log-probabilities over texts that it wrote itself is taken off
 (Zhao et al. 2021 do so with texts without content). As a teacher: each client's upload, trained on the texts selected
 for it with the soft labels of the judges, of the LLM, the mean of both, the label that each text was written for, or
-the judges' and that label together (``slm.intended_labels``). The first client to arrive has no other judge than itself.
-Written to benchmarks/results/llm-teacher.json.
+the judges' and that label together (``slm.intended_labels``). The first client to arrive has no other
+judge than itself. Written to benchmarks/results/llm-teacher.json.
 """
 
 import argparse
