@@ -12,7 +12,7 @@ from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
 from crosslm.client import Client
 from crosslm.config import Config, SelectionConfig
 from crosslm.enhancement import select
-from crosslm.errors import ModelError, UploadError
+from crosslm.errors import CollapseError, ModelError, UploadError
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
 from crosslm.records import Examples, SyntheticSet
@@ -176,9 +176,42 @@ def test_an_update_that_is_not_finite_is_an_error(models, config, task):
     server = server_for(config, task, models)
     drafts = synthesize(server.llm, task, config.synthesis, 4, 1)
     before = server.llm.fingerprint()
-    with pytest.raises(ModelError, match="not finite"):
+    with pytest.raises(CollapseError, match="not finite"):
         server.update_llm(drafts, torch.full((4,), torch.nan), 0)
     assert server.llm.fingerprint() == before
+
+
+def test_an_llm_that_breaks_in_a_step_is_taken_back_and_the_upload_refused(models, config, task, upload, monkeypatch):
+    """The LLM that an SLM's rewards have made write nothing is as it was before them, and goes on with the next."""
+    server, undisturbed = (server_for(config, task, models) for _ in range(2))
+    before, wrote = server.llm.fingerprint(), []
+
+    def writes_no_pool(llm, *arguments):
+        wrote.append(llm.fingerprint())
+        if len(wrote) == 2:
+            raise CollapseError("24 of 24 texts could not be written")
+        return synthesize(llm, *arguments)
+
+    monkeypatch.setattr(server_module, "synthesize", writes_no_pool)
+    with pytest.raises(UploadError, match=r"north: with its rewards the LLM broke, .* 24 of 24 texts"):
+        server.step(upload)
+    assert wrote[1] != before == server.llm.fingerprint()
+    assert server.steps == 0
+    download, _ = server.step(upload)
+    expected, _ = undisturbed.step(upload)
+    assert server.llm.fingerprint() == undisturbed.llm.fingerprint()
+    assert all(torch.equal(value, expected.slm.weights[name]) for name, value in download.slm.weights.items())
+
+
+def test_a_break_that_cannot_be_taken_back_ends_the_run(models, config, task, upload, monkeypatch):
+    server = server_for(config, task, models, adapter="full")
+
+    def writes_nothing(*arguments):
+        raise CollapseError("8 of 8 texts could not be written")
+
+    monkeypatch.setattr(server_module, "synthesize", writes_nothing)
+    with pytest.raises(CollapseError, match="8 of 8"):
+        server.step(upload)
 
 
 def test_the_baseline_takes_the_place_of_the_reward_in_eq_5(models, config, task, upload):

@@ -6,8 +6,8 @@ import pytest
 from conftest import tiny_llm
 
 from crosslm.config import SynthesisConfig
-from crosslm.errors import ModelError
-from crosslm.synthesis import clean, draw_labels, removal_reason, synthesize, tokens_of
+from crosslm.errors import CollapseError
+from crosslm.synthesis import REDRAW_CANDIDATES, clean, draw_labels, is_hopeless, removal_reason, synthesize, tokens_of
 
 SAMPLING = SynthesisConfig(max_new_tokens=12, max_attempts=100)
 
@@ -139,6 +139,32 @@ def test_the_rows_that_ended_are_the_texts_that_are_told(models, task):
 def test_a_model_that_cannot_write_ends_with_the_reasons(models, task):
     hopeless = SynthesisConfig(max_new_tokens=1, max_attempts=2, stop=(" ",))
     with pytest.raises(
-        ModelError, match=r"of 20 texts could not be written in 2 attempts each \(removed: .*task.prompt"
+        CollapseError, match=r"of 20 texts could not be written in 2 attempts each \(removed: .*task.prompt"
     ):
         synthesize(tiny_llm(models, "gpt2"), task, hopeless, 20, 1)
+
+
+def test_a_model_that_writes_nothing_more_is_given_up(models, task):
+    class Silent:
+        tokenizer, end_ids, rows = tiny_llm(models, "gpt2").tokenizer, {1}, 0
+
+        def encode(self, text):
+            return self.tokenizer.encode(text)
+
+        def generate(self, prompts, seeds, sampling, on_step):
+            written = [[1] for _ in prompts]
+            if not self.rows:  # nine of twenty are written at once, and never another
+                written[:9] = [[*self.tokenizer.encode("a good day"), 1]] * 9
+            self.rows += len(prompts)
+            return written
+
+    llm = Silent()
+    with pytest.raises(CollapseError, match=r"11 of 20 texts could not be written in 2 attempts each"):
+        synthesize(llm, task, SynthesisConfig(max_attempts=10), 20, 1)
+    assert llm.rows == 20 + 11 * REDRAW_CANDIDATES
+
+
+def test_attempts_that_cannot_bring_the_missing_texts_are_hopeless():
+    assert not is_hopeless(2, 1, 8, 2)  # at a rate of (1 + 3) / 8: 2 * 0.5 ** 2 = 0.5 texts
+    assert is_hopeless(4, 1, 8, 2)  # 4 * 0.25 = 1
+    assert not is_hopeless(1000, 6, 8, 1)  # a rate of 1, though 9 / 8 are asked for

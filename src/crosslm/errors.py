@@ -17,6 +17,10 @@ class ModelError(CrosslmError):
     """A model cannot be found, fails its checksum, or is of an unsupported kind."""
 
 
+class CollapseError(ModelError):
+    """The LLM hardly writes any text that can be used, or its update is not finite."""
+
+
 class UploadError(CrosslmError):
     """An uploaded or downloaded message does not hold what it must."""
 

@@ -12,7 +12,7 @@ from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
 from crosslm.classification import label_posteriors
 from crosslm.config import Config
 from crosslm.enhancement import select, train_on_synthetic
-from crosslm.errors import ModelError, UploadError
+from crosslm.errors import CollapseError, ModelError, UploadError
 from crosslm.gate import Gate
 from crosslm.models.encoder import Encoder
 from crosslm.models.llm import LLM
@@ -71,9 +71,10 @@ class Server:
         """Train the LLM and the SLM on each other's judgement, and return the SLM.
 
         Raises:
-            UploadError: the SLM's labels are not the task's, it cannot be rebuilt, or it may not reward
-                the LLM; nothing has changed then.
-            ModelError: the LLM could not write texts, or the update changed nothing.
+            UploadError: the SLM's labels are not the task's, it cannot be rebuilt, it may not reward the LLM, or its
+                rewards broke the LLM; nothing has changed then.
+            ModelError: the update changed nothing; or, after full fine-tuning, which cannot be taken back, it broke
+                the LLM.
         """
         slm = receive_slm(upload, self.task, self.config)  # step 2: it arrived
         verdict = self.gate.judge(slm, upload) if self.gate else None
@@ -83,6 +84,13 @@ class Server:
         except UploadError:  # the SLM failed on a text that only the updated LLM wrote
             self._restore(before)
             raise
+        except CollapseError as error:
+            if before is None:
+                raise
+            self._restore(before)
+            raise UploadError(
+                f"client {upload.client_id}: with its rewards the LLM broke, which is as it was before them: {error}"
+            ) from error
         self.steps += 1
         if self.gate and verdict:
             self.gate.accepted(verdict, upload, record.pool)
@@ -151,7 +159,8 @@ class Server:
             The parts of the loss and the mean log-ratio for each optimiser step, before it.
 
         Raises:
-            ModelError: a loss is not finite, or the parameters did not change.
+            CollapseError: a loss is not finite.
+            ModelError: the parameters did not change.
         """
         before = self.llm.fingerprint()
         parameters = self.llm.trainable_parameters()
@@ -172,7 +181,7 @@ class Server:
                 norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.llm.max_grad_norm)
                 parts["gradient_norm"] = float(norm)
                 if not all(torch.isfinite(torch.tensor(value)) for value in parts.values()):
-                    raise ModelError(f"the LLM's update is not finite: {parts}; lower llm.learning_rate")
+                    raise CollapseError(f"the LLM's update is not finite: {parts}; lower llm.learning_rate")
                 self.optimizer.step()
                 log.append(parts)
         if self.llm.fingerprint() == before:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from crosslm.config import SynthesisConfig
-from crosslm.errors import ModelError
+from crosslm.errors import CollapseError
 from crosslm.models.llm import LLM
 from crosslm.records import SyntheticSet, SyntheticText
 from crosslm.seeding import seed_for
@@ -66,6 +66,24 @@ def removal_reason(text: str, raw: str, prompt: str, finished: bool) -> str | No
     return "echo" if words and words in text.lower() else None
 
 
+def is_hopeless(missing: int, written: int, candidates: int, left: int) -> bool:
+    """Whether texts would be missing after all attempts, so that the rest of them, which may take an hour, are saved.
+
+    Args:
+        missing: texts that have not been written yet.
+        written: texts that the last attempt brought.
+        candidates: rows of that attempt.
+        left: candidates that each missing text has left.
+
+    Returns:
+        True if at least one text is expected to be missing in the end, even at the highest rate that 95 % of
+        confidence allow a process that has given nothing, 3 in so many (Hanley and Lippman-Hand 1983), and ``written``
+        more.
+    """
+    rate = min(1.0, (written + 3) / candidates)
+    return missing * (1 - rate) ** left >= 1
+
+
 class _Written:
     """Counts tokens and finished texts, and tells of the texts while a batch is being written.
 
@@ -118,7 +136,8 @@ def synthesize(
             that had ended cannot be used.
 
     Raises:
-        ModelError: some texts could not be written in ``sampling.max_attempts`` attempts.
+        CollapseError: some texts could not be written in ``sampling.max_attempts`` attempts, or so few were in one
+            that they could not be in all.
     """
     removed: Counter[str] = Counter()
     progress = _Written(on_text)
@@ -156,12 +175,14 @@ def synthesize(
                 ids = tuple(tokens) if finished else tokens_of(text, tokens, decode)
                 samples[place] = SyntheticText(text, labels[place], prompt, prompt_ids, ids, text_seed)
             progress.finished(sum(sample is not None for sample in samples))
-        if all(sample is not None for sample in samples):
+        missing, asked = sum(sample is None for sample in samples), len(wanted) // candidates
+        left = REDRAW_CANDIDATES * (sampling.max_attempts - 1 - attempt)
+        if not missing or (attempt and is_hopeless(missing, asked - missing, len(wanted), left)):
             break
     complete = [sample for sample in samples if sample is not None]
     if len(complete) < count:
-        raise ModelError(
-            f"{count - len(complete)} of {count} texts could not be written in {sampling.max_attempts} attempts each "
+        raise CollapseError(
+            f"{count - len(complete)} of {count} texts could not be written in {attempt + 1} attempts each "
             f"(removed: {dict(removed)}); look at task.prompt and synthesis.stop, or raise synthesis.max_new_tokens"
         )
     return SyntheticSet(complete, dict(removed), progress.tokens)
