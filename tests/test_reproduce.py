@@ -154,6 +154,12 @@ def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, capsys
             assert len(correct) == 16
             assert correct.count("1") / 16 == pytest.approx(run["slm"][method][client])
     assert run["correct"]["nlu/after"].count("1") / 8 == pytest.approx(run["llm"]["nlu_accuracy"]["after"])
+    # preset recommended alone does not need the run for Standalone: a cell of its own has the same
+    choice = chosen(scale, data, "4", presets=["recommended"])
+    (alone,) = [cell for cell in plan(choice) if cell.stage == "standalone"]
+    assert work.do(alone, choice, Store(output, "test"), tmp_path, None) == {
+        "correct": {client: run["correct"][f"slm/standalone/{client}"] for client in ("client-0", "client-1")}
+    }
     judge = run["correct"]["nlg/before/judge"]
     assert judge.count("1") / len(judge) == pytest.approx(run["llm"]["nlg_judge_accuracy"]["before"])
     assert len(run["arrivals"]) == 2
@@ -252,6 +258,7 @@ def quick(monkeypatch):
     calls = []
     monkeypatch.setattr(work, "run_local", fake_run(calls))
     monkeypatch.setattr(work, "ceiling", lambda *_: {"correct": {"client-0": "1111"}, "rows": 4})
+    monkeypatch.setattr(work, "standalone", lambda *_: {"correct": {"client-0": "1000"}})
     monkeypatch.setattr(work, "benchmark", lambda cell, *_: dict(BENCHMARKED))
     monkeypatch.setattr(report, "can_plot", lambda: False)
     return calls

@@ -7,7 +7,7 @@ from pathlib import Path
 from crosslm import evaluate
 from crosslm.canaries import plant
 from crosslm.client import Client
-from crosslm.config import Config
+from crosslm.config import Config, SLMSpec
 from crosslm.leaks import LeakCheck
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
@@ -16,6 +16,7 @@ from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder
 from crosslm.preparation import Prepared
 from crosslm.progress import Progress
+from crosslm.records import Examples
 from crosslm.seeding import seed_for
 
 
@@ -51,23 +52,39 @@ def load_models(
     llm = LLM.load(prepared.llm_folder, config.llm, seed_for(config.seed, "llm"), config.device)
     encoder = SentenceEncoder(folders[config.selection.encoder], config.device)
     judge = evaluate.load_judge(folders[config.slm.models[0].model], config) if len(prepared.split.judge) else None
+    rows = prepared.split.private
     clients = [
-        _client(name, folders[spec.model], config, prepared, encoder, progress, make_client)
+        load_client(name, spec, folders[spec.model], rows[name], config, encoder, progress, make_client)
         for name, spec in specs.items()
     ]
     return Loaded(llm, encoder, judge, clients)
 
 
-def _client(
+def load_client(
     name: str,
+    spec: SLMSpec,
     folder: str,
+    rows: Examples,
     config: Config,
-    prepared: Prepared,
-    encoder: SentenceEncoder,
+    encoder: SentenceEncoder | None,
     progress: Progress,
-    make_client: Callable[..., Client],
+    make_client: Callable[..., Client] = Client,
 ) -> Client:
-    spec = prepared.specs[name]
+    """A client before step 1, with the classifier and the rows that it has in a run.
+
+    Args:
+        name: the client's.
+        spec: its architecture.
+        folder: where the architecture's weights are.
+        rows: its private ones.
+        config: of the run, with the device that is used.
+        encoder: for the leak check, which looks at what comes back; None leaves it out.
+        progress: shows the training.
+        make_client: as in :func:`crosslm.experiment.run_local`.
+
+    Raises:
+        ModelError: the SLM cannot be loaded.
+    """
     slm = SLM.load(
         folder,
         config.task.labels,
@@ -78,9 +95,9 @@ def _client(
         config.device,
         spec.pooling,
     )
-    rows, privacy = prepared.split.private[name], config.privacy
+    privacy = config.privacy
     private = plant(rows, slm.tokenizer, len(config.task.labels), privacy.canaries, config.seed, name)
     training = PrivateTraining(privacy, config.federation.participations) if privacy.epsilon else None
-    leaks = LeakCheck(private.texts, privacy, encoder) if privacy.checks_leaks else None
+    leaks = LeakCheck(private.texts, privacy, encoder) if encoder and privacy.checks_leaks else None
     fit, accept = config.slm.private, config.acceptance
     return make_client(name, private, slm, fit, config.seed, progress, accept, training, leaks, privacy.canaries)

@@ -7,6 +7,7 @@ import numpy as np
 
 from crosslm.reproduce.bootstrap import Array, Group, Means, bootstrap
 from crosslm.reproduce.plan import BASE, CEILING, ORIGINAL, RUN, Cell
+from crosslm.reproduce.plan import STANDALONE as STANDALONE_CELL
 from crosslm.seeding import seed_for
 
 OWN_STANDALONE, DATA_FREE_KD, CROSSLM, RETURNED = range(4)
@@ -37,7 +38,7 @@ class Figures:
         return self._of("slm", task, preset, variation, lambda run: clients_group(list(outcomes(run).values())))
 
     def gain(self, task: str, preset: str, variation: str = BASE, baseline: str | None = None) -> Means | None:
-        """Columns Standalone and CrossLM of the same clients, Standalone being that of preset ``paper``.
+        """Columns Standalone and CrossLM of the same clients, Standalone being that on all rows.
 
         Under ``recommended`` a client holds rows out to try what comes back, so that its own Standalone has learned
         from fewer; both presets are compared with the one that has learned from all.
@@ -49,15 +50,23 @@ class Figures:
             baseline: the variation of Standalone, if it is another one.
         """
         baseline = variation if baseline is None else baseline
-        paper, ours = self.runs(task, "paper", baseline), self.runs(task, preset, variation)
-        pairs = {seed: {"standalone": paper[seed], "crosslm": run} for seed, run in ours.items() if seed in paper}
+        alone, ours = self._standalone(task, baseline), self.runs(task, preset, variation)
+        pairs = {seed: {"standalone": alone[seed], "crosslm": run} for seed, run in ours.items() if seed in alone}
 
         def groups(pair: dict[str, Any]) -> list[Group] | None:
-            before, after = outcomes(pair["standalone"]), outcomes(pair["crosslm"])
+            before, after = pair["standalone"], outcomes(pair["crosslm"])
             both = [who for who in after if who in before]
-            return clients_group([(before[who][OWN_STANDALONE], after[who][CROSSLM]) for who in both])
+            return clients_group([(before[who], after[who][CROSSLM]) for who in both])
 
         return self._bootstrap(("gain", task, preset, variation, baseline), pairs, groups)
+
+    def standalone(self, task: str) -> Means | None:
+        """One column: the SLMs on all private rows, before anything came back."""
+
+        def groups(alone: dict[str, Any]) -> list[Group] | None:
+            return clients_group([[digits] for digits in alone.values()])
+
+        return self._bootstrap(("standalone", task), self._standalone(task, BASE), groups)
 
     def ceiling(self, task: str, preset: str, variation: str = BASE) -> Means | None:
         """Columns CrossLM and the ceiling of the same clients, of the seeds that have both."""
@@ -136,6 +145,14 @@ class Figures:
         return self._bootstrap(("majority", name), seeds, lambda figures: [np.array([[figures["majority"]]])])
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _standalone(self, task: str, variation: str) -> Seeds:
+        """By seed a client's digits on all its rows: of the run of preset ``paper``, or else of a cell of their own."""
+        cells = self._kept.get((task, STANDALONE_CELL, variation, STANDALONE_CELL), {})
+        alone = {seed: figures["correct"] for seed, figures in cells.items()}
+        for seed, run in self.runs(task, "paper", variation).items():
+            alone[seed] = {who: digits[OWN_STANDALONE] for who, digits in outcomes(run).items()}
+        return alone
 
     def _single(self, name: str, task: str, preset: str, variation: str) -> Means | None:
         def groups(run: dict[str, Any]) -> list[Group] | None:

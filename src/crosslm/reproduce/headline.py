@@ -14,7 +14,7 @@ from crosslm.reproduce.plan import PRESET_NAMES, Choice, variations
 from crosslm.reproduce.tables import Part, Statistic, change, growth, ratio
 
 UNITS = {
-    "slm_gain_vs_standalone": "points, mean of the tasks; Standalone on all private rows, that of preset paper",
+    "slm_gain_vs_standalone": "points, mean of the tasks; Standalone on all private rows, as under preset paper",
     "slm_gain_vs_data_free_kd": "points, mean of the tasks",
     "nlu_gain": "points, mean of the tasks",
     "nlg_judge_gain": "points, mean of the tasks",

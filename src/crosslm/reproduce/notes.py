@@ -13,8 +13,8 @@ ENDS_UP = (
 )
 SAME_STANDALONE = (
     "Under preset recommended a client holds a tenth of its rows out, to try what comes back (`acceptance`), and its "
-    "own Standalone has learned from fewer. Gains of both presets are against the Standalone of preset paper, which "
-    "has learned from all."
+    "own Standalone has learned from fewer. Gains of both presets are against a Standalone that has learned from "
+    "all, as under preset paper."
 )
 SLM_JUDGES = "By the SLMs: those of clients whose upload was refused are left out."
 

@@ -14,7 +14,7 @@ from crosslm.reproduce.scale import Scale, Tables, with_split
 
 TABLES = ("4", "5", "6", "7", "8", "skew", "clients", "rows", "ablation")
 PRESET_NAMES: tuple[Preset, ...] = ("paper", "recommended")
-RUN, CEILING, ORIGINAL, BASE = "run", "ceiling", "original", "base"
+RUN, CEILING, STANDALONE, ORIGINAL, BASE = "run", "ceiling", "standalone", "original", "base"
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class Cell:
     task: str
     """A packaged configuration, or ``original`` where the task does not matter."""
     method: str
-    """A preset, ``ceiling`` (one SLM on all clients' text) or ``original`` (the LLM as it was)."""
+    """A preset, ``ceiling`` (one SLM on all clients' text), ``standalone`` (each client's SLM on all its rows) or
+    ``original`` (the LLM as it was)."""
     variation: Variation
     seed: int
     stage: str
-    """``run`` (clients, baselines, LLM before and after), ``ceiling``, or a benchmark of Table 7."""
+    """``run`` (clients, baselines, LLM before and after), ``ceiling``, ``standalone``, or a benchmark of Table 7."""
 
     @property
     def path(self) -> str:
@@ -132,6 +133,8 @@ def _cells(table: str, choice: Choice, seed: int) -> Iterable[Cell]:
             for variation in variations(table, choice, task, preset):
                 if table in ("4", "skew", "clients", "rows"):
                     yield Cell(task, CEILING, variation, seed, CEILING)
+                    if "paper" not in choice.presets:  # whose runs have it
+                        yield Cell(task, STANDALONE, variation, seed, STANDALONE)
                 yield Cell(task, preset, variation, seed, RUN)
                 if table == "7":
                     for benchmark in BENCHMARKS:

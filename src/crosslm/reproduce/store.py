@@ -14,12 +14,12 @@ from pydantic import ValidationError
 
 from crosslm.config import Config
 from crosslm.errors import RunError
-from crosslm.reproduce.plan import CEILING, ORIGINAL, Cell, leaves
+from crosslm.reproduce.plan import CEILING, ORIGINAL, STANDALONE, Cell, leaves
 from crosslm.rundir import CONFIG, SUMMARY, RunDir
 
 MACHINES_OWN = (("data", "dir"), ("device",))
-CEILING_SECTIONS = ("seed", "task", "data", "clients")
-CEILING_SLM = ("models", "max_length", "freeze_embeddings", "private")
+SLM_SECTIONS = ("seed", "task", "data", "clients", "privacy")
+SLM_FIELDS = ("models", "max_length", "freeze_embeddings", "private")
 ORIGINAL_LLM = ("model", "dtype", "lora_rank", "lora_alpha")
 UNNEEDED = ("slm", "slm-previous", "uploads", "quarantine", "checkpoints")
 """Of a run whose figures are kept: a gigabyte that nothing here reads again. Table 7 reads ``llm``."""
@@ -143,9 +143,9 @@ def _relevant(config: Config, cell: Cell) -> dict[str, Any]:
     dump = config.model_dump(mode="json", exclude_none=True)
     if cell.method == ORIGINAL:
         return {"llm": {name: dump["llm"][name] for name in ORIGINAL_LLM}}
-    if cell.stage == CEILING:
-        slm = {name: dump["slm"][name] for name in CEILING_SLM}
-        return {name: dump.get(name) for name in CEILING_SECTIONS} | {"slm": slm}
+    if cell.stage in (CEILING, STANDALONE):
+        slm = {name: dump["slm"][name] for name in SLM_FIELDS}
+        return {name: dump.get(name) for name in SLM_SECTIONS} | {"slm": slm}
     return dump
 
 

@@ -1,4 +1,4 @@
-"""Doing a cell: a run, a ceiling, or a benchmark, to figures that can be kept."""
+"""Doing a cell: a run, a ceiling, Standalone, or a benchmark, to figures that can be kept."""
 
 import functools
 import gc
@@ -12,6 +12,7 @@ from crosslm.config import Config
 from crosslm.data import load_split
 from crosslm.errors import RunError, UnservedError
 from crosslm.experiment import run_local
+from crosslm.loaded import load_client
 from crosslm.measures import LLM_MEASURES
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
@@ -19,7 +20,7 @@ from crosslm.preparation import client_specs
 from crosslm.progress import Display, Progress
 from crosslm.records import Examples
 from crosslm.reproduce.benchmarks import fine_tune, matthews, start_llm
-from crosslm.reproduce.plan import CEILING, ORIGINAL, RUN, Cell, Choice
+from crosslm.reproduce.plan import CEILING, ORIGINAL, RUN, STANDALONE, Cell, Choice
 from crosslm.reproduce.store import MACHINES_OWN, Store
 from crosslm.rundir import SUMMARY, RunDir
 from crosslm.seeding import seed_for
@@ -33,7 +34,7 @@ def settings_of(cell: Cell, choice: Choice) -> dict[str, Any]:
     for *path, name in MACHINES_OWN:
         functools.reduce(dict.__getitem__, path, dump).pop(name, None)
     config = {"config": dump}
-    if cell.stage in (RUN, CEILING):
+    if cell.stage in (RUN, CEILING, STANDALONE):
         return config
     return config | {"finetuning": choice.scale.finetuning.model_dump(mode="json")}
 
@@ -58,6 +59,8 @@ def do(cell: Cell, choice: Choice, store: Store, cache: Path, display: Display |
     config = config.model_copy(update={"device": resolve_device(config.device)})
     if cell.stage == CEILING:
         return ceiling(config, cache, Progress(display))
+    if cell.stage == STANDALONE:
+        return standalone(config, cache, Progress(display))
     trained = None
     if cell.method != ORIGINAL:
         trained = store.run_folder(cell) / "llm"
@@ -148,6 +151,18 @@ def ceiling(config: Config, cache: Path, progress: Progress) -> dict[str, Any]:
         predicted = trained[name].predict_proba(test.texts).argmax(dim=1).tolist()
         correct[client] = digits(test.labels, predicted)
     return {"correct": correct, "rows": len(pooled)}
+
+
+def standalone(config: Config, cache: Path, progress: Progress) -> dict[str, Any]:
+    """What a client has without anybody else: its SLM after step 1, as a run with this configuration has it first."""
+    split, correct = load_split(config), {}
+    for name, spec in client_specs(config, list(split.private)).items():
+        folder = model_folder(spec.model, cache, progress.note)
+        client = load_client(name, spec, folder, split.private[name], config, None, progress)
+        client.train()
+        test = split.tests[name]
+        correct[name] = digits(test.labels, client.slm.predict_proba(test.texts).argmax(dim=1).tolist())
+    return {"correct": correct}
 
 
 def benchmark(
