@@ -19,12 +19,14 @@ from crosslm.client import Client
 from crosslm.config import PRESETS
 from crosslm.data import load_split
 from crosslm.errors import ConfigError, DataError, ModelError, RunError
+from crosslm.experiment import run_local
 from crosslm.reproduce import benchmarks, driver, report, work
 from crosslm.reproduce.driver import reproduce
 from crosslm.reproduce.plan import TABLES, choose, plan
 from crosslm.reproduce.scale import Scale, load_scale
-from crosslm.reproduce.store import Store
+from crosslm.reproduce.store import Store, differences
 from crosslm.reproduce.tables import ALL_ROWS
+from crosslm.reproduce.work import settings_of
 
 ROOT = Path(__file__).parents[1]
 LABELS = {
@@ -35,6 +37,7 @@ LABELS = {
     "mrpc": ("not_equivalent", "equivalent"),
     "rte": ("not_entailment", "entailment"),
 }
+FIT = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3}
 HEADLINE = {
     "slm_gain_vs_standalone",
     "slm_gain_vs_data_free_kd",
@@ -81,7 +84,7 @@ def words_that_the_tiny_tokenizer_has(monkeypatch):
 @pytest.fixture
 def scale(settings):
     """The smallest amounts, with tiny models."""
-    fit = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3}
+    fit = FIT
     run = {
         "device": "cpu",
         "data": {"num_clients": 2, "alpha": 100.0, "judge_rows": 10, "test_rows": 16, "rows_per_client": 10},
@@ -408,6 +411,30 @@ def test_a_cell_made_with_other_settings_is_refused_and_a_new_field_is_not(scale
     for cell in cells:
         with pytest.raises(RunError, match="was made with other settings"):
             driver.is_done(cell, choice, store)
+
+
+def test_the_llm_of_a_one_shot_run_does_not_depend_on_what_goes_back(scale, data, tmp_path):
+    """So Table 7's cells stay where step 5 has changed; with a second participation they do not."""
+    adapters, settings = {}, {}
+    for participations in (1, 2):
+        scale["run"]["federation"] = {"participations": participations}
+        scale["run"]["slm"] |= {"soft_labels": True, "interpolation": 0.5}
+        scale["run"]["selection"] |= {"fraction": 1.0}
+        for changed in (False, True):
+            if changed:
+                scale["run"]["slm"] |= {"synthetic": {**FIT, "epochs": 3}, "soft_labels": False, "interpolation": 1.0}
+                scale["run"]["selection"] |= {"fraction": 0.5, "score": "reward"}
+            choice = chosen(scale, data, "7", presets=["recommended"])
+            (run,) = [cell for cell in plan(choice) if cell.stage == "run"]
+            folder = tmp_path / f"{participations}-{changed}"
+            run_local(choice.cell_config(run), folder, tmp_path)
+            adapters[participations, changed] = (folder / "llm/adapter_model.safetensors").read_bytes()
+            settings[participations, changed] = settings_of(replace(run, stage="rte"), choice)
+    rte = replace(run, stage="rte")
+    assert adapters[1, False] == adapters[1, True]
+    assert differences(rte, settings[1, False], settings[1, True]) == []
+    assert adapters[2, False] != adapters[2, True]
+    assert "slm.soft_labels" in differences(rte, settings[2, False], settings[2, True])
 
 
 def test_a_run_of_another_configuration_is_not_gone_on_with(scale, data, tmp_path):

@@ -14,12 +14,18 @@ from pydantic import ValidationError
 
 from crosslm.config import Config
 from crosslm.errors import RunError
+from crosslm.reproduce.benchmarks import BENCHMARKS
 from crosslm.reproduce.plan import CEILING, ORIGINAL, STANDALONE, Cell, leaves
 from crosslm.rundir import CONFIG, SUMMARY, RunDir
 
 MACHINES_OWN = (("data", "dir"), ("device",))
 SLM_SECTIONS = ("seed", "task", "data", "clients", "privacy")
 SLM_FIELDS = ("models", "max_length", "freeze_embeddings", "private")
+STEP_5 = {
+    "slm": ("synthetic", "soft_labels", "intended_labels", "interpolation"),
+    "selection": ("fraction", "score", "llm_posterior", "nonpositive_rewards", "class_balance", "encoder"),
+}
+"""What an SLM learns before it goes back, which the LLM never meets where nobody comes twice."""
 ORIGINAL_LLM = ("model", "dtype", "lora_rank", "lora_alpha")
 UNNEEDED = ("slm", "slm-previous", "uploads", "quarantine", "checkpoints")
 """Of a run whose figures are kept: a gigabyte that nothing here reads again. Table 7 reads ``llm``."""
@@ -146,6 +152,9 @@ def _relevant(config: Config, cell: Cell) -> dict[str, Any]:
     if cell.stage in (CEILING, STANDALONE):
         slm = {name: dump["slm"][name] for name in SLM_FIELDS}
         return {name: dump.get(name) for name in SLM_SECTIONS} | {"slm": slm}
+    if cell.stage in BENCHMARKS and config.federation.participations == 1:
+        for section, names in STEP_5.items():
+            dump[section] = {name: value for name, value in dump[section].items() if name not in names}
     return dump
 
 
