@@ -53,7 +53,7 @@ NEARER = {"slm": {"interpolation": 0.7}}
 POSTERIOR = {"selection": {"llm_posterior": True}}
 TEACHERS = {"reward": {"teachers": 4}}
 SOFT = {"slm": {"soft_labels": True}}
-INTENDED = {"slm": {"soft_labels": True, "intended_labels": True}}
+JUDGES_ALONE = {"slm": {"intended_labels": False}}
 WHOLE = {"selection": {"fraction": 1.0}}
 # name: sections and fields that lie over the paper's, the later over the earlier
 VARIANTS: dict[str, list[dict[str, dict[str, Any]]]] = {
@@ -74,10 +74,10 @@ VARIANTS: dict[str, list[dict[str, dict[str, Any]]]] = {
 }
 OF_RECOMMENDED: dict[str, list[dict[str, dict[str, Any]]]] = {
     "recommended": [],
-    "interpolation = 1": [{"slm": {"interpolation": 1.0}}],
-    "soft_labels = false": [{"slm": {"soft_labels": False}}],
-    "intended_labels": [INTENDED],
-    "intended_labels, interpolation = 1": [INTENDED, {"slm": {"interpolation": 1.0}}],
+    "interpolation = 0.7": [NEARER],
+    "intended_labels = false": [JUDGES_ALONE],
+    "intended_labels = false, interpolation = 0.7": [JUDGES_ALONE, NEARER],
+    "soft_labels = false, interpolation = 0.7": [{"slm": {"soft_labels": False}}, NEARER],
 }
 UPDATES: dict[str, list[dict[str, dict[str, Any]]]] = {
     "paper": [],
