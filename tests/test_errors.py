@@ -20,6 +20,7 @@ from crosslm import errors
 from crosslm.cli import main as cli
 from crosslm.cli.stopping import StopRequest
 from crosslm.errors import (
+    CollapseError,
     ConfigError,
     CrosslmError,
     DataError,
@@ -46,6 +47,7 @@ STRICT_GATE = (
     "--set",
     "gate.confidence=0.51",
 )
+ONE_TOKEN = ("--set", "synthesis.max_new_tokens=1", "--set", "synthesis.max_attempts=2")
 LEAK_BOUND = ("--set", "gate.enabled=false", "--set", "privacy.max_similarity=-0.99")
 OVERRIDES = [part for amount in TINY_AMOUNTS for part in ("--set", amount)]
 
@@ -98,6 +100,11 @@ CASES = {
     ConfigError: (("run", "tickets.toml", "--set", "llm.sampels=3"), None, r"tickets.toml: unknown key .*did you mean"),
     DataError: (("run", "tickets.toml", "--set", "data.test=none.csv"), None, r"none.csv: no such file; set data.dir"),
     ModelError: (("run", "tickets.toml", "--set", "llm.model=./none"), None, r"llm.model = './none': .*give a folder"),
+    CollapseError: (
+        ("run", "tickets.toml", "--output", "run", *OVERRIDES, *ONE_TOKEN),
+        None,
+        r"texts could not be written in 2 attempts each .*look at task.prompt and synthesis.stop",
+    ),
     RunError: (("evaluate", "nowhere"), None, r"nowhere: not a run folder .*crosslm run"),
     # a client's upload does not end a run of others; the run ends when nobody is left, and says what each said
     UploadError: (
