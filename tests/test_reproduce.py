@@ -20,6 +20,7 @@ from crosslm.config import PRESETS
 from crosslm.data import load_split
 from crosslm.errors import ConfigError, DataError, ModelError, RunError
 from crosslm.experiment import run_local
+from crosslm.progress import Silent
 from crosslm.reproduce import benchmarks, driver, report, work
 from crosslm.reproduce.driver import reproduce
 from crosslm.reproduce.plan import TABLES, choose, plan
@@ -413,6 +414,27 @@ def test_a_cell_made_with_other_settings_is_refused_and_a_new_field_is_not(scale
             driver.is_done(cell, choice, store)
 
 
+def test_of_a_run_with_another_step_5_the_llm_counts_and_the_slms_do_not(scale, data, tmp_path, quick, monkeypatch):
+    output, said = tmp_path / "out", []
+    monkeypatch.setattr(Silent, "note", lambda _, message: said.append(message))
+    reproduce(chosen(scale, data, "4", "5"), output, tmp_path)
+    scale["run"]["slm"]["interpolation"] = 0.25
+    reproduce(chosen(scale, data, "4", "5"), output, tmp_path, render_only=True)
+    assert "warning: sst2/paper/base/seed-0/run was made with another step 5: only its LLM is in the tables" in said
+    text = (output / "test/tables.md").read_text()
+    assert "| preset recommended: gain, points | +50.0 " in text
+    assert "preset recommended: CrossLM" not in text
+    assert "whose runs had another step 5 too" in text
+    headline = headline_of(output)["recommended"]
+    assert headline["nlu_gain"] == 50.0
+    assert "slm_gain_vs_data_free_kd" in headline["missing"]
+    with pytest.raises(RunError, match=r"run.json: was made with other settings \(slm.interpolation\)"):
+        reproduce(chosen(scale, data, "4"), output, tmp_path)
+    scale["run"]["llm"]["samples"] = 5
+    reproduce(chosen(scale, data, "4", "5"), output, tmp_path, render_only=True)
+    assert "preset recommended: gain, points" not in (output / "test/tables.md").read_text()
+
+
 def test_the_llm_of_a_one_shot_run_does_not_depend_on_what_goes_back(scale, data, tmp_path):
     """So Table 7's cells stay where step 5 has changed; with a second participation they do not."""
     adapters, settings = {}, {}
@@ -528,7 +550,7 @@ def test_the_tables_are_of_everything_that_is_there(scale, data, tmp_path, quick
     reproduce(chosen(scale, data, "4", "7", seeds=2), tmp_path / "out", tmp_path)
     text = (tmp_path / "out/test/tables.md").read_text()
     assert "### Label skew" in text
-    assert "| SST-2, preset recommended, 1 |" in text
+    assert "| SST-2, preset recommended, 1 | 0.250 " in text  # Standalone's cell, for which preset paper need not run
     assert "SST-2, preset paper, 1 " not in text  # has not been run
     assert "sst2/recommended/base/seed-0 (arrival 1)" in text
     assert "Label skew: Dirichlet with alpha 100.0" in text

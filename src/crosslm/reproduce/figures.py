@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from crosslm.reproduce.bootstrap import Array, Group, Means, bootstrap
-from crosslm.reproduce.plan import BASE, CEILING, ORIGINAL, RUN, Cell
+from crosslm.reproduce.plan import BASE, CEILING, ORIGINAL, RUN, RUNS_LLM, Cell
 from crosslm.reproduce.plan import STANDALONE as STANDALONE_CELL
 from crosslm.seeding import seed_for
 
@@ -29,6 +29,15 @@ class Figures:
     def runs(self, task: str, preset: str, variation: str = BASE) -> Seeds:
         """Figures of the runs by seed."""
         return self._kept.get((task, preset, variation, RUN), {})
+
+    def llms(self, task: str, preset: str, variation: str = BASE) -> Seeds:
+        """Figures of the runs by seed, also of those whose step 5 was another: of these the LLM's alone hold."""
+        return self._kept.get((task, preset, variation, RUNS_LLM), {}) | self.runs(task, preset, variation)
+
+    @property
+    def has_llms_of_other_runs(self) -> bool:
+        """Whether :meth:`llms` has more than the runs."""
+        return any(stage == RUNS_LLM for *_, stage in self._kept)
 
     def slm(self, task: str, preset: str, variation: str = BASE) -> Means | None:
         """Columns Standalone of the run itself, Data-free KD, CrossLM, and what came back: means of all clients.
@@ -89,7 +98,7 @@ class Figures:
         def groups(run: dict[str, Any]) -> list[Group] | None:
             return [np.stack([rows(run["correct"][f"nlu/{moment}"]) for moment in ("before", "after")])]
 
-        return self._of("nlu", task, preset, variation, groups)
+        return self._of_llm("nlu", task, preset, variation, groups)
 
     def nlg(self, task: str, preset: str, judge: bool, variation: str = BASE) -> Means | None:
         """Columns before and after: agreement with the labels of what the LLM writes, by the SLMs or the judge.
@@ -109,7 +118,7 @@ class Figures:
             )
             return None if before is None or after is None else [*before, *after]
 
-        return self._of(f"nlg {judge}", task, preset, variation, groups)
+        return self._of_llm(f"nlg {judge}", task, preset, variation, groups)
 
     def perplexity(self, task: str, preset: str, variation: str = BASE) -> Means | None:
         """Columns before and after; one text, so that only seeds are drawn."""
@@ -159,12 +168,17 @@ class Figures:
             values = [run["llm"][name][moment] for moment in ("before", "after")]
             return None if None in values else [np.array([[value] for value in values], dtype=float)]
 
-        return self._of(name, task, preset, variation, groups)
+        return self._of_llm(name, task, preset, variation, groups)
 
     def _of(
         self, what: str, task: str, preset: str, variation: str, groups: Callable[[Any], list[Group] | None]
     ) -> Means | None:
         return self._bootstrap((what, task, preset, variation), self.runs(task, preset, variation), groups)
+
+    def _of_llm(
+        self, what: str, task: str, preset: str, variation: str, groups: Callable[[Any], list[Group] | None]
+    ) -> Means | None:
+        return self._bootstrap((what, task, preset, variation), self.llms(task, preset, variation), groups)
 
     def _bootstrap(
         self, key: tuple[str, ...], seeds: Seeds, groups: Callable[[Any], list[Group] | None]

@@ -6,6 +6,8 @@ from crosslm.config import Preset
 from crosslm.reproduce.figures import Figures, has_declined, is_refused, outcomes
 from crosslm.reproduce.plan import Choice, tasks_of, variations
 
+LLMS = ("5", "6", "8")
+OTHER_STEP_5 = "Seeds count here whose runs had another step 5 too: the LLM of a one-shot run does not depend on it."
 CLASSIFIERS = ("4", "skew", "clients", "rows", "ablation")
 ENDS_UP = (
     "CrossLM is the SLM that a client ends up with: the one that it had where the server refused its upload, and where "
@@ -29,7 +31,8 @@ def notes(key: str, figures: Figures, choice: Choice) -> list[str]:
     """The notes of a table, by its key."""
     if key in CLASSIFIERS:
         return [ENDS_UP, SAME_STANDALONE, *kept_their_own(key, figures, choice)]
-    return {"6": [SLM_JUDGES], "7": [MAJORITY, NOISY_LEAST]}.get(key, [])
+    said = {"6": [SLM_JUDGES], "7": [MAJORITY, NOISY_LEAST]}.get(key, [])
+    return [*said, OTHER_STEP_5] if key in LLMS and figures.has_llms_of_other_runs else said
 
 
 def kept_their_own(key: str, figures: Figures, choice: Choice) -> list[str]:

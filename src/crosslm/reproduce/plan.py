@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ from crosslm.reproduce.scale import Scale, Tables, with_split
 TABLES = ("4", "5", "6", "7", "8", "skew", "clients", "rows", "ablation")
 PRESET_NAMES: tuple[Preset, ...] = ("paper", "recommended")
 RUN, CEILING, STANDALONE, ORIGINAL, BASE = "run", "ceiling", "standalone", "original", "base"
+
+
+RUNS_LLM = "llm of run"
+"""The LLM's part of a run whose SLMs learned otherwise in step 5 than they would now; kept with the run."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,13 @@ def plan(choice: Choice) -> list[Cell]:
             if varied is None or varied.seeds is None or seed < varied.seeds:
                 cells |= dict.fromkeys(_cells(table, choice, seed))
     return list(cells)
+
+
+def may_be_kept(choice: Choice) -> list[Cell]:
+    """What :func:`plan` gives and, where it leaves Standalone to the runs of preset ``paper``, its cells too."""
+    cells = plan(choice)
+    alone = [replace(cell, method=STANDALONE, stage=STANDALONE) for cell in cells if cell.stage == CEILING]
+    return list(dict.fromkeys([*cells, *alone]))
 
 
 def _cells(table: str, choice: Choice, seed: int) -> Iterable[Cell]:

@@ -10,7 +10,7 @@ from crosslm.errors import RunError
 from crosslm.reproduce.figures import Figures
 from crosslm.reproduce.headline import headline
 from crosslm.reproduce.markdown import markdown
-from crosslm.reproduce.plan import PRESET_NAMES, RUN, TABLES, Cell, Choice, plan
+from crosslm.reproduce.plan import PRESET_NAMES, RUN, RUNS_LLM, TABLES, Cell, Choice, may_be_kept
 from crosslm.reproduce.plots import arrivals_plot, can_plot, varied_plot
 from crosslm.reproduce.store import Store, differences
 from crosslm.reproduce.tables import NAMES, all_tables
@@ -53,9 +53,12 @@ def write_report(store: Store, choice: Choice, on_news: Callable[[str], None], p
 
 
 def kept_cells(store: Store, choice: Choice, on_news: Callable[[str], None]) -> Kept:
-    """All kept cells of a choice that were made with its settings."""
+    """All kept cells of a choice that were made with its settings.
+
+    Of a run that differs in step 5 alone the LLM's part, which does not depend on it, is under ``RUNS_LLM``.
+    """
     found: Kept = {}
-    for cell in plan(choice):
+    for cell in may_be_kept(choice):
         try:
             kept = store.read(cell)
         except RunError as error:
@@ -63,10 +66,14 @@ def kept_cells(store: Store, choice: Choice, on_news: Callable[[str], None]) -> 
             continue
         if kept is None:
             continue
-        if differences(cell, kept["settings"], settings_of(cell, choice)):
+        now, of_llm = settings_of(cell, choice), replace(cell, stage=RUNS_LLM)
+        if not differences(cell, kept["settings"], now):
+            found[cell] = kept
+        elif cell.stage == RUN and not differences(of_llm, kept["settings"], now):
+            on_news(f"warning: {cell.path} was made with another step 5: only its LLM is in the tables")
+            found[of_llm] = kept
+        else:
             on_news(f"warning: {cell.path} was made with other settings and is left out of the tables")
-            continue
-        found[cell] = kept
     return found
 
 
@@ -86,11 +93,11 @@ def flagged(kept: Kept) -> list[str]:
     """Runs in which the reward rose while the judge's agreement fell."""
     found = []
     for cell, content in kept.items():
-        hacking = content["figures"].get("reward_hacking") if cell.stage == RUN else None
+        hacking = content["figures"].get("reward_hacking") if cell.stage in (RUN, RUNS_LLM) else None
         if hacking and (hacking["arrivals"] or hacking["whole_run"]):
             where = [*(f"arrival {step}" for step in hacking["arrivals"])]
             where += ["first to last arrival"] if hacking["whole_run"] else []
-            found.append(f"{cell.path.removesuffix('/run')} ({', '.join(where)})")
+            found.append(f"{cell.path.removesuffix(f'/{cell.stage}')} ({', '.join(where)})")
     return found
 
 

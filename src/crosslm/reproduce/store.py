@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from crosslm.config import Config
 from crosslm.errors import RunError
 from crosslm.reproduce.benchmarks import BENCHMARKS
-from crosslm.reproduce.plan import CEILING, ORIGINAL, STANDALONE, Cell, leaves
+from crosslm.reproduce.plan import CEILING, ORIGINAL, RUNS_LLM, STANDALONE, Cell, leaves
 from crosslm.rundir import CONFIG, SUMMARY, RunDir
 
 MACHINES_OWN = (("data", "dir"), ("device",))
@@ -152,7 +152,7 @@ def _relevant(config: Config, cell: Cell) -> dict[str, Any]:
     if cell.stage in (CEILING, STANDALONE):
         slm = {name: dump["slm"][name] for name in SLM_FIELDS}
         return {name: dump.get(name) for name in SLM_SECTIONS} | {"slm": slm}
-    if cell.stage in BENCHMARKS and config.federation.participations == 1:
+    if cell.stage in (*BENCHMARKS, RUNS_LLM) and config.federation.participations == 1:
         for section, names in STEP_5.items():
             dump[section] = {name: value for name, value in dump[section].items() if name not in names}
     return dump
