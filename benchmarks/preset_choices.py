@@ -180,8 +180,8 @@ class Bench:
                 teachers.accepted(upload, receive_slm(upload, self.task, config))
         return teachers
 
-    def selection(self, client_id: str) -> dict:
-        """Step 5 under each variant."""
+    def selection(self, client_id: str, chosen: list[str]) -> dict:
+        """Step 5 under each variant, or the chosen ones."""
         upload = self.upload(client_id)
         arrival = self.arrivals[client_id]
         pool = read_texts(self.run / "synthetic" / f"step-{arrival:04}-pool.jsonl", self.task)
@@ -192,6 +192,8 @@ class Bench:
         standalone = receive_slm(upload, self.task, self.config).accuracy(self.split.tests[client_id])
         cells = {}
         for name, fields in (VARIANTS if paper else OF_RECOMMENDED).items():
+            if chosen and name not in chosen:
+                continue
             config = varied(self.config, fields)
             teachers, slm = self.teachers(config, arrival), receive_slm(upload, self.task, config)
             judged = teachers.probabilities(slm, upload, pool.texts)
@@ -242,6 +244,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--cells", default="selection,update", help="which parts to run")
     parser.add_argument("--name", help="of the result, preset-choices-NAME; without it preset-choices")
+    parser.add_argument("--variants", help="of step 5, only these, with semicolons between; all if not given")
     parser.add_argument("--clients", help="only these clients, with commas between; all if not given")
     arguments = parser.parse_args()
     result = f"{NAME}-{arguments.name}" if arguments.name else NAME
@@ -258,12 +261,15 @@ def main() -> None:
     figures = json.loads(path.read_text()) if kept else new
     torch.manual_seed(0)
     clients = arguments.clients.split(",") if arguments.clients else list(bench.arrivals)
+    variants = arguments.variants.split(";") if arguments.variants else []
+    if unknown := set(variants) - {*VARIANTS, *OF_RECOMMENDED}:
+        parser.error(f"--variants: there is no {sorted(unknown)}")
     updates = UPDATES if bench.config.preset == "paper" else {}
     cells = [("selection", client) for client in clients] + [("update", name) for name in updates]
     for part, name in cells:
         if part not in arguments.cells or name in figures[part]:
             continue
-        figures[part][name] = bench.selection(name) if part == "selection" else bench.update(name)
+        figures[part][name] = bench.selection(name, variants) if part == "selection" else bench.update(name)
         keep(result, figures)
         print(part, name, json.dumps(figures[part][name]), flush=True)
 
