@@ -53,7 +53,6 @@ NEARER = {"slm": {"interpolation": 0.7}}
 POSTERIOR = {"selection": {"llm_posterior": True}}
 TEACHERS = {"reward": {"teachers": 4}}
 SOFT = {"slm": {"soft_labels": True}}
-JUDGES_ALONE = {"slm": {"intended_labels": False}}
 WHOLE = {"selection": {"fraction": 1.0}}
 # name: sections and fields that lie over the paper's, the later over the earlier
 VARIANTS: dict[str, list[dict[str, dict[str, Any]]]] = {
@@ -72,12 +71,15 @@ VARIANTS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "correct_prior, teachers = 4, soft_labels": [PRIOR, TEACHERS, SOFT],
     "correct_prior, teachers = 4, soft_labels, fraction = 1": [PRIOR, TEACHERS, SOFT, WHOLE],
 }
+# whatever the run itself had of these
+OURS = {"slm": {"soft_labels": True, "intended_labels": True, "interpolation": 1.0}}
+JUDGES_ALONE = {"slm": {"intended_labels": False}}
 OF_RECOMMENDED: dict[str, list[dict[str, dict[str, Any]]]] = {
-    "recommended": [],
-    "interpolation = 0.7": [NEARER],
-    "intended_labels = false": [JUDGES_ALONE],
-    "intended_labels = false, interpolation = 0.7": [JUDGES_ALONE, NEARER],
-    "soft_labels = false, interpolation = 0.7": [{"slm": {"soft_labels": False}}, NEARER],
+    "recommended": [OURS],
+    "interpolation = 0.7": [OURS, NEARER],
+    "intended_labels = false": [OURS, JUDGES_ALONE],
+    "intended_labels = false, interpolation = 0.7": [OURS, JUDGES_ALONE, NEARER],
+    "soft_labels = false, interpolation = 0.7": [OURS, {"slm": {"soft_labels": False}}, NEARER],
 }
 UPDATES: dict[str, list[dict[str, dict[str, Any]]]] = {
     "paper": [],
@@ -180,8 +182,8 @@ class Bench:
                 teachers.accepted(upload, receive_slm(upload, self.task, config))
         return teachers
 
-    def selection(self, client_id: str, chosen: list[str]) -> dict:
-        """Step 5 under each variant, or the chosen ones."""
+    def selection(self, client_id: str, variants: dict[str, list[dict[str, dict[str, Any]]]]) -> dict:
+        """Step 5 under each of the variants."""
         upload = self.upload(client_id)
         arrival = self.arrivals[client_id]
         pool = read_texts(self.run / "synthetic" / f"step-{arrival:04}-pool.jsonl", self.task)
@@ -191,9 +193,7 @@ class Bench:
         encoder = SimpleNamespace(encode=lambda texts: vectors)
         standalone = receive_slm(upload, self.task, self.config).accuracy(self.split.tests[client_id])
         cells = {}
-        for name, fields in (VARIANTS if paper else OF_RECOMMENDED).items():
-            if chosen and name not in chosen:
-                continue
+        for name, fields in variants.items():
             config = varied(self.config, fields)
             teachers, slm = self.teachers(config, arrival), receive_slm(upload, self.task, config)
             judged = teachers.probabilities(slm, upload, pool.texts)
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--cells", default="selection,update", help="which parts to run")
     parser.add_argument("--name", help="of the result, preset-choices-NAME; without it preset-choices")
-    parser.add_argument("--variants", help="of step 5, only these, with semicolons between; all if not given")
+    parser.add_argument("--variants", help="of step 5, with semicolons between; all if not given")
     parser.add_argument("--clients", help="only these clients, with commas between; all if not given")
     arguments = parser.parse_args()
     result = f"{NAME}-{arguments.name}" if arguments.name else NAME
@@ -261,9 +261,11 @@ def main() -> None:
     figures = json.loads(path.read_text()) if kept else new
     torch.manual_seed(0)
     clients = arguments.clients.split(",") if arguments.clients else list(bench.arrivals)
-    variants = arguments.variants.split(";") if arguments.variants else []
-    if unknown := set(variants) - {*VARIANTS, *OF_RECOMMENDED}:
-        parser.error(f"--variants: there is no {sorted(unknown)}")
+    known = VARIANTS if bench.config.preset == "paper" else OF_RECOMMENDED
+    names = arguments.variants.split(";") if arguments.variants else list(known)
+    if unknown := set(names) - set(known):
+        parser.error(f"--variants: there is no {sorted(unknown)}, but {list(known)}")
+    variants = {name: known[name] for name in names}
     updates = UPDATES if bench.config.preset == "paper" else {}
     cells = [("selection", client) for client in clients] + [("update", name) for name in updates]
     for part, name in cells:

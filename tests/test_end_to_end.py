@@ -11,12 +11,17 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
 from crosslm import experiment, reevaluate
+from crosslm import server as server_module
+from crosslm.checkpoint import Checkpoints
 from crosslm.cli import main as cli
 from crosslm.config import Config
 from crosslm.config_file import load
+from crosslm.errors import CollapseError
 from crosslm.experiment import run_local
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
+from crosslm.rundir import RunDir
+from crosslm.synthesis import synthesize
 
 
 @pytest.fixture
@@ -289,6 +294,29 @@ def test_an_upload_that_cannot_be_used_is_an_event_of_the_run(config, tmp_path, 
     summary = run_local(config, tmp_path / "run", tmp_path)
     assert set(summary["slm"]["crosslm"]) == {"client-0", "mean"}
     assert "client client-1: its weight" in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_an_llm_that_breaks_on_a_clients_rewards_is_an_event_of_the_run(config, tmp_path, monkeypatch):
+    """The client is not served, the LLM stays as the one before left it, and the run goes on to its end."""
+    calls = []
+
+    def breaks_at_the_second_arrivals_pool(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise CollapseError("6 of 6 texts could not be written")
+        return synthesize(*arguments)
+
+    monkeypatch.setattr(server_module, "synthesize", breaks_at_the_second_arrivals_pool)
+    summary = run_local(config, tmp_path / "run", tmp_path / "cache")
+    run = RunDir.open(tmp_path / "run")
+    first, second = [event["client_id"] for event in run.events() if event["event"] == "upload"]
+    (failure,) = [event for event in run.events() if event["event"] == "failure"]
+    assert failure["client"] == second
+    assert failure["error"].startswith(f"BrokenLLMError: client {second}: with its rewards the LLM broke")
+    assert set(summary["slm"]["crosslm"]) == {first, "mean"}
+    kept = Checkpoints(run)
+    assert kept.read(1)["adapter"] == kept.read(2)["adapter"] != kept.read(0)["adapter"]
+    assert "LLM broke" in kept.read(2)["cause"]["reason"]
 
 
 def test_without_judge_and_text_the_measures_are_there_and_empty(settings, tmp_path):

@@ -414,6 +414,16 @@ def test_a_cell_made_with_other_settings_is_refused_and_a_new_field_is_not(scale
             driver.is_done(cell, choice, store)
 
 
+@pytest.mark.parametrize("table", ["4", "skew", "clients", "rows", "ablation"])
+def test_each_table_has_a_standalone_to_compare_with(scale, data, table):
+    scale["ablation"] |= {"recommended": {"no Eq. 8": {"llm": {"gamma_kl": 0.0}}}}
+    alone, both = (chosen(scale, data, table, presets=presets) for presets in (["recommended"], []))
+    standalone = {cell.variation.name for cell in plan(alone) if cell.stage == "standalone"}
+    runs = {cell.variation.name for cell in plan(alone) if cell.stage == "run"}
+    assert standalone == ({"base"} if table == "ablation" else runs)
+    assert not [cell for cell in plan(both) if cell.stage == "standalone"]
+
+
 def test_of_a_run_with_another_step_5_the_llm_counts_and_the_slms_do_not(scale, data, tmp_path, quick, monkeypatch):
     output, said = tmp_path / "out", []
     monkeypatch.setattr(Silent, "note", lambda _, message: said.append(message))
@@ -428,8 +438,16 @@ def test_of_a_run_with_another_step_5_the_llm_counts_and_the_slms_do_not(scale, 
     headline = headline_of(output)["recommended"]
     assert headline["nlu_gain"] == 50.0
     assert "slm_gain_vs_data_free_kd" in headline["missing"]
+    rows = {
+        row["name"]: row["cells"]
+        for row in json.loads((output / "test/tables.json").read_text())["tables"]["4"]["rows"]
+    }
+    assert rows[ALL_ROWS][0]["value"] == 0.5  # step 1 does not depend on it either
     with pytest.raises(RunError, match=r"run.json: was made with other settings \(slm.interpolation\)"):
         reproduce(chosen(scale, data, "4"), output, tmp_path)
+    with pytest.raises(RunError, match=r"2 of 14 cells failed"):  # the runs; Table 7 begins with their LLMs
+        reproduce(chosen(scale, data, "7"), output, tmp_path)
+    assert len(list(output.rglob("rte.json"))) == 3
     scale["run"]["llm"]["samples"] = 5
     reproduce(chosen(scale, data, "4", "5"), output, tmp_path, render_only=True)
     assert "preset recommended: gain, points" not in (output / "test/tables.md").read_text()

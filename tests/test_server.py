@@ -12,7 +12,7 @@ from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
 from crosslm.client import Client
 from crosslm.config import Config, SelectionConfig
 from crosslm.enhancement import select
-from crosslm.errors import CollapseError, ModelError, UploadError
+from crosslm.errors import BrokenLLMError, CollapseError, ModelError, UploadError
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
 from crosslm.records import Examples, SyntheticSet
@@ -181,37 +181,72 @@ def test_an_update_that_is_not_finite_is_an_error(models, config, task):
     assert server.llm.fingerprint() == before
 
 
-def test_an_llm_that_breaks_in_a_step_is_taken_back_and_the_upload_refused(models, config, task, upload, monkeypatch):
-    """The LLM that an SLM's rewards have made write nothing is as it was before them, and goes on with the next."""
-    server, undisturbed = (server_for(config, task, models) for _ in range(2))
-    before, wrote = server.llm.fingerprint(), []
+def breaking_at(call, wrote):
+    """Writing that is as ever but at one call, where the LLM writes nothing any more; notes the LLM at each call."""
 
-    def writes_no_pool(llm, *arguments):
+    def writes(llm, *arguments):
         wrote.append(llm.fingerprint())
-        if len(wrote) == 2:
+        if len(wrote) == call:
             raise CollapseError("24 of 24 texts could not be written")
         return synthesize(llm, *arguments)
 
-    monkeypatch.setattr(server_module, "synthesize", writes_no_pool)
-    with pytest.raises(UploadError, match=r"north: with its rewards the LLM broke, .* 24 of 24 texts"):
-        server.step(upload)
-    assert wrote[1] != before == server.llm.fingerprint()
-    assert server.steps == 0
-    download, _ = server.step(upload)
-    expected, _ = undisturbed.step(upload)
+    return writes
+
+
+@pytest.fixture
+def uploads(models, config, task):
+    found = []
+    for name in ("north", "south"):
+        slm = SLM.load(str(models / "bert"), task.labels, 32, len(found))
+        found.append(Client(name, EXAMPLES, slm, config.slm.private, len(found)).train())
+    return found
+
+
+def test_an_llm_that_breaks_in_a_step_is_taken_back_and_the_upload_refused(models, config, task, uploads, monkeypatch):
+    """What an SLM's rewards have done to the LLM, its optimiser and the other judges is as if it had never come."""
+    config = config.model_copy(update={"reward": config.reward.model_copy(update={"teachers": 2})})
+    server, undisturbed = (server_for(config, task, models) for _ in range(2))
+    north, south = uploads
+    wrote = []
+    monkeypatch.setattr(server_module, "synthesize", breaking_at(4, wrote))
+    server.step(north)
+    before = server.llm.fingerprint()
+    with pytest.raises(BrokenLLMError, match=r"south: with its rewards the LLM broke, .* 24 of 24 texts") as refused:
+        server.step(south)
+    assert "24" not in refused.value.told
+    assert wrote[3] != before == server.llm.fingerprint()
+    assert server.steps == 1
+    assert list(server.teachers.members) == ["north"]
+    download, _ = server.step(south)
+    undisturbed.step(north)
+    expected, _ = undisturbed.step(south)
     assert server.llm.fingerprint() == undisturbed.llm.fingerprint()
     assert all(torch.equal(value, expected.slm.weights[name]) for name, value in download.slm.weights.items())
 
 
-def test_a_break_that_cannot_be_taken_back_ends_the_run(models, config, task, upload, monkeypatch):
-    server = server_for(config, task, models, adapter="full")
+def test_an_update_that_breaks_in_its_second_batch_is_taken_back_too(models, config, task, upload, monkeypatch):
+    server = server_for(config, task, models, batch_size=4)
+    before, backward, batches = server.llm.fingerprint(), server._backward, []
 
-    def writes_nothing(*arguments):
-        raise CollapseError("8 of 8 texts could not be written")
+    def broken(*arguments):
+        batches.append(server.llm.fingerprint())
+        return {name: value * float("nan" if len(batches) == 2 else 1) for name, value in backward(*arguments).items()}
 
-    monkeypatch.setattr(server_module, "synthesize", writes_nothing)
-    with pytest.raises(CollapseError, match="8 of 8"):
+    monkeypatch.setattr(server, "_backward", broken)
+    with pytest.raises(BrokenLLMError, match="not finite"):
         server.step(upload)
+    assert batches[1] != before == server.llm.fingerprint()
+
+
+@pytest.mark.parametrize(("adapter", "call"), [("lora", 1), ("full", 2)])
+def test_a_break_that_is_nobodys_or_cannot_be_taken_back_is_an_error(
+    models, config, task, upload, monkeypatch, adapter, call
+):
+    server, wrote = server_for(config, task, models, adapter=adapter), []
+    monkeypatch.setattr(server_module, "synthesize", breaking_at(call, wrote))
+    with pytest.raises(CollapseError, match="24 of 24"):
+        server.step(upload)
+    assert (wrote[0] != wrote[-1]) == (call == 2)
 
 
 def test_the_baseline_takes_the_place_of_the_reward_in_eq_5(models, config, task, upload):

@@ -20,7 +20,7 @@ from test_federation import (  # noqa: F401  fixtures
 
 from crosslm.client import Client
 from crosslm.config import Config, PrivacyConfig
-from crosslm.errors import DataError, FederationError, LeakError, QuarantineError
+from crosslm.errors import BrokenLLMError, DataError, FederationError, LeakError, QuarantineError
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import split
 from crosslm.federation.messages import decode_download, decode_upload, encode
@@ -119,14 +119,27 @@ def test_a_download_that_was_refused_does_not_end_the_silos_part(exchange, kits,
     assert exchange.receive().client_round == upload.client_round + 1
 
 
-def test_a_quarantined_silo_is_told_and_comes_again_as_in_one_process(exchange, kits, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (QuarantineError("0.51 by 40 texts", {"auc": 0.5}), "the gate has quarantined it"),
+        (BrokenLLMError("silo-0: loss nan"), "the LLM could not learn from it"),
+    ],
+)
+def test_a_refused_silo_is_told_without_figures_and_comes_again_as_in_one_process(
+    exchange,  # noqa: F811
+    kits,  # noqa: F811
+    tmp_path,
+    error,
+    told,
+):
     for name in ("silo-0", "silo-1"):
         change(kits / "silos" / name, max_participations=2)
     exchange.config = exchange.config.model_copy(update={"participations": 2})
     exchange.grid.online = ["silo-0"]
     turn(exchange, 2)
     exchange.receive()
-    exchange.refuse("silo-0", 0, QuarantineError("0.51 by 40 texts", {"auc": 0.5}))
+    exchange.refuse("silo-0", 0, error)
     assert exchange.spool.complete("silo-0") == 0
     assert not exchange.finished()
     turn(exchange, 2)
@@ -134,7 +147,7 @@ def test_a_quarantined_silo_is_told_and_comes_again_as_in_one_process(exchange, 
     assert exchange.spool.complete("silo-0") == 1
     silo = Silo(kits / "silos" / "silo-0", tmp_path)  # noqa: F811
     assert silo.installed == 1
-    assert silo.decision(0)["not_used"] == "the gate has quarantined it"  # and none of its figures
+    assert silo.decision(0)["not_used"] == told
     turn(exchange, 2)
     again = exchange.receive()
     assert again.client_round == 1

@@ -168,3 +168,22 @@ def test_attempts_that_cannot_bring_the_missing_texts_are_hopeless():
     assert not is_hopeless(2, 1, 8, 2)  # at a rate of (1 + 3) / 8: 2 * 0.5 ** 2 = 0.5 texts
     assert is_hopeless(4, 1, 8, 2)  # 4 * 0.25 = 1
     assert not is_hopeless(1000, 6, 8, 1)  # a rate of 1, though 9 / 8 are asked for
+    assert not is_hopeless(300, 400, 4000, 64)  # 300 * 0.89925 ** 64 = 0.34 texts
+
+
+def test_attempts_go_on_where_they_bring_texts(models, task):
+    """One candidate in eight is a text, so that most redraws end at once and few of their rows are looked at."""
+
+    class Halting:
+        tokenizer, end_ids, asked = tiny_llm(models, "gpt2").tokenizer, {1}, 0
+
+        def encode(self, text):
+            return self.tokenizer.encode(text)
+
+        def generate(self, prompts, seeds, sampling, on_step):
+            self.asked += 1
+            useful = [self.asked > 1 and seed % 8 == 0 for seed in seeds]
+            return [[*(self.tokenizer.encode("a good day") if good else []), 1] for good in useful]
+
+    sampling = SynthesisConfig(max_attempts=8, batch_size=100_000)
+    assert len(synthesize(Halting(), task, sampling, 400, 1).samples) == 400

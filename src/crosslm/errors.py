@@ -24,13 +24,24 @@ class CollapseError(ModelError):
 class UploadError(CrosslmError):
     """An uploaded or downloaded message does not hold what it must."""
 
+    told: str | None = None
+    """What its silo is told, where it is not to see the message."""
+
 
 class QuarantineError(UploadError):
     """An SLM may not reward the LLM, by what it does on the probe set."""
 
+    told = "the gate has quarantined it"  # not the figures, by which one that is hostile could aim better
+
     def __init__(self, message: str, figures: dict[str, float]) -> None:
         super().__init__(message)
         self.figures = figures
+
+
+class BrokenLLMError(UploadError):
+    """The LLM broke on an SLM's rewards, and has been taken back to what it was before them."""
+
+    told = "the LLM could not learn from it"  # the figures are of the server's LLM
 
 
 class StoppedError(CrosslmError):

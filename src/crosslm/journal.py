@@ -120,7 +120,7 @@ class RunJournal:
     def refused(self, upload: Upload, error: UploadError) -> None:
         """An upload could not be used; what the gate has stopped is kept in ``quarantine/`` with its figures."""
         who = upload.client_id
-        if who not in self.accuracy["crosslm"]:  # its classifier is no measure of anything
+        if who not in self.accuracy["crosslm"]:  # so that all means are of the same clients, those that were served
             self.standalone.pop(who, None)
             self._first.pop(who, None)
             for method in ("standalone", "data_free_kd"):

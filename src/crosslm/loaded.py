@@ -98,6 +98,6 @@ def load_client(
     privacy = config.privacy
     private = plant(rows, slm.tokenizer, len(config.task.labels), privacy.canaries, config.seed, name)
     training = PrivateTraining(privacy, config.federation.participations) if privacy.epsilon else None
-    leaks = LeakCheck(private.texts, privacy, encoder) if encoder and privacy.checks_leaks else None
+    leaks = LeakCheck(private.texts, privacy, encoder) if encoder is not None and privacy.checks_leaks else None
     fit, accept = config.slm.private, config.acceptance
     return make_client(name, private, slm, fit, config.seed, progress, accept, training, leaks, privacy.canaries)

@@ -12,7 +12,7 @@ from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
 from crosslm.classification import label_posteriors
 from crosslm.config import Config
 from crosslm.enhancement import select, train_on_synthetic
-from crosslm.errors import CollapseError, ModelError, UploadError
+from crosslm.errors import BrokenLLMError, CollapseError, ModelError, UploadError
 from crosslm.gate import Gate
 from crosslm.models.encoder import Encoder
 from crosslm.models.llm import LLM
@@ -22,7 +22,7 @@ from crosslm.records import Download, Receipt, SyntheticSet, Upload
 from crosslm.seeding import seed_for
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
-from crosslm.teachers import Teachers
+from crosslm.teachers import Teacher, Teachers
 
 
 @dataclass
@@ -73,22 +73,22 @@ class Server:
         Raises:
             UploadError: the SLM's labels are not the task's, it cannot be rebuilt, it may not reward the LLM, or its
                 rewards broke the LLM; nothing has changed then.
-            ModelError: the update changed nothing; or, after full fine-tuning, which cannot be taken back, it broke
-                the LLM.
+            ModelError: the LLM could not write texts before it had learned anything of this SLM, the update changed
+                nothing, or it broke the LLM after full fine-tuning, which cannot be taken back.
         """
         slm = receive_slm(upload, self.task, self.config)  # step 2: it arrived
         verdict = self.gate.judge(slm, upload) if self.gate else None
-        before = self._snapshot()
+        before, judges = self._snapshot(), dict(self.teachers.members)
         try:
             download, record = self._learn(slm, upload)
         except UploadError:  # the SLM failed on a text that only the updated LLM wrote
-            self._restore(before)
+            self._restore(before, judges)
             raise
         except CollapseError as error:
-            if before is None:
+            if before is None or not self._has_learned(before):  # it is nobody's rewards
                 raise
-            self._restore(before)
-            raise UploadError(
+            self._restore(before, judges)
+            raise BrokenLLMError(
                 f"client {upload.client_id}: with its rewards the LLM broke, which is as it was before them: {error}"
             ) from error
         self.steps += 1
@@ -137,7 +137,12 @@ class Server:
         weights = [parameter.detach().clone() for parameter in self.llm.trainable_parameters()]
         return weights, copy.deepcopy(self.optimizer.state_dict())
 
-    def _restore(self, before: tuple[list[Tensor], dict[str, Any]] | None) -> None:
+    def _has_learned(self, before: tuple[list[Tensor], dict[str, Any]]) -> bool:
+        now = self.llm.trainable_parameters()
+        return not all(torch.equal(parameter, weight) for parameter, weight in zip(now, before[0], strict=True))
+
+    def _restore(self, before: tuple[list[Tensor], dict[str, Any]] | None, judges: dict[str, Teacher]) -> None:
+        self.teachers.members = judges
         if before is None:
             return
         weights, optimizer = before

@@ -72,7 +72,7 @@ def is_hopeless(missing: int, written: int, candidates: int, left: int) -> bool:
     Args:
         missing: texts that have not been written yet.
         written: texts that the last attempt brought.
-        candidates: rows of that attempt.
+        candidates: rows of that attempt that were looked at: those of a text that has been found are not.
         left: candidates that each missing text has left.
 
     Returns:
@@ -149,7 +149,7 @@ def synthesize(
     samples: list[SyntheticText | None] = [None] * count
     for attempt in range(sampling.max_attempts):
         # a redraw is a small batch, which takes as long with several candidates for each text
-        candidates = 1 if attempt == 0 else REDRAW_CANDIDATES
+        candidates, removed_before = 1 if attempt == 0 else REDRAW_CANDIDATES, removed.total()
         wanted = [place for place in range(count) if samples[place] is None for _ in range(candidates)]
         for start in range(0, len(wanted), sampling.batch_size):
             batch = wanted[start : start + sampling.batch_size]
@@ -175,9 +175,10 @@ def synthesize(
                 ids = tuple(tokens) if finished else tokens_of(text, tokens, decode)
                 samples[place] = SyntheticText(text, labels[place], prompt, prompt_ids, ids, text_seed)
             progress.finished(sum(sample is not None for sample in samples))
-        missing, asked = sum(sample is None for sample in samples), len(wanted) // candidates
+        missing, useless = sum(sample is None for sample in samples), removed.total() - removed_before
+        found = len(wanted) // candidates - missing
         left = REDRAW_CANDIDATES * (sampling.max_attempts - 1 - attempt)
-        if not missing or (attempt and is_hopeless(missing, asked - missing, len(wanted), left)):
+        if not missing or (attempt and is_hopeless(missing, found, found + useless, left)):
             break
     complete = [sample for sample in samples if sample is not None]
     if len(complete) < count:

@@ -107,9 +107,11 @@ class Deployment:
         for arrival in self.spool.of(str(cause.get("client"))):
             if arrival.round == cause["round"] and arrival.state in ("received", "processing"):
                 self.spool.serve(arrival.silo, arrival.round, get(state["download"]))
-        for silo, number, reason in state.get("refused", []):
+        for silo, number, reason, told in state.get("refused", []):
             if any(arrival.round == number and arrival.state == "processing" for arrival in self.spool.of(silo)):
-                self._refuse(silo, number, UploadError(reason))  # it was known to be no good, and not yet told
+                error = UploadError(reason)  # it was known to be no good, and not yet told
+                error.told = told
+                self._refuse(silo, number, error)
 
     def _save(self, cause: dict[str, Any], download: bytes | None) -> None:
         put, server = self.checkpoints.put, self.server
@@ -183,7 +185,7 @@ class Deployment:
         else:
             self.run.event("failure", client=who, error=f"{type(error).__name__}: {error}")
         self.spool.note("working on", "")
-        self._keep_events([who, upload.client_round, str(error)])
+        self._keep_events([who, upload.client_round, str(error), error.told])
         self._refuse(who, upload.client_round, error)
 
     def failed(self, silo: str, reason: str) -> None:

@@ -14,7 +14,7 @@ from crosslm.preparation import check_models, client_specs, perplexity_text_of
 from crosslm.progress import Display, Silent
 from crosslm.provenance import commit, machine
 from crosslm.reproduce.benchmarks import BENCHMARKS, load_benchmark
-from crosslm.reproduce.plan import RUN, Cell, Choice, plan
+from crosslm.reproduce.plan import RUN, RUNS_LLM, Cell, Choice, plan
 from crosslm.reproduce.report import write_report
 from crosslm.reproduce.store import Store, differences
 from crosslm.reproduce.work import do, settings_of
@@ -69,13 +69,20 @@ def _sort(cells: Sequence[Cell], choice: Choice, store: Store) -> tuple[list[Cel
         start = replace(cell, stage=RUN)  # of a benchmark, the run whose LLM it begins with
         try:
             if not is_done(cell, choice, store):
-                if start in stale:
+                if start in stale and not has_llm(start, choice, store):
                     stale[cell] = f"{cell.path}: needs the run, whose cell cannot be used"
                 else:
                     todo.append(cell)
         except RunError as error:
             stale[cell] = str(error)
     return todo, list(stale.values())
+
+
+def has_llm(run: Cell, choice: Choice, store: Store) -> bool:
+    """Whether a run that cannot be used for the SLMs has the LLM that it would have now, since step 5 alone differs."""
+    kept = store.read(run)
+    llm = replace(run, stage=RUNS_LLM)
+    return kept is not None and not differences(llm, kept["settings"], settings_of(run, choice))
 
 
 def is_done(cell: Cell, choice: Choice, store: Store) -> bool:

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from crosslm.reproduce import plan
 from crosslm.reproduce.bootstrap import Array, Group, Means, bootstrap
 from crosslm.reproduce.plan import BASE, CEILING, ORIGINAL, RUN, RUNS_LLM, Cell
-from crosslm.reproduce.plan import STANDALONE as STANDALONE_CELL
 from crosslm.seeding import seed_for
 
 OWN_STANDALONE, DATA_FREE_KD, CROSSLM, RETURNED = range(4)
@@ -31,13 +31,15 @@ class Figures:
         return self._kept.get((task, preset, variation, RUN), {})
 
     def llms(self, task: str, preset: str, variation: str = BASE) -> Seeds:
-        """Figures of the runs by seed, also of those whose step 5 was another: of these the LLM's alone hold."""
+        """Figures of the runs by seed, also of those whose step 5 was another.
+
+        What these have of the SLMs that came back does not hold.
+        """
         return self._kept.get((task, preset, variation, RUNS_LLM), {}) | self.runs(task, preset, variation)
 
-    @property
-    def has_llms_of_other_runs(self) -> bool:
-        """Whether :meth:`llms` has more than the runs."""
-        return any(stage == RUNS_LLM for *_, stage in self._kept)
+    def has_other_llms(self, task: str, preset: str, variation: str = BASE) -> bool:
+        """Whether :meth:`llms` has more than :meth:`runs`."""
+        return len(self.llms(task, preset, variation)) > len(self.runs(task, preset, variation))
 
     def slm(self, task: str, preset: str, variation: str = BASE) -> Means | None:
         """Columns Standalone of the run itself, Data-free KD, CrossLM, and what came back: means of all clients.
@@ -157,10 +159,11 @@ class Figures:
 
     def _standalone(self, task: str, variation: str) -> Seeds:
         """By seed a client's digits on all its rows: of the run of preset ``paper``, or else of a cell of their own."""
-        cells = self._kept.get((task, STANDALONE_CELL, variation, STANDALONE_CELL), {})
-        alone = {seed: figures["correct"] for seed, figures in cells.items()}
-        for seed, run in self.runs(task, "paper", variation).items():
-            alone[seed] = {who: digits[OWN_STANDALONE] for who, digits in outcomes(run).items()}
+        cells = self._kept.get((task, plan.STANDALONE, variation, plan.STANDALONE), {})
+        alone = {seed: dict(figures["correct"]) for seed, figures in cells.items()}
+        for seed, run in self.llms(task, "paper", variation).items():
+            of_run = {who: digits[OWN_STANDALONE] for who, digits in outcomes(run).items()}
+            alone[seed] = alone.get(seed, {}) | of_run
         return alone
 
     def _single(self, name: str, task: str, preset: str, variation: str) -> Means | None:

@@ -6,7 +6,7 @@ from crosslm.config import Preset
 from crosslm.reproduce.figures import Figures, has_declined, is_refused, outcomes
 from crosslm.reproduce.plan import Choice, tasks_of, variations
 
-LLMS = ("5", "6", "8")
+LLMS = ("5", "6", "8", "ablation")
 OTHER_STEP_5 = "Seeds count here whose runs had another step 5 too: the LLM of a one-shot run does not depend on it."
 CLASSIFIERS = ("4", "skew", "clients", "rows", "ablation")
 ENDS_UP = (
@@ -29,20 +29,26 @@ MAJORITY = "A start that is no better than the most frequent label has learned n
 
 def notes(key: str, figures: Figures, choice: Choice) -> list[str]:
     """The notes of a table, by its key."""
-    if key in CLASSIFIERS:
-        return [ENDS_UP, SAME_STANDALONE, *kept_their_own(key, figures, choice)]
     said = {"6": [SLM_JUDGES], "7": [MAJORITY, NOISY_LEAST]}.get(key, [])
-    return [*said, OTHER_STEP_5] if key in LLMS and figures.has_llms_of_other_runs else said
+    if key in CLASSIFIERS:
+        said = [ENDS_UP, SAME_STANDALONE, *kept_their_own(key, figures, choice)]
+    others = key in LLMS and any(figures.has_other_llms(*run) for run in _runs(key, choice))
+    return [*said, OTHER_STEP_5] if others else said
 
 
 def kept_their_own(key: str, figures: Figures, choice: Choice) -> list[str]:
     """A line for each run of a table in which clients kept the SLM that they had."""
-    found: dict[str, None] = {}
-    for task in tasks_of(key, choice):
-        for preset in choice.presets:
-            for variation in variations(key, choice, task, preset):
-                found |= dict.fromkeys(_of_runs(task, preset, variation.name, figures))
-    return list(found)
+    return list(dict.fromkeys(line for run in _runs(key, choice) for line in _of_runs(*run, figures)))
+
+
+def _runs(key: str, choice: Choice) -> list[tuple[str, Preset, str]]:
+    """Task, preset and variation of each row of a table."""
+    return [
+        (task, preset, variation.name)
+        for task in tasks_of(key, choice)
+        for preset in choice.presets
+        for variation in variations(key, choice, task, preset)
+    ]
 
 
 def _of_runs(task: str, preset: Preset, variation: str, figures: Figures) -> list[str]:

@@ -15,8 +15,6 @@ from crosslm.reproduce.scale import Scale, Tables, with_split
 TABLES = ("4", "5", "6", "7", "8", "skew", "clients", "rows", "ablation")
 PRESET_NAMES: tuple[Preset, ...] = ("paper", "recommended")
 RUN, CEILING, STANDALONE, ORIGINAL, BASE = "run", "ceiling", "standalone", "original", "base"
-
-
 RUNS_LLM = "llm of run"
 """The LLM's part of a run whose SLMs learned otherwise in step 5 than they would now; kept with the run."""
 
@@ -144,8 +142,9 @@ def _cells(table: str, choice: Choice, seed: int) -> Iterable[Cell]:
             for variation in variations(table, choice, task, preset):
                 if table in ("4", "skew", "clients", "rows"):
                     yield Cell(task, CEILING, variation, seed, CEILING)
-                    if "paper" not in choice.presets:  # whose runs have it
-                        yield Cell(task, STANDALONE, variation, seed, STANDALONE)
+                if "paper" not in choice.presets and table in ("4", "skew", "clients", "rows", "ablation"):
+                    compared = Variation(BASE) if table == "ablation" else variation
+                    yield Cell(task, STANDALONE, compared, seed, STANDALONE)  # the runs of preset paper have it
                 yield Cell(task, preset, variation, seed, RUN)
                 if table == "7":
                     for benchmark in BENCHMARKS:

@@ -103,7 +103,7 @@ def flagged(kept: Kept) -> list[str]:
 
 def differs(kept: Kept, choice: Choice) -> list[str]:
     """What is not as in the paper's section 5, from the settings of the first run that is there."""
-    run = next((content for cell, content in kept.items() if cell.stage == RUN), None)
+    run = next((content for cell, content in kept.items() if cell.stage in (RUN, RUNS_LLM)), None)
     if run is None:
         return []
     config, finetuning = run["settings"]["config"], choice.scale.finetuning

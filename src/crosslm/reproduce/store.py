@@ -19,7 +19,8 @@ from crosslm.reproduce.plan import CEILING, ORIGINAL, RUNS_LLM, STANDALONE, Cell
 from crosslm.rundir import CONFIG, SUMMARY, RunDir
 
 MACHINES_OWN = (("data", "dir"), ("device",))
-SLM_SECTIONS = ("seed", "task", "data", "clients", "privacy")
+CEILING_SECTIONS = ("seed", "task", "data", "clients")
+STANDALONE_SECTIONS = (*CEILING_SECTIONS, "acceptance", "privacy", "federation")
 SLM_FIELDS = ("models", "max_length", "freeze_embeddings", "private")
 STEP_5 = {
     "slm": ("synthetic", "soft_labels", "intended_labels", "interpolation"),
@@ -151,7 +152,8 @@ def _relevant(config: Config, cell: Cell) -> dict[str, Any]:
         return {"llm": {name: dump["llm"][name] for name in ORIGINAL_LLM}}
     if cell.stage in (CEILING, STANDALONE):
         slm = {name: dump["slm"][name] for name in SLM_FIELDS}
-        return {name: dump.get(name) for name in SLM_SECTIONS} | {"slm": slm}
+        sections = CEILING_SECTIONS if cell.stage == CEILING else STANDALONE_SECTIONS
+        return {name: dump.get(name) for name in sections} | {"slm": slm}
     if cell.stage in (*BENCHMARKS, RUNS_LLM) and config.federation.participations == 1:
         for section, names in STEP_5.items():
             dump[section] = {name: value for name, value in dump[section].items() if name not in names}

@@ -39,7 +39,8 @@ class SynthesisConfig(Section):
     batch_size: Positive = 256
     """Texts that are written at once."""
     max_attempts: Positive = 10
-    """A text that had to be removed is drawn again, eight candidates at a time; at most so many times in all."""
+    """A text that had to be removed is drawn again, eight candidates at a time; at most so many times in all, and fewer
+    where the rest could not bring what is missing."""
 
 
 class SelectionConfig(Section):

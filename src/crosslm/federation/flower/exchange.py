@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from crosslm import __version__
 from crosslm.config import FederationConfig
-from crosslm.errors import FederationError, QuarantineError, UploadError
+from crosslm.errors import FederationError, UploadError
 from crosslm.federation import messages
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.flower.replies import Answer, answer_in, pulled
@@ -30,7 +30,7 @@ from crosslm.records import Download, Upload
 POLL = 0.5  # seconds after which each thread looks again, if the other has not woken it
 LONGEST_WAIT = 60.0  # seconds between two attempts at a silo that does not answer
 HEARTBEAT = 5.0  # seconds
-QUARANTINED = "quarantined/"  # and silo and round: the gate stopped that upload
+TOLD = "told/"  # and silo and round: the words that stand for the reason of a refusal
 TELL_REFUSED = 120.0  # seconds at the end of a run for silos to hear that their upload was not used
 logger = logging.getLogger(__name__)
 
@@ -118,8 +118,8 @@ class FlowerExchange:
     def refuse(self, silo: str, number: int, error: Exception) -> None:
         """An upload cannot be used: its silo is told, and is asked for its next one as any other."""
         logger.error("silo %s, round %d: refused: %s", silo, number, error)
-        if isinstance(error, QuarantineError):
-            self.spool.note(f"{QUARANTINED}{silo}/{number}", str(time.time()))
+        if isinstance(error, UploadError) and error.told:
+            self.spool.note(f"{TOLD}{silo}/{number}", error.told)
         self.spool.refuse(silo, number, str(error))
         self._to_carry.set()
 
@@ -291,9 +291,8 @@ class FlowerExchange:
         return [arrival for arrival in arrivals if arrival.state == "refused" and arrival.delivered_at is None]
 
     def _told_of(self, refused: Arrival) -> str:
-        """What a silo is told of its upload: not the gate's figures, by which one that is hostile could aim better."""
-        quarantined = self.spool.fact(f"{QUARANTINED}{refused.silo}/{refused.round}")
-        return "the gate has quarantined it" if quarantined else refused.note
+        """What a silo is told of its upload."""
+        return self.spool.fact(f"{TOLD}{refused.silo}/{refused.round}") or refused.note
 
     def _is_done(self, line: _Line) -> bool:
         return line.over or len(self.spool.of(line.silo)) >= self.config.participations
