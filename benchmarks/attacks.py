@@ -191,7 +191,7 @@ def cell(config: Config, attack: str, trigger: str, place: int, cache: Path) -> 
         path = Path(folder) / "run"
         try:
             run_local(config, path, cache, make_client=Silos(attack, hostile, trigger))
-        except ModelError as error:  # an attack may end a run: its LLM writes nothing any more
+        except ModelError as error:  # an attack may end a run: the LLM that it left cannot write what is measured
             if attack == NONE:
                 raise
             return {"hostile": hostile, "error": str(error)}

@@ -205,19 +205,20 @@ def teacher_section(result: dict) -> list[str]:
 
 NAMES = {
     "demo": "The demo, preset recommended",
-    "demo-before-anchors": "The demo with the same seed and another rounding in the LLM's update (the version before)",
-    "demo-mean-pooling": 'The demo with `pooling = "mean"` for all four clients',
-    "demo-whole-vocabulary": "The demo on the whole vocabulary (`llm.vocabulary_texts = []`)",
+    "demo-judges-alone": "The demo before `slm.intended_labels` was in the preset, and with `slm.interpolation = 0.7`",
+    "demo-before-anchors": "The same with the same seed and another rounding in the LLM's update (the version before)",
+    "demo-mean-pooling": 'The same with `pooling = "mean"` for all four clients',
+    "demo-whole-vocabulary": "The same on the whole vocabulary (`llm.vocabulary_texts = []`)",
     "demo-no-floor": "The demo before `llm.generation_floor` was in the preset",
     "demo-one-teacher": "The demo before `reward.teachers` and `slm.soft_labels` were in the preset, on 400 test rows",
     "demo-100-rows": "The same with half as many rows a silo (rows_per_client = 100, 16 epochs on them)",
     "demo-other-wording": "The same with M(x) and M'(y) as the text, a line break and `Sentiment: ...`",
     "sst2-paper": "SST-2, preset paper",
-    "sst2-recommended": "SST-2, preset recommended",
+    "sst2-recommended": "SST-2, preset recommended before `slm.intended_labels` was in it",
     "sst2-no-floor": "SST-2, preset recommended before `llm.generation_floor` was in it",
     "sst2-one-teacher": "SST-2, preset recommended before `reward.teachers` and `slm.soft_labels` were in it",
     "sst2-one-client-paper": "SST-2, one client of 200 rows, 256 texts to learn from, a pool of 1,024, preset paper",
-    "sst2-one-client-recommended": "SST-2, the same, preset recommended",
+    "sst2-one-client-recommended": "SST-2, the same, preset recommended before `slm.intended_labels` was in it",
 }
 
 
