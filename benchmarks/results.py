@@ -22,7 +22,7 @@ from crosslm.html_report.collect import RunView
 from crosslm.html_report.plots import accuracy_chart, llm_chart
 from crosslm.provenance import provenance
 from crosslm.report import llm_table, slm_table
-from crosslm.reproduce.markdown import markdown
+from crosslm.reproduce.markdown import markdown, markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -67,6 +67,17 @@ def reproduction_section(report: dict, plots: list[str]) -> list[str]:
     """The paper's tables, ours beside the paper's figures, and the plots."""
     lines = ["## The paper's tables", "", "By `crosslm reproduce`. What has not been run is left out.", ""]
     return [*lines, *markdown(report), *(line for name in plots for line in (f"![{name}](plots/{name}.svg)", ""))]
+
+
+def earlier_section(kept: dict) -> list[str]:
+    """A table of `crosslm reproduce` under a preset as it was before."""
+    origin = kept["origin"]
+    return [
+        *markdown_table(kept["table"]),
+        f"Commits {', '.join(f'`{commit[:10]}`' for commit in origin['commits'])}, {', '.join(origin['dates'])}, "
+        f"{'; '.join(origin['machines'])}.",
+        "",
+    ]
 
 
 def as_text(result: dict) -> str:
@@ -334,6 +345,8 @@ def documents() -> dict[Path, str]:
     loaded = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     if "reproduce" in loaded:
         lines += reproduction_section(loaded["reproduce"], sorted(path.stem for path in PLOTS.glob("*.svg")))
+    if "reproduce-judges-alone" in loaded:
+        lines += earlier_section(loaded["reproduce-judges-alone"])
     lines += [
         "From here on: one seed each, unless something else is said, and a few hundred test rows, so that differences "
         "of a few points are noise. The settings are those of the packaged configurations.",
