@@ -171,14 +171,18 @@ def test_both_presets_are_compared_with_the_standalone_of_all_rows():
             Cell("sst2", "paper", Variation(BASE), 0, RUN): run_of(paper),
             Cell("sst2", "recommended", Variation(BASE), 0, RUN): run_of(recommended),
             Cell("sst2", "recommended", Variation(BASE), 1, RUN): run_of(recommended),  # nothing to compare it with
-            # of seed 0 the run of preset paper says the same, and counts
-            Cell("sst2", "standalone", Variation(BASE), 0, "standalone"): {"figures": {"correct": {"a": "0000"}}},
+            Cell("ag_news", "paper", Variation(BASE), 0, RUN): run_of(paper),
+            Cell("ag_news", "recommended", Variation(BASE), 0, RUN): run_of(recommended),
+            Cell("ag_news", "standalone", Variation(BASE), 0, "standalone"): {"figures": {"correct": {"a": "1100"}}},
             Cell("imdb", "recommended", Variation(BASE), 2, RUN): run_of(recommended),
             Cell("imdb", "standalone", Variation(BASE), 2, "standalone"): {"figures": {"correct": {"a": "0100"}}},
         }
     )
     assert figures.gain("imdb", "recommended").point == pytest.approx([1 / 4, 3 / 4])
     assert figures.standalone("imdb").point == pytest.approx([1 / 4])
+    # where there are both, each preset is compared with what was made beside it
+    assert figures.gain("ag_news", "recommended").point == pytest.approx([2 / 4, 3 / 4])
+    assert figures.gain("ag_news", "paper").point == pytest.approx([3 / 4, 4 / 4])
     rows = ours(table_4(figures, ("sst2",), ("paper", "recommended")))
     assert rows[ALL_ROWS][0]["value"] == 0.75
     gain = rows["preset recommended: CrossLM - Standalone, points"][0]

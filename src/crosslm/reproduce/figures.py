@@ -61,7 +61,8 @@ class Figures:
             baseline: the variation of Standalone, if it is another one.
         """
         baseline = variation if baseline is None else baseline
-        alone, ours = self._standalone(task, baseline), self.runs(task, preset, variation)
+        of_all_rows = self._standalone_of_paper if preset == "paper" else self._standalone
+        alone, ours = of_all_rows(task, baseline), self.runs(task, preset, variation)
         pairs = {seed: {"standalone": alone[seed], "crosslm": run} for seed, run in ours.items() if seed in alone}
 
         def groups(pair: dict[str, Any]) -> list[Group] | None:
@@ -158,13 +159,21 @@ class Figures:
     # -- inside ------------------------------------------------------------------------------
 
     def _standalone(self, task: str, variation: str) -> Seeds:
-        """By seed a client's digits on all its rows: of the run of preset ``paper``, or else of a cell of their own."""
-        cells = self._kept.get((task, plan.STANDALONE, variation, plan.STANDALONE), {})
-        alone = {seed: dict(figures["correct"]) for seed, figures in cells.items()}
-        for seed, run in self.llms(task, "paper", variation).items():
-            of_run = {who: digits[OWN_STANDALONE] for who, digits in outcomes(run).items()}
-            alone[seed] = alone.get(seed, {}) | of_run
+        """By seed the clients' digits with all their rows: of a cell of their own, or of the run of preset ``paper``.
+
+        The cell is made beside the runs of preset ``recommended``, by the same machine.
+        """
+        alone = self._standalone_of_paper(task, variation)
+        for seed, figures in self._kept.get((task, plan.STANDALONE, variation, plan.STANDALONE), {}).items():
+            alone[seed] = alone.get(seed, {}) | figures["correct"]
         return alone
+
+    def _standalone_of_paper(self, task: str, variation: str) -> Seeds:
+        """By seed what the SLMs of preset ``paper`` had right when they came."""
+        return {
+            seed: {who: digits[OWN_STANDALONE] for who, digits in outcomes(run).items()}
+            for seed, run in self.llms(task, "paper", variation).items()
+        }
 
     def _single(self, name: str, task: str, preset: str, variation: str) -> Means | None:
         def groups(run: dict[str, Any]) -> list[Group] | None:
