@@ -20,6 +20,7 @@ from crosslm import errors
 from crosslm.cli import main as cli
 from crosslm.cli.stopping import StopRequest
 from crosslm.errors import (
+    BrokenLLMError,
     CollapseError,
     ConfigError,
     CrosslmError,
@@ -83,6 +84,20 @@ def weights_not_finite(monkeypatch):
     monkeypatch.setattr(experiment.Client, "train", damaged)
 
 
+def llm_breaks_in_each_arrival(monkeypatch):
+    from crosslm import server
+
+    synthesize = server.synthesize
+
+    def breaks(llm, *arguments):
+        if llm.fingerprint() != untrained.setdefault("llm", llm.fingerprint()):
+            raise CollapseError("it writes nothing")
+        return synthesize(llm, *arguments)
+
+    untrained = {}
+    monkeypatch.setattr(server, "synthesize", breaks)
+
+
 def ctrl_c_while_a_client_trains(monkeypatch):
     from crosslm import experiment
 
@@ -113,6 +128,11 @@ CASES = {
         r"run: no client could be served; when this is mended, run again:"
         r".*UploadError: client north: its weight \S+ is not finite; lower",
     ),
+    BrokenLLMError: (
+        ("run", "tickets.toml", "--output", "run", *OVERRIDES),
+        llm_breaks_in_each_arrival,
+        r"no client could be served.*BrokenLLMError: client north: with its rewards the LLM broke.*look at that client",
+    ),
     QuarantineError: (
         ("run", "tickets.toml", "--output", "run", *OVERRIDES, *STRICT_GATE),
         None,
@@ -138,13 +158,14 @@ CASES = {
 }
 ENDS = {
     UploadError: (2, [UnservedError]),
+    BrokenLLMError: (2, [UnservedError]),
     QuarantineError: (2, [UnservedError]),
     LeakError: (0, []),
     StoppedError: (130, None),
 }
 """Exit code, and the class that the command line catches, where they are not 2 and the class itself.
 
-Three of them end one client's arrival and not the run, which says so while it goes on. It fails if it has served
+Four of them end one client's arrival and not the run, which says so while it goes on. It fails if it has served
 nobody; a client that was served and has not taken its SLM back does not make it fail.
 """
 

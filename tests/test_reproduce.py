@@ -262,7 +262,7 @@ def quick(monkeypatch):
     calls = []
     monkeypatch.setattr(work, "run_local", fake_run(calls))
     monkeypatch.setattr(work, "ceiling", lambda *_: {"correct": {"client-0": "1111"}, "rows": 4})
-    monkeypatch.setattr(work, "standalone", lambda *_: {"correct": {"client-0": "1000"}})
+    monkeypatch.setattr(work, "standalone", lambda *_: {"correct": {"client-0": "1100"}})
     monkeypatch.setattr(work, "benchmark", lambda cell, *_: dict(BENCHMARKED))
     monkeypatch.setattr(report, "can_plot", lambda: False)
     return calls
@@ -568,7 +568,7 @@ def test_the_tables_are_of_everything_that_is_there(scale, data, tmp_path, quick
     reproduce(chosen(scale, data, "4", "7", seeds=2), tmp_path / "out", tmp_path)
     text = (tmp_path / "out/test/tables.md").read_text()
     assert "### Label skew" in text
-    assert "| SST-2, preset recommended, 1 | 0.250 " in text  # Standalone's cell, for which preset paper need not run
+    assert "| SST-2, preset recommended, 1 | 0.500 " in text  # Standalone's cell, for which preset paper need not run
     assert "SST-2, preset paper, 1 " not in text  # has not been run
     assert "sst2/recommended/base/seed-0 (arrival 1)" in text
     assert "Label skew: Dirichlet with alpha 100.0" in text

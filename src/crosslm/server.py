@@ -89,7 +89,8 @@ class Server:
                 raise
             self._restore(before, judges)
             raise BrokenLLMError(
-                f"client {upload.client_id}: with its rewards the LLM broke, which is as it was before them: {error}"
+                f"client {upload.client_id}: with its rewards the LLM broke, and is as it was before them; "
+                f"look at that client's data: {error}"
             ) from error
         self.steps += 1
         if self.gate and verdict:
