@@ -430,7 +430,10 @@ def test_of_a_run_with_another_step_5_the_llm_counts_and_the_slms_do_not(scale, 
     reproduce(chosen(scale, data, "4", "5"), output, tmp_path)
     scale["run"]["slm"]["interpolation"] = 0.25
     reproduce(chosen(scale, data, "4", "5"), output, tmp_path, render_only=True)
-    assert "warning: sst2/paper/base/seed-0/run was made with another step 5: only its LLM is in the tables" in said
+    assert (
+        "warning: sst2/paper/base/seed-0/run was made with another step 5: what came back to its clients is in no table"
+        in said
+    )
     text = (output / "test/tables.md").read_text()
     assert "| preset recommended: gain, points | +50.0 " in text
     assert "preset recommended: CrossLM" not in text

@@ -12,6 +12,24 @@ from crosslm.synthesis import REDRAW_CANDIDATES, clean, draw_labels, is_hopeless
 SAMPLING = SynthesisConfig(max_new_tokens=12, max_attempts=100)
 
 
+class Scripted:
+    """An LLM whose writing is made up by a function of it, of the number of rows, their seeds and who is told of them."""
+
+    end_ids = frozenset({1})
+
+    def __init__(self, models, write):
+        self.tokenizer, self.write, self.calls, self.rows = tiny_llm(models, "gpt2").tokenizer, write, 0, 0
+        self.good_day = [*self.encode("a good day"), 1]
+
+    def encode(self, text):
+        return self.tokenizer.encode(text)
+
+    def generate(self, prompts, seeds, sampling, on_step):
+        self.calls += 1
+        self.rows += len(prompts)
+        return self.write(self, len(prompts), seeds, on_step)
+
+
 def test_eq_2_labels_are_uniform_and_follow_the_seed():
     counts = Counter(draw_labels(30_000, 3, seed=1))
     assert set(counts) == {0, 1, 2}
@@ -115,22 +133,14 @@ def test_texts_are_told_while_their_batch_is_written_and_taken_back_if_they_are_
 
 
 def test_the_rows_that_ended_are_the_texts_that_are_told(models, task):
-    class Written:
+    def write(llm, rows, seeds, on_step):
         """Ten rows of which one ends with each token, and nothing of which is used at first."""
-
-        tokenizer, end_ids, calls = tiny_llm(models, "gpt2").tokenizer, {1}, 0
-
-        def encode(self, text):
-            return self.tokenizer.encode(text)
-
-        def generate(self, prompts, seeds, sampling, on_step):
-            self.calls += 1
-            for ended in range(10):
-                on_step(len(prompts) - ended * len(prompts) // 10)
-            return [[1] if self.calls == 1 else [*self.tokenizer.encode("a good day"), 1] for _ in prompts]
+        for ended in range(10):
+            on_step(rows - ended * rows // 10)
+        return [[1] if llm.calls == 1 else llm.good_day for _ in range(rows)]
 
     told = []
-    synthetic = synthesize(Written(), task, SAMPLING, 10, 1, told.append)
+    synthetic = synthesize(Scripted(models, write), task, SAMPLING, 10, 1, told.append)
     assert told == [1] * 9 + [-9] + [1] * 9 + [1]
     assert (len(synthetic.samples), synthetic.removed) == (10, {"empty": 10})
     assert synthetic.tokens_generated == sum(range(1, 11)) * 9  # ten rows, and then eight for each text
@@ -145,20 +155,11 @@ def test_a_model_that_cannot_write_ends_with_the_reasons(models, task):
 
 
 def test_a_model_that_writes_nothing_more_is_given_up(models, task):
-    class Silent:
-        tokenizer, end_ids, rows = tiny_llm(models, "gpt2").tokenizer, {1}, 0
+    def write(llm, rows, seeds, on_step):
+        """Nine of twenty are written at once, and never another."""
+        return [llm.good_day if llm.calls == 1 and row < 9 else [1] for row in range(rows)]
 
-        def encode(self, text):
-            return self.tokenizer.encode(text)
-
-        def generate(self, prompts, seeds, sampling, on_step):
-            written = [[1] for _ in prompts]
-            if not self.rows:  # nine of twenty are written at once, and never another
-                written[:9] = [[*self.tokenizer.encode("a good day"), 1]] * 9
-            self.rows += len(prompts)
-            return written
-
-    llm = Silent()
+    llm = Scripted(models, write)
     with pytest.raises(CollapseError, match=r"11 of 20 texts could not be written in 2 attempts each"):
         synthesize(llm, task, SynthesisConfig(max_attempts=10), 20, 1)
     assert llm.rows == 20 + 11 * REDRAW_CANDIDATES
@@ -174,16 +175,8 @@ def test_attempts_that_cannot_bring_the_missing_texts_are_hopeless():
 def test_attempts_go_on_where_they_bring_texts(models, task):
     """One candidate in eight is a text, so that most redraws end at once and few of their rows are looked at."""
 
-    class Halting:
-        tokenizer, end_ids, asked = tiny_llm(models, "gpt2").tokenizer, {1}, 0
-
-        def encode(self, text):
-            return self.tokenizer.encode(text)
-
-        def generate(self, prompts, seeds, sampling, on_step):
-            self.asked += 1
-            useful = [self.asked > 1 and seed % 8 == 0 for seed in seeds]
-            return [[*(self.tokenizer.encode("a good day") if good else []), 1] for good in useful]
+    def write(llm, rows, seeds, on_step):
+        return [llm.good_day if llm.calls > 1 and seed % 8 == 0 else [1] for seed in seeds]
 
     sampling = SynthesisConfig(max_attempts=8, batch_size=100_000)
-    assert len(synthesize(Halting(), task, sampling, 400, 1).samples) == 400
+    assert len(synthesize(Scripted(models, write), task, sampling, 400, 1).samples) == 400

@@ -16,7 +16,7 @@ TABLES = ("4", "5", "6", "7", "8", "skew", "clients", "rows", "ablation")
 PRESET_NAMES: tuple[Preset, ...] = ("paper", "recommended")
 RUN, CEILING, STANDALONE, ORIGINAL, BASE = "run", "ceiling", "standalone", "original", "base"
 RUNS_LLM = "llm of run"
-"""The LLM's part of a run whose SLMs learned otherwise in step 5 than they would now; kept with the run."""
+"""A run whose SLMs learned otherwise in step 5 than they would now; what came back to its clients does not count."""
 
 
 @dataclass(frozen=True)

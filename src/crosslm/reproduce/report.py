@@ -55,7 +55,7 @@ def write_report(store: Store, choice: Choice, on_news: Callable[[str], None], p
 def kept_cells(store: Store, choice: Choice, on_news: Callable[[str], None]) -> Kept:
     """All kept cells of a choice that were made with its settings.
 
-    Of a run that differs in step 5 alone the LLM's part, which does not depend on it, is under ``RUNS_LLM``.
+    A run that differs in step 5 alone is under ``RUNS_LLM``: its LLM, and the SLMs that came, do not depend on it.
     """
     found: Kept = {}
     for cell in may_be_kept(choice):
@@ -70,7 +70,7 @@ def kept_cells(store: Store, choice: Choice, on_news: Callable[[str], None]) -> 
         if not differences(cell, kept["settings"], now):
             found[cell] = kept
         elif cell.stage == RUN and not differences(of_llm, kept["settings"], now):
-            on_news(f"warning: {cell.path} was made with another step 5: only its LLM is in the tables")
+            on_news(f"warning: {cell.path} was made with another step 5: what came back to its clients is in no table")
             found[of_llm] = kept
         else:
             on_news(f"warning: {cell.path} was made with other settings and is left out of the tables")
@@ -131,7 +131,7 @@ def differs(kept: Kept, choice: Choice) -> list[str]:
         "treebank's `<unk>` is read as characters, since the LLM has never been trained on a token for it.",
         "Preset recommended: its fields were compared on 400 test rows of SST-2 with one seed "
         "(`benchmarks/preset_choices.py`), so that its figures on SST-2 flatter it; `slm.intended_labels` and "
-        "`slm.interpolation` on validation rows of AG News and Yahoo! Answers.",
+        "`slm.interpolation` on validation rows of AG News (whose figures were not kept) and Yahoo! Answers.",
     ]
 
 
