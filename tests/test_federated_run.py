@@ -371,6 +371,9 @@ def test_what_was_refused_is_still_known_after_a_restart(tables, local, tmp_path
     assert [event["client"] for event in events(kit / "run", "failure")] == ["silo-2"]
     assert not [event for event in events(kit / "run", "note") if event["message"] == "cut off"]
     assert [(silo, number) for silo, number, _ in again] == [(first.client_id, 0)]  # the second was not yet begun
+    assert [error.told for *_, error in again] == [
+        "the gate has quarantined it"
+    ]  # its silo hears no figures now either
     assert deployment.server.steps == 0
     server.close()
 

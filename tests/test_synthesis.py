@@ -13,7 +13,7 @@ SAMPLING = SynthesisConfig(max_new_tokens=12, max_attempts=100)
 
 
 class Scripted:
-    """An LLM whose writing is made up by a function of it, of the number of rows, their seeds and who is told of them."""
+    """An LLM whose writing is made up by a function of it, the number of rows, their seeds and who is told of them."""
 
     end_ids = frozenset({1})
 
