@@ -24,7 +24,7 @@ LAYERS = [
     {"models.vocabulary"},
     {"models.architecture"},
     {"models.decoding", "models.pooling", "models.rows", "leaks"},
-    {"models.causal", "models.pretrained"},
+    {"models.causal", "models.pretrained", "models.graph_decoding"},
     {"models.llm", "models.slm", "canaries", "privacy"},
     {"models.private_mean", "models.accounting"},
     {"models.private_layers"},

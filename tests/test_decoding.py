@@ -1,11 +1,15 @@
-"""Temperature, top-k and nucleus sampling."""
+"""Temperature, top-k and nucleus sampling; the step that a GPU records against the plain one."""
 
+import pytest
 import torch
+from conftest import tiny_llm
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from crosslm.config import SynthesisConfig
-from crosslm.models.decoding import sample_tokens
+from crosslm.models.decoding import decode, sample_tokens
+from crosslm.models.graph_decoding import can_be_recorded, decode_recorded
 
 LOGITS = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
 
@@ -42,3 +46,51 @@ def test_only_the_top_k_are_ever_drawn(seed, top_k, top_p):
     tokens = sample_tokens(*torch.topk(logits, min(top_k, 50)), uniforms, how)
     ranks = (logits > logits.gather(1, tokens.unsqueeze(1))).sum(dim=1)
     assert (ranks < top_k).all()
+
+
+PROMPTS = [(3, 4, 5, 6, 7, 8, 9), (10, 11), (3, 4, 5, 6, 7, 8, 9), (12,), (10, 11), (13, 14, 15)] * 2
+
+
+def written(how, llm, prompts, seeds, sampling, has_ended):
+    """Tokens, and how many were counted at each step."""
+    steps: list[int] = []
+    causal = llm.model.get_base_model()
+    parts = causal.base_model, causal.get_output_embeddings().weight, causal.config
+    return how(*parts, prompts, seeds, sampling, has_ended, steps.append), steps
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+def test_the_recorded_step_writes_what_the_plain_one_writes(models, family, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    llm, longest = tiny_llm(models, family), 9 if family == "gemma3" else 21  # its window is 16
+    llm.model.to(device)
+    seeds, sampling = range(100, 100 + len(PROMPTS)), SynthesisConfig(max_new_tokens=longest)
+    plain = written(decode, llm, PROMPTS, seeds, sampling, lambda tokens: tokens[-1] % 8 == 0)
+    assert len(set(map(len, plain[0]))) > 3  # rows end early, and not together
+    assert written(decode_recorded, llm, PROMPTS, seeds, sampling, lambda tokens: tokens[-1] % 8 == 0) == plain
+    # nothing ends: all of the room is used
+    plain = written(decode, llm, PROMPTS[:3], seeds[:3], sampling, lambda _: False)
+    assert written(decode_recorded, llm, PROMPTS[:3], seeds[:3], sampling, lambda _: False) == plain
+    assert [len(text) for text in plain[0]] == [longest] * 3
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_texts_of_one_token_or_few_are_recorded_too(models, tokens):
+    llm, sampling = tiny_llm(models, "gemma3"), SynthesisConfig(max_new_tokens=tokens)
+    for ended in (lambda _: False, lambda _: True):
+        plain = written(decode, llm, PROMPTS, range(len(PROMPTS)), sampling, ended)
+        assert written(decode_recorded, llm, PROMPTS, range(len(PROMPTS)), sampling, ended) == plain
+
+
+def test_which_models_a_graph_can_replay(models):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    gemma, gpt2 = (AutoConfig.from_pretrained(models / family) for family in ("gemma3", "gpt2"))
+    assert can_be_recorded(gpt2, gpu, 100)
+    assert not can_be_recorded(gpt2, cpu, 100)
+    # beyond the window a layer would have to forget
+    assert can_be_recorded(gemma, gpu, gemma.sliding_window - 8)
+    assert not can_be_recorded(gemma, gpu, gemma.sliding_window)
+    gemma.model_type = "mixtral"
+    assert not can_be_recorded(gemma, gpu, 10)

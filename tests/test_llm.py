@@ -13,7 +13,7 @@ from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.errors import ConfigError, ModelError
 from crosslm.models.causal import weight_dtype
 from crosslm.models.llm import LLM
-from crosslm.models.tokens import distinct_tokens, verbalizer_ids
+from crosslm.models.tokens import TextEnd, distinct_tokens, verbalizer_ids
 
 FAMILIES = ("gpt2", "llama", "gemma3")
 TEXTS = ["a good film and a kind one.", "a bad day.", "a sour book and a cold room."]
@@ -259,6 +259,21 @@ def test_sampling_ends_at_a_stop_string_and_counts_its_tokens(models, family):
         assert "o" not in text
         assert "e" not in text
     assert any(len(tokens) < 40 for tokens in written)
+
+
+@pytest.mark.parametrize("stop", [("o", "e"), ("in", "d t"), ("é", "n"), (" ",), (), ("<|end", "zz")])
+def test_a_text_ends_where_decoding_all_of_it_says_so(models, family, stop):
+    tokenizer = tiny_llm(models, family).tokenizer
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        tokens = torch.randint(2, len(tokenizer), (30,), generator=generator).tolist()
+        ended = TextEnd(tokenizer, {7}, stop)
+        for count in range(1, len(tokens) + 1):
+            text = tokenizer.decode(tokens[:count])
+            expected = tokens[count - 1] == 7 or any(string in text for string in stop)
+            assert ended(tokens[:count]) == expected
+            if expected:
+                break
 
 
 def test_the_adapter_loads_with_peft_and_gives_the_same_scores(models, family, tmp_path):

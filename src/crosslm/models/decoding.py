@@ -8,6 +8,7 @@ does not depend on the rows beside it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -69,24 +70,13 @@ def decode(
     Returns:
         Sampled tokens of each text, in the order of ``prompts``.
     """
-    device = head.device
-    uniforms = torch.from_numpy(
-        np.stack([np.random.default_rng(seed).random(sampling.max_new_tokens) for seed in seeds])
-    ).to(device=device, dtype=torch.float32)
-    different = list(dict.fromkeys(prompts))
-    ids, mask = _pad_left(different, device)
-    cache = DynamicCache(config=config)
-    output = backbone(
-        input_ids=ids, attention_mask=mask, position_ids=_positions(mask), past_key_values=cache, use_cache=True
-    )
-    place = torch.tensor([different.index(prompt) for prompt in prompts], device=device)
-    cache.batch_select_indices(place)
-    hidden, mask = output.last_hidden_state[place, -1], mask[place]
+    read = read_prompts(backbone, config, prompts, seeds, sampling, head.device)
+    hidden, mask, cache, device = read.hidden, read.mask, read.cache, head.device
     texts: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # the texts that the rows of the batch belong to
     for position in range(sampling.max_new_tokens):
         logits, candidates = top_logits(hidden, head, sampling.top_k)
-        tokens = sample_tokens(logits, candidates, uniforms[active, position], sampling)
+        tokens = sample_tokens(logits, candidates, read.uniforms[active, position], sampling)
         for text, token in zip(active, tokens.tolist(), strict=True):
             texts[text].append(token)
         on_step(len(active))
@@ -108,6 +98,41 @@ def decode(
         )
         hidden = output.last_hidden_state[:, -1]
     return texts
+
+
+@dataclass(frozen=True)
+class ReadPrompts:
+    """A batch whose prompts have been read, a row for each text."""
+
+    hidden: Tensor
+    """``(batch, hidden)``, after the last token."""
+    mask: Tensor
+    """``(batch, prompt)``, 0 where a shorter prompt is padded, on the left."""
+    cache: DynamicCache
+    uniforms: Tensor
+    """``(batch, max_new_tokens)``, the random numbers that each row draws its tokens by."""
+
+
+def read_prompts(
+    backbone: Callable[..., Any],
+    config: Any,
+    prompts: Sequence[tuple[int, ...]],
+    seeds: Sequence[int],
+    sampling: SynthesisConfig,
+    device: torch.device,
+) -> ReadPrompts:
+    """Read each different prompt once and repeat what came of it; arguments as in :func:`decode`."""
+    numbers = np.stack([np.random.default_rng(seed).random(sampling.max_new_tokens) for seed in seeds])
+    uniforms = torch.from_numpy(numbers).to(device=device, dtype=torch.float32)
+    different = list(dict.fromkeys(prompts))
+    ids, mask = _pad_left(different, device)
+    cache = DynamicCache(config=config)
+    output = backbone(
+        input_ids=ids, attention_mask=mask, position_ids=_positions(mask), past_key_values=cache, use_cache=True
+    )
+    place = torch.tensor([different.index(prompt) for prompt in prompts], device=device)
+    cache.batch_select_indices(place)
+    return ReadPrompts(output.last_hidden_state[place, -1], mask[place], cache, uniforms)
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

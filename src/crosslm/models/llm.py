@@ -23,8 +23,9 @@ from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.errors import ModelError
 from crosslm.models.causal import check_head, head_weight, load_causal, lora_config
 from crosslm.models.decoding import decode
+from crosslm.models.graph_decoding import can_be_recorded, decode_recorded
 from crosslm.models.head import head_logps, head_scores
-from crosslm.models.tokens import distinct_tokens, encode
+from crosslm.models.tokens import TextEnd, distinct_tokens, encode
 
 ADAPTER = "default"  # peft's name for the only adapter
 SCORING_BATCH = 32
@@ -139,18 +140,12 @@ class LLM:
             The sampled tokens of each text, with the token that ended it: the end-of-sequence
             token or the one that completed a stop string.
         """
-        ends = self.end_ids
-
-        def has_ended(tokens: list[int]) -> bool:
-            if tokens[-1] in ends:
-                return True
-            # a stop string that is now complete ends within the last tokens
-            tail = self.tokenizer.decode(tokens[-8:])
-            return any(stop in tail for stop in sampling.stop)
-
+        has_ended = TextEnd(self.tokenizer, self.end_ids, sampling.stop)
         with self._merged():
             backbone, config = self._causal().base_model, self._causal().config
-            return decode(backbone, self._head(), config, prompts, seeds, sampling, has_ended, on_step)
+            longest = max(map(len, prompts)) + sampling.max_new_tokens
+            how = decode_recorded if can_be_recorded(config, self.device, longest) else decode
+            return how(backbone, self._head(), config, prompts, seeds, sampling, has_ended, on_step)
 
     # -- step 4 ------------------------------------------------------------------------------
 

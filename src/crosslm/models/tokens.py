@@ -1,6 +1,6 @@
 """Texts and verbalizers as tokens of the LLM; needs its tokenizer and not its weights."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -42,6 +42,35 @@ def verbalizer_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[tuple
                 )
         found.append(tuple(ids))
     return found
+
+
+class TextEnd:
+    """Whether a text is complete: its last token is an end-of-sequence token or has completed a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Collection[int | None], stop: Sequence[str]) -> None:
+        """What ends a text; a stop string is looked for in its last eight tokens."""
+        self._tokenizer, self._ends, self._stop = tokenizer, ends, stop
+        self._last = {string[-1] for string in stop}
+        # a character of several bytes can be of several tokens, and a token alone is decoded without its space
+        self._by_one_token = all(character.isascii() and character != " " for character in self._last)
+        self._completes: dict[int, bool] = {}
+
+    def __call__(self, tokens: list[int]) -> bool:
+        """Look at what was sampled so far; to be asked after each token."""
+        if tokens[-1] in self._ends:
+            return True
+        if not self._can_complete(tokens[-1]):
+            return False
+        tail = self._tokenizer.decode(tokens[-8:])
+        return any(string in tail for string in self._stop)
+
+    def _can_complete(self, token: int) -> bool:
+        """Whether a stop string's last character is in this token; decoding eight for each text takes longer."""
+        if not self._by_one_token:
+            return True
+        if token not in self._completes:
+            self._completes[token] = not self._last.isdisjoint(self._tokenizer.decode([token]))
+        return self._completes[token]
 
 
 def distinct_tokens(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
