@@ -107,7 +107,8 @@ class Plain:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             server.optimizer.step()
-            log.append({"loss": float(loss), "generation_loss": float(generation), "kl_loss": float(kl)})
+            losses = {"loss": loss, "generation_loss": generation, "kl_loss": kl}
+            log.append({name: float(value.detach()) for name, value in losses.items()})
         return log
 
 

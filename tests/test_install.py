@@ -7,11 +7,13 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
 import crosslm
+from crosslm import rundir
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -90,3 +92,14 @@ def test_what_the_wheel_installs_works_once_activated(clone, tmp_path):
 
 def files_of(folder):
     return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+
+
+def test_a_source_that_was_never_installed_can_make_a_run(monkeypatch):
+    def of_others(package):
+        if package == "crosslm":
+            raise PackageNotFoundError(package)
+        return "1.2.3"
+
+    monkeypatch.setattr(rundir, "version", of_others)
+    assert rundir.versions()["crosslm"] == crosslm.__version__
+    assert rundir.versions()["torch"] == "1.2.3"

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crosslm import __version__
 from crosslm.config import Config
 from crosslm.errors import RunError
 from crosslm.files import PARTIAL, alone, write_whole
@@ -337,5 +338,7 @@ def last_unfinished(folder: Path, name: str) -> Path | None:
 
 def versions() -> dict[str, str]:
     """Versions of what a run's numbers depend on."""
-    packages = ("crosslm", "torch", "transformers", "peft", "sentence-transformers", "tokenizers", "numpy")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    packages = ("torch", "transformers", "peft", "sentence-transformers", "tokenizers", "numpy")
+    # crosslm itself may be run from its source, not installed
+    own = {"python": platform.python_version(), "crosslm": __version__}
+    return own | {package: version(package) for package in packages}
