@@ -86,11 +86,25 @@ def test_texts_of_one_token_or_few_are_recorded_too(models, tokens):
 
 def test_which_models_a_graph_can_replay(models):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    gemma, gpt2 = (AutoConfig.from_pretrained(models / family) for family in ("gemma3", "gpt2"))
-    assert can_be_recorded(gpt2, gpu, 100)
-    assert not can_be_recorded(gpt2, cpu, 100)
-    # beyond the window a layer would have to forget
+
+    def config(family, **changes):
+        found = AutoConfig.from_pretrained(models / family, attn_implementation="sdpa")
+        for name, value in changes.items():
+            setattr(found, name, value)
+        return found
+
+    gpt2, gemma, llama = config("gpt2"), config("gemma3"), config("llama")
+    assert can_be_recorded(gpt2, gpu, gpt2.n_positions)
+    assert can_be_recorded(llama, gpu, 100)
     assert can_be_recorded(gemma, gpu, gemma.sliding_window - 8)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    # a row that has ended would count beyond the last position
+    assert not can_be_recorded(gpt2, gpu, gpt2.n_positions + 1)
+    # beyond the window a layer would have to forget
     assert not can_be_recorded(gemma, gpu, gemma.sliding_window)
-    gemma.model_type = "mixtral"
-    assert not can_be_recorded(gemma, gpu, 10)
+    assert not can_be_recorded(config("gpt2", model_type="mixtral"), gpu, 10)
+    assert not can_be_recorded(config("llama", rope_parameters=rope), gpu, 10)
+    assert not can_be_recorded(config("gpt2", _attn_implementation="flash_attention_2"), gpu, 10)
+    nested = {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {"rope_type": "default"}}
+    assert not can_be_recorded(config("gemma3", rope_parameters=nested), gpu, 8)
+    assert not can_be_recorded(gpt2, cpu, 10)

@@ -3,11 +3,13 @@
 Not the plain version, of which a step of a small model is some hundred kernels of a few microseconds each, and the
 processor needs longer to launch them than the GPU to run them. A CUDA graph launches all of them at once. It replays
 the same kernels on the same memory, so nothing may change its shape: the cache has room for the longest text from the
-start, what is not yet written is masked, and rows that have ended stay in the batch, where they cost next to nothing.
+start, what is not yet written is masked, and rows that have ended stay in the batch.
 Each row draws from its own random numbers, as in the plain version, and gets the same tokens up to rounding.
 ``tests/test_decoding.py`` holds both side by side.
 """
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,15 +23,27 @@ from crosslm.models.decoding import read_prompts, sample_tokens
 from crosslm.models.head import top_logits
 
 RECORDABLE = ("gemma3_text", "gpt2", "llama")
-"""Families whose step never asks the GPU for a value, which a graph cannot do."""
+"""Families whose step never asks the GPU for a value, which a graph cannot do, but for some kinds of positions."""
+ASKING_ROPE = {"dynamic", "longrope"}
+READS_A_BIAS = {"eager", "sdpa"}  # kinds of attention that take a mask which is added
+_recording = threading.Lock()
 ALIGNMENT = 8  # of the rows of a mask; else the attention kernel copies it into such rows
 
 
 def can_be_recorded(config: Any, device: torch.device, longest: int) -> bool:
     """Whether this model's step is one that a graph can replay up to so many tokens, prompt and text together."""
     window = getattr(config, "sliding_window", None)
-    fits = window is None or longest + ALIGNMENT <= window
-    return device.type == "cuda" and config.model_type in RECORDABLE and fits
+    # a row that has ended goes on counting its positions
+    fits = longest <= config.max_position_embeddings and (window is None or longest + ALIGNMENT <= window)
+    known = config.model_type in RECORDABLE and config._attn_implementation in READS_A_BIAS
+    return device.type == "cuda" and known and fits and ASKING_ROPE.isdisjoint(_rope_types(config))
+
+
+def _rope_types(config: Any) -> set[str | None]:
+    """Kinds of rotary positions; Gemma 3 has one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    tables = [parameters, *(table for table in parameters.values() if isinstance(table, dict))]
+    return {table.get("rope_type") for table in tables}
 
 
 @torch.inference_mode()
@@ -48,6 +62,7 @@ def decode_recorded(
     logits, candidates = top_logits(read.hidden, head, sampling.top_k)
     tokens = sample_tokens(logits, candidates, read.uniforms[:, 0], sampling)
     step = Step(backbone, head, read.cache, read.mask, tokens, read.uniforms, sampling)
+    del read  # its cache has been copied
     texts: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
     advance: Callable[[], None] = step
@@ -69,11 +84,21 @@ def recorded(step: "Step") -> Callable[[], None]:
     """A step as a graph, not yet run; on the CPU, which has none, the step itself."""
     if step.tokens.device.type != "cuda":
         return step
-    graph = torch.cuda.CUDAGraph()
-    # other threads may use the GPU meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    device, graph = step.tokens.device, torch.cuda.CUDAGraph()
+    # a process can record one graph at a time; other threads may use the GPU in other ways meanwhile
+    with (
+        _recording,
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"),
+    ):
         step()
     return graph.replay
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps are recorded: one for each GPU, since each stream has work space of its own."""
+    return torch.cuda.Stream(device)
 
 
 class Step:
