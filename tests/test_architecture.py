@@ -12,7 +12,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # who may import whom: a module may import from its own layer's earlier names and all lower layers
 LAYERS = [
-    {"errors", "files", "seeding", "progress", "provenance", "sections.section"},
+    {"errors", "files", "seeding", "progress", "provenance", "quiet", "sections.section"},
     {"sections.privacy", "sections.task", "sections.models", "sections.federation"},
     {"sections.method"},
     {"config"},
@@ -66,7 +66,7 @@ LAYERS = [
     {"reproduce.store", "reproduce.figures"},
     {"reproduce.notes"},
     {"reproduce.tables", "reproduce.work"},
-    {"reproduce.headline", "reproduce.markdown", "reproduce.plots"},
+    {"reproduce.headline", "reproduce.markdown", "reproduce.plots", "reproduce.jobs"},
     {"reproduce.report"},
     {"reproduce.driver"},
     {"report", "display", "html_report.intervals"},

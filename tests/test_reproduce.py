@@ -23,7 +23,8 @@ from crosslm.experiment import run_local
 from crosslm.progress import Silent
 from crosslm.reproduce import benchmarks, driver, report, work
 from crosslm.reproduce.driver import reproduce
-from crosslm.reproduce.plan import TABLES, choose, plan
+from crosslm.reproduce.jobs import Work, side_by_side
+from crosslm.reproduce.plan import TABLES, Cell, Variation, choose, plan
 from crosslm.reproduce.scale import Scale, load_scale
 from crosslm.reproduce.store import Store, differences
 from crosslm.reproduce.tables import ALL_ROWS
@@ -376,6 +377,97 @@ def test_a_killed_process_goes_on(scale, data, tmp_path):
         }
 
     assert figures(tmp_path / "out") == figures(tmp_path / "whole")
+
+
+def test_several_cells_at_a_time_are_what_one_at_a_time_makes(scale, data, tmp_path, capfd):
+    choice = chosen(scale, data, "4", presets=["paper"])
+    reproduce(choice, tmp_path / "one", tmp_path)
+    (tmp_path / "scale.toml").write_text(tomli_w.dumps(scale))
+    where = ["--data-dir", data, "--scale", tmp_path / "scale.toml", "--output", tmp_path / "two"]
+    arguments = ["reproduce", "4", "--presets", "paper", "--jobs", "2", *where, "--cache-dir", tmp_path]
+    capfd.readouterr()
+    assert subprocess.call([sys.executable, "-m", "crosslm.cli.main", *map(str, arguments)]) == 0
+    shown = capfd.readouterr()
+    assert shown.err == ""
+    assert "part 2 of 2 has ended: sst2/" in shown.out
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert {name: settings for name, (_, settings) in one.items()} == {
+        name: settings for name, (_, settings) in two.items()
+    }
+    assert len(one) == 2
+    for name, (figures, _) in one.items():
+        assert two[name][0]["correct"] == figures["correct"]
+    assert not (tmp_path / "two/test/runs/sst2/paper/base/seed-0/checkpoints").exists()
+
+
+BOTH = [Cell("sst2", "paper", Variation("base"), 0, "run"), Cell("sst2", "ceiling", Variation("base"), 0, "ceiling")]
+
+
+class Dying(Work):
+    """Stands in for a process that is killed for its memory."""
+
+    def do(self, cell, display):
+        if cell.stage == "run":
+            os._exit(9)
+        return [f"{cell.path}: as usual"]
+
+
+class Sleeping(Work):
+    """A run that would take an hour."""
+
+    def do(self, cell, display):
+        if cell.stage == "run":
+            (self.output / "pid.partial").write_text(str(os.getpid()))
+            (self.output / "pid.partial").rename(self.output / "pid")
+            time.sleep(3600)
+        return []
+
+
+def sleep_side_by_side(folder):
+    """In another process, which is killed."""
+    list(side_by_side(BOTH, Sleeping(None, Path(folder), None, "", {}), Silent(), 2))
+
+
+def has_ended(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def soon(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_a_process_that_dies_takes_no_other_cell_with_it(tmp_path):
+    failed = [line for lines in side_by_side(BOTH, Dying(None, tmp_path, None, "", {}), Silent(), 2) for line in lines]
+    died = "its process ended with code 9; if memory was short, try fewer --jobs"
+    assert sorted(failed) == [
+        "sst2/ceiling/base/seed-0/ceiling: as usual",
+        f"sst2/paper/base/seed-0/run: {died}",
+    ]
+
+
+def test_what_ends_the_command_ends_its_processes(tmp_path):
+    doing = side_by_side(BOTH, Sleeping(None, tmp_path, None, "", {}), Silent(), 2)
+    assert next(doing) == []
+    assert soon((tmp_path / "pid").exists)
+    doing.close()
+    assert has_ended(int((tmp_path / "pid").read_text()))
+
+
+def test_a_command_that_is_killed_leaves_no_process_behind(tmp_path):
+    code = "import sys, test_reproduce; test_reproduce.sleep_side_by_side(sys.argv[1])"
+    search = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": search})
+    assert soon(lambda: (tmp_path / "pid").exists() or process.poll() is not None)
+    process.kill()
+    process.wait()
+    assert soon(lambda: has_ended(int((tmp_path / "pid").read_text())))
 
 
 def test_a_cell_made_with_other_settings_is_refused_and_a_new_field_is_not(scale, data, tmp_path, quick):

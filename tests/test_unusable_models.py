@@ -9,9 +9,9 @@ import tomli_w
 from conftest import TINY_AMOUNTS
 from transformers import AutoModelForSequenceClassification
 
-from crosslm.cli.app import quiet_libraries
 from crosslm.errors import ModelError
 from crosslm.models import sources
+from crosslm.quiet import quiet_libraries
 from crosslm.rundir import RunDir, next_free
 
 AMOUNTS = [part for amount in TINY_AMOUNTS for part in ("--set", amount)]

@@ -1,8 +1,5 @@
 """What every command shares: the application, its options, and the two consoles."""
 
-import logging
-import os
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -44,16 +41,3 @@ DataDirOption = Annotated[
     str | None, typer.Option("--data-dir", help="Folder that the data files are in; replaces data.dir.")
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
-
-
-def quiet_libraries() -> None:
-    """What transformers says about a new head or a loading bar is not news to our users."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would be lines before our message
-    warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|huggingface_hub)\..*")

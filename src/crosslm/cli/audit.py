@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from crosslm.cli.app import CacheOption, RunArgument, app, console, quiet_libraries
+from crosslm.cli.app import CacheOption, RunArgument, app, console
+from crosslm.quiet import quiet_libraries
 from crosslm.rundir import RunDir
 
 

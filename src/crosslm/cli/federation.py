@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from crosslm.cli.app import CacheOption, ConfigArgument, DataDirOption, SetOption, app, console, quiet_libraries
+from crosslm.cli.app import CacheOption, ConfigArgument, DataDirOption, SetOption, app, console
 from crosslm.config_file import load
+from crosslm.quiet import quiet_libraries
 
 EnvironmentOption = Annotated[
     bool, typer.Option("--environment", help="Print the environment of Flower's own commands; start nothing.")

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from crosslm.cli.app import CacheOption, app, console, quiet_libraries
+from crosslm.cli.app import CacheOption, app, console
+from crosslm.quiet import quiet_libraries
 
 
 @app.command("prepare-model")

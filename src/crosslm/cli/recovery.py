@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from crosslm.cli.app import CacheOption, app, console, quiet_libraries
+from crosslm.cli.app import CacheOption, app, console
 from crosslm.cli.runs import finish
 from crosslm.errors import RunError
+from crosslm.quiet import quiet_libraries
 from crosslm.rundir import CONFIG, SUMMARY, RunDir
 
 AnyRun = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not.")]

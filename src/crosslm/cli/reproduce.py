@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from crosslm.cli.app import CacheOption, app, console, quiet_libraries
+from crosslm.cli.app import CacheOption, app, console
+from crosslm.quiet import quiet_libraries
 
 STOPPED = 130
 
@@ -37,6 +38,9 @@ def reproduce(
         Path | None,
         typer.Option("--scale", help="How much of everything: small, or a TOML file like the packaged scale.toml."),
     ] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="Cells at a time, each in a process: for a GPU that one does not fill.")
+    ] = 1,
     render: Annotated[bool, typer.Option("--render", help="Only write the tables of what is there.")] = False,
     cache_dir: CacheOption = None,
 ) -> None:
@@ -52,7 +56,7 @@ def reproduce(
         load_scale(scale), tables or [], _names(tasks), _names(presets), seeds, split, data_dir.expanduser().absolute()
     )
     try:
-        folder = run(choice, output, cache_folder(cache_dir), display_for(console), render)
+        folder = run(choice, output, cache_folder(cache_dir), display_for(console), render, jobs)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on", highlight=False)
         raise typer.Exit(STOPPED) from None

@@ -14,12 +14,12 @@ from crosslm.cli.app import (
     SetOption,
     app,
     console,
-    quiet_libraries,
 )
 from crosslm.cli.stopping import StopRequest
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.errors import StoppedError
+from crosslm.quiet import quiet_libraries
 from crosslm.rundir import CONFIG, RunDir, last_unfinished, next_free
 
 ResumeOption = Annotated[

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from crosslm.cli.app import CacheOption, DataDirOption, SetOption, app, console, quiet_libraries
+from crosslm.cli.app import CacheOption, DataDirOption, SetOption, app, console
 from crosslm.errors import ConfigError, RunError
+from crosslm.quiet import quiet_libraries
 
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 

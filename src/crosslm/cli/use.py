@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from crosslm.cli.app import CacheOption, RunArgument, app, console, errors, quiet_libraries
+from crosslm.cli.app import CacheOption, RunArgument, app, console, errors
+from crosslm.quiet import quiet_libraries
 from crosslm.rows import Row, RowFormat, check_output, format_of, rows_of, rows_of_file, write_rows
 
 

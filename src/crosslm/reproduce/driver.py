@@ -4,27 +4,30 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from crosslm.data import load_split
-from crosslm.errors import CrosslmError, RunError
+from crosslm.errors import RunError
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.preparation import check_models, client_specs, perplexity_text_of
 from crosslm.progress import Display, Silent
-from crosslm.provenance import commit, machine
 from crosslm.reproduce.benchmarks import BENCHMARKS, load_benchmark
+from crosslm.reproduce.jobs import Work, one_by_one, side_by_side
 from crosslm.reproduce.plan import RUN, RUNS_LLM, Cell, Choice, plan
 from crosslm.reproduce.report import write_report
 from crosslm.reproduce.store import Store, differences
-from crosslm.reproduce.work import do, settings_of
-from crosslm.rundir import versions
+from crosslm.reproduce.work import settings_of
 
 REPORT_SECONDS = 600.0  # between two writings of the tables, which take a quarter of a minute of two cores
 
 
 def reproduce(
-    choice: Choice, output: Path, cache: Path, display: Display | None = None, render_only: bool = False
+    choice: Choice,
+    output: Path,
+    cache: Path,
+    display: Display | None = None,
+    render_only: bool = False,
+    jobs: int = 1,
 ) -> Path:
     """Do every cell of the chosen tables that is not there, and write the tables, plots and headline figures.
 
@@ -36,6 +39,7 @@ def reproduce(
         cache: where converted models are kept.
         display: shows progress.
         render_only: write the tables of what is there and do nothing else.
+        jobs: how many cells are done at a time; more than one in processes of their own, which show no progress.
 
     Returns:
         The folder with the tables.
@@ -54,7 +58,7 @@ def reproduce(
             display.note(f"{len(cells)} cells: {there} there, {len(todo)} to do")
         for message in stale:
             display.note(f"warning: {message}")
-        failed = stale + _work(todo, choice, store, cache, display)
+        failed = stale + _do_all(todo, Work.begin(choice, output, cache), store, display, jobs)
         write_report(store, choice, display.note)
     if failed:
         raise RunError(f"{len(failed)} of {len(cells)} cells failed:\n" + "\n".join(failed))
@@ -128,29 +132,15 @@ def check_input(cells: Sequence[Cell], choice: Choice, cache: Path, display: Dis
         seen.add(key)
 
 
-def _work(todo: Sequence[Cell], choice: Choice, store: Store, cache: Path, display: Display) -> list[str]:
-    """Do cells; returns a line for each that failed, since one that fails must not cost a night's others."""
+def _do_all(todo: Sequence[Cell], work: Work, store: Store, display: Display, jobs: int) -> list[str]:
+    """Do cells, and write the tables now and then; returns a line for each that failed."""
     failed: list[str] = []
-    source, packages = commit(), versions()  # of the code that is loaded now, whatever comes later
     reported = time.monotonic()
-    for number, cell in enumerate(todo, start=1):
-        display.note(f"cell {number} of {len(todo)}: {cell.path}")
-        started = time.perf_counter()
-        device = resolve_device(choice.cell_config(cell).device)
-        origin = {"commit": source, "machine": machine(device), "date": time.strftime("%Y-%m-%d"), "versions": packages}
-        settings = settings_of(cell, choice)  # as they are now: a file may be changed while it runs
-        try:
-            figures: dict[str, Any] = do(cell, choice, store, cache, display)
-        except CrosslmError as error:
-            failed.append(f"{cell.path}: {error}")
-            display.note(f"failed: {failed[-1]}")
-            continue
-        # a run that was gone on with knows of the time before
-        seconds = max(round(time.perf_counter() - started, 2), figures.get("run_seconds", 0.0))
-        store.keep(cell, {**origin, "seconds": seconds, "settings": settings, "figures": figures})
-        if cell.stage == RUN:
-            store.drop_unneeded(cell)
+    for lines in one_by_one(todo, work, display) if jobs == 1 else side_by_side(todo, work, display, jobs):
+        for line in lines:
+            display.note(f"failed: {line}")
+        failed += lines
         if time.monotonic() - reported > REPORT_SECONDS:
-            write_report(store, choice, display.note, plots=False)
+            write_report(store, work.choice, display.note, plots=False)
             reported = time.monotonic()
     return failed
