@@ -14,6 +14,7 @@ import pytest
 import tomli_w
 from conftest import PATIENCE
 
+from crosslm import provenance
 from crosslm.cli import main as cli
 from crosslm.client import Client
 from crosslm.config import PRESETS
@@ -400,7 +401,9 @@ def test_several_cells_at_a_time_are_what_one_at_a_time_makes(scale, data, tmp_p
     assert not (tmp_path / "two/test/runs/sst2/paper/base/seed-0/checkpoints").exists()
 
 
-BOTH = [Cell("sst2", "paper", Variation("base"), 0, "run"), Cell("sst2", "ceiling", Variation("base"), 0, "ceiling")]
+BASE = Variation("base")
+BOTH = [Cell("sst2", "paper", BASE, 0, "run"), Cell("sst2", "ceiling", BASE, 0, "ceiling")]
+THREE = [Cell("sst2", "paper", BASE, 0, stage) for stage in ("run", "cola", "rte")]
 
 
 class Dying(Work):
@@ -410,6 +413,23 @@ class Dying(Work):
         if cell.stage == "run":
             os._exit(9)
         return [f"{cell.path}: as usual"]
+
+
+class Recording(Work):
+    """Cells of a moment, each longer than the next."""
+
+    def do(self, cell, display):
+        time.sleep({"run": 1.0, "cola": 0.5}.get(cell.stage, 0))
+        with (self.output / "order").open("a") as file:
+            file.write(f"{cell.method} {cell.stage} {os.getpid()} {self.commit == provenance.commit()}\n")
+        return []
+
+
+class Failing(Work):
+    """As with a disk that is full."""
+
+    def do(self, cell, display):
+        raise RunError("cannot be written; choose another --output")
 
 
 class Sleeping(Work):
@@ -425,7 +445,7 @@ class Sleeping(Work):
 
 def sleep_side_by_side(folder):
     """In another process, which is killed."""
-    list(side_by_side(BOTH, Sleeping(None, Path(folder), None, "", {}), Silent(), 2))
+    list(side_by_side(BOTH, Sleeping(None, Path(folder), None), Silent(), 2))
 
 
 def has_ended(pid):
@@ -442,17 +462,36 @@ def soon(condition):
     return condition()
 
 
+def lines_of(cells, work, jobs=2):
+    return sorted(line for lines in side_by_side(cells, work, Silent(), jobs) for line in lines)
+
+
+def test_what_begins_with_a_runs_llm_comes_after_it_in_the_same_process(tmp_path):
+    work = Recording(None, tmp_path, None, commit="of whoever started it")
+    assert lines_of([*THREE[:2], BOTH[1], THREE[2]], work) == []
+    done = [line.split() for line in (tmp_path / "order").read_text().splitlines()]
+    assert [stage for method, stage, _, _ in done if method == "paper"] == ["run", "cola", "rte"]
+    assert len({pid for _, _, pid, _ in done}) == 2
+    assert {own for *_, own in done} == {"True"}  # a process names the commit that it has loaded
+
+
 def test_a_process_that_dies_takes_no_other_cell_with_it(tmp_path):
-    failed = [line for lines in side_by_side(BOTH, Dying(None, tmp_path, None, "", {}), Silent(), 2) for line in lines]
-    died = "its process ended with code 9; if memory was short, try fewer --jobs"
-    assert sorted(failed) == [
+    died = "its process ended with code 9; what it printed says why; if memory was short, try fewer --jobs"
+    assert lines_of([*THREE, BOTH[1]], Dying(None, tmp_path, None)) == [
         "sst2/ceiling/base/seed-0/ceiling: as usual",
+        "sst2/paper/base/seed-0/cola: as usual",
+        "sst2/paper/base/seed-0/rte: as usual",
         f"sst2/paper/base/seed-0/run: {died}",
     ]
 
 
+def test_what_no_cell_can_be_done_with_ends_all(tmp_path):
+    with pytest.raises(RunError, match="choose another --output"):
+        lines_of(BOTH, Failing(None, tmp_path, None))
+
+
 def test_what_ends_the_command_ends_its_processes(tmp_path):
-    doing = side_by_side(BOTH, Sleeping(None, tmp_path, None, "", {}), Silent(), 2)
+    doing = side_by_side(BOTH, Sleeping(None, tmp_path, None), Silent(), 2)
     assert next(doing) == []
     assert soon((tmp_path / "pid").exists)
     doing.close()

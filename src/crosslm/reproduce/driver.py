@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def reproduce(
         cache: where converted models are kept.
         display: shows progress.
         render_only: write the tables of what is there and do nothing else.
-        jobs: how many cells are done at a time; more than one in processes of their own, which show no progress.
+        jobs: how many cells are done at a time; more than one in processes of their own, each of which needs the
+            memory of a run and shows no progress.
 
     Returns:
         The folder with the tables.
@@ -58,7 +60,7 @@ def reproduce(
             display.note(f"{len(cells)} cells: {there} there, {len(todo)} to do")
         for message in stale:
             display.note(f"warning: {message}")
-        failed = stale + _do_all(todo, Work.begin(choice, output, cache), store, display, jobs)
+        failed = stale + _do_all(todo, Work(choice, output, cache), store, display, jobs)
         write_report(store, choice, display.note)
     if failed:
         raise RunError(f"{len(failed)} of {len(cells)} cells failed:\n" + "\n".join(failed))
@@ -136,11 +138,13 @@ def _do_all(todo: Sequence[Cell], work: Work, store: Store, display: Display, jo
     """Do cells, and write the tables now and then; returns a line for each that failed."""
     failed: list[str] = []
     reported = time.monotonic()
-    for lines in one_by_one(todo, work, display) if jobs == 1 else side_by_side(todo, work, display, jobs):
-        for line in lines:
-            display.note(f"failed: {line}")
-        failed += lines
-        if time.monotonic() - reported > REPORT_SECONDS:
-            write_report(store, work.choice, display.note, plots=False)
-            reported = time.monotonic()
+    done = one_by_one(todo, work, display) if jobs == 1 else side_by_side(todo, work, display, jobs)
+    with closing(done):
+        for lines in done:
+            for line in lines:
+                display.note(f"failed: {line}")
+            failed += lines
+            if time.monotonic() - reported > REPORT_SECONDS:
+                write_report(store, work.choice, display.note, plots=False)
+                reported = time.monotonic()
     return failed
