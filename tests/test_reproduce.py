@@ -22,7 +22,7 @@ from crosslm.data import load_split
 from crosslm.errors import ConfigError, DataError, ModelError, RunError
 from crosslm.experiment import run_local
 from crosslm.progress import Silent
-from crosslm.reproduce import benchmarks, driver, report, work
+from crosslm.reproduce import benchmarks, driver, jobs, report, work
 from crosslm.reproduce.driver import reproduce
 from crosslm.reproduce.jobs import Work, side_by_side
 from crosslm.reproduce.plan import TABLES, Cell, Variation, choose, plan
@@ -214,7 +214,7 @@ def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, capsys
         assert not kept & {"slm", "slm-previous", "uploads", "quarantine", "checkpoints"}
 
     # once more: nothing is done again
-    monkeypatch.setattr(driver, "do", lambda *_: pytest.fail("done again"))
+    monkeypatch.setattr(jobs, "do", lambda *_: pytest.fail("done again"))
     code, out, _ = command(monkeypatch, capsys, "4", "5", "6", "7", "8", *options)
     assert code == 0
     assert "15 cells: 15 there, 0 to do" in out
