@@ -1,10 +1,10 @@
 """Sampling on a GPU: one step of :mod:`crosslm.models.decoding`, recorded once and replayed for every token.
 
-Not the plain version, of which a step of a small model is some hundred kernels of a few microseconds each, and the
-processor needs longer to launch them than the GPU to run them. A CUDA graph launches all of them at once. It replays
-the same kernels on the same memory, so nothing may change its shape: the cache has room for the longest text from the
-start, what is not yet written is masked, and rows that have ended stay in the batch.
-Each row draws from its own random numbers, as in the plain version, and gets the same tokens up to rounding.
+Not the plain version, of which a step of a small model is hundreds of short kernels, each launched by itself, so that
+the GPU waits for the next. A CUDA graph launches all of them at once (``docs/performance.md`` has what that brings). It
+replays the same kernels on the same memory, so nothing may change its shape: the cache has room for the longest text
+from the start, what is not yet written is masked, and rows that have ended stay in the batch. Each row draws from its
+own random numbers, as in the plain version, and gets the same tokens up to rounding.
 ``tests/test_decoding.py`` holds both side by side.
 """
 
@@ -154,7 +154,7 @@ class Step:
             counter.add_(1)
 
 
-class FixedLayer(StaticLayer):  # type: ignore[misc]
+class FixedLayer(StaticLayer):  # type: ignore[misc]  # mypy knows no types of transformers
     """Keys and values of one layer, in memory that never moves; written at a place that is itself in memory."""
 
     def __init__(self, keys: Tensor, values: Tensor, place: Tensor, room: int) -> None:
