@@ -5,8 +5,9 @@
 Measured on sentences that are in no file of the demo. As a classifier: the original LLM and the one after
 each arrival, plain, and calibrated: the mean of its log-probabilities over texts that it wrote itself is taken off
 (Zhao et al. 2021 do so with texts without content). As a teacher: each client's upload, trained on the texts selected
-for it with the soft labels of the judges, of the LLM, the mean of both, the label that each text was written for, or
-the judges' and that label together (``slm.intended_labels``). The first client to arrive has no other
+for it with the soft labels of the judges, of the LLM, the mean of both or their product
+(``slm.llm_judges``), the label that each text was written for, or the judges' and that label together
+(``slm.intended_labels``). The first client to arrive has no other
 judge than itself. Written to benchmarks/results/llm-teacher.json.
 """
 
@@ -24,7 +25,13 @@ from preset_choices import enhance, read_texts
 from results import keep, provenance
 
 from crosslm import demo
-from crosslm.algorithm.soft_labels import intended_label_accuracy, with_intended_labels
+from crosslm.algorithm.soft_labels import (
+    LEAST,
+    intended_label_accuracy,
+    opinion_pool,
+    with_intended_labels,
+    without_preference,
+)
 from crosslm.classification import class_probabilities
 from crosslm.config_file import load
 from crosslm.enhancement import train_on_synthetic
@@ -39,7 +46,6 @@ from crosslm.task import Task
 from crosslm.teachers import Teachers
 
 ROWS = 200  # of a silo
-LEAST = 1e-6  # a probability that counts as none
 
 
 def spare_rows(cache: Path, task: Task) -> Examples:
@@ -100,8 +106,9 @@ class Study:
         judged = self.teachers.probabilities(slm, upload, pool.texts)
         lines = (self.run / "synthetic" / f"step-{arrival:04}-pool.jsonl").read_text().splitlines()
         kept = [place for place, line in enumerate(lines) if json.loads(line)["kept"]]
-        labels = {"judges": judged, "LLM": said, "LLM, calibrated": calibrated(said, said)}
+        labels = {"judges": judged, "LLM": said, "LLM, calibrated": without_preference(said)}
         labels["mean of judges and calibrated LLM"] = (judged + labels["LLM, calibrated"]) / 2
+        labels["judges times calibrated LLM"] = opinion_pool(judged, labels["LLM, calibrated"])
         labels["intended label"] = one_hot(pool.labels, len(self.task.labels)).float()
         rho = intended_label_accuracy(judged, pool.labels)
         labels["judges and intended label"] = with_intended_labels(judged, pool.labels, rho)

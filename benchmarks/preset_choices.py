@@ -27,12 +27,12 @@ from results import RESULTS, keep, provenance
 from crosslm import evaluate
 from crosslm.algorithm.rewards import label_rewards
 from crosslm.checkpoint import Checkpoints
-from crosslm.classification import label_posteriors
+from crosslm.classification import class_probabilities
 from crosslm.client import Client
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.data import load_split
-from crosslm.enhancement import select, train_on_synthetic
+from crosslm.enhancement import select, soft_labels, train_on_synthetic
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
@@ -72,13 +72,17 @@ VARIANTS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "correct_prior, teachers = 4, soft_labels, fraction = 1": [PRIOR, TEACHERS, SOFT, WHOLE],
 }
 # whatever the run itself had of these
-OURS = {"slm": {"soft_labels": True, "intended_labels": True, "interpolation": 1.0}}
-JUDGES_ALONE = {"slm": {"intended_labels": False}}
+OURS = {"slm": {"soft_labels": True, "intended_labels": False, "llm_judges": True, "interpolation": 1.0}}
+ALONE = {"slm": {"llm_judges": False}}
+INTENDED = {"slm": {"llm_judges": False, "intended_labels": True}}
 OF_RECOMMENDED: dict[str, list[dict[str, dict[str, Any]]]] = {
     "recommended": [OURS],
+    "intended_labels": [OURS, {"slm": {"intended_labels": True}}],
+    "llm_judges = false": [OURS, ALONE],
+    "llm_judges = false, intended_labels": [OURS, INTENDED],
     "interpolation = 0.7": [OURS, NEARER],
-    "intended_labels = false": [OURS, JUDGES_ALONE],
-    "intended_labels = false, interpolation = 0.7": [OURS, JUDGES_ALONE, NEARER],
+    "llm_judges = false, interpolation = 0.7": [OURS, ALONE, NEARER],
+    "llm_judges = false, intended_labels, interpolation = 0.7": [OURS, INTENDED, NEARER],
     "soft_labels = false, interpolation = 0.7": [OURS, {"slm": {"soft_labels": False}}, NEARER],
 }
 UPDATES: dict[str, list[dict[str, dict[str, Any]]]] = {
@@ -187,8 +191,7 @@ class Bench:
         upload = self.upload(client_id)
         arrival = self.arrivals[client_id]
         pool = read_texts(self.run / "synthetic" / f"step-{arrival:04}-pool.jsonl", self.task)
-        paper = self.config.preset == "paper"  # its variants have those that ask the LLM
-        posteriors = label_posteriors(self.enhanced_llm(arrival), self.task, pool) if paper else None
+        said = class_probabilities(self.enhanced_llm(arrival), self.task, pool.texts)
         vectors = SentenceEncoder(self.folder(self.config.selection.encoder)).encode(pool.texts)
         encoder = SimpleNamespace(encode=lambda texts: vectors)
         standalone = receive_slm(upload, self.task, self.config).accuracy(self.split.tests[client_id])
@@ -197,9 +200,9 @@ class Bench:
             config = varied(self.config, fields)
             teachers, slm = self.teachers(config, arrival), receive_slm(upload, self.task, config)
             judged = teachers.probabilities(slm, upload, pool.texts)
-            rewards, agreed = label_rewards(judged, pool.labels), config.selection.llm_posterior
-            _, kept = select(pool, rewards, encoder, config.selection, posteriors if agreed else None)
-            train_on_synthetic(slm, pool, kept, judged, upload, config, Progress(), client_id)
+            _, kept = select(pool, label_rewards(judged, pool.labels), encoder, config.selection, said)
+            targets = soft_labels(pool, judged, said, config.slm)
+            train_on_synthetic(slm, pool, kept, targets, upload, config, Progress(), client_id)
             agreement = evaluate.label_agreement(self.judge, SyntheticSet([pool.samples[place] for place in kept]))
             cells[name] = {
                 "accuracy": slm.accuracy(self.split.tests[client_id]),

@@ -7,16 +7,22 @@ import pytest
 import torch
 from conftest import BAD, GOOD, sentences, tiny_llm
 
-from crosslm import experiment
+from crosslm import experiment, journal
+from crosslm.checkpoint import Checkpoints
 from crosslm.client import Client, Decision
 from crosslm.config import AcceptanceConfig, Config, FitConfig
-from crosslm.errors import UploadError
+from crosslm.errors import RunError, UploadError
 from crosslm.experiment import run_local
 from crosslm.federation.local import LocalExchange
+from crosslm.html_report.collect import RunView
+from crosslm.html_report.findings import findings
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
 from crosslm.records import Download, Examples
+from crosslm.rollback import roll_back
+from crosslm.rundir import RunDir
 from crosslm.server import Server
+from crosslm.watch import sentence
 
 ROWS = Examples(sentences(BAD, 20) + sentences(GOOD, 20), [0] * 20 + [1] * 20)
 LABELS = ("bad", "good")
@@ -49,6 +55,16 @@ def test_what_is_worse_on_held_out_rows_is_refused_and_the_old_one_kept(models, 
     assert decision == Decision(False, 10, had.accuracy(holdout(client)), decision.after)
     assert decision.after < decision.before
     assert client.slm is had
+
+
+def test_held_out_rows_of_one_label_decide_nothing(models, worse):
+    """A classifier that says that label always cannot be beaten there."""
+    slm = SLM.load(str(models / "bert"), LABELS, 32, 0)
+    fit = FitConfig(epochs=2, batch_size=8, learning_rate=2e-3, holdout_fraction=0.25)
+    client = Client("north", ROWS.take(range(20)), slm, fit, 0, acceptance=AcceptanceConfig(enabled=True))
+    upload = client.train()
+    assert client.install(returned(upload, worse)) == Decision(True, 0)
+    assert client.previous is slm
 
 
 def test_what_is_as_good_is_installed_and_the_old_one_kept_too(models):
@@ -154,10 +170,18 @@ def test_an_slm_that_fails_after_the_update_leaves_the_llm_as_it_was(models, con
     assert server.steps == 1
 
 
-def test_a_quarantined_upload_is_kept_with_its_figures_and_counts_nowhere(settings, data_folder, tmp_path, monkeypatch):
+@pytest.fixture
+def flipping(settings, data_folder, monkeypatch):
+    """Settings of a run in which the labels of the second client are the wrong way round, and the gate finds out."""
     rows = [f"{text},{label}" for label, words in (("good", GOOD), ("bad", BAD)) for text in sentences(words)]
     (data_folder / "public.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
-    settings["gate"] = {"enabled": True, "min_texts": 1, "texts": 2, "public_texts": "public.csv"}
+    settings["gate"] = {
+        "enabled": True,
+        "min_texts": 1,
+        "texts": 2,
+        "public_texts": "public.csv",
+        "teach_refused": False,
+    }
     settings["slm"]["private"] = {"epochs": 20, "batch_size": 4, "learning_rate": 2e-3}
     train = experiment.Client.train
 
@@ -167,7 +191,57 @@ def test_a_quarantined_upload_is_kept_with_its_figures_and_counts_nowhere(settin
         return train(client)
 
     monkeypatch.setattr(experiment.Client, "train", flips)
+    return settings
+
+
+def events_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_that_is_refused_as_a_judge_is_taught(flipping, tmp_path):
+    flipping["gate"]["teach_refused"] = True
     folder = tmp_path / "run"
+    summary = run_local(Config.model_validate(flipping), folder, tmp_path)
+    for method in ("standalone", "data_free_kd", "crosslm"):
+        assert set(summary["slm"][method]) == {"client-0", "client-1", "mean"}
+    events = events_of(folder)
+    gates = {event["client"]: event for event in events if event["event"] == "gate"}
+    steps = {event["client"]: event for event in events if event["event"] == "step"}
+    assert (gates["client-0"]["passed"], gates["client-1"]["passed"]) == (True, False)
+    assert gates["client-1"]["step"] == steps["client-1"]["step"]
+    assert "quarantined: its AUC is" in gates["client-1"]["reason"]
+    assert "reward/drafts" in steps["client-0"]
+    assert "reward/drafts" not in steps["client-1"]
+    assert {event["client"] for event in events if event["event"] == "update"} == {"client-0"}
+    assert (folder / "quarantine" / "client-1-0.json").is_file()
+    assert {path.stem for path in (folder / "predictions/nlg/after/slm").iterdir()} == {"client-0"}
+    record = Checkpoints(RunDir.open(folder)).read(int(steps["client-1"]["step"]))
+    assert record["cause"]["outcome"] == "taught"
+    assert record["state"]["taught"] == 1
+    assert sentence(gates["client-1"]).startswith("the upload of client client-1 is taught and has no say: ")
+    titles = [finding.title for finding in findings(RunView.read(RunDir.open(folder)))]
+    assert "client client-1 is taught and has no say" in titles
+    with pytest.raises(RunError, match="'client-1' has not changed the LLM; those that have: client-0"):
+        roll_back(RunDir.open(folder), "client-1", tmp_path / "back")
+
+
+def test_data_free_kd_of_one_that_may_not_judge_has_no_say_either(flipping, tmp_path, monkeypatch):
+    """As CrossLM's own step 5, so that the two compare."""
+    may, real = {}, journal.data_free_kd
+
+    def watched(upload, *given):
+        may[upload.client_id] = given[-1]
+        return real(upload, *given)
+
+    monkeypatch.setattr(journal, "data_free_kd", watched)
+    for teaches, second in ((True, False), (False, True)):
+        flipping["gate"]["teach_refused"] = teaches
+        run_local(Config.model_validate(flipping), tmp_path / f"run-{teaches}", tmp_path)
+        assert may == {"client-0": True, "client-1": second}
+
+
+def test_a_quarantined_upload_is_kept_with_its_figures_and_counts_nowhere(flipping, tmp_path):
+    settings, folder = flipping, tmp_path / "run"
     summary = run_local(Config.model_validate(settings), folder, tmp_path)
     for method in ("standalone", "data_free_kd", "crosslm"):
         assert set(summary["slm"][method]) == {"client-0", "mean"}
@@ -178,7 +252,7 @@ def test_a_quarantined_upload_is_kept_with_its_figures_and_counts_nowhere(settin
     upload = experiment.Intake(checked.task.labels, checked.intake)
     kept = upload.upload(folder / "quarantine" / "client-1-0.safetensors", "client-1")
     assert kept.client_id == "client-1"
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    events = events_of(folder)
     gates = {event["client"]: event["passed"] for event in events if event["event"] == "gate"}
     assert gates == {"client-0": True, "client-1": False}
     assert {event["client"] for event in events if event["event"] == "step"} == {"client-0"}

@@ -234,6 +234,34 @@ def test_an_slm_that_breaks_on_a_text_is_an_upload_that_is_refused(settings, hon
         gate_for(settings).judge(slm, honest["north"])
 
 
+@pytest.mark.parametrize("min_texts", [1, 10_000])
+def test_one_that_knows_one_label_cannot_judge(settings, honest, min_texts):
+    gate = gate_for(settings, min_texts=min_texts)
+    single = dataclasses.replace(honest["north"], class_counts=(0, 60))
+    with pytest.raises(QuarantineError, match="all its rows are 'good', so that its SLM cannot tell") as stopped:
+        judged(gate, single)
+    assert stopped.value.figures == {"texts": 320.0}
+    judged(gate, dataclasses.replace(single, class_counts=(1, 59)))
+    judged(gate, dataclasses.replace(single, class_counts=(0, 0)))  # hidden
+
+
+def test_an_upload_is_probed_once(settings, honest, hostile, monkeypatch):
+    gate, probed = gate_for(settings), []
+    real = SLM.predict_proba
+    monkeypatch.setattr(SLM, "predict_proba", lambda slm, texts: probed.append(len(texts)) or real(slm, texts))
+    slms = {
+        name: SLM.from_state(upload.slm) for name, upload in (("good", honest["north"]), ("bad", hostile["constant"]))
+    }
+    for slm in slms.values():
+        slm.order_labels(("bad", "good"))
+    assert gate.lets_in(slms["good"], honest["north"])
+    assert gate.judge(slms["good"], honest["north"]) is gate.judge(slms["good"], honest["north"])
+    assert not gate.lets_in(slms["bad"], hostile["constant"])
+    with pytest.raises(QuarantineError):
+        gate.judge(slms["bad"], hostile["constant"])
+    assert len(probed) == 2
+
+
 def test_with_too_few_texts_nobody_is_refused(settings, hostile):
     gate = gate_for(settings, min_texts=10_000)
     verdict = judged(gate, hostile["flipped labels"])

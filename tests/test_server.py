@@ -347,24 +347,49 @@ def test_receipts_say_why(models, task, config):
 
 def test_the_llm_has_a_say_in_what_is_kept(models, task, config):
     pool = SyntheticSet(synthesize(tiny_llm(models, "gpt2"), task, config.synthesis, 4, 1).samples)
-    rewards, posteriors = torch.tensor([0.9, 0.1, 0.5, 0.4]), torch.tensor([1.0, 1.0, 0.2, 0.9])
-    receipts, kept = select(pool, rewards, TableEncoder(), SelectionConfig(fraction=0.25), posteriors)
+    rewards, own = torch.tensor([0.9, 0.1, 0.5, 0.4]), torch.tensor([1.0, 1.0, 0.2, 0.9])
+    said = torch.stack([torch.where(pool.labels == label, own, 1 - own) for label in (0, 1)], dim=1)
+    assert select(pool, rewards, TableEncoder(), SelectionConfig(fraction=0.25), said)[1] == [2]
+    choice = SelectionConfig(fraction=0.25, llm_posterior=True)
+    receipts, kept = select(pool, rewards, TableEncoder(), choice, said)
     assert kept == [3]  # 0.5 is the better reward, but the LLM finds the text to be of another label
     assert receipts[2].score == pytest.approx(0.5 * 0.2 * (1 - 0.5**0.5), abs=1e-6)
     assert receipts[2].reward == pytest.approx(0.5)
 
 
-def test_the_llm_is_asked_with_llm_posterior_alone(models, task, config, upload, monkeypatch):
+@pytest.mark.parametrize(
+    ("fields", "is_asked"),
+    [
+        ({}, False),
+        ({"selection": {"llm_posterior": True}}, True),
+        ({"slm": {"soft_labels": True}}, False),
+        ({"slm": {"soft_labels": True, "llm_judges": True}}, True),
+        ({"slm": {"soft_labels": False, "llm_judges": True}}, False),
+    ],
+)
+def test_the_llm_is_asked_only_where_a_field_wants_it(models, task, config, upload, monkeypatch, fields, is_asked):
     asked = []
-    real = server_module.label_posteriors
-    monkeypatch.setattr(server_module, "label_posteriors", lambda *given: asked.append(given) or real(*given))
-    for wanted in (False, True):
-        choice = config.selection.model_copy(update={"llm_posterior": wanted})
-        server_for(config.model_copy(update={"selection": choice}), task, models).step(upload)
-    assert len(asked) == 1
-    posteriors = real(*asked[0])
-    assert posteriors.shape == (config.selection.pool,)
-    assert 0 < posteriors.min() <= posteriors.max() < 1
+    real = server_module.class_probabilities
+    monkeypatch.setattr(server_module, "class_probabilities", lambda *given: asked.append(given) or real(*given))
+    off = {"selection": {"llm_posterior": False}, "slm": {"soft_labels": False, "llm_judges": False}}
+    given = config.model_dump()
+    for section, values in off.items():
+        given[section] |= values | fields.get(section, {})
+    server_for(Config.model_validate(given), task, models).step(upload)
+    assert [len(texts) for _, _, texts in asked] == [config.selection.pool] * is_asked
+
+
+def test_the_llms_own_judgement_reaches_the_slm(models, task, config, upload, monkeypatch):
+    """An LLM that finds every text good makes an SLM that does, whatever the texts are."""
+    said = torch.tensor([[1e-4, 1 - 1e-4]]).repeat(config.selection.pool, 1)
+    monkeypatch.setattr(server_module, "class_probabilities", lambda *given: said)
+    monkeypatch.setattr("crosslm.enhancement.without_preference", lambda probabilities: probabilities)
+    fit = config.slm.synthetic.model_copy(update={"epochs": 40, "learning_rate": 2e-3})
+    slm = config.slm.model_copy(update={"soft_labels": True, "llm_judges": True, "synthetic": fit})
+    server = server_for(config.model_copy(update={"slm": slm}), task, models)
+    download, record = server.step(upload)
+    found = SLM.from_state(download.slm).predict_proba(record.pool.texts)
+    assert found[:, task.labels.index("good")].mean() > 0.9
 
 
 def test_selection_can_be_balanced_over_the_labels_and_without_bad_texts(models, task, config):

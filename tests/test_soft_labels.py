@@ -1,13 +1,18 @@
-"""The intended label as one more judge."""
+"""The intended label and the LLM as further judges."""
 
 import pytest
 import torch
 from conftest import BAD, GOOD
 
-from crosslm import enhancement
-from crosslm.algorithm.soft_labels import MOST, intended_label_accuracy, with_intended_labels
+from crosslm.algorithm.soft_labels import (
+    MOST,
+    intended_label_accuracy,
+    opinion_pool,
+    with_intended_labels,
+    without_preference,
+)
 from crosslm.config import SLMConfig
-from crosslm.enhancement import soft_labels
+from crosslm.enhancement import pool_rewards, soft_labels, train_on_synthetic
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, SyntheticText, Upload
@@ -68,27 +73,77 @@ def test_no_less_than_chance_and_nothing_of_nothing():
     assert with_intended_labels(empty, torch.zeros(0, dtype=torch.long), 0.25).shape == (0, 4)
 
 
+def test_a_preference_is_taken_off_by_hand():
+    # the logs' means are (log 0.8 + log 0.2) / 2 = log 0.4 for both labels
+    even = torch.tensor([[0.8, 0.2], [0.2, 0.8]])
+    torch.testing.assert_close(without_preference(even), even)
+    # 0.9 and 0.6 to sqrt(0.54), 0.1 and 0.4 to sqrt(0.04): odds 9 and 1.5 become 9 / 3.674 and 1.5 / 3.674
+    leaning = torch.tensor([[0.9, 0.1], [0.6, 0.4]])
+    odds = torch.tensor([9.0, 1.5]) / (0.54 / 0.04) ** 0.5
+    torch.testing.assert_close(without_preference(leaning)[:, 0], odds / (1 + odds))
+    assert without_preference(leaning).argmax(dim=1).tolist() == [0, 1]
+    certain = without_preference(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    torch.testing.assert_close(certain, torch.full((2, 2), 0.5))
+
+
+def test_two_judges_together_by_hand():
+    one, other = (
+        torch.tensor([[0.5, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3]]),
+        torch.tensor([[0.2, 0.6, 0.2], [0.1, 0.2, 0.7]]),
+    )
+    expected = torch.tensor([[0.10, 0.18, 0.04], [0.1, 0.2, 0.7]])  # who is undecided leaves it to the other
+    torch.testing.assert_close(opinion_pool(one, other), expected / expected.sum(dim=1, keepdim=True))
+    opposed = opinion_pool(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    torch.testing.assert_close(opposed, torch.tensor([[0.5, 0.5]]))
+
+
 def test_what_step_5_learns():
     pool = SyntheticSet([SyntheticText(str(label), label, "", (), (), 0) for label in (0, 1, 1)])
     judged = torch.tensor([[0.8, 0.2], [0.9, 0.1], [0.1, 0.9]])
-    slm = SLMConfig(models=({"model": "any"},))
-    assert soft_labels(pool, judged, slm) is None
-    assert soft_labels(pool, judged, slm.model_copy(update={"intended_labels": True})) is None
-    slm = slm.model_copy(update={"soft_labels": True})
-    assert soft_labels(pool, judged, slm) is judged
-    both = soft_labels(pool, judged, slm.model_copy(update={"intended_labels": True}))
+    said = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4]])
+    fields = SLMConfig(models=({"model": "any"},))
+
+    def learned(judged, said, **values):
+        return soft_labels(pool, judged, said, fields.model_copy(update=values))
+
+    assert learned(judged, said) is None
+    assert learned(judged, said, intended_labels=True, llm_judges=True) is None
+    assert learned(judged, said, soft_labels=True) is judged
     rho = intended_label_accuracy(judged, pool.labels)
     assert 0.5 < rho < MOST
+    both = learned(judged, said, soft_labels=True, intended_labels=True)
     torch.testing.assert_close(both, with_intended_labels(judged, pool.labels, rho))
+    own = without_preference(said)
+    with_llm = learned(judged, said, soft_labels=True, llm_judges=True)
+    torch.testing.assert_close(with_llm, opinion_pool(judged, own))
+    three = learned(judged, said, soft_labels=True, llm_judges=True, intended_labels=True)
+    rho = intended_label_accuracy(with_llm, pool.labels)
+    torch.testing.assert_close(three, with_intended_labels(with_llm, pool.labels, rho))
 
 
-def test_the_accuracy_is_that_of_the_whole_pool_not_of_what_is_selected(models, config, task, monkeypatch):
-    """Selected by their rewards, the texts would all seem to fit."""
-    asked = []
-    monkeypatch.setattr(enhancement, "soft_labels", lambda pool, judged, _: asked.append((len(pool.samples), judged)))
+def test_where_no_slm_may_judge_the_llm_does_or_else_the_intended_label_is_learned():
+    pool = SyntheticSet([SyntheticText(str(label), label, "", (), (), 0) for label in (0, 1)])
+    said = torch.tensor([[0.9, 0.1], [0.6, 0.4]])
+    fields = SLMConfig(models=({"model": "any"},), soft_labels=True)
+    assert soft_labels(pool, None, said, fields) is None
+    with_llm = fields.model_copy(update={"llm_judges": True})
+    torch.testing.assert_close(soft_labels(pool, None, said, with_llm), without_preference(said))
+    torch.testing.assert_close(pool_rewards(pool, None, said), 2 * without_preference(said).diagonal() - 1)
+    torch.testing.assert_close(pool_rewards(pool, said, None), torch.tensor([0.8, -0.2]))
+    with pytest.raises(ValueError, match="neither an SLM nor the LLM"):
+        pool_rewards(pool, None, None)
+
+
+def test_the_selected_texts_are_learned_with_their_own_targets(models, config, task, monkeypatch):
+    fitted = []
+    monkeypatch.setattr(SLM, "fit", lambda slm, texts, fit, seed, on, targets: fitted.append((texts, targets)) or {})
     pool = SyntheticSet([SyntheticText(text, place % 2, "", (), (), 0) for place, text in enumerate(GOOD + BAD)])
-    judged = torch.full((len(pool.samples), 2), 0.5)
+    targets = torch.rand(len(pool.samples), 2)
     slm = SLM.load(str(models / "bert"), task.labels, 32, 0)
     upload = Upload("north", 0, (1, 1), {}, slm.to_state())
-    enhancement.train_on_synthetic(slm, pool, [0, 1], judged, upload, config, Progress(), "north")
-    assert [(texts, len(each)) for texts, each in asked] == [(len(pool.samples), len(pool.samples))]
+    train_on_synthetic(slm, pool, [3, 1], targets, upload, config, Progress(), "north")
+    train_on_synthetic(slm, pool, [3, 1], None, upload, config, Progress(), "north")
+    (texts, learned), (same, none) = fitted
+    assert texts == same == pool.examples([3, 1])
+    assert torch.equal(learned, targets[[3, 1]])
+    assert none is None

@@ -8,10 +8,13 @@ import torch
 from conftest import BAD, GOOD, sentences, tiny_llm
 
 from crosslm import snapshot
-from crosslm.algorithm.rewards import correct_prior
+from crosslm.algorithm.rewards import correct_prior, label_rewards
+from crosslm.algorithm.soft_labels import without_preference
+from crosslm.classification import class_probabilities
 from crosslm.client import Client
 from crosslm.config import RewardConfig
 from crosslm.errors import QuarantineError
+from crosslm.gate import Verdict
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
 from crosslm.records import Examples
@@ -55,6 +58,16 @@ def test_the_mean_is_over_the_arriving_and_the_last_of_the_others(uploads, recei
     torch.testing.assert_close(three, (opinions[0] + opinions[1] + opinions[2]) / 3)
     teachers.accepted(stranger, received[0])
     assert list(teachers.members) == ["south", "west", "east"]
+
+
+def test_others_judge_for_one_that_may_not(uploads, received):
+    teachers = Teachers(RewardConfig(teachers=3, correct_prior=True))
+    assert teachers.of_others(uploads[0], TEXTS) is None
+    for upload, slm in zip(uploads, received, strict=True):
+        teachers.accepted(upload, slm)
+    opinions = [corrected(upload, slm) for upload, slm in zip(uploads, received, strict=True)]
+    torch.testing.assert_close(teachers.of_others(uploads[0], TEXTS), (opinions[1] + opinions[2]) / 2)
+    assert Teachers(RewardConfig()).of_others(uploads[0], TEXTS) is None
 
 
 def test_in_the_paper_only_the_arriving_slm_judges(uploads, received):
@@ -101,11 +114,67 @@ def test_who_may_not_reward_the_llm_never_judges_beside_others(models, config, t
         def judge(self, slm, upload):
             raise QuarantineError(f"client {upload.client_id}: quarantined", {})
 
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"teach_refused": False})})
     server = server_of(models, config, task)
     server.gate = Shut()
     with pytest.raises(QuarantineError):
         server.step(uploads[0])
     assert not server.teachers.members
+
+
+class ShutTo:
+    """A gate that lets nobody in of one name."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def judge(self, slm, upload):
+        if upload.client_id == self.name:
+            raise QuarantineError(f"client {upload.client_id}: quarantined", {"auc": 0.4})
+        return Verdict({"auc": 0.9}, torch.zeros(0, 2))
+
+    def accepted(self, verdict, upload, pool):
+        pass
+
+
+def test_who_is_refused_is_taught_and_changes_nothing_for_others(models, config, task, uploads):
+    """Not the LLM, and not what the next one gets, to the byte."""
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"teach_refused": True})})
+    without, server = (server_of(models, config, task, soft_labels=True, llm_judges=True) for _ in range(2))
+    without.gate = server.gate = ShutTo("south")
+    without.step(uploads[0])
+    server.step(uploads[0])
+    before, optimizer = server.llm.fingerprint(), server.optimizer.state_dict()["state"][0]["step"]
+    download, record = server.step(uploads[1])
+    assert server.llm.fingerprint() == before
+    assert server.optimizer.state_dict()["state"][0]["step"] == optimizer
+    assert list(server.teachers.members) == ["north"]
+    assert (record.refusal, record.gate) == ("client south: quarantined", {"auc": 0.4})
+    assert not record.drafts
+    assert not record.updates
+    assert any(not torch.equal(value, uploads[1].slm.weights[name]) for name, value in download.slm.weights.items())
+    others = Teachers(server.config.reward)
+    others.accepted(uploads[0], receive_slm(uploads[0], task, server.config))
+    texts, labels = record.pool.texts, record.pool.labels
+    rewards = torch.tensor([receipt.reward for receipt in record.receipts])
+    torch.testing.assert_close(rewards, label_rewards(others.of_others(uploads[1], texts), labels))
+    (first, _), (second, told) = without.step(uploads[2]), server.step(uploads[2])
+    assert (first.step, second.step) == (2, 3)
+    assert all(torch.equal(value, second.slm.weights[name]) for name, value in first.slm.weights.items())
+    assert without.llm.fingerprint() == server.llm.fingerprint()
+    again, once_more = server.step(uploads[1]), server.step(uploads[1])
+    assert again[1].pool.texts != once_more[1].pool.texts != record.pool.texts
+    assert not told.refusal
+
+
+def test_where_nobody_may_judge_the_llm_does(models, config, task, uploads):
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"teach_refused": True})})
+    server = server_of(models, config, task, soft_labels=True)
+    server.gate = ShutTo("north")
+    _, record = server.step(uploads[0])
+    said = without_preference(class_probabilities(server.llm, task, record.pool.texts))
+    rewards = torch.tensor([receipt.reward for receipt in record.receipts])
+    torch.testing.assert_close(rewards, label_rewards(said, record.pool.labels))
 
 
 def test_those_who_judge_are_the_same_after_a_stop(models, config, task, uploads):

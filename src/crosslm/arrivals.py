@@ -23,15 +23,20 @@ STANDARD_ERRORS = 2.0
 def text_measures(record: StepRecord, task: Task) -> dict[str, float]:
     """Mean reward, diversity, length, label-word echo, distinct-n and self-similarity of a step's texts, and numbers.
 
-    Self-similarity is the mean cosine of a text with the text most like it, ``1 - mean(D_j)`` of Eq. 10.
+    Where the SLM had no say there are no drafts. Self-similarity is the mean cosine of a text with the text most like
+    it, ``1 - mean(D_j)`` of Eq. 10.
     """
-    texts = record.pool.texts
+    texts, learned = record.pool.texts, {}
+    if record.drafts:
+        learned = {
+            "reward/drafts": float(sum(rewards.mean() for _, rewards in record.drafts) / len(record.drafts)),
+            "texts/drafts": float(sum(len(drafts.samples) for drafts, _ in record.drafts)),
+        }
     return {
-        "reward/drafts": float(sum(rewards.mean() for _, rewards in record.drafts) / len(record.drafts)),
+        **learned,
         "reward/pool": sum(receipt.reward for receipt in record.receipts) / len(record.receipts),
         "diversity/pool": sum(receipt.diversity for receipt in record.receipts) / len(record.receipts),
         "distinct_2/pool": distinct_ngrams(texts),
-        "texts/drafts": float(sum(len(drafts.samples) for drafts, _ in record.drafts)),
         "texts/pool": float(len(texts)),
         "length/pool": statistics.fmean(len(text.split()) for text in texts),
         "echo/pool": label_word_echo(record.pool.samples, task),
@@ -51,12 +56,12 @@ def few_selected(who: str, record: StepRecord, config: Config) -> str | None:
 
 def judge_measures(judge: SLM, record: StepRecord) -> dict[str, float]:
     """The judge's agreement with the labels of the texts before and after the LLM's update."""
+    after = {"judge/pool": label_agreement(judge, record.pool)}
+    if not record.drafts:
+        return after
     counts = [len(drafts.samples) for drafts, _ in record.drafts]
     agreement = [label_agreement(judge, drafts) for drafts, _ in record.drafts]
-    return {
-        "judge/drafts": sum(map(math.prod, zip(counts, agreement, strict=True))) / sum(counts),
-        "judge/pool": label_agreement(judge, record.pool),
-    }
+    return {"judge/drafts": sum(map(math.prod, zip(counts, agreement, strict=True))) / sum(counts)} | after
 
 
 def label_word_echo(samples: Sequence[SyntheticText], task: Task) -> float:
@@ -84,7 +89,7 @@ def reward_hacking(
     Returns:
         ``arrivals`` (numbers of the steps in which it happened) and ``whole_run``; None if there is no judge.
     """
-    steps = [event for event in events if event["event"] == "step"]
+    steps = [event for event in events if event["event"] == "step" and "reward/drafts" in event]  # the LLM learned
     if not steps or "judge/pool" not in steps[0]:
         return None
     found = [

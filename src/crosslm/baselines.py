@@ -5,9 +5,8 @@ The other baseline, Standalone, is the SLM as its client uploads it first.
 
 from torch import Tensor
 
-from crosslm.algorithm.rewards import label_rewards
 from crosslm.config import Config
-from crosslm.enhancement import select, train_on_synthetic
+from crosslm.enhancement import pool_rewards, select, soft_labels, train_on_synthetic
 from crosslm.models.encoder import Encoder
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
@@ -25,7 +24,8 @@ def data_free_kd(
     encoder: Encoder,
     progress: Progress,
     teachers: Teachers,
-    posteriors: Tensor | None = None,
+    said: Tensor | None = None,
+    may_judge: bool = True,
 ) -> SLM:
     """The uploaded SLM after training on the best of a pool that the original LLM wrote.
 
@@ -37,12 +37,13 @@ def data_free_kd(
         encoder: for the diversity of Eq. 10.
         progress: is told of the training.
         teachers: who else judges, as in CrossLM's own step 5 (``reward.teachers``).
-        posteriors: ``(texts,)``, the original LLM's probability of the intended labels, for
-            ``selection.llm_posterior``.
+        said: ``(texts, labels)``, what the original LLM makes of the pool (Eq. 1), where step 5 asks it.
+        may_judge: whether this SLM has a say, as in CrossLM's own step 5.
     """
     slm = receive_slm(upload, task, config)
-    judged = teachers.probabilities(slm, upload, pool.texts)
-    _, kept = select(pool, label_rewards(judged, pool.labels), encoder, config.selection, posteriors)
-    detail = f"{upload.client_id}, data-free KD"
-    train_on_synthetic(slm, pool, kept, judged, upload, config, progress, detail)
+    texts = pool.texts
+    judged = teachers.probabilities(slm, upload, texts) if may_judge else teachers.of_others(upload, texts)
+    _, kept = select(pool, pool_rewards(pool, judged, said), encoder, config.selection, said)
+    targets, detail = soft_labels(pool, judged, said, config.slm), f"{upload.client_id}, data-free KD"
+    train_on_synthetic(slm, pool, kept, targets, upload, config, progress, detail)
     return slm

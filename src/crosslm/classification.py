@@ -7,7 +7,6 @@ from torch import Tensor
 
 from crosslm.models.llm import LLM
 from crosslm.models.tokens import verbalizer_ids
-from crosslm.records import SyntheticSet
 from crosslm.task import Task
 
 CHUNK = 64
@@ -25,11 +24,3 @@ def class_probabilities(
         parts.append(llm.classify([task.query(llm.shorten(text, MAX_TOKENS)) for text in chunk], verbalizers))
         on_texts(len(chunk))
     return torch.cat(parts)
-
-
-def label_posteriors(
-    llm: LLM, task: Task, texts: SyntheticSet, on_texts: Callable[[float], None] = lambda _: None
-) -> Tensor:
-    """The LLM's own probability of the label that each text was written for (Eq. 1), ``(texts,)``."""
-    probabilities = class_probabilities(llm, task, texts.texts, on_texts)
-    return probabilities.gather(1, texts.labels.unsqueeze(1)).squeeze(1)

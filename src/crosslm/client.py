@@ -120,8 +120,8 @@ class Client:
     def install(self, download: Download) -> Decision:
         """Step 5: use the enhanced SLM from now on, unless held-out private rows show that it is worse by the margin.
 
-        The rows are those that the last training held out; with ``acceptance.enabled = false``, and
-        where there are too few rows to hold one out, it is installed untried.
+        The rows are those that the last training held out; with ``acceptance.enabled = false``, where there are too few
+        rows to hold one out, and where those held out have one label, it is installed untried.
 
         Raises:
             LeakError: it was trained on text that is too near to private text; the SLM stays the one it was.
@@ -173,6 +173,8 @@ class Client:
         if not held:
             return Decision(accepted=True, rows=0)
         holdout = self._private.take(held)
+        if len(set(holdout.labels)) == 1:  # one that finds that label everywhere cannot be beaten there
+            return Decision(accepted=True, rows=0)
         labels = torch.tensor(holdout.labels)
         before, after = (slm.predict_proba(holdout.texts).argmax(dim=1) == labels for slm in (self.slm, returned))
         lost, gained = int((before & ~after).sum()), int((after & ~before).sum())

@@ -56,8 +56,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "reward": {"baseline": "leave_one_out", "correct_prior": True, "teachers": 4},
         "llm": {"generation_floor": 5.0, "gamma_kl": 0.1},
         "selection": {"class_balance": True, "fraction": 1.0},
-        "slm": {"soft_labels": True, "intended_labels": True},
-        "gate": {"enabled": True},
+        "slm": {"soft_labels": True, "llm_judges": True},
+        "gate": {"enabled": True, "teach_refused": True},
         "acceptance": {"enabled": True},
     },
 }
@@ -124,6 +124,11 @@ class Config(Section):
         if self.privacy.epsilon is not None and self.acceptance.enabled:
             raise ValueError(NO_ACCEPTANCE)
         return self
+
+    @property
+    def asks_llm(self) -> bool:
+        """Whether step 5 always needs what the LLM itself makes of its texts (Eq. 1)."""
+        return self.selection.llm_posterior or (self.slm.soft_labels and self.slm.llm_judges)
 
     def dump(self) -> str:
         """The whole configuration as TOML; ``crosslm.config_file.load`` of it gives an equal one."""

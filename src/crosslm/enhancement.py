@@ -6,6 +6,7 @@ The same for CrossLM and for Data-free KD, whose pool the original LLM wrote.
 import torch
 from torch import Tensor
 
+from crosslm.algorithm.rewards import label_rewards
 from crosslm.algorithm.selection import (
     EXACT_TEXTS,
     agreed_rewards,
@@ -14,7 +15,12 @@ from crosslm.algorithm.selection import (
     quality_diversity_scores,
     select_top,
 )
-from crosslm.algorithm.soft_labels import intended_label_accuracy, with_intended_labels
+from crosslm.algorithm.soft_labels import (
+    intended_label_accuracy,
+    opinion_pool,
+    with_intended_labels,
+    without_preference,
+)
 from crosslm.config import Config, SelectionConfig, SLMConfig
 from crosslm.models.encoder import Encoder
 from crosslm.models.slm import SLM
@@ -23,8 +29,23 @@ from crosslm.records import Receipt, SyntheticSet, Upload
 from crosslm.seeding import seed_for
 
 
+def pool_rewards(pool: SyntheticSet, judged: Tensor | None, said: Tensor | None) -> Tensor:
+    """Reward of each text of a pool, Eq. 4; where no SLM may judge, the LLM's own probability takes its place.
+
+    Args:
+        pool: of texts.
+        judged: ``(texts, labels)``, the SLMs' judgement; None where there is none.
+        said: ``(texts, labels)``, the LLM's (Eq. 1); needed there.
+    """
+    if judged is None and said is not None:
+        judged = without_preference(said)
+    if judged is None:
+        raise ValueError("neither an SLM nor the LLM has judged the pool")
+    return label_rewards(judged, pool.labels)
+
+
 def select(
-    pool: SyntheticSet, rewards: Tensor, encoder: Encoder, config: SelectionConfig, posteriors: Tensor | None = None
+    pool: SyntheticSet, rewards: Tensor, encoder: Encoder, config: SelectionConfig, said: Tensor | None = None
 ) -> tuple[list[Receipt], list[int]]:
     """Quality times diversity, and the best alpha % of the pool (Eq. 10).
 
@@ -33,14 +54,16 @@ def select(
         rewards: ``(texts,)``, Eq. 4.
         encoder: for the diversity.
         config: how.
-        posteriors: ``(texts,)``, the LLM's probability of the intended labels; the rewards are weighed by them.
+        said: ``(texts, labels)``, the LLM's own probabilities (Eq. 1), for ``selection.llm_posterior``.
 
     Returns:
         A receipt for each text, and the places of those kept, best first.
     """
     vectors = encoder.encode(pool.texts)
     diversities = diversity(vectors) if len(vectors) <= EXACT_TEXTS else approximate_diversity(vectors)
-    quality = rewards if posteriors is None else agreed_rewards(rewards, posteriors)
+    quality = rewards
+    if config.llm_posterior and said is not None:
+        quality = agreed_rewards(rewards, said.gather(1, pool.labels.unsqueeze(1)).squeeze(1))
     scores = quality_diversity_scores(quality, diversities)
     if config.score != "product":
         scores = quality if config.score == "reward" else diversities
@@ -56,7 +79,7 @@ def train_on_synthetic(
     slm: SLM,
     pool: SyntheticSet,
     kept: list[int],
-    judged: Tensor,
+    targets: Tensor | None,
     upload: Upload,
     config: Config,
     progress: Progress,
@@ -68,7 +91,7 @@ def train_on_synthetic(
         slm: to train.
         pool: of texts.
         kept: places of the selected ones.
-        judged: ``(texts, labels)`` of the whole pool, the probabilities that its rewards were made of.
+        targets: of the whole pool, from :func:`soft_labels`.
         upload: what the SLM came in.
         config: of the run.
         progress: is told of the training.
@@ -77,7 +100,7 @@ def train_on_synthetic(
     Returns:
         What :meth:`SLM.fit` returns; nothing if there is no text.
     """
-    texts, targets = pool.examples(kept), soft_labels(pool, judged, config.slm)
+    texts = pool.examples(kept)
     with progress.stage(
         "train SLM on synthetic text", detail, len(texts) * config.slm.synthetic.epochs, "rows"
     ) as advance:
@@ -90,16 +113,21 @@ def train_on_synthetic(
         return metrics
 
 
-def soft_labels(pool: SyntheticSet, judged: Tensor, config: SLMConfig) -> Tensor | None:
+def soft_labels(pool: SyntheticSet, judged: Tensor | None, said: Tensor | None, config: SLMConfig) -> Tensor | None:
     """Probabilities that a text's training aims at, ``(texts, labels)``; none where its intended label is learned.
 
     Args:
         pool: of texts, all of which say how often the LLM wrote what it was told to.
-        judged: ``(texts, labels)``, the SLMs' judgement.
+        judged: ``(texts, labels)``, the SLMs' judgement; None where there is none.
+        said: ``(texts, labels)``, the LLM's (Eq. 1), for ``slm.llm_judges``.
         config: what is learned.
     """
-    if not config.soft_labels:
+    opinions = judged
+    if config.llm_judges and said is not None:
+        own = without_preference(said)
+        opinions = own if judged is None else opinion_pool(judged, own)
+    if not config.soft_labels or opinions is None:
         return None
     if not config.intended_labels:
-        return judged
-    return with_intended_labels(judged, pool.labels, intended_label_accuracy(judged, pool.labels))
+        return opinions
+    return with_intended_labels(opinions, pool.labels, intended_label_accuracy(opinions, pool.labels))

@@ -12,7 +12,7 @@ from typing import Any
 from crosslm import arrivals, evaluate, snapshot
 from crosslm.cards import write_cards
 from crosslm.checkpoint import Checkpoints
-from crosslm.classification import label_posteriors
+from crosslm.classification import class_probabilities
 from crosslm.client import Client
 from crosslm.config import Config
 from crosslm.errors import RunError, StoppedError, UnservedError
@@ -170,16 +170,17 @@ class _Run:
         run.event("start", versions=versions(), specs=specs)
         count = evaluate.base_texts(config)
         journal.base_pool = self._synthesize("original LLM", count, "base")
-        if config.selection.llm_posterior:
+        if config.asks_llm or config.gate.teach_refused:
             with self.progress.stage("generate", "original LLM reads its texts", count, "texts") as advance:
-                journal.base_posteriors = label_posteriors(self.llm, self.task, journal.base_pool, advance).tolist()
+                texts = journal.base_pool.texts
+                journal.base_said = class_probabilities(self.llm, self.task, texts, advance).tolist()
         self.before = self.meter.reading(self.llm, "before")
         put = self.checkpoints.put
         self._kept: dict[str, Any] = {
             "judge": put(snapshot.slm_bytes(journal.judge.to_state())) if journal.judge else None,
             "judge_accuracy": self.judge_accuracy,
             "base_pool": put(snapshot.texts_bytes(journal.base_pool)),
-            "base_posteriors": journal.base_posteriors,
+            "base_said": journal.base_said,
             "before": self.before,
             "inputs": snapshot.inputs_digest(self.split),
         }
@@ -200,9 +201,10 @@ class _Run:
             self.journal.judge.order_labels(self.task.labels)
         self.judge_accuracy, self.before = self._kept["judge_accuracy"], self._kept["before"]
         self.journal.base_pool = snapshot.texts_of(get(self._kept["base_pool"]))
-        self.journal.base_posteriors = self._kept["base_posteriors"]
+        self.journal.base_said = self._kept["base_said"]
         self.journal.restore(state["journal"])
-        snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), state["steps"])
+        counted = state["steps"], state["taught"]
+        snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), *counted)
         self.server.gate = Gate.open(self.config, self.journal.base_pool, self.public)
         if self.server.gate:
             snapshot.restore_gate(self.server.gate, get(state["gate"]))
@@ -245,6 +247,7 @@ class _Run:
             "journal": self.journal.state(),
             "optimizer": put(snapshot.optimizer_bytes(self.server)),
             "steps": self.server.steps,
+            "taught": self.server.taught,
             "gate": put(snapshot.gate_bytes(self.server.gate)) if self.server.gate else None,
             "teachers": snapshot.keep_teachers(self.server, put),
             "clients": self._clients,

@@ -44,6 +44,8 @@ class Gate:
     """The pool of the last accepted arrival."""
     references: dict[str, Tensor] = field(default_factory=dict)
     """``(fixed texts, labels)`` for each accepted client: the probabilities of its last upload."""
+    _found: tuple[Upload, Verdict | QuarantineError] | None = field(default=None, repr=False)
+    """The last upload that was judged, since it is asked about twice."""
 
     @classmethod
     def open(cls, config: Config, base: SyntheticSet, public: Examples) -> "Gate | None":
@@ -77,9 +79,39 @@ class Gate:
             QuarantineError: it may not reward the LLM; has the reasons and the figures.
             UploadError: it cannot classify at all.
         """
+        if self._found is None or self._found[0] is not upload:
+            try:
+                self._found = upload, self._probe(slm, upload)
+            except QuarantineError as error:
+                self._found = upload, error
+        found = self._found[1]
+        if isinstance(found, QuarantineError):
+            raise found
+        return found
+
+    def lets_in(self, slm: SLM, upload: Upload) -> bool:
+        """Whether an SLM may reward the LLM.
+
+        Raises:
+            UploadError: it cannot classify at all.
+        """
+        try:
+            self.judge(slm, upload)
+        except QuarantineError:
+            return False
+        return True
+
+    def _probe(self, slm: SLM, upload: Upload) -> Verdict:
         bounds, texts = self.config.gate, [*self.fixed.texts, *self.latest.texts]
         labels = torch.tensor([*self.fixed.labels, *self.latest.labels])
         predictions = stranger_proba(slm, texts)
+        only = [label for label, rows in zip(upload.slm.labels, upload.class_counts, strict=True) if rows]
+        if len(only) == 1:
+            raise QuarantineError(
+                f"client {upload.client_id}: quarantined: all its rows are {only[0]!r}, so that its SLM cannot tell "
+                "that label from others; give it rows of other labels too, or set [gate] otherwise",
+                {"texts": float(len(texts))},
+            )
         if len(texts) < bounds.min_texts:
             return Verdict({"texts": float(len(texts))}, predictions[: len(self.fixed)])
         area, error = label_auc(predictions, labels)
@@ -106,7 +138,7 @@ class Gate:
 
     def accepted(self, verdict: Verdict, upload: Upload, pool: SyntheticSet) -> None:
         """Remember an SLM that passed and was used, and the pool that came of it."""
-        self.references[upload.client_id] = verdict.predictions
+        self.references[upload.client_id], self._found = verdict.predictions, None
         self.latest = pool.examples(range(min(len(pool.samples), self.config.gate.texts)))
 
     def _as_rewarding(self, slm: SLM, predictions: Tensor, upload: Upload) -> Tensor:

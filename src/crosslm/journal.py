@@ -31,12 +31,12 @@ class RunJournal:
         self, config: Config, split: Split, run: RunDir, checkpoints: Checkpoints, server: Server, progress: Progress
     ) -> None:
         self.config, self.split, self.run, self.checkpoints = config, split, run, checkpoints
-        self.encoder, self.teachers, self.task = server.encoder, server.teachers, server.task
+        self.server, self.task = server, server.task
         self.progress = progress
         self.judge: SLM | None = None
         self.base_pool = SyntheticSet([])
-        self.base_posteriors: list[float] | None = None
-        """The original LLM's own probability of each of their labels, with ``selection.llm_posterior``."""
+        self.base_said: list[list[float]] | None = None
+        """The original LLM's own probabilities of their labels (Eq. 1), where step 5 may ask it."""
         self.accuracy: dict[str, dict[str, float]] = {"standalone": {}, "data_free_kd": {}, "crosslm": {}}
         self.confusion: dict[str, dict[str, list[list[int]]]] = {method: {} for method in self.accuracy}
         self.standalone: dict[str, SLM] = {}
@@ -56,23 +56,29 @@ class RunJournal:
         self.cause = {"client": who, "round": upload.client_round, "outcome": "refused"}
         self.run.event("upload", **describe(upload))
         self.run.save_upload(upload)
-        if who in self.standalone:
+        if who in self.accuracy["standalone"]:
             return
         slm = receive_slm(upload, self.task, self.config)
         self._first[who] = self.checkpoints.put(encode(upload))
         self.standalone[who] = slm
         self._test("standalone", who, slm)
-        size, known = self.config.selection.pool, self.base_posteriors
-        pool, posteriors = SyntheticSet(self.base_pool.samples[:size]), None if known is None else tensor(known[:size])
-        student = data_free_kd(
-            upload, pool, self.config, self.task, self.encoder, self.progress, self.teachers, posteriors
+        self._test("data_free_kd", who, self._data_free_kd(slm, upload))
+
+    def _data_free_kd(self, slm: SLM, upload: Upload) -> SLM:
+        server, size, known = self.server, self.config.selection.pool, self.base_said
+        pool, said = SyntheticSet(self.base_pool.samples[:size]), None if known is None else tensor(known[:size])
+        is_taught = server.gate is not None and self.config.gate.teach_refused
+        may_judge = not (is_taught and server.gate and not server.gate.lets_in(slm, upload))
+        return data_free_kd(
+            upload, pool, self.config, self.task, server.encoder, self.progress, server.teachers, said, may_judge
         )
-        self._test("data_free_kd", who, student)
 
     def served(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """Keep what the step wrote, and measure the SLM that goes back."""
         who, step = upload.client_id, download.step
-        self.cause |= {"outcome": "served", "step": step}
+        self.cause |= {"outcome": "taught" if record.refusal else "served", "step": step}
+        if record.refusal:
+            self._set_apart(upload, record.refusal, record.gate, step=step)
         slm = SLM.from_state(download.slm, self.config.device)
         slm.order_labels(self.task.labels)
         self._test("crosslm", who, slm)
@@ -83,7 +89,7 @@ class RunJournal:
         self.count(record.pool)
         self.run.save_slm(who, slm)
         self._returned[who] = self.checkpoints.put(slm_bytes(download.slm))
-        if record.gate:
+        if record.gate and not record.refusal:
             self.run.event("gate", step=step, client=who, passed=True, **record.gate)
         for number, parts in enumerate(record.updates):
             self.run.event("update", step=step, client=who, number=number, **parts)
@@ -130,9 +136,16 @@ class RunJournal:
             self.failed(who, error)
             return
         self.cause |= {"outcome": "quarantined", "reason": str(error)}
-        place = self.run.save_quarantined(f"{who}-{upload.client_round}", encode(upload), str(error), error.figures)
-        self.run.event("gate", client=who, passed=False, reason=str(error), **error.figures)
-        self.progress.note(f"{error}; its upload and the figures are in {place}")
+        self._set_apart(upload, str(error), error.figures)
+
+    def _set_apart(self, upload: Upload, reason: str, figures: dict[str, float], step: int | None = None) -> None:
+        """Keep what the gate has stopped, and why; with the number of the step where it was taught all the same."""
+        who, taught = upload.client_id, {} if step is None else {"step": step}
+        self.standalone.pop(who, None)  # of what the LLM writes it judges nothing
+        self._first.pop(who, None)
+        place = self.run.save_quarantined(f"{who}-{upload.client_round}", encode(upload), reason, figures)
+        self.run.event("gate", client=who, passed=False, reason=reason, **taught, **figures)
+        self.progress.note(f"{reason}; its upload and the figures are in {place}")
 
     def failed(self, client_id: str, error: Exception) -> None:
         """A client failed: an event of the run."""

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from crosslm.algorithm.losses import generation_loss, kl_loss, language_modeling_loss, objective, sequence_logps
 from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
-from crosslm.classification import label_posteriors
+from crosslm.classification import class_probabilities
 from crosslm.config import Config
-from crosslm.enhancement import select, train_on_synthetic
-from crosslm.errors import BrokenLLMError, CollapseError, ModelError, UploadError
+from crosslm.enhancement import pool_rewards, select, soft_labels, train_on_synthetic
+from crosslm.errors import BrokenLLMError, CollapseError, ModelError, QuarantineError, UploadError
 from crosslm.gate import Gate
 from crosslm.models.encoder import Encoder
 from crosslm.models.llm import LLM
@@ -38,6 +38,8 @@ class StepRecord:
     """One for each text of the pool."""
     gate: dict[str, float] = field(default_factory=dict)
     """What the gate found, if there is one."""
+    refusal: str = ""
+    """Why the SLM had no say: it was taught (``gate.teach_refused``), and the LLM is as it was."""
 
     @property
     def tokens_generated(self) -> int:
@@ -65,10 +67,15 @@ class Server:
         self.gate = gate
         self.teachers = Teachers(config.reward)
         self.steps = 0
+        """SLMs served so far."""
+        self.taught = 0
+        """Of these, those that had no say."""
         self.optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=config.llm.learning_rate, weight_decay=0.0)
 
     def step(self, upload: Upload) -> tuple[Download, StepRecord]:
         """Train the LLM and the SLM on each other's judgement, and return the SLM.
+
+        With ``gate.teach_refused`` an SLM that may not reward the LLM is trained on what the LLM writes all the same.
 
         Raises:
             UploadError: the SLM's labels are not the task's, it cannot be rebuilt, it may not reward the LLM, or its
@@ -77,10 +84,17 @@ class Server:
                 nothing, or it broke the LLM after full fine-tuning, which cannot be taken back.
         """
         slm = receive_slm(upload, self.task, self.config)  # step 2: it arrived
-        verdict = self.gate.judge(slm, upload) if self.gate else None
+        try:
+            verdict = self.gate.judge(slm, upload) if self.gate else None
+        except QuarantineError as error:
+            if not self.config.gate.teach_refused:
+                raise
+            record = StepRecord(gate=error.figures, refusal=str(error))
+            return self._enhance(slm, upload, record), record
         before, judges = self._snapshot(), dict(self.teachers.members)
         try:
-            download, record = self._learn(slm, upload)
+            record = self._learn(slm, upload)
+            download = self._enhance(slm, upload, record)
         except UploadError:  # the SLM failed on a text that only the updated LLM wrote
             self._restore(before, judges)
             raise
@@ -92,7 +106,6 @@ class Server:
                 f"client {upload.client_id}: with its rewards the LLM broke, and is as it was before them; "
                 f"look at that client's data: {error}"
             ) from error
-        self.steps += 1
         if self.gate and verdict:
             self.gate.accepted(verdict, upload, record.pool)
             record.gate = verdict.figures
@@ -104,32 +117,46 @@ class Server:
         if self.config.reward.teachers > 1:
             self.teachers.accepted(upload, receive_slm(upload, self.task, self.config))
 
-    def _learn(self, slm: SLM, upload: Upload) -> tuple[Download, StepRecord]:
-        """Steps 3, 4 and 5 with an SLM that may reward the LLM."""
+    def _learn(self, slm: SLM, upload: Upload) -> StepRecord:
+        """Steps 3 and 4 with an SLM that may reward the LLM."""
         config, record, who = self.config, StepRecord(), upload.client_id
         for iteration in range(config.llm.iterations):
-            seed = seed_for(config.seed, "server", self.steps, iteration)
+            seed = seed_for(config.seed, "server", self._learned, iteration)
             drafts = self._synthesize(f"{who}: texts to learn from", config.llm.samples, seed)  # step 3: Eq. 2-3
             judged = self.teachers.probabilities(slm, upload, drafts.texts)
             rewards = label_rewards(judged, drafts.labels)  # step 4: Eq. 4
             advantages = self.advantages(drafts, rewards)
             record.updates += self.update_llm(drafts, advantages, seed, who)  # step 4: Eq. 5-9
             record.drafts.append((drafts, rewards))
+        return record
 
-        seed = seed_for(config.seed, "server", self.steps, "pool")
-        record.pool = self._synthesize(f"{who}: texts to choose from", config.selection.pool, seed)  # step 5
+    def _enhance(self, slm: SLM, upload: Upload, record: StepRecord) -> Download:
+        """Step 5: the best of what the LLM writes now trains the SLM; one that was refused has no say in it."""
+        config, who = self.config, upload.client_id
+        turn = ("taught", self.taught) if record.refusal else ("server", self._learned)
+        seed = seed_for(config.seed, *turn, "pool")
+        pool = self._synthesize(f"{who}: texts to choose from", config.selection.pool, seed)
         with self.progress.stage("select", who, 1, "pool") as advance:
-            judged = self.teachers.probabilities(slm, upload, record.pool.texts)
-            rewards = label_rewards(judged, record.pool.labels)
-            posteriors = label_posteriors(self.llm, self.task, record.pool) if config.selection.llm_posterior else None
-            record.receipts, kept = select(record.pool, rewards, self.encoder, config.selection, posteriors)  # Eq. 10
+            texts, teachers, is_asked = pool.texts, self.teachers, config.asks_llm or bool(record.refusal)
+            judged = teachers.of_others(upload, texts) if record.refusal else teachers.probabilities(slm, upload, texts)
+            said = class_probabilities(self.llm, self.task, texts) if is_asked else None  # Eq. 1
+            rewards = pool_rewards(pool, judged, said)
+            record.receipts, kept = select(pool, rewards, self.encoder, config.selection, said)  # Eq. 10
             advance(1)
-        fitted = train_on_synthetic(slm, record.pool, kept, judged, upload, config, self.progress, who)
+        targets = soft_labels(pool, judged, said, config.slm)
+        fitted = train_on_synthetic(slm, pool, kept, targets, upload, config, self.progress, who)
+        record.pool = pool
+        self.steps, self.taught = self.steps + 1, self.taught + bool(record.refusal)
 
         metrics = {"selected": float(len(kept)), **{f"fit/{name}": value for name, value in fitted.items()}}
-        texts = tuple(record.pool.examples(kept).texts) if config.privacy.checks_leaks else ()
+        learned = tuple(pool.examples(kept).texts) if config.privacy.checks_leaks else ()
         state = slm.to_state().like(upload.slm)
-        return Download(who, upload.client_round, self.steps + 1, metrics, state, texts), record
+        return Download(who, upload.client_round, self.steps, metrics, state, learned)
+
+    @property
+    def _learned(self) -> int:
+        """How many SLMs the LLM has learned from: who has no say changes nothing for others, their seeds neither."""
+        return self.steps - self.taught
 
     def _snapshot(self) -> tuple[list[Tensor], dict[str, Any]] | None:
         """The adapter and the optimiser's state; not after full fine-tuning, where they are several models."""

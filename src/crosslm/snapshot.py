@@ -31,8 +31,8 @@ def optimizer_bytes(server: Server) -> bytes:
     return save({f"{place}.{name}": value.cpu() for place, values in state.items() for name, value in values.items()})
 
 
-def restore_server(server: Server, adapter: bytes, optimizer: bytes, steps: int) -> None:
-    """Put the LLM, the optimiser and the step counter back.
+def restore_server(server: Server, adapter: bytes, optimizer: bytes, steps: int, taught: int) -> None:
+    """Put the LLM, the optimiser and the counters of steps back.
 
     Raises:
         RunError: the adapter is of another LLM.
@@ -49,7 +49,7 @@ def restore_server(server: Server, adapter: bytes, optimizer: bytes, steps: int)
         place, name = key.split(".", 1)
         state.setdefault(int(place), {})[name] = value
     server.optimizer.load_state_dict({**server.optimizer.state_dict(), "state": state})
-    server.steps = steps
+    server.steps, server.taught = steps, taught
 
 
 def slm_bytes(state: SlmState) -> bytes:

@@ -52,7 +52,16 @@ class Teachers:
         Raises:
             UploadError: the arriving SLM fails on a text. Another one that does is left out from then on.
         """
-        opinions = [as_rewarding(slm, stranger_proba(slm, texts), upload, self.config)]
+        own = as_rewarding(slm, stranger_proba(slm, texts), upload, self.config)
+        return torch.stack([own, *self._opinions_of_others(upload, texts)]).mean(dim=0)
+
+    def of_others(self, upload: Upload, texts: list[str]) -> Tensor | None:
+        """The same by the other clients' SLMs alone, for one that may not judge; None where there are none."""
+        opinions = self._opinions_of_others(upload, texts)
+        return torch.stack(opinions).mean(dim=0) if opinions else None
+
+    def _opinions_of_others(self, upload: Upload, texts: list[str]) -> list[Tensor]:
+        opinions = []
         others = {name: member for name, member in self.members.items() if name != upload.client_id}
         for name in list(others)[max(0, len(others) - self.config.teachers + 1) :]:
             member = others[name]
@@ -63,7 +72,7 @@ class Teachers:
                 del self.members[name]
                 continue
             opinions.append(as_rewarding(member.slm, found, member.upload, self.config))
-        return torch.stack(opinions).mean(dim=0)
+        return opinions
 
     def accepted(self, upload: Upload, slm: SLM) -> None:
         """Remember an SLM that was served, as it was uploaded.

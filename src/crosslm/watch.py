@@ -84,7 +84,8 @@ def sentence(event: Event) -> str | None:
         case "failure":
             return f"{'client ' + event['client'] if event['client'] else 'the server'} failed: {event['error']}"
         case "gate" if not event["passed"]:
-            return f"the upload of client {event['client']} was quarantined: {event['reason']}"
+            what = "is taught and has no say" if "step" in event else "was quarantined"
+            return f"the upload of client {event['client']} {what}: {event['reason']}"
         case "end":
             return f"the run ended: {event['error']}"
         case _:

@@ -1,8 +1,9 @@
-"""What step 5 learns where the label that a text was written for counts as one more judge (ours, not the paper's).
+"""What step 5 learns where others judge beside the SLMs: the LLM itself, or the label a text was written for (ours).
 
-The model of Dawid and Skene, "Maximum Likelihood Estimation of Observer Error-Rates Using the EM Algorithm", Applied
-Statistics 1979, with one error rate: the LLM writes what it was told to with probability ``rho``, and else something
-that fits any of the other labels as likely as the next, whatever the SLMs make of it.
+For the intended label the model is that of Dawid and Skene, "Maximum Likelihood Estimation of Observer Error-Rates
+Using the EM Algorithm", Applied Statistics 1979, with one error rate: the LLM writes what it was told to with
+probability ``rho``, and else something that fits any of the other labels as likely as the next, whatever the SLMs make
+of it.
 """
 
 import torch
@@ -11,6 +12,42 @@ from torch import Tensor
 ITERATIONS = 200
 MOST = 0.99
 """No LLM is taken to be right always, however sure the SLMs are."""
+LEAST = 1e-6
+"""A probability that is as good as none."""
+
+
+def without_preference(probabilities: Tensor) -> Tensor:
+    """Probabilities of texts that fit each label equally often, freed of a preference for some of the labels.
+
+    ``p'(y|x_i) ~ p(y|x_i) / exp(mean_j log p(y|x_j))``. An LLM finds some words likely after a query whatever the text
+    says; Zhao et al., "Calibrate Before Use", ICML 2021, divide by what it says of texts without content, here it is
+    what it says of all of them, which it wrote for labels drawn uniformly (Eq. 2).
+
+    Args:
+        probabilities: ``(texts, classes)``.
+
+    Returns:
+        ``(texts, classes)``, rows sum to 1.
+    """
+    logs = probabilities.clamp_min(LEAST).log()
+    return (logs - logs.mean(dim=0)).softmax(dim=1)
+
+
+def opinion_pool(one: Tensor, other: Tensor) -> Tensor:
+    """What two judges who err on different texts make of them together: ``q(y|x) ~ p_1(y|x) p_2(y|x)``.
+
+    The logarithmic opinion pool with a weight of one each: where one of them is undecided, the other decides. Source:
+    Genest and Zidek, "Combining Probability Distributions: A Critique and an Annotated Bibliography", Statistical
+    Science 1986.
+
+    Args:
+        one: ``(texts, classes)``.
+        other: as ``one``.
+
+    Returns:
+        ``(texts, classes)``, rows sum to 1.
+    """
+    return (one.clamp_min(LEAST).log() + other.clamp_min(LEAST).log()).softmax(dim=1)
 
 
 def intended_label_accuracy(probabilities: Tensor, labels: Tensor) -> float:

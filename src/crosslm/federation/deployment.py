@@ -98,7 +98,8 @@ class Deployment:
         self.base = snapshot.texts_of(get(self._base_name))
         self.tokens_generated, self.removed = state["tokens_generated"], Counter(state["texts_removed"])
         self.progress.seconds.update(state["seconds"])
-        snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), state["steps"])
+        counted = state["steps"], state["taught"]
+        snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), *counted)
         self.server.gate = Gate.open(self.config, self.base, public_texts(self.config))
         if self.server.gate:
             snapshot.restore_gate(self.server.gate, get(state["gate"]))
@@ -117,6 +118,7 @@ class Deployment:
         put, server = self.checkpoints.put, self.server
         state = {
             "steps": server.steps,
+            "taught": server.taught,
             "optimizer": put(snapshot.optimizer_bytes(server)),
             "gate": put(snapshot.gate_bytes(server.gate)) if server.gate else None,
             "teachers": snapshot.keep_teachers(server, put),
@@ -160,7 +162,9 @@ class Deployment:
         self.run.save_llm(self.server.llm)
         if self.test is not None:
             measure_slm(self.run, "crosslm", who, slm, self.test, 0)
-        if record.gate:
+        if record.refusal:
+            self.run.event("gate", step=step, client=who, passed=False, reason=record.refusal, **record.gate)
+        elif record.gate:
             self.run.event("gate", step=step, client=who, passed=True, **record.gate)
         for number, parts in enumerate(record.updates):
             self.run.event("update", step=step, client=who, number=number, **parts)
@@ -173,7 +177,8 @@ class Deployment:
         self.run.event("step", step=step, client=who, round=upload.client_round, **measures, **download.metrics)
         if message := arrivals.few_selected(who, record, self.config):
             self.run.event("warning", message=message)
-        cause = {"client": who, "round": upload.client_round, "outcome": "served", "step": step}
+        outcome = "taught" if record.refusal else "served"
+        cause = {"client": who, "round": upload.client_round, "outcome": outcome, "step": step}
         self._save(cause, encode(download))
         self.spool.note("working on", "")
 
@@ -232,9 +237,10 @@ class Deployment:
         return summary_of(self.run, self.config, self.spool, silos, self.test, self._counted() | {"llm_dtype": dtype})
 
     def _first_uploads(self) -> Iterator[tuple[str, SLM]]:
-        """The SLM of each silo that was served, as it came first."""
+        """The SLM of each silo that was served, as it came first, but for those that have no say."""
+        taught = {event["client"] for event in self.run.events() if event["event"] == "gate" and not event["passed"]}
         for arrival in self.spool.arrivals():
-            if arrival.round == 0 and arrival.state in ("served", "delivered"):
+            if arrival.round == 0 and arrival.state in ("served", "delivered") and arrival.silo not in taught:
                 upload = decode_upload(self.spool.upload(arrival))
                 yield arrival.silo, receive_slm(upload, self.task, self.config)
 

@@ -31,6 +31,8 @@ def _failures(view: RunView) -> Iterator[Finding]:
         if event["event"] == "failure":
             who = f"client {event['client']}" if event["client"] else "the server"
             yield Finding("failure", f"{who} failed", event["error"])
+        elif event["event"] == "gate" and not event["passed"] and "step" in event:
+            yield Finding("warning", f"client {event['client']} is taught and has no say", event["reason"])
         elif event["event"] == "gate" and not event["passed"]:
             yield Finding("failure", f"the upload of client {event['client']} was quarantined", event["reason"])
 
@@ -85,8 +87,8 @@ def _silos(view: RunView) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 f"client {client} has one class only",
-                f"All {facts['rows'][present[0]]} private rows are {present[0]!r}: its classifier rewards every text "
-                "with that label, and its accuracy says little.",
+                f"All {facts['rows'][present[0]]} private rows are {present[0]!r}: its classifier finds that label in "
+                "every text, and its accuracy says little.",
             )
     yield from _answers(view)
     for client, (_, high) in view.gains.items():

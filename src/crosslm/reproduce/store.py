@@ -23,8 +23,9 @@ CEILING_SECTIONS = ("seed", "task", "data", "clients")
 STANDALONE_SECTIONS = (*CEILING_SECTIONS, "acceptance", "privacy", "federation")
 SLM_FIELDS = ("models", "max_length", "freeze_embeddings", "private")
 STEP_5 = {
-    "slm": ("synthetic", "soft_labels", "intended_labels", "interpolation"),
+    "slm": ("synthetic", "soft_labels", "intended_labels", "llm_judges", "interpolation"),
     "selection": ("fraction", "score", "llm_posterior", "nonpositive_rewards", "class_balance", "encoder"),
+    "gate": ("teach_refused",),
 }
 """What an SLM learns before it goes back, which the LLM never meets where nobody comes twice."""
 ORIGINAL_LLM = ("model", "dtype", "lora_rank", "lora_alpha")

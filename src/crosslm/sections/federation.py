@@ -39,6 +39,9 @@ class GateConfig(Section):
 
     enabled: bool = False
     """Probe every upload with texts of known labels before it rewards the LLM; one that fails is kept apart."""
+    teach_refused: bool = False
+    """An SLM that may not reward the LLM gets step 5 all the same: it learns from the LLM's texts, whose labels others
+    judge (ours). Else it gets nothing back."""
     texts: Positive = 1024
     """At most so many texts of the original LLM, and as many of the last accepted arrival, to probe with."""
     min_texts: Positive = 100

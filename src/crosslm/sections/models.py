@@ -58,6 +58,9 @@ class SLMConfig(Section):
     """In soft labels the label that a text was written for counts as one more judge, who is right as often as the
     others make it likely over the whole pool (ours, after Dawid and Skene 1979). Worth it where the LLM knows the
     labels better than the SLMs do. Without ``soft_labels`` it changes nothing."""
+    llm_judges: bool = False
+    """In soft labels the LLM is one more judge: its own probabilities of the labels (Eq. 1), freed of its preference
+    for some of them, times the SLMs' (ours). Without ``soft_labels`` it changes nothing."""
     interpolation: Fraction = 1.0
     """Share of step 5's weights in the SLM that goes back, the rest being those that came (ours,
     after Wortsman et al. 2022); 1 is the paper's."""
