@@ -58,10 +58,10 @@ FIT = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-5}
 
 
 def tiny_llm(folder: Path) -> None:
-    """A GPT-2 that writes single bytes at random."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {word: place for place, word in enumerate(["<bos>", "<eos>", *alphabet])}
-    tokenizer = Tokenizer(tokenizer_models.BPE(words, []))
+    """A GPT-2 that writes single bytes at random; two more tokens tell the labels' words apart."""
+    alphabet, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), [("Ġ", "b"), ("Ġ", "g")]
+    words = {word: place for place, word in enumerate(["<bos>", "<eos>", *alphabet, *map("".join, merges)])}
+    tokenizer = Tokenizer(tokenizer_models.BPE(words, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = {"bos_token": "<bos>", "eos_token": "<eos>"}
@@ -70,15 +70,15 @@ def tiny_llm(folder: Path) -> None:
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
 
 
-def make(folder: Path, megabytes: float, rounds: int) -> None:
-    """Models, rows, and kits for each side."""
+def tiny(folder: Path, megabytes: float, clients: list[str], rounds: int) -> dict:
+    """Models with random weights, and the tables of a federation with these silos that uses them."""
     torch.manual_seed(0)
     tiny_llm(folder / "llm")
     random_bert(folder / "slm", megabytes)
     random_bert(folder / "body", 0.1)
     body = Transformer(str(folder / "body"))
     SentenceTransformer(modules=[body, Pooling(32)], device="cpu").save(str(folder / "encoder"))
-    tables = {
+    return {
         "name": "transfers",
         "device": "cpu",
         "tracking": [],
@@ -90,7 +90,7 @@ def make(folder: Path, megabytes: float, rounds: int) -> None:
             "verbalizer": {"bad": "bad", "good": "good"},
         },
         "data": {"test": "test.csv", "judge_rows": 0},
-        "clients": [{"id": SILO, "train": "rows.csv", "model": str(folder / "slm")}],
+        "clients": [{"id": name, "train": "rows.csv", "model": str(folder / "slm")} for name in clients],
         "slm": {"models": [{"model": str(folder / "slm")}], "max_length": 16, "private": FIT, "synthetic": FIT},
         "llm": {"model": str(folder / "llm"), "samples": 8, "batch_size": 8, "learning_rate": 1e-4, "lora_rank": 2},
         "synthesis": {"max_new_tokens": 12, "max_attempts": 100},
@@ -101,7 +101,17 @@ def make(folder: Path, megabytes: float, rounds: int) -> None:
         "checkpoint": {"keep": 1},
         "evaluation": {"nlg_samples": 8},
     }
-    config = Config.model_validate(tables)
+
+
+def write_rows(kit: Path) -> None:
+    """Eight rows of a silo's own."""
+    rows = [f"w{place} w{place + 1},{('bad', 'good')[place % 2]}" for place in range(8)]
+    (kit / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+
+
+def make(folder: Path, megabytes: float, rounds: int) -> None:
+    """Models, rows, and kits for each side."""
+    config = Config.model_validate(tiny(folder, megabytes, [SILO], rounds))
     make_kits(config, folder / "bare", gateway=False)
     make_kits(config, folder / "kits", gateway=True)
 
@@ -115,8 +125,7 @@ def make_kits(config: Config, folder: Path, gateway: bool) -> None:
     text = (server / SERVER_FILE).read_text().replace("9091", str(inner)).replace("0.0.0.0", "127.0.0.1")
     (server / SERVER_FILE).write_text(text)
     (silo / SILO_FILE).write_text((silo / SILO_FILE).read_text().replace("9094", str(runtime)))
-    rows = [f"w{place} w{place + 1},{('bad', 'good')[place % 2]}" for place in range(8)]
-    (silo / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    write_rows(silo)
 
 
 def kits_of(folder: Path) -> tuple[Path, Path]:

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -86,3 +87,13 @@ def test_the_tables_are_those_of_the_committed_results():
     spec.loader.exec_module(results)
     for path, text in results.documents().items():
         assert path.read_text() == text, f"{path.name}: run python benchmarks/results.py render"
+
+
+def test_what_is_said_of_machines_that_share_a_network_is_what_was_found():
+    found = json.loads((ROOT / "benchmarks/results/two-machines.json").read_text())
+    silos = {"north", "south"}
+    assert set(found["exit_codes"].values()) == {0}
+    assert {"server", *silos} <= set(found["exit_codes"])
+    assert {(silo, state) for silo, state, _ in found["arrivals"]} == {(silo, "delivered") for silo in silos}
+    assert found["listening"] == {"server": ["0.0.0.0:9400"], "north": [], "south": []}
+    assert len(found["cut"]) == 2

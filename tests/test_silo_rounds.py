@@ -261,9 +261,11 @@ def test_what_came_of_a_round_is_told_apart():
             {"accepted": False, **figures},
             {"accepted": False, "rows": 0, "refused": "UploadError: cut"},
             {"accepted": False, "rows": 0, "not_used": "the gate has quarantined it"},
+            {"accepted": True, **figures, "no_say": True},
         )
     ]
-    assert len(set(told)) == 4
+    assert len(set(told)) == 5
+    assert told[4] == told[0] + "; the gate did not let the classifier that was sent judge what it was taught"
     assert "0.800 before, 0.500 with it" in told[1]
     assert "UploadError: cut" in told[2]
     assert "the gate has quarantined it" in told[3]

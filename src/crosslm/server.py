@@ -149,6 +149,8 @@ class Server:
         self.steps, self.taught = self.steps + 1, self.taught + bool(record.refusal)
 
         metrics = {"selected": float(len(kept)), **{f"fit/{name}": value for name, value in fitted.items()}}
+        if record.refusal:
+            metrics["no_say"] = 1.0
         learned = tuple(pool.examples(kept).texts) if config.privacy.checks_leaks else ()
         state = slm.to_state().like(upload.slm)
         return Download(who, upload.client_round, self.steps, metrics, state, learned)

@@ -115,17 +115,17 @@ class Silo:
             return self._confirmation(number)
         upload = self._mine(number)
         try:
-            decision = self._install(number, data, upload)
+            decision, had_say = self._install(number, data, upload)
         except CrosslmError as error:
             SLM.from_state(upload.slm).save(str(self.state / "slm"))
             self._complete(number, {"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
             raise
         told = confirmation(number, decision.accepted)
         self._keep_receipt("install", number, {"answer": done(number), "metrics": told})
-        self._complete(number, vars(decision))
+        self._complete(number, vars(decision) | ({} if had_say else {"no_say": True}))
         return told
 
-    def _install(self, number: int, data: bytes, upload: Upload) -> Decision:
+    def _install(self, number: int, data: bytes, upload: Upload) -> tuple[Decision, bool]:
         settings = self.settings
         download = Intake(settings.labels, settings.intake).download(data, settings.id)
         if download.client_round != number:
@@ -139,7 +139,7 @@ class Silo:
         decision = client.install(download)
         client.slm.save(str(self.state / "slm"))
         write_whole(self.state / f"download-{number:04}.safetensors", [data])
-        return decision
+        return decision, not download.metrics.get("no_say")
 
     def not_used(self, experiment: str, number: int, reason: str) -> None:
         """The server did not use the upload of a round and sends nothing back: go on with the SLM as it was sent.

@@ -12,12 +12,16 @@ def outcome(decision: Mapping[str, Any]) -> str:
         return f"the server did not use the upload ({why}); the classifier in use is the one that was trained here"
     if why := decision.get("refused"):
         return f"what came back was refused ({why}); the classifier in use is the one that was trained here"
+    taught = ""
+    if decision.get("no_say"):
+        taught = "; the gate did not let the classifier that was sent judge what it was taught"
     if not decision["accepted"]:
         figures = f"{decision['before']:.3f} before, {decision['after']:.3f} with it"
         return (
             f"what came back is worse on {decision['rows']} held-out rows ({figures}); the old classifier stays in use"
+            + taught
         )
-    return "the enhanced classifier is installed"
+    return "the enhanced classifier is installed" + taught
 
 
 def doing(now: Mapping[str, Any] | None, ago: str) -> str:

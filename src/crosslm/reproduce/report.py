@@ -130,8 +130,8 @@ def differs(kept: Kept, choice: Choice) -> list[str]:
         "Table 8: over the LLM's vocabulary as it was trained, trimmed where `llm.vocabulary_texts` is set; the "
         "treebank's `<unk>` is read as characters, since the LLM has never been trained on a token for it.",
         "Preset recommended: its fields were compared on 400 test rows of SST-2 with one seed "
-        "(`benchmarks/preset_choices.py`), so that its figures on SST-2 flatter it; `slm.intended_labels` and "
-        "`slm.interpolation` on validation rows of AG News (whose figures were not kept) and Yahoo! Answers.",
+        "(`benchmarks/preset_choices.py`), so that its figures on SST-2 flatter it; `slm.llm_judges` and "
+        "`slm.interpolation` on validation rows of AG News and Yahoo! Answers (not all of whose figures were kept).",
     ]
 
 
