@@ -213,7 +213,9 @@ def measured(run: Run, hostile: str) -> dict[str, Any]:
     return {
         "hostile": hostile,
         "uploads": {
-            "served": sum(event["event"] == "step" and event["client"] == hostile for event in events),
+            "served": sum(  # one that is taught and has no say is none of them
+                event["event"] == "step" and event["client"] == hostile and not event.get("no_say") for event in events
+            ),
             "quarantined": sum(event["client"] == hostile and not event["passed"] for event in gates),
             "failed": sum(event["event"] == "failure" and event["client"] == hostile for event in events),
         },

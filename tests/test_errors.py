@@ -42,6 +42,8 @@ STRICT_GATE = (
     "--set",
     "gate.enabled=true",
     "--set",
+    "gate.teach_refused=false",
+    "--set",
     "gate.min_texts=1",
     "--set",
     "gate.margin=0.49",
