@@ -79,7 +79,7 @@ class Study:
         self.rows = spare_rows(cache_folder(), self.task)
         self.llm = LLM.load(original_llm(self.config, cache_folder(), print), self.config.llm, 0)
         events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        self.order = [event["client"] for event in events if event["event"] == "step"]
+        self.order = [event["client"] for event in events if event["event"] == "step" and not event.get("no_say")]
         self.clients = json.loads((run / "summary.json").read_text())["clients"]
         self.teachers = Teachers(self.config.reward)
 

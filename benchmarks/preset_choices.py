@@ -144,7 +144,8 @@ class Bench:
         judge = evaluate.load_judge(self.folder(self.config.slm.models[0].model), self.config)
         self.judge = evaluate.train_judge(judge, self.config, self.split.judge, Progress())
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        self.arrivals = {step["client"]: step["step"] for step in steps if step["event"] == "step"}
+        steps = [step for step in steps if step["event"] == "step" and not step.get("no_say")]
+        self.arrivals = {step["client"]: step["step"] for step in steps}
 
     def folder(self, name: str) -> str:
         """Where a model is."""

@@ -69,6 +69,9 @@ def reproduction_section(report: dict, plots: list[str]) -> list[str]:
     return [*lines, *markdown(report), *(line for name in plots for line in (f"![{name}](plots/{name}.svg)", ""))]
 
 
+EARLIER = ("reproduce-intended-labels", "reproduce-intended-labels-skew", "reproduce-judges-alone")
+
+
 def earlier_section(kept: dict) -> list[str]:
     """A table of `crosslm reproduce` under a preset as it was before."""
     origin = kept["origin"]
@@ -345,8 +348,9 @@ def documents() -> dict[Path, str]:
     loaded = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     if "reproduce" in loaded:
         lines += reproduction_section(loaded["reproduce"], sorted(path.stem for path in PLOTS.glob("*.svg")))
-    if "reproduce-judges-alone" in loaded:
-        lines += earlier_section(loaded["reproduce-judges-alone"])
+    for name in EARLIER:
+        if name in loaded:
+            lines += earlier_section(loaded[name])
     lines += [
         "From here on: one seed each, unless something else is said, and a few hundred test rows, so that differences "
         "of a few points are noise. The settings are those of the packaged configurations.",

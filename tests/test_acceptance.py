@@ -11,7 +11,7 @@ from crosslm import experiment, journal
 from crosslm.checkpoint import Checkpoints
 from crosslm.client import Client, Decision
 from crosslm.config import AcceptanceConfig, Config, FitConfig
-from crosslm.errors import RunError, UploadError
+from crosslm.errors import RunError, StoppedError, UploadError
 from crosslm.experiment import run_local
 from crosslm.federation.local import LocalExchange
 from crosslm.html_report.collect import RunView
@@ -19,6 +19,7 @@ from crosslm.html_report.findings import findings
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
 from crosslm.records import Download, Examples
+from crosslm.report import about_no_say
 from crosslm.rollback import roll_back
 from crosslm.rundir import RunDir
 from crosslm.server import Server
@@ -223,6 +224,30 @@ def test_one_that_is_refused_as_a_judge_is_taught(flipping, tmp_path):
     assert "client client-1 is taught and has no say" in titles
     with pytest.raises(RunError, match="'client-1' has not changed the LLM; those that have: client-0"):
         roll_back(RunDir.open(folder), "client-1", tmp_path / "back")
+
+
+def test_a_run_that_stops_after_one_was_taught_ends_as_one_that_does_not(flipping, tmp_path):
+    flipping["gate"]["teach_refused"] = True
+    config, folders = Config.model_validate(flipping), (tmp_path / "whole", tmp_path / "stopped")
+    whole = run_local(config, folders[0], tmp_path)
+
+    def outcome():
+        record = Checkpoints(RunDir(folders[1])).last()
+        return record and record["cause"].get("outcome")
+
+    with pytest.raises(StoppedError):
+        run_local(config, folders[1], tmp_path, stop_requested=lambda: outcome() == "taught")
+    assert outcome() == "taught"
+    resumed = run_local(config, folders[1], tmp_path, resume=True)
+    assert (whole["slm"], whole["llm"], whole["no_say"]) == (resumed["slm"], resumed["llm"], ["client-1"])
+    for name in ("llm/adapter_model.safetensors", "slm/client-0/model.safetensors", "slm/client-1/model.safetensors"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    assert "learned from the opinions of 1 classifiers" in (folders[0] / "llm/README.md").read_text()
+    said = {who: (folders[0] / f"slm/{who}/README.md").read_text() for who in ("client-0", "client-1")}
+    assert "that this classifier itself had judged" in said["client-0"]
+    assert "that others had judged" in said["client-1"]
+    assert about_no_say(["client-1"], ["client-0", "client-1"]).endswith(": client-1.")
+    assert "the LLM is as it was" in about_no_say(["client-1"], ["client-1"])
 
 
 def test_data_free_kd_of_one_that_may_not_judge_has_no_say_either(flipping, tmp_path, monkeypatch):

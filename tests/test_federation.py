@@ -691,6 +691,19 @@ def test_versions_must_fit(exchange, monkeypatch):
     assert reply.content["reply"]["status"] == "refused"
 
 
+def test_who_has_no_say_is_served_and_not_counted(tmp_path):
+    spool = Spool(tmp_path)
+    for silo in ("a", "b"):
+        spool.put(silo, 0, [silo.encode()])
+        spool.serve(silo, 0, b"enhanced")
+    assert spool.counted() == 2
+    spool.no_say("a", 0)
+    assert spool.counted() == 1
+    spool.delivered("a", 0)
+    assert spool.counted() == 1
+    spool.close()
+
+
 def test_a_run_ends_by_arrivals_or_by_time(exchange, monkeypatch):
     turn(exchange, 2)
     exchange.config = FederationConfig(arrivals=1)

@@ -243,6 +243,7 @@ def test_one_that_knows_one_label_cannot_judge(settings, honest, min_texts):
     assert stopped.value.figures == {"texts": 320.0}
     judged(gate, dataclasses.replace(single, class_counts=(1, 59)))
     judged(gate, dataclasses.replace(single, class_counts=(0, 0)))  # hidden
+    judged(gate, dataclasses.replace(single, metrics={"dp/count_epsilon": 0.5}))  # noisy: it may have rows of both
 
 
 def test_an_upload_is_probed_once(settings, honest, hostile, monkeypatch):
@@ -255,11 +256,16 @@ def test_an_upload_is_probed_once(settings, honest, hostile, monkeypatch):
     for slm in slms.values():
         slm.order_labels(("bad", "good"))
     assert gate.lets_in(slms["good"], honest["north"])
-    assert gate.judge(slms["good"], honest["north"]) is gate.judge(slms["good"], honest["north"])
+    assert gate.judge(slms["good"], honest["north"]).figures["auc"] > 0.5
     assert not gate.lets_in(slms["bad"], hostile["constant"])
     with pytest.raises(QuarantineError):
         gate.judge(slms["bad"], hostile["constant"])
     assert len(probed) == 2
+    assert gate.judge(slms["good"], honest["north"]).figures["auc"] > 0.5  # nothing is kept of what was judged
+    assert gate.lets_in(slms["good"], honest["north"])
+    with pytest.raises(QuarantineError):
+        gate.judge(slms["bad"], hostile["constant"])
+    assert len(probed) == 5
 
 
 def test_with_too_few_texts_nobody_is_refused(settings, hostile):

@@ -159,7 +159,20 @@ def test_a_client_that_got_nothing_or_did_not_accept_it_ends_up_with_its_own():
     said = notes("4", figures, choice)[-1]
     assert said == "sst2/paper/base/seed-0: the upload of refused was refused; declining did not accept what came back."
     assert said in "\n".join(markdown_table(all_tables(figures, choice)["4"]))
-    assert "refused are left out" in all_tables(figures, choice)["6"]["notes"][0]
+    assert "refused or had no say are left out" in all_tables(figures, choice)["6"]["notes"][0]
+
+
+def test_who_had_no_say_is_named():
+    correct = {f"slm/{method}/{who}": "01" for method in ("standalone", "crosslm") for who in ("a", "b")}
+    choice, told = choose(load_scale(), ["4"], ["sst2"], [], 1, "test", Path("DATA")), []
+    for mute in (["b"], ["a", "b"], []):
+        run = run_of(correct)
+        run["figures"]["arrivals"] = [{"client": who} | ({"no_say": 1.0} if who in mute else {}) for who in ("a", "b")]
+        figures = Figures({Cell("sst2", "recommended", Variation(BASE), 0, RUN): run})
+        told.append(notes("4", figures, choice)[-1])
+    assert told[0] == "sst2/recommended/base/seed-0: b had no say and was taught."
+    assert told[1] == "sst2/recommended/base/seed-0: nobody had a say, all were taught, and the LLM stayed as it was."
+    assert "seed-0" not in told[2]
 
 
 def test_both_presets_are_compared_with_the_standalone_of_all_rows():

@@ -13,7 +13,7 @@ from crosslm.algorithm.soft_labels import without_preference
 from crosslm.classification import class_probabilities
 from crosslm.client import Client
 from crosslm.config import RewardConfig
-from crosslm.errors import QuarantineError
+from crosslm.errors import QuarantineError, UploadError
 from crosslm.gate import Verdict
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
@@ -62,12 +62,12 @@ def test_the_mean_is_over_the_arriving_and_the_last_of_the_others(uploads, recei
 
 def test_others_judge_for_one_that_may_not(uploads, received):
     teachers = Teachers(RewardConfig(teachers=3, correct_prior=True))
-    assert teachers.of_others(uploads[0], TEXTS) is None
+    assert teachers.of_others(received[0], uploads[0], TEXTS) is None
     for upload, slm in zip(uploads, received, strict=True):
         teachers.accepted(upload, slm)
     opinions = [corrected(upload, slm) for upload, slm in zip(uploads, received, strict=True)]
-    torch.testing.assert_close(teachers.of_others(uploads[0], TEXTS), (opinions[1] + opinions[2]) / 2)
-    assert Teachers(RewardConfig()).of_others(uploads[0], TEXTS) is None
+    torch.testing.assert_close(teachers.of_others(received[0], uploads[0], TEXTS), (opinions[1] + opinions[2]) / 2)
+    assert Teachers(RewardConfig()).of_others(received[0], uploads[0], TEXTS) is None
 
 
 def test_in_the_paper_only_the_arriving_slm_judges(uploads, received):
@@ -155,9 +155,9 @@ def test_who_is_refused_is_taught_and_changes_nothing_for_others(models, config,
     assert any(not torch.equal(value, uploads[1].slm.weights[name]) for name, value in download.slm.weights.items())
     others = Teachers(server.config.reward)
     others.accepted(uploads[0], receive_slm(uploads[0], task, server.config))
-    texts, labels = record.pool.texts, record.pool.labels
+    texts, labels, slm = record.pool.texts, record.pool.labels, receive_slm(uploads[1], task, config)
     rewards = torch.tensor([receipt.reward for receipt in record.receipts])
-    torch.testing.assert_close(rewards, label_rewards(others.of_others(uploads[1], texts), labels))
+    torch.testing.assert_close(rewards, label_rewards(others.of_others(slm, uploads[1], texts), labels))
     (first, _), (second, told) = without.step(uploads[2]), server.step(uploads[2])
     assert (first.step, second.step) == (2, 3)
     assert all(torch.equal(value, second.slm.weights[name]) for name, value in first.slm.weights.items())
@@ -165,6 +165,28 @@ def test_who_is_refused_is_taught_and_changes_nothing_for_others(models, config,
     again, once_more = server.step(uploads[1]), server.step(uploads[1])
     assert again[1].pool.texts != once_more[1].pool.texts != record.pool.texts
     assert not told.refusal
+
+
+def test_who_has_no_say_and_fails_on_a_text_is_refused(models, config, task, uploads, monkeypatch):
+    """Not an error of the server's, which would end it; and a judge that fails then judges again later."""
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"teach_refused": True})})
+    server = server_of(models, config, task)
+    server.gate = ShutTo("south")
+    server.step(uploads[0])
+
+    def breaks(slm, texts):
+        raise IndexError("index out of range")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SLM, "predict_proba", breaks)
+        with pytest.raises(UploadError, match="cannot classify: IndexError"):
+            server.step(uploads[1])
+    assert (server.steps, server.taught) == (1, 0)
+    assert list(server.teachers.members) == ["north"]
+    spoiled, member = server.step, server.teachers.members["north"].slm
+    monkeypatch.setattr(member, "predict_proba", lambda texts: breaks(member, texts))
+    spoiled(uploads[1])
+    assert list(server.teachers.members) == ["north"]
 
 
 def test_where_nobody_may_judge_the_llm_does(models, config, task, uploads):

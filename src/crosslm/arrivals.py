@@ -64,6 +64,12 @@ def judge_measures(judge: SLM, record: StepRecord) -> dict[str, float]:
     return {"judge/drafts": sum(map(math.prod, zip(counts, agreement, strict=True))) / sum(counts)} | after
 
 
+def without_a_say(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Clients that were taught (``gate.teach_refused``) and of whose SLMs the LLM has learned in no step."""
+    steps = [event for event in events if event["event"] == "step"]
+    return sorted({step["client"] for step in steps} - {step["client"] for step in steps if not step.get("no_say")})
+
+
 def label_word_echo(samples: Sequence[SyntheticText], task: Task) -> float:
     """Share of texts in which the intended label's name or verbalizer stands as a word of its own."""
     patterns = [

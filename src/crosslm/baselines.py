@@ -42,7 +42,7 @@ def data_free_kd(
     """
     slm = receive_slm(upload, task, config)
     texts = pool.texts
-    judged = teachers.probabilities(slm, upload, texts) if may_judge else teachers.of_others(upload, texts)
+    judged = teachers.probabilities(slm, upload, texts) if may_judge else teachers.of_others(slm, upload, texts)
     _, kept = select(pool, pool_rewards(pool, judged, said), encoder, config.selection, said)
     targets, detail = soft_labels(pool, judged, said, config.slm), f"{upload.client_id}, data-free KD"
     train_on_synthetic(slm, pool, kept, targets, upload, config, progress, detail)

@@ -31,8 +31,8 @@ COLUMNS = (
         "`base`: the original model; `drafts`: what the model learned from; `pool`: what a classifier's texts"
         " were chosen from; `final`: the model at the end",
     ),
-    ("`step`, `client`", "in which step, and whose classifier judged"),
-    ("`reward`", "2 p - 1, p being the classifier's probability of the label (Eq. 4)"),
+    ("`step`, `client`", "in which step, and whose classifier was at work"),
+    ("`reward`", "2 p - 1, p being the judges' probability of the label (Eq. 4)"),
     ("`diversity`, `score`, `rank`, `kept`", "how it was chosen (Eq. 10); `kept`: it trained the classifier"),
     ("`seed`", "of its sampling"),
 )
@@ -50,6 +50,14 @@ def write_cards(run: RunDir, config: Config, summary: Mapping[str, Any]) -> None
 def clients_of(summary: Mapping[str, Any]) -> list[str]:
     """Clients that got an enhanced SLM."""
     return sorted(set(summary["slm"]["crosslm"]) - {"mean"})
+
+
+def _without_a_say(summary: Mapping[str, Any]) -> set[str]:
+    return set(summary.get("no_say", ()))
+
+
+def _judges(client: str, summary: Mapping[str, Any]) -> str:
+    return "others had judged" if client in _without_a_say(summary) else "this classifier itself had judged"
 
 
 def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, Any]) -> str:
@@ -86,7 +94,7 @@ def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, A
 # {config.name}: the classifier of {client}
 
 Tells these labels apart: {_listed(config.task.labels)}. It was trained with {PAPER}: first on private text, then on
-text that a language model wrote and that this classifier itself had judged.
+text that a language model wrote and that {_judges(client, summary)}.
 
 ```python
 from transformers import pipeline
@@ -134,6 +142,7 @@ def llm_card(config: Config, summary: Mapping[str, Any], merged: bool = False) -
         for key, title in MEASURES.items()
         if None not in (summary["llm"].get(key, {}).get(moment) for moment in ("before", "after"))
     ]
+    judges = len(set(clients_of(summary)) - _without_a_say(summary))
     prompts = [(label, f"`{prompt}`") for label in config.task.labels for prompt in config.task.prompt[label]]
     return f"""---
 {data.to_yaml()}
@@ -143,7 +152,7 @@ def llm_card(config: Config, summary: Mapping[str, Any], merged: bool = False) -
 
 {_use_of_llm(whole, hub_id or "BASE MODEL")}
 
-It learned from the opinions of {len(clients_of(summary))} classifiers about its own text ({PAPER}, Eq. 5 to 9).
+It learned from the opinions of {judges} classifiers about its own text ({PAPER}, Eq. 5 to 9).
 It never read private text.
 {_trimmed(config, whole)}
 Labels and the prompts that it was trained on:

@@ -4,6 +4,7 @@ After each arrival, before the next, everything is in a checkpoint: a run that w
 goes on from there, and ends as one that never was.
 """
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -170,7 +171,7 @@ class _Run:
         run.event("start", versions=versions(), specs=specs)
         count = evaluate.base_texts(config)
         journal.base_pool = self._synthesize("original LLM", count, "base")
-        if config.asks_llm or config.gate.teach_refused:
+        if config.asks_llm or config.gate.teaches:
             with self.progress.stage("generate", "original LLM reads its texts", count, "texts") as advance:
                 texts = journal.base_pool.texts
                 journal.base_said = class_probabilities(self.llm, self.task, texts, advance).tolist()
@@ -180,7 +181,7 @@ class _Run:
             "judge": put(snapshot.slm_bytes(journal.judge.to_state())) if journal.judge else None,
             "judge_accuracy": self.judge_accuracy,
             "base_pool": put(snapshot.texts_bytes(journal.base_pool)),
-            "base_said": journal.base_said,
+            "base_said": put(json.dumps(journal.base_said).encode()),
             "before": self.before,
             "inputs": snapshot.inputs_digest(self.split),
         }
@@ -201,7 +202,7 @@ class _Run:
             self.journal.judge.order_labels(self.task.labels)
         self.judge_accuracy, self.before = self._kept["judge_accuracy"], self._kept["before"]
         self.journal.base_pool = snapshot.texts_of(get(self._kept["base_pool"]))
-        self.journal.base_said = self._kept["base_said"]
+        self.journal.base_said = json.loads(get(self._kept["base_said"]))
         self.journal.restore(state["journal"])
         counted = state["steps"], state["taught"]
         snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), *counted)
@@ -296,6 +297,7 @@ class _Run:
             "nlu_rows": len(evaluate.nlu_rows(config, self.split.test)),
             "reward_hacking": arrivals.reward_hacking(self.run.events(), self.progress.note),
             "test_rows": {name: len(test) for name, test in self.split.tests.items()},
+            "no_say": arrivals.without_a_say(self.run.events()),
             "clients": {
                 name: {
                     "model": self.specs[name].model_dump(),

@@ -26,11 +26,13 @@ COPY = 1e-3
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate found about an SLM that may pass."""
+    """What the gate found about an SLM."""
 
     figures: dict[str, float]
     predictions: Tensor
     """``(fixed texts, labels)``."""
+    refusal: str = ""
+    """Why it may not pass."""
 
 
 @dataclass
@@ -44,8 +46,8 @@ class Gate:
     """The pool of the last accepted arrival."""
     references: dict[str, Tensor] = field(default_factory=dict)
     """``(fixed texts, labels)`` for each accepted client: the probabilities of its last upload."""
-    _found: tuple[Upload, Verdict | QuarantineError] | None = field(default=None, repr=False)
-    """The last upload that was judged, since it is asked about twice."""
+    _found: tuple[Upload, Verdict] | None = field(default=None, repr=False)
+    """What :meth:`lets_in` has found, until :meth:`judge` is asked of the same upload."""
 
     @classmethod
     def open(cls, config: Config, base: SyntheticSet, public: Examples) -> "Gate | None":
@@ -79,15 +81,11 @@ class Gate:
             QuarantineError: it may not reward the LLM; has the reasons and the figures.
             UploadError: it cannot classify at all.
         """
-        if self._found is None or self._found[0] is not upload:
-            try:
-                self._found = upload, self._probe(slm, upload)
-            except QuarantineError as error:
-                self._found = upload, error
-        found = self._found[1]
-        if isinstance(found, QuarantineError):
-            raise found
-        return found
+        known, self._found = self._found, None
+        verdict = known[1] if known and known[0] is upload else self._probe(slm, upload)
+        if verdict.refusal:
+            raise QuarantineError(verdict.refusal, verdict.figures)
+        return verdict
 
     def lets_in(self, slm: SLM, upload: Upload) -> bool:
         """Whether an SLM may reward the LLM.
@@ -95,23 +93,20 @@ class Gate:
         Raises:
             UploadError: it cannot classify at all.
         """
-        try:
-            self.judge(slm, upload)
-        except QuarantineError:
-            return False
-        return True
+        verdict = self._probe(slm, upload)
+        self._found = upload, verdict
+        return not verdict.refusal
 
     def _probe(self, slm: SLM, upload: Upload) -> Verdict:
         bounds, texts = self.config.gate, [*self.fixed.texts, *self.latest.texts]
         labels = torch.tensor([*self.fixed.labels, *self.latest.labels])
         predictions = stranger_proba(slm, texts)
-        only = [label for label, rows in zip(upload.slm.labels, upload.class_counts, strict=True) if rows]
-        if len(only) == 1:
-            raise QuarantineError(
-                f"client {upload.client_id}: quarantined: all its rows are {only[0]!r}, so that its SLM cannot tell "
-                "that label from others; give it rows of other labels too, or set [gate] otherwise",
-                {"texts": float(len(texts))},
+        if only := only_label(upload):
+            why = (
+                f"all its rows are {only!r}, so that its SLM cannot tell that label from others; "
+                "give it rows of other labels too"
             )
+            return self._refusal(upload, [why], {"texts": float(len(texts))}, predictions)
         if len(texts) < bounds.min_texts:
             return Verdict({"texts": float(len(texts))}, predictions[: len(self.fixed)])
         area, error = label_auc(predictions, labels)
@@ -128,17 +123,15 @@ class Gate:
         if share > bounds.max_share:
             reasons.append(f"it finds one label in {share:.1%} of the texts; {bounds.max_share:.1%} are allowed")
         reasons += self._against_others(own, upload.client_id, figures)
-        if reasons:
-            raise QuarantineError(
-                f"client {upload.client_id}: quarantined: {'; '.join(reasons)}; look at that client's data, "
-                "or set [gate] otherwise",
-                figures,
-            )
-        return Verdict(figures, own)
+        return self._refusal(upload, reasons, figures, own) if reasons else Verdict(figures, own)
+
+    def _refusal(self, upload: Upload, reasons: list[str], figures: dict[str, float], own: Tensor) -> Verdict:
+        why = f"client {upload.client_id}: quarantined: {'; '.join(reasons)}; look at that client's data, "
+        return Verdict(figures, own, why + "or set [gate] otherwise")
 
     def accepted(self, verdict: Verdict, upload: Upload, pool: SyntheticSet) -> None:
         """Remember an SLM that passed and was used, and the pool that came of it."""
-        self.references[upload.client_id], self._found = verdict.predictions, None
+        self.references[upload.client_id] = verdict.predictions
         self.latest = pool.examples(range(min(len(pool.samples), self.config.gate.texts)))
 
     def _as_rewarding(self, slm: SLM, predictions: Tensor, upload: Upload) -> Tensor:
@@ -163,6 +156,13 @@ class Gate:
                     f"its correlation with {len(others)} others is {value:.3f} (at most {upper:.3f}); {least} is needed"
                 )
         return reasons
+
+
+def only_label(upload: Upload) -> str | None:
+    """The label that all rows have, as the upload tells them; None for several, and where they are hidden or noisy."""
+    labels = [label for label, rows in zip(upload.slm.labels, upload.class_counts, strict=True) if rows]
+    is_noisy = bool(upload.metrics.get("dp/count_epsilon"))
+    return labels[0] if len(labels) == 1 and not is_noisy else None
 
 
 def stranger_proba(slm: SLM, texts: list[str]) -> Tensor:

@@ -67,8 +67,7 @@ class RunJournal:
     def _data_free_kd(self, slm: SLM, upload: Upload) -> SLM:
         server, size, known = self.server, self.config.selection.pool, self.base_said
         pool, said = SyntheticSet(self.base_pool.samples[:size]), None if known is None else tensor(known[:size])
-        is_taught = server.gate is not None and self.config.gate.teach_refused
-        may_judge = not (is_taught and server.gate and not server.gate.lets_in(slm, upload))
+        may_judge = server.gate is None or not self.config.gate.teaches or server.gate.lets_in(slm, upload)
         return data_free_kd(
             upload, pool, self.config, self.task, server.encoder, self.progress, server.teachers, said, may_judge
         )
@@ -79,6 +78,8 @@ class RunJournal:
         self.cause |= {"outcome": "taught" if record.refusal else "served", "step": step}
         if record.refusal:
             self._set_apart(upload, record.refusal, record.gate, step=step)
+        if record.refusal and upload.client_round == 0:  # so it is no judge of what the LLM writes in the end either
+            del self.standalone[who], self._first[who]
         slm = SLM.from_state(download.slm, self.config.device)
         slm.order_labels(self.task.labels)
         self._test("crosslm", who, slm)
@@ -141,15 +142,13 @@ class RunJournal:
     def _set_apart(self, upload: Upload, reason: str, figures: dict[str, float], step: int | None = None) -> None:
         """Keep what the gate has stopped, and why; with the number of the step where it was taught all the same."""
         who, taught = upload.client_id, {} if step is None else {"step": step}
-        self.standalone.pop(who, None)  # of what the LLM writes it judges nothing
-        self._first.pop(who, None)
         place = self.run.save_quarantined(f"{who}-{upload.client_round}", encode(upload), reason, figures)
         self.run.event("gate", client=who, passed=False, reason=reason, **taught, **figures)
         self.progress.note(f"{reason}; its upload and the figures are in {place}")
 
     def failed(self, client_id: str, error: Exception) -> None:
         """A client failed: an event of the run."""
-        if self.cause.get("client") != client_id or self.cause.get("outcome") != "served":
+        if self.cause.get("client") != client_id or self.cause.get("outcome") not in ("served", "taught"):
             self.cause = {"client": client_id, "outcome": "failed", "reason": f"{type(error).__name__}: {error}"}
         if not isinstance(error, CrosslmError):
             logger.exception("client %s failed", client_id, exc_info=error)

@@ -1,6 +1,6 @@
 """Tables of a run, from its ``summary.json``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -102,6 +102,13 @@ def measured(summary: Mapping[str, Any]) -> bool:
     return any(value is not None for value in summary["slm"]["crosslm"].values())
 
 
+def about_no_say(taught: Sequence[str], served: Sequence[str]) -> str:
+    """Who was taught and might not judge, in words."""
+    if set(taught) == set(served):
+        return "No client's classifier may judge (see gate in metrics.jsonl): all were taught, the LLM is as it was."
+    return f"Taught, without a say in what the LLM learns (see gate in metrics.jsonl): {', '.join(taught)}."
+
+
 def closing(summary: Mapping[str, Any]) -> Group:
     """Everything that a run ends with."""
     seconds = summary["seconds"]
@@ -116,6 +123,8 @@ def closing(summary: Mapping[str, Any]) -> Group:
         f"{summary['tokens_generated']:,} tokens generated.",
         privacy_line(summary),
     ]
+    if taught := summary.get("no_say"):
+        lines.append(about_no_say(taught, [name for name in summary["slm"]["crosslm"] if name != "mean"]))
     hacking = summary.get("reward_hacking") or {}
     if hacking.get("arrivals") or hacking.get("whole_run"):
         lines.append(

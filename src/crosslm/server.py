@@ -78,8 +78,8 @@ class Server:
         With ``gate.teach_refused`` an SLM that may not reward the LLM is trained on what the LLM writes all the same.
 
         Raises:
-            UploadError: the SLM's labels are not the task's, it cannot be rebuilt, it may not reward the LLM, or its
-                rewards broke the LLM; nothing has changed then.
+            UploadError: the SLM's labels are not the task's, it cannot be rebuilt, it fails on a text, it may not
+                reward the LLM (without ``gate.teach_refused``), or its rewards broke the LLM; nothing has changed then.
             ModelError: the LLM could not write texts before it had learned anything of this SLM, the update changed
                 nothing, or it broke the LLM after full fine-tuning, which cannot be taken back.
         """
@@ -89,8 +89,7 @@ class Server:
         except QuarantineError as error:
             if not self.config.gate.teach_refused:
                 raise
-            record = StepRecord(gate=error.figures, refusal=str(error))
-            return self._enhance(slm, upload, record), record
+            return self._teach(slm, upload, StepRecord(gate=error.figures, refusal=str(error)))
         before, judges = self._snapshot(), dict(self.teachers.members)
         try:
             record = self._learn(slm, upload)
@@ -111,6 +110,14 @@ class Server:
             record.gate = verdict.figures
         self.remember(upload)
         return download, record
+
+    def _teach(self, slm: SLM, upload: Upload, record: StepRecord) -> tuple[Download, StepRecord]:
+        """Step 5 for an SLM that has no say; all that others meet stays as it is."""
+        judges = dict(self.teachers.members)
+        try:
+            return self._enhance(slm, upload, record), record
+        finally:
+            self.teachers.members = judges
 
     def remember(self, upload: Upload) -> None:
         """A served SLM judges from now on beside those that arrive, where several do."""
@@ -138,7 +145,9 @@ class Server:
         pool = self._synthesize(f"{who}: texts to choose from", config.selection.pool, seed)
         with self.progress.stage("select", who, 1, "pool") as advance:
             texts, teachers, is_asked = pool.texts, self.teachers, config.asks_llm or bool(record.refusal)
-            judged = teachers.of_others(upload, texts) if record.refusal else teachers.probabilities(slm, upload, texts)
+            judged = (
+                teachers.of_others(slm, upload, texts) if record.refusal else teachers.probabilities(slm, upload, texts)
+            )
             said = class_probabilities(self.llm, self.task, texts) if is_asked else None  # Eq. 1
             rewards = pool_rewards(pool, judged, said)
             record.receipts, kept = select(pool, rewards, self.encoder, config.selection, said)  # Eq. 10

@@ -55,8 +55,13 @@ class Teachers:
         own = as_rewarding(slm, stranger_proba(slm, texts), upload, self.config)
         return torch.stack([own, *self._opinions_of_others(upload, texts)]).mean(dim=0)
 
-    def of_others(self, upload: Upload, texts: list[str]) -> Tensor | None:
-        """The same by the other clients' SLMs alone, for one that may not judge; None where there are none."""
+    def of_others(self, slm: SLM, upload: Upload, texts: list[str]) -> Tensor | None:
+        """The same by the other clients' SLMs alone, for one that may not judge; None where there are none.
+
+        Raises:
+            UploadError: the arriving SLM fails on a text, as it would in its training.
+        """
+        stranger_proba(slm, texts)
         opinions = self._opinions_of_others(upload, texts)
         return torch.stack(opinions).mean(dim=0) if opinions else None
 

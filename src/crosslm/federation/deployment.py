@@ -21,6 +21,7 @@ from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
+from crosslm.models.tokens import verbalizer_ids
 from crosslm.preparation import original_llm, perplexity_text_of, public_texts
 from crosslm.progress import Progress
 from crosslm.records import Download, Examples, SyntheticSet, Upload
@@ -71,6 +72,8 @@ class Deployment:
             run.go_back(0)  # a beginning that was cut off is made again
         note = notes_of(run)
         llm = LLM.load(original_llm(config, cache, note), config.llm, seed_for(config.seed, "llm"), config.device)
+        if config.asks_llm or config.gate.teaches:
+            verbalizer_ids(llm.tokenizer, Task.from_config(config.task))  # before anybody is asked for anything
         encoder = SentenceEncoder(model_folder(config.selection.encoder, cache, note), config.device)
         server = Server(config, Task.from_config(config.task), llm, encoder, Progress())
         deployment = cls(run, config, server, refuse, spool)
@@ -178,6 +181,8 @@ class Deployment:
         if message := arrivals.few_selected(who, record, self.config):
             self.run.event("warning", message=message)
         outcome = "taught" if record.refusal else "served"
+        if record.refusal:
+            self.spool.no_say(who, upload.client_round)
         cause = {"client": who, "round": upload.client_round, "outcome": outcome, "step": step}
         self._save(cause, encode(download))
         self.spool.note("working on", "")
@@ -238,7 +243,8 @@ class Deployment:
 
     def _first_uploads(self) -> Iterator[tuple[str, SLM]]:
         """The SLM of each silo that was served, as it came first, but for those that have no say."""
-        taught = {event["client"] for event in self.run.events() if event["event"] == "gate" and not event["passed"]}
+        steps = [event for event in self.run.events() if event["event"] == "step"]
+        taught = {event["client"] for event in steps if event.get("no_say") and event["round"] == 0}
         for arrival in self.spool.arrivals():
             if arrival.round == 0 and arrival.state in ("served", "delivered") and arrival.silo not in taught:
                 upload = decode_upload(self.spool.upload(arrival))

@@ -19,6 +19,7 @@ from crosslm.errors import FederationError, RunError, UploadError
 from crosslm.files import partial_of, parts_of, rename, write_whole
 
 TOLD = "told/"  # and a silo: how many of its rounds it has been told are complete
+NO_SAY = "no say/"  # and silo and round
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS arrivals (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -191,6 +192,15 @@ class Spool:
         sql = "UPDATE arrivals SET state = 'served', served_at = ?, download_sha256 = ? WHERE silo = ? AND round = ?"
         with self._lock:
             self._write(sql, time.time(), digest, silo, number)
+
+    def no_say(self, silo: str, number: int) -> None:
+        """The gate gives this upload no say: its silo is served, and counts nowhere."""
+        self.note(f"{NO_SAY}{silo}/{number}", "1")
+
+    def counted(self) -> int:
+        """Uploads that were served and had a say."""
+        served = [arrival for arrival in self.arrivals() if arrival.state in ("served", "delivered")]
+        return sum(not self.fact(f"{NO_SAY}{arrival.silo}/{arrival.round}") for arrival in served)
 
     def download(self, arrival: Arrival) -> Iterator[bytes]:
         """The bytes of a download, part by part.

@@ -62,6 +62,7 @@ def summary_of(
         "nlu_rows": None if test is None else len(evaluate.nlu_rows(config, test)),
         "reward_hacking": arrivals.reward_hacking(events),
         "test_rows": {client: None if test is None else len(test) for client in served},
+        "no_say": arrivals.without_a_say(events),
         "clients": _clients(events, spool, config.task.labels),
         "privacy": privacy_summary(events),
         "peak_memory_bytes": peak_memory_bytes(),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from crosslm.html_report.collect import RunView
 from crosslm.html_report.intervals import difference_is_noise
@@ -50,7 +51,8 @@ def _journal(view: RunView) -> Iterator[Finding]:
 
 def _reward_hacking(view: RunView) -> Iterator[Finding]:
     """The reward rises while the independent judge, who never serves as reward, falls by more than noise."""
-    for earlier, later in zip(view.arrivals, view.arrivals[1:], strict=False):
+    learned = [arrival for arrival in view.arrivals if "reward/drafts" in arrival.measures]  # the LLM, of that SLM
+    for earlier, later in pairwise(learned):
         if not all("judge/pool" in arrival.measures for arrival in (earlier, later)):
             continue
         (reward, judge), (reward_after, judge_after) = (
@@ -87,8 +89,8 @@ def _silos(view: RunView) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 f"client {client} has one class only",
-                f"All {facts['rows'][present[0]]} private rows are {present[0]!r}: its classifier finds that label in "
-                "every text, and its accuracy says little.",
+                f"All {facts['rows'][present[0]]} private rows are {present[0]!r}: the classifier that it trains finds "
+                "that label in every text, and what it is without the others says little.",
             )
     yield from _answers(view)
     for client, (_, high) in view.gains.items():

@@ -107,7 +107,7 @@ class Figures:
         """Columns before and after: agreement with the labels of what the LLM writes, by the SLMs or the judge.
 
         The texts before and after are different ones, so they are drawn independently. Of the SLMs, those of clients
-        whose upload was refused are left out: they are no measure of anything.
+        whose upload was refused or had no say are left out: they are no measure of anything.
         """
 
         def groups(run: dict[str, Any]) -> list[Group] | None:

@@ -18,7 +18,7 @@ SAME_STANDALONE = (
     "own Standalone has learned from fewer. Gains of both presets are against a Standalone that has learned from "
     "all, as under preset paper."
 )
-SLM_JUDGES = "By the SLMs: those of clients whose upload was refused are left out."
+SLM_JUDGES = "By the SLMs: those of clients whose upload was refused or had no say are left out."
 
 NOISY_LEAST = (
     "`generalization_min_change` is the least of the changes of all benchmarks and tasks: each is noisy, so that their "
@@ -65,6 +65,10 @@ def _said(run: dict[str, Any]) -> list[str]:
     declined = [who for who in clients if has_declined(run, who)]
     missing = [who for who in run.get("clients") or {} if who not in clients]
     said = [f"the upload of {', '.join(refused)} was refused"] if refused else []
+    if taught := sorted({arrival["client"] for arrival in run.get("arrivals", ()) if arrival.get("no_say")}):
+        said += [f"{', '.join(taught)} had no say and was taught"]
+    if taught and len(taught) == len(clients):
+        said = ["nobody had a say, all were taught, and the LLM stayed as it was"]
     if len(refused) == len(clients):
         said = ["every upload was refused, so that the LLM stayed as it was and nothing was written at the end"]
     said += [f"{', '.join(declined)} did not accept what came back"] if declined else []

@@ -13,7 +13,8 @@ class FederationConfig(Section):
     participations: Positive = 1
     """How often each client uploads; 1 is one-shot. In one process the order is drawn from the seed."""
     arrivals: Positive | None = None
-    """Between machines: end after so many uploads were served, whoever sent them."""
+    """Between machines: end after so many uploads were served, whoever sent them; those that the gate gives no say
+    do not count."""
     deadline_minutes: Annotated[float, Field(gt=0)] | None = None
     """Between machines: take no upload in later than so many minutes after the start."""
     reply_minutes: Annotated[float, Field(gt=0)] = 60.0
@@ -45,7 +46,8 @@ class GateConfig(Section):
     texts: Positive = 1024
     """At most so many texts of the original LLM, and as many of the last accepted arrival, to probe with."""
     min_texts: Positive = 100
-    """With fewer texts to probe with, the gate can tell nothing and lets every SLM pass."""
+    """With fewer texts to probe with, the gate can tell nothing and lets every SLM pass, but for one that says itself
+    that all its rows have one label."""
     public_texts: str | None = None
     """Labelled public file in ``data.dir`` whose rows are probed with too."""
     margin: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
@@ -56,6 +58,11 @@ class GateConfig(Section):
     """An SLM is refused if it finds one label in more than this share of the probe."""
     min_correlation: Annotated[float, Field(ge=-1, lt=1)] = 0.1
     """An SLM is refused if its correlation with the mean of at least two others is below this, with the confidence."""
+
+    @property
+    def teaches(self) -> bool:
+        """Whether there may be SLMs that are taught and have no say."""
+        return self.enabled and self.teach_refused
 
 
 class AcceptanceConfig(Section):

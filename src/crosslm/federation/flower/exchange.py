@@ -126,11 +126,9 @@ class FlowerExchange:
     def finished(self) -> bool:
         """Whether no upload is to be served any more."""
         self._look_at_carrier()
-        arrivals = self.spool.arrivals()
-        served = sum(arrival.state in ("served", "delivered") for arrival in arrivals)
-        if self.config.arrivals is not None and served >= self.config.arrivals:
+        if self.config.arrivals is not None and self.spool.counted() >= self.config.arrivals:
             return True
-        if any(arrival.state in ("received", "processing") for arrival in arrivals):
+        if any(arrival.state in ("received", "processing") for arrival in self.spool.arrivals()):
             return False
         return self._too_late() or all(self._is_done(line) for line in self._lines.values())
 
