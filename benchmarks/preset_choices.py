@@ -193,6 +193,7 @@ class Bench:
         arrival = self.arrivals[client_id]
         pool = read_texts(self.run / "synthetic" / f"step-{arrival:04}-pool.jsonl", self.task)
         said = class_probabilities(self.enhanced_llm(arrival), self.task, pool.texts)
+        found = self.judge.predict_proba(pool.texts).argmax(dim=1)
         vectors = SentenceEncoder(self.folder(self.config.selection.encoder)).encode(pool.texts)
         encoder = SimpleNamespace(encode=lambda texts: vectors)
         standalone = receive_slm(upload, self.task, self.config).accuracy(self.split.tests[client_id])
@@ -205,9 +206,12 @@ class Bench:
             targets = soft_labels(pool, judged, said, config.slm)
             train_on_synthetic(slm, pool, kept, targets, upload, config, Progress(), client_id)
             agreement = evaluate.label_agreement(self.judge, SyntheticSet([pool.samples[place] for place in kept]))
+            learned = pool.labels if targets is None else targets.argmax(dim=1)
+            right = (learned == found)[kept].float().mean().item()
             cells[name] = {
                 "accuracy": slm.accuracy(self.split.tests[client_id]),
-                "judge": agreement,
+                "judge": agreement,  # on the labels that the selected texts were written for
+                "judge_of_targets": right,  # on the labels that were learned
                 "selected": len(kept),
             }
         return {"standalone": standalone, "counts": list(upload.class_counts), "variants": cells}

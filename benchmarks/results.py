@@ -181,9 +181,11 @@ def recommended_choices_section(results: dict[str, dict]) -> list[str]:
     ]
     for result in results.values():
         file, rows = result["rows"]
+        is_earlier = "llm_judges = false" not in next(iter(result["selection"].values()))["variants"]
+        then = " The preset had `slm.intended_labels` then, in place of `slm.llm_judges`." if is_earlier else ""
         lines += [
             f"**{result['task']}**, {rows} rows of `{file}`. Commit `{result['commit'][:10]}`, {result['date']}, "
-            f"{result['machine']}. One seed.",
+            f"{result['machine']}. One seed.{then}",
             "",
             *step_5_table(result, "recommended"),
         ]
@@ -219,6 +221,7 @@ def teacher_section(result: dict) -> list[str]:
 
 NAMES = {
     "demo": "The demo, preset recommended",
+    "demo-intended-labels": "The demo with `slm.intended_labels` in the preset, in place of `slm.llm_judges`",
     "demo-judges-alone": "The demo before `slm.intended_labels` was in the preset, and with `slm.interpolation = 0.7`",
     "demo-before-anchors": "The same with the same seed and another rounding in the LLM's update (the version before)",
     "demo-mean-pooling": 'The same with `pooling = "mean"` for all four clients',

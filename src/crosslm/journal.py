@@ -78,7 +78,7 @@ class RunJournal:
         self.cause |= {"outcome": "taught" if record.refusal else "served", "step": step}
         if record.refusal:
             self._set_apart(upload, record.refusal, record.gate, step=step)
-        if record.refusal and upload.client_round == 0:  # so it is no judge of what the LLM writes in the end either
+        if record.refusal and who not in self._returned:  # so it is no judge of what the LLM writes in the end either
             del self.standalone[who], self._first[who]
         slm = SLM.from_state(download.slm, self.config.device)
         slm.order_labels(self.task.labels)
