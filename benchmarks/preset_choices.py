@@ -6,9 +6,11 @@
 Step 5's fields are compared on the SLMs that the run's clients uploaded (trained again from the same
 seed) and on the pools that the run kept. Step 4's fields are compared by training the original LLM
 once through all of the run's arrivals, without step 5; under preset recommended step 5's fields alone are there to
-compare. Each cell is written when it is done to benchmarks/results/preset-choices.json (or preset-choices-NAME.json)
-and skipped when it is there. Test rows are those of the run: for tuning let it have the validation split
-(`crosslm reproduce --split validation` keeps its runs).
+compare. A run of `crosslm reproduce` has no checkpoints any more: variants that ask the LLM of each arrival
+(selection.llm_posterior, slm.llm_judges) need one of `crosslm run`; the others can be named by --variants. Each cell
+is written when it is done to benchmarks/results/preset-choices.json (or preset-choices-NAME.json) and skipped when it
+is there. Test rows are those of the run: for tuning let it have the validation split
+(`crosslm run TASK --set data.test=validation.csv`, or `crosslm reproduce --split validation`, which keeps its runs).
 """
 
 import argparse
@@ -192,7 +194,8 @@ class Bench:
         upload = self.upload(client_id)
         arrival = self.arrivals[client_id]
         pool = read_texts(self.run / "synthetic" / f"step-{arrival:04}-pool.jsonl", self.task)
-        said = class_probabilities(self.enhanced_llm(arrival), self.task, pool.texts)
+        asks = any(varied(self.config, fields).asks_llm for fields in variants.values())
+        said = class_probabilities(self.enhanced_llm(arrival), self.task, pool.texts) if asks else None
         found = self.judge.predict_proba(pool.texts).argmax(dim=1)
         vectors = SentenceEncoder(self.folder(self.config.selection.encoder)).encode(pool.texts)
         encoder = SimpleNamespace(encode=lambda texts: vectors)
@@ -258,6 +261,7 @@ def main() -> None:
     result = f"{NAME}-{arguments.name}" if arguments.name else NAME
     path = RESULTS / f"{result}.json"
     bench = Bench(arguments.run)
+    has_checkpoints = bool(Checkpoints(RunDir.open(arguments.run)).numbers())
     data, kept = bench.config.data, path.exists()
     new = {
         **provenance(),
@@ -274,6 +278,8 @@ def main() -> None:
     if unknown := set(names) - set(known):
         parser.error(f"--variants: there is no {sorted(unknown)}, but {list(known)}")
     variants = {name: known[name] for name in names}
+    if asking := [name for name in names if varied(bench.config, known[name]).asks_llm and not has_checkpoints]:
+        parser.error(f"{arguments.run} has no checkpoints, which {asking} need: give a run of crosslm run")
     updates = UPDATES if bench.config.preset == "paper" else {}
     cells = [("selection", client) for client in clients] + [("update", name) for name in updates]
     for part, name in cells:

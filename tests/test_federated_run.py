@@ -1,5 +1,6 @@
 """What a run between machines leaves is read by the commands about finished runs, and equals a run in one process."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -347,6 +348,34 @@ def test_a_quarantined_upload_is_an_event_with_its_figures(tables, local, tmp_pa
     assert "quarantined" in page
     assert "No silo was served." in page
     assert Run.open(tmp_path / "kit" / "run").clients == ()
+
+
+def test_who_has_no_say_is_served_and_is_no_measure_of_the_llm(tables, local, tmp_path):
+    upload = dataclasses.replace(decode_upload(local[1][0]), class_counts=(0, 10))
+    for deployment in federation(tmp_path / "kit", tables, []):
+        spool, before = deployment.spool, deployment.server.llm.fingerprint()
+        spool.put(upload.client_id, 0, [encode(upload)])
+        spool.next()
+        deployment.uploaded(upload)
+        download, record = deployment.server.step(upload)
+        deployment.served(upload, download, record)
+        spool.serve(upload.client_id, 0, encode(download))
+        assert (spool.counted(), spool.of(upload.client_id)[0].state) == (0, "served")
+        assert deployment.server.llm.fingerprint() == before
+        assert not list(deployment._first_uploads())
+        last = deployment.checkpoints.last()
+        assert (last["cause"]["outcome"], last["state"]["taught"]) == ("taught", 1)
+    (gate,), (step,) = (events(tmp_path / "kit" / "run", name) for name in ("gate", "step"))
+    assert (gate["passed"], gate["step"], step["no_say"]) == (False, 1, 1.0)
+    assert "all its rows are" in gate["reason"]
+    assert json.loads((tmp_path / "kit" / "run" / "summary.json").read_text())["no_say"] == [upload.client_id]
+
+
+def test_verbalizers_that_cannot_be_told_apart_are_found_before_anybody_is_asked(tables, tmp_path):
+    alike = {**tables, "task": {**TASK, "verbalizer": {"good": "day good", "bad": "day bad"}}}
+    with pytest.raises(ConfigError, match="start with the same token"):
+        next(iter(federation(tmp_path / "kit", alike, [])))
+    assert not (tmp_path / "kit" / "run" / "checkpoints").exists()
 
 
 def test_what_was_refused_is_still_known_after_a_restart(tables, local, tmp_path):

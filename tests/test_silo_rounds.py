@@ -78,6 +78,13 @@ def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, 
         assert line in out
 
 
+def test_a_silo_whose_classifier_had_no_say_is_told(silo, federated, models):  # noqa: F811
+    _, download = answer(silo, Config.model_validate(federated), models)
+    silo.install(silo.settings.experiment, 0, encode(dataclasses.replace(download, metrics={"no_say": 1.0})))
+    assert silo.decision(0)["no_say"]
+    assert "the gate did not let the classifier that was sent judge" in outcome(silo.decision(0))
+
+
 def test_a_round_whose_return_is_refused_is_complete(silo, federated, models):  # noqa: F811
     """Nothing more comes for it: crosslm client ends, or goes on with the SLM that it has."""
     federated["privacy"] = {"max_shared_words": 2}

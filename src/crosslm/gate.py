@@ -30,7 +30,7 @@ class Verdict:
 
     figures: dict[str, float]
     predictions: Tensor
-    """``(fixed texts, labels)``."""
+    """``(fixed texts, labels)``; empty of one that may not pass."""
     refusal: str = ""
     """Why it may not pass."""
 
@@ -99,14 +99,14 @@ class Gate:
 
     def _probe(self, slm: SLM, upload: Upload) -> Verdict:
         bounds, texts = self.config.gate, [*self.fixed.texts, *self.latest.texts]
-        labels = torch.tensor([*self.fixed.labels, *self.latest.labels])
-        predictions = stranger_proba(slm, texts)
         if only := only_label(upload):
             why = (
                 f"all its rows are {only!r}, so that its SLM cannot tell that label from others; "
                 "give it rows of other labels too"
             )
-            return self._refusal(upload, [why], {"texts": float(len(texts))}, predictions)
+            return self._refusal(upload, [why], {"texts": float(len(texts))})
+        labels = torch.tensor([*self.fixed.labels, *self.latest.labels])
+        predictions = stranger_proba(slm, texts)
         if len(texts) < bounds.min_texts:
             return Verdict({"texts": float(len(texts))}, predictions[: len(self.fixed)])
         area, error = label_auc(predictions, labels)
@@ -123,11 +123,11 @@ class Gate:
         if share > bounds.max_share:
             reasons.append(f"it finds one label in {share:.1%} of the texts; {bounds.max_share:.1%} are allowed")
         reasons += self._against_others(own, upload.client_id, figures)
-        return self._refusal(upload, reasons, figures, own) if reasons else Verdict(figures, own)
+        return self._refusal(upload, reasons, figures) if reasons else Verdict(figures, own)
 
-    def _refusal(self, upload: Upload, reasons: list[str], figures: dict[str, float], own: Tensor) -> Verdict:
+    def _refusal(self, upload: Upload, reasons: list[str], figures: dict[str, float]) -> Verdict:
         why = f"client {upload.client_id}: quarantined: {'; '.join(reasons)}; look at that client's data, "
-        return Verdict(figures, own, why + "or set [gate] otherwise")
+        return Verdict(figures, torch.empty(0), why + "or set [gate] otherwise")
 
     def accepted(self, verdict: Verdict, upload: Upload, pool: SyntheticSet) -> None:
         """Remember an SLM that passed and was used, and the pool that came of it."""
