@@ -18,7 +18,7 @@ from crosslm.config import Config
 from crosslm.errors import ConfigError, ModelError, QuarantineError, RunError
 from crosslm.experiment import run_local
 from crosslm.federation.deployment import Deployment, measured_on
-from crosslm.federation.exchange import serve
+from crosslm.federation.exchange import close, serve
 from crosslm.federation.flower import server_app
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import split
@@ -101,6 +101,7 @@ def federation(kit, tables, uploads, silos=SILOS, data=None):
             spool.put(decode_upload(upload).client_id, 0, [upload])
         if uploads:
             serve(exchange, deployment.server, deployment, exchange.finished)
+            close(exchange, deployment.server, deployment)
         yield deployment
         deployment.complete(exchange.silos)
     spool.close()

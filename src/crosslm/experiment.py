@@ -17,7 +17,7 @@ from crosslm.classification import class_probabilities
 from crosslm.client import Client
 from crosslm.config import Config
 from crosslm.errors import RunError, StoppedError, UnservedError
-from crosslm.federation.exchange import serve
+from crosslm.federation.exchange import close, serve
 from crosslm.federation.intake import Intake
 from crosslm.federation.local import LocalExchange
 from crosslm.gate import Gate
@@ -152,6 +152,8 @@ class _Run:
             raise UnservedError(
                 "\n".join([f"{self.run.path}: no client could be served; when this is mended, run again:", *said])
             )
+        if config.federation.closing:
+            close(self.exchange, self.server, self.journal)
         return self._finish()
 
     # -- the beginning, and going on ---------------------------------------------------------

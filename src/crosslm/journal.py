@@ -49,6 +49,8 @@ class RunJournal:
         """Who arrived last, and what came of it."""
         self._first: dict[str, str] = {}  # names of the kept uploads that standalone is made of
         self._returned: dict[str, str] = {}  # names of the kept SLMs that went back last
+        self._last: dict[str, tuple[str, str]] = {}  # the kept upload that was served last, and why it has no say
+        self._closing: dict[str, SLM] = {}  # what goes back in the end, until its client has decided
 
     def uploaded(self, upload: Upload) -> None:
         """Measure Standalone and Data-free KD when a client comes for the first time."""
@@ -64,10 +66,11 @@ class RunJournal:
         self._test("standalone", who, slm)
         self._test("data_free_kd", who, self._data_free_kd(slm, upload))
 
-    def _data_free_kd(self, slm: SLM, upload: Upload) -> SLM:
+    def _data_free_kd(self, slm: SLM, upload: Upload, may_judge: bool | None = None) -> SLM:
         server, size, known = self.server, self.config.selection.pool, self.base_said
         pool, said = SyntheticSet(self.base_pool.samples[:size]), None if known is None else tensor(known[:size])
-        may_judge = server.gate is None or not self.config.gate.teaches or server.gate.lets_in(slm, upload)
+        if may_judge is None:
+            may_judge = server.gate is None or not self.config.gate.teaches or server.gate.lets_in(slm, upload)
         return data_free_kd(
             upload, pool, self.config, self.task, server.encoder, self.progress, server.teachers, said, may_judge
         )
@@ -90,11 +93,44 @@ class RunJournal:
         self.count(record.pool)
         self.run.save_slm(who, slm)
         self._returned[who] = self.checkpoints.put(slm_bytes(download.slm))
+        if self.config.federation.closing:
+            self._last[who] = (self.checkpoints.put(encode(upload)), record.refusal)
         if record.gate and not record.refusal:
             self.run.event("gate", step=step, client=who, passed=True, **record.gate)
         for number, parts in enumerate(record.updates):
             self.run.event("update", step=step, client=who, number=number, **parts)
         self._measure(who, step, download, record)
+
+    def last_uploads(self) -> list[tuple[Upload, str]]:
+        """The last upload of each client that was served, and why it has no say; of nobody where it is one client."""
+        kept = self._last.values() if len(self._last) > 1 else ()
+        return [(decode_upload(self.checkpoints.get(name)), refusal) for name, refusal in kept]
+
+    def closing(self, pool: SyntheticSet) -> None:
+        """Keep the texts that are for all who were served."""
+        self.run.save_synthetic("closing-pool", self.task.labels, pool)
+        self.count(pool)
+
+    def closed(self, upload: Upload, download: Download, record: StepRecord) -> None:
+        """Measure Data-free KD as it is with all who judge; CrossLM when the client takes the SLM."""
+        who = upload.client_id
+        slm = receive_slm(upload, self.task, self.config)
+        self._test("data_free_kd", who, self._data_free_kd(slm, upload, may_judge=not record.refusal))
+        self._closing[who] = SLM.from_state(download.slm, self.config.device)
+        self._closing[who].order_labels(self.task.labels)
+
+    def _measure_closing(self, who: str, accepted: bool) -> None:
+        """A client has decided on what went back in the end; one that keeps what it got before is measured by that."""
+        slm = self._closing.pop(who)
+        if accepted:
+            self._test("crosslm", who, slm)
+            self.run.save_slm(who, slm)
+        measures = {f"slm/{name}": self.accuracy[name][who] for name in ("data_free_kd", "crosslm")}
+        self.run.event("closing", client=who, accepted=accepted, **measures)
+        self.progress.note(
+            f"in the end: {who} {self.accuracy['standalone'][who]:.3f} -> {measures['slm/crosslm']:.3f} "
+            f"(data-free KD {measures['slm/data_free_kd']:.3f})"
+        )
 
     def _test(self, method: str, who: str, slm: SLM) -> None:
         """Measure a client's SLM on its test rows, and keep which of them it got right."""
@@ -148,6 +184,7 @@ class RunJournal:
 
     def failed(self, client_id: str, error: Exception) -> None:
         """A client failed: an event of the run."""
+        self._closing.pop(client_id, None)
         if self.cause.get("client") != client_id or self.cause.get("outcome") not in ("served", "taught"):
             self.cause = {"client": client_id, "outcome": "failed", "reason": f"{type(error).__name__}: {error}"}
         if not isinstance(error, CrosslmError):
@@ -157,9 +194,13 @@ class RunJournal:
 
     def decided(self, client: Client, decision: Decision) -> None:
         """A client has tried what came back, and installed it or kept the one it had."""
+        is_closing = client.id in self._closing
+        if is_closing:
+            self._measure_closing(client.id, decision.accepted)
         if not self.config.acceptance.enabled:
             return
-        self.decisions[client.id] = vars(decision)
+        if decision.accepted or not is_closing:  # else it is as it was decided before
+            self.decisions[client.id] = vars(decision)
         self.run.event("acceptance", client=client.id, **vars(decision))
         if decision.accepted and client.previous is not None:
             self.run.save_slm(client.id, client.previous, "slm-previous")
@@ -180,13 +221,14 @@ class RunJournal:
     def state(self) -> dict[str, Any]:
         """Everything that :meth:`restore` needs."""
         names = ("accuracy", "confusion", "tokens_generated", "removed", "decisions")
-        return {name: getattr(self, name) for name in names} | {"first": self._first, "returned": self._returned}
+        kept = {"first": self._first, "returned": self._returned, "last": self._last}
+        return {name: getattr(self, name) for name in names} | kept
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""
         self.accuracy, self.confusion = state["accuracy"], state["confusion"]
         self.tokens_generated = state["tokens_generated"]
         self.removed, self.decisions = state["removed"], state["decisions"]
-        self._first, self._returned = state["first"], state["returned"]
+        self._first, self._returned, self._last = state["first"], state["returned"], state["last"]
         for who, name in self._first.items():
             self.standalone[who] = receive_slm(decode_upload(self.checkpoints.get(name)), self.task, self.config)

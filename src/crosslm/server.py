@@ -1,6 +1,7 @@
 """The cloud side: steps 3, 4 and 5 for one arriving SLM (CrossLM, section 4)."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,8 @@ class StepRecord:
     pool: SyntheticSet = field(default_factory=lambda: SyntheticSet([]))
     receipts: list[Receipt] = field(default_factory=list)
     """One for each text of the pool."""
+    kept: list[int] = field(default_factory=list)
+    """Places of the texts that the SLM learned from, best first."""
     gate: dict[str, float] = field(default_factory=dict)
     """What the gate found, if there is one."""
     refusal: str = ""
@@ -45,6 +48,15 @@ class StepRecord:
     def tokens_generated(self) -> int:
         """Tokens that the LLM sampled, those of removed texts included."""
         return sum(drafts.tokens_generated for drafts, _ in self.drafts) + self.pool.tokens_generated
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What the LLM writes when no more uploads come, and makes of it itself."""
+
+    pool: SyntheticSet
+    said: Tensor | None
+    """``(texts, labels)``, Eq. 1, where step 5 asks it."""
 
 
 class Server:
@@ -139,30 +151,71 @@ class Server:
 
     def _enhance(self, slm: SLM, upload: Upload, record: StepRecord) -> Download:
         """Step 5: the best of what the LLM writes now trains the SLM; one that was refused has no say in it."""
-        config, who = self.config, upload.client_id
         turn = ("taught", self.taught) if record.refusal else ("server", self._learned)
-        seed = seed_for(config.seed, *turn, "pool")
-        pool = self._synthesize(f"{who}: texts to choose from", config.selection.pool, seed)
+        seed = seed_for(self.config.seed, *turn, "pool")
+        record.pool = self._synthesize(f"{upload.client_id}: texts to choose from", self.config.selection.pool, seed)
+        said = self._said(record.pool.texts, upload.client_id) if self._is_asked([record.refusal]) else None
+        fitted = self._train(slm, upload, record, said)
+        self.steps, self.taught = self.steps + 1, self.taught + bool(record.refusal)
+        return self._download(slm, upload, record, fitted)
+
+    def write_closing(self, refusals: Iterable[str]) -> Closing:
+        """What the LLM writes when no more uploads come, for all SLMs that were served (``federation.closing``).
+
+        Args:
+            refusals: why each of them has no say; empty for one that has.
+
+        Raises:
+            CollapseError: the LLM cannot write texts.
+        """
+        who, seed = "all clients", seed_for(self.config.seed, "closing")
+        pool = self._synthesize(f"{who}: texts to choose from", self.config.selection.pool, seed)
+        return Closing(pool, self._said(pool.texts, who) if self._is_asked(refusals) else None)
+
+    def close(self, upload: Upload, refusal: str, closing: Closing) -> tuple[Download, StepRecord]:
+        """Step 5 once more for an SLM that was served, by the LLM as it is in the end, and by all who judge.
+
+        So who came first has as much of the others' knowledge as who came last. The SLM begins as it was uploaded.
+
+        Args:
+            upload: the client's last one that was served.
+            refusal: why it has no say; empty where it has.
+            closing: from :meth:`write_closing`.
+
+        Raises:
+            UploadError: the SLM fails on a text.
+        """
+        slm, record = receive_slm(upload, self.task, self.config), StepRecord(pool=closing.pool, refusal=refusal)
+        fitted = self._train(slm, upload, record, closing.said)
+        return self._download(slm, upload, record, fitted), record
+
+    def _is_asked(self, refusals: Iterable[str]) -> bool:
+        """Whether step 5 needs the LLM's own judgement: always, or for an SLM that has no say."""
+        return self.config.asks_llm or any(refusals)
+
+    def _said(self, texts: list[str], who: str) -> Tensor:
+        with self.progress.stage("select", f"{who}: the LLM reads", len(texts), "texts") as advance:
+            return class_probabilities(self.llm, self.task, texts, advance)  # Eq. 1
+
+    def _train(self, slm: SLM, upload: Upload, record: StepRecord, said: Tensor | None) -> dict[str, float]:
+        """Choose from a pool, and train the SLM on what is chosen."""
+        config, who, pool = self.config, upload.client_id, record.pool
         with self.progress.stage("select", who, 1, "pool") as advance:
-            texts, teachers, is_asked = pool.texts, self.teachers, config.asks_llm or bool(record.refusal)
-            judged = (
-                teachers.of_others(slm, upload, texts) if record.refusal else teachers.probabilities(slm, upload, texts)
-            )
-            said = class_probabilities(self.llm, self.task, texts) if is_asked else None  # Eq. 1
+            judge = self.teachers.of_others if record.refusal else self.teachers.probabilities
+            judged = judge(slm, upload, pool.texts)
             rewards = pool_rewards(pool, judged, said)
-            record.receipts, kept = select(pool, rewards, self.encoder, config.selection, said)  # Eq. 10
+            record.receipts, record.kept = select(pool, rewards, self.encoder, config.selection, said)  # Eq. 10
             advance(1)
         targets = soft_labels(pool, judged, said, config.slm)
-        fitted = train_on_synthetic(slm, pool, kept, targets, upload, config, self.progress, who)
-        record.pool = pool
-        self.steps, self.taught = self.steps + 1, self.taught + bool(record.refusal)
+        return train_on_synthetic(slm, pool, record.kept, targets, upload, config, self.progress, who)
 
-        metrics = {"selected": float(len(kept)), **{f"fit/{name}": value for name, value in fitted.items()}}
+    def _download(self, slm: SLM, upload: Upload, record: StepRecord, fitted: dict[str, float]) -> Download:
+        metrics = {"selected": float(len(record.kept)), **{f"fit/{name}": value for name, value in fitted.items()}}
         if record.refusal:
             metrics["no_say"] = 1.0
-        learned = tuple(pool.examples(kept).texts) if config.privacy.checks_leaks else ()
+        learned = tuple(record.pool.examples(record.kept).texts) if self.config.privacy.checks_leaks else ()
         state = slm.to_state().like(upload.slm)
-        return Download(who, upload.client_round, self.steps, metrics, state, learned)
+        return Download(upload.client_id, upload.client_round, self.steps, metrics, state, learned)
 
     @property
     def _learned(self) -> int:

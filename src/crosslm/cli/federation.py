@@ -91,7 +91,7 @@ def client(
 def silo_status(kit: Path) -> None:
     """What a silo does now, what it has sent, and what came of it."""
     from crosslm.federation.silo import Silo
-    from crosslm.federation.silo_news import doing, outcome
+    from crosslm.federation.silo_news import closing_outcome, doing, outcome
     from crosslm.models.sources import cache_folder
 
     silo = Silo(kit, cache_folder(None))
@@ -104,6 +104,10 @@ def silo_status(kit: Path) -> None:
         else:
             state = "trained; nothing has come back yet"
         _say(f"round {number}: {state}; {receipt['bytes_sent']:,} bytes sent, {_ago(receipt['time'])} ago")
+    if silo.closed is not None:
+        _say(f"in the end: {closing_outcome(silo.closed)}")
+    elif silo.settings.closing and silo.installed == silo.settings.max_participations:
+        _say("stays for what the server sends once more when no more uploads come")
 
 
 def server_status(kit: Path) -> None:

@@ -187,6 +187,31 @@ class Deployment:
         self._save(cause, encode(download))
         self.spool.note("working on", "")
 
+    def last_uploads(self) -> Iterator[tuple[Upload, str]]:
+        """The last upload of each silo that was served and has no closing download yet, and why it has no say."""
+        last = {arrival.silo: arrival for arrival in self.spool.arrivals() if arrival.state in ("served", "delivered")}
+        for silo, arrival in last.items() if len(last) > 1 else ():
+            if self.spool.closing_of(silo) is None:
+                refusal = "the gate refused it" if self.spool.has_no_say(silo, arrival.round) else ""
+                yield decode_upload(self.spool.upload(arrival)), refusal
+
+    def closing(self, pool: SyntheticSet) -> None:
+        """Keep the texts that are for all who were served."""
+        self.spool.note("working on", "the last step 5, for all")
+        self.run.save_synthetic("closing-pool", self.task.labels, pool)
+        self._count(pool)
+
+    def closed(self, upload: Upload, download: Download, record: StepRecord) -> None:
+        """Keep the SLM that goes back in the end; with test rows, it is measured."""
+        who, slm = upload.client_id, SLM.from_state(download.slm, self.config.device)
+        slm.order_labels(self.task.labels)
+        self.run.save_slm(who, slm)
+        if self.test is not None:
+            measure_slm(self.run, "crosslm", who, slm, self.test, 0)
+        self.run.event("closing", client=who, **download.metrics)
+        self._keep_events()
+        self.spool.note("working on", "")
+
     def refused(self, upload: Upload, error: UploadError) -> None:
         """The method cannot use an upload, or the gate has stopped it; it stays in the spool."""
         who = upload.client_id

@@ -1,11 +1,14 @@
 """The seam between the method and whatever carries messages, and the asynchronous loop."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from crosslm.errors import UploadError
-from crosslm.records import Download, Upload
+from crosslm.records import Download, SyntheticSet, Upload
 from crosslm.server import Server, StepRecord
+
+logger = logging.getLogger(__name__)
 
 
 class Exchange(Protocol):
@@ -14,8 +17,8 @@ class Exchange(Protocol):
     def receive(self) -> Upload | None:
         """The next upload that has arrived, or None when nobody is waiting."""
 
-    def send(self, download: Download) -> None:
-        """Return an enhanced SLM to its client."""
+    def send(self, download: Download, closing: bool = False) -> None:
+        """Return an enhanced SLM to its client; ``closing``: once more, when no more uploads come."""
 
 
 class Journal(Protocol):
@@ -29,6 +32,18 @@ class Journal(Protocol):
 
     def refused(self, upload: Upload, error: UploadError) -> None:
         """An upload could not be used; the loop goes on."""
+
+    def last_uploads(self) -> Iterable[tuple[Upload, str]]:
+        """The last upload of each client that is still to be closed, and why it has no say, empty for one that has.
+
+        Of nobody where a single client was served, for nothing has been learned since.
+        """
+
+    def closing(self, pool: SyntheticSet) -> None:
+        """No more uploads come, and these texts are for all who were served."""
+
+    def closed(self, upload: Upload, download: Download, record: StepRecord) -> None:
+        """A client's SLM has had step 5 once more; its download has not been sent yet."""
 
 
 def serve(exchange: Exchange, server: Server, journal: Journal, stop: Callable[[], bool]) -> None:
@@ -52,3 +67,29 @@ def serve(exchange: Exchange, server: Server, journal: Journal, stop: Callable[[
             continue
         journal.served(upload, download, record)
         exchange.send(download)
+
+
+def close(exchange: Exchange, server: Server, journal: Journal) -> None:
+    """When no more uploads come, step 5 once more for all who were served (``federation.closing``).
+
+    Args:
+        exchange: takes the downloads.
+        server: has met them all.
+        journal: knows who they are, and is told of each.
+
+    Raises:
+        CollapseError: the LLM cannot write texts.
+    """
+    uploads = list(journal.last_uploads())
+    if not uploads:
+        return
+    closing = server.write_closing(refusal for _, refusal in uploads)
+    journal.closing(closing.pool)
+    for upload, refusal in uploads:
+        try:
+            download, record = server.close(upload, refusal, closing)
+        except UploadError as error:  # the client has what it got before
+            logger.warning("client %s is left out of the closing step 5: %s", upload.client_id, error)
+            continue
+        journal.closed(upload, download, record)
+        exchange.send(download, closing=True)

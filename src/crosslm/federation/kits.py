@@ -88,6 +88,9 @@ class SiloSettings(Section):
     does to the accuracy on the private rows, and the silo keeps what it trained unrounded."""
     max_participations: Positive = 1
     """Uploads that this silo agrees to send in all."""
+    closing: bool = False
+    """After them the silo stays until the server has sent its closing download or says that there is none
+    (``federation.closing``)."""
     data: SiloData
     slm: SLMSpec
     max_length: Positive = 128

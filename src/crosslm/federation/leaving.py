@@ -38,7 +38,10 @@ def answers() -> dict[str, list[str]]:
     """The fields of every answer, by the occasion."""
     return {
         "beside the upload": list(done(0)),
-        "when an SLM came back": [*done(0), *(f"metrics.{name}" for name in confirmation(0, True))],
+        "when an SLM came back, and once more in the end": [
+            *done(0),
+            *(f"metrics.{name}" for name in confirmation(0, True)),
+        ],
         "when the server did not use the upload": list(done(0)),
         "when this silo refuses": list(refused(CrosslmError())),
     }

@@ -64,8 +64,8 @@ class LocalExchange:
             self._on_failure(client_id, error)
             return None
 
-    def send(self, download: Download) -> None:
-        """Return an enhanced SLM; a client that refuses or cannot install it is reported."""
+    def send(self, download: Download, closing: bool = False) -> None:
+        """Return an enhanced SLM, at any time; a client that refuses or cannot install it is reported."""
         data = encode(download)
         who = download.client_id
         self.bytes_down[who] += len(data)

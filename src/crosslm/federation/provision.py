@@ -251,6 +251,7 @@ def _silo_settings(config: Config, client: ClientConfig, server: ServerSettings,
         device=config.device,
         runtime_port=FIRST_RUNTIME_PORT + place,
         max_participations=config.federation.participations,
+        closing=config.federation.closing,
         data=SiloData(
             train=client.train,
             text_column=config.data.text_column,

@@ -31,6 +31,7 @@ from crosslm.models.sources import model_folder, resolve_device
 from crosslm.records import Examples, Upload
 from crosslm.seeding import seed_for
 
+CLOSING = "closing.safetensors"
 MAX_REASON = 400  # letters of what the server says of an upload that it did not use
 DTYPES = {"float32": float32, "float16": float16}
 
@@ -55,15 +56,36 @@ class Silo:
         return int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.exists() else 0
 
     @property
+    def agreed(self) -> int:
+        """Rounds that this silo agrees to; the closing download counts as one more."""
+        return self.settings.max_participations + self.settings.closing
+
+    @property
+    def complete(self) -> int:
+        """How many of them are complete; all, where the server has sent its closing download or says there is none."""
+        return self.agreed if self.closed is not None else self.installed
+
+    @property
+    def answered(self) -> int:
+        """How many downloads this silo has answered to, or knows that there is none."""
+        return self.installed + (self.closed is not None)
+
+    @property
+    def closed(self) -> dict[str, Any] | None:
+        """What was done with the closing download and why, ``none`` where there is none; None where that is open."""
+        path = self.state / "closed.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    @property
     def confirmed(self) -> bool:
         """Whether all rounds are complete and the server was told so."""
         path = self.state / "confirmed.json"
         told = int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.exists() else 0
-        return told >= self.settings.max_participations
+        return told >= self.agreed
 
     def confirm(self) -> None:
         """Remember that the server was told of all rounds that are complete."""
-        told = {"rounds": self.installed, "time": time.time()}
+        told = {"rounds": self.complete, "time": time.time()}
         write_whole(self.state / "confirmed.json", [json.dumps(told).encode()])
 
     def upload(self, experiment: str, number: int) -> Path:
@@ -126,6 +148,14 @@ class Silo:
         return told
 
     def _install(self, number: int, data: bytes, upload: Upload) -> tuple[Decision, bool]:
+        client = self.client()
+        client.restore(upload.slm, number + 1, upload.class_counts, self._told(number + 1))
+        decision = self._try(number, data, upload, client)
+        write_whole(self.state / f"download-{number:04}.safetensors", [data])
+        return decision, not decode_download(data).metrics.get("no_say")
+
+    def _try(self, number: int, data: bytes, upload: Upload, client: Client) -> Decision:
+        """Check a download that answers an upload, and let a client with the SLM in use have it."""
         settings = self.settings
         download = Intake(settings.labels, settings.intake).download(data, settings.id)
         if download.client_round != number:
@@ -134,12 +164,56 @@ class Silo:
                 f"{download.client_round}; look at the server's spool"
             )
         check_same_model(upload.slm, download.slm, f"silo {settings.id}")
-        client = self.client()
-        client.restore(upload.slm, number + 1, upload.class_counts, self._told(number + 1))
         decision = client.install(download)
         client.slm.save(str(self.state / "slm"))
-        write_whole(self.state / f"download-{number:04}.safetensors", [data])
-        return decision, not download.metrics.get("no_say")
+        return decision
+
+    def close(self, experiment: str, number: int, data: bytes) -> dict[str, float]:
+        """Step 5 once more, when no more uploads come: try what came against the SLM in use, and keep the better.
+
+        Args:
+            experiment: whom the message is from.
+            number: the round of the upload that it was made of.
+            data: the download.
+
+        Returns:
+            As :meth:`install`.
+
+        Raises:
+            FederationError: it does not answer an upload of this silo whose round is complete.
+            UploadError: the download is refused by the intake's checks.
+            LeakError: it was trained on text that is too near to private text.
+            DataError: the private file cannot be used.
+        """
+        self._check(experiment, number)
+        if number >= self.installed:
+            raise FederationError(
+                f"silo {self.settings.id}: a closing download of round {number}, and {self.installed} are complete; "
+                "look at the server's spool"
+            )
+        if self.closed is None:
+            try:
+                decision = self._try(number, data, self._mine(number), self.client())
+            except CrosslmError as error:
+                self._close({"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
+                raise
+            if decision.accepted:
+                write_whole(self.state / CLOSING, [data])
+            told = confirmation(number, decision.accepted)
+            self._keep_receipt("close", number, {"answer": done(number), "metrics": told})
+            self._close(vars(decision))
+        closed = self.closed or {}
+        if why := closed.get("refused"):
+            raise FederationError(f"silo {self.settings.id}: the closing download was refused: {why}")
+        return confirmation(number, bool(closed.get("accepted")))
+
+    def nothing_more(self) -> None:
+        """The server says that there is no closing download for this silo."""
+        self._close({"accepted": False, "rows": 0, "none": True})
+
+    def _close(self, decision: Mapping[str, Any]) -> None:
+        write_whole(self.state / "closed.json", [json.dumps(dict(decision), indent=1).encode()])
+        self.now("closed")
 
     def not_used(self, experiment: str, number: int, reason: str) -> None:
         """The server did not use the upload of a round and sends nothing back: go on with the SLM as it was sent.
@@ -260,16 +334,23 @@ class Silo:
         """The SLM as it is now: pretrained with a new head, as the server returned it, or as it was kept."""
         settings = self.settings
         device = resolve_device(settings.device)
-        if self.installed:
+        if (closed := self.closed) and closed["accepted"]:
+            state = decode_download((self.state / CLOSING).read_bytes()).slm
+        elif self.installed:
             number = self.installed - 1
             if self.decision(number)["accepted"]:
                 state = decode_download((self.state / f"download-{number:04}.safetensors").read_bytes()).slm
             else:
                 state = self._uploaded(number).slm
-            slm = SLM.from_state(state, device)
-            slm.order_labels(settings.labels)
-            slm.freeze_embeddings(settings.freeze_embeddings)
-            return slm
+        else:
+            return self._pretrained(device)
+        slm = SLM.from_state(state, device)
+        slm.order_labels(settings.labels)
+        slm.freeze_embeddings(settings.freeze_embeddings)
+        return slm
+
+    def _pretrained(self, device: str) -> SLM:
+        settings = self.settings
         return SLM.load(
             model_folder(settings.slm.model, self.cache),
             settings.labels,

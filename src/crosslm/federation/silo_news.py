@@ -24,6 +24,19 @@ def outcome(decision: Mapping[str, Any]) -> str:
     return "the enhanced classifier is installed" + taught
 
 
+def closing_outcome(closed: Mapping[str, Any]) -> str:
+    """What came of the closing download."""
+    if closed.get("none"):
+        return "nothing more comes; the classifier in use is the one of the last round"
+    if why := closed.get("refused"):
+        return f"the closing download was refused ({why}); the classifier in use is the one of the last round"
+    if not closed["accepted"]:
+        figures = f"{closed['before']:.3f} before, {closed['after']:.3f} with it"
+        worse = f"the closing download is worse on {closed['rows']} held-out rows"
+        return f"{worse} ({figures}); the classifier of the last round stays in use"
+    return "the classifier was enhanced once more and is installed"
+
+
 def doing(now: Mapping[str, Any] | None, ago: str) -> str:
     """What goes on at a silo.
 
@@ -40,4 +53,6 @@ def doing(now: Mapping[str, Any] | None, ago: str) -> str:
         return f"training for round {now['round']} since {ago}{stopped}; nothing of this round has left yet"
     if now["now"] == "waiting":
         return f"waiting since {ago} for what the server makes of round {now['round']}"
+    if now["now"] == "closed":
+        return f"all is complete since {ago}"
     return f"round {now['round']} is complete since {ago}"

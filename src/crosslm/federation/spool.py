@@ -20,6 +20,8 @@ from crosslm.files import partial_of, parts_of, rename, write_whole
 
 TOLD = "told/"  # and a silo: how many of its rounds it has been told are complete
 NO_SAY = "no say/"  # and silo and round
+CLOSING = "closing/"  # and silo: the round whose upload the closing download is made of, and its SHA-256
+CLOSED = "closed/"  # and silo: what came of its closing download, or that there is none
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS arrivals (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -197,10 +199,49 @@ class Spool:
         """The gate gives this upload no say: its silo is served, and counts nowhere."""
         self.note(f"{NO_SAY}{silo}/{number}", "1")
 
+    def has_no_say(self, silo: str, number: int) -> bool:
+        """Whether the gate gave an upload no say."""
+        return self.fact(f"{NO_SAY}{silo}/{number}") is not None
+
     def counted(self) -> int:
         """Uploads that were served and had a say."""
         served = [arrival for arrival in self.arrivals() if arrival.state in ("served", "delivered")]
-        return sum(not self.fact(f"{NO_SAY}{arrival.silo}/{arrival.round}") for arrival in served)
+        return sum(not self.has_no_say(arrival.silo, arrival.round) for arrival in served)
+
+    def close_silo(self, silo: str, number: int, download: bytes) -> None:
+        """Keep the closing download of a silo (``federation.closing``); it is owed from now on.
+
+        Args:
+            silo: whose.
+            number: the round of the upload that it is made of.
+            download: its bytes.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        digest, _ = _write_hashed(self.closing_file(silo), [download])
+        self.note(f"{CLOSING}{silo}", f"{number} {digest}")
+
+    def closing_of(self, silo: str) -> tuple[int, str] | None:
+        """Round and SHA-256 of a silo's closing download, taken or not; None where there is none."""
+        number, _, digest = (self.fact(f"{CLOSING}{silo}") or "").partition(" ")
+        return (int(number), digest) if digest else None
+
+    def owes_closing(self, silo: str) -> bool:
+        """Whether a silo has not answered to its closing download."""
+        return self.closing_of(silo) is not None and self.fact(f"{CLOSED}{silo}") is None
+
+    def closing_download(self, silo: str, digest: str) -> Iterator[bytes]:
+        """The bytes of a closing download, part by part.
+
+        Raises:
+            FederationError: the file is not what was written; known after the last part.
+        """
+        return _unchanged(self.closing_file(silo), digest)
+
+    def closed(self, silo: str, note: str) -> None:
+        """Nothing more is sent to a silo: it has answered to its closing download, or there is none."""
+        self.note(f"{CLOSED}{silo}", note)
 
     def download(self, arrival: Arrival) -> Iterator[bytes]:
         """The bytes of a download, part by part.
@@ -222,6 +263,11 @@ class Spool:
             sql = "UPDATE arrivals SET state = 'delivered', delivered_at = ?, note = ? WHERE silo = ? AND round = ?"
             self._write(sql, time.time(), note, silo, number)
 
+    def not_delivered(self, silos: Iterable[str]) -> list[str]:
+        """Silos that have not answered to a download, one of these to its closing download."""
+        owed = [arrival.silo for arrival in self.arrivals() if arrival.state == "served"]
+        return list(dict.fromkeys([*owed, *(silo for silo in silos if self.owes_closing(silo))]))
+
     def told(self, silo: str, number: int) -> None:
         """The silo knows that its upload was refused."""
         with self._lock:
@@ -238,8 +284,11 @@ class Spool:
         return [arrival for arrival in self.arrivals() if arrival.silo == silo]
 
     def complete(self, silo: str) -> int:
-        """How many of a silo's rounds are complete: it has answered to the download, or to there being none."""
-        return sum(arrival.delivered_at is not None for arrival in self.of(silo))
+        """How many of a silo's rounds are complete: it has answered to the download, or to there being none.
+
+        The closing download counts as one more.
+        """
+        return sum(arrival.delivered_at is not None for arrival in self.of(silo)) + bool(self.fact(f"{CLOSED}{silo}"))
 
     def note(self, name: str, value: str) -> None:
         """Remember a fact about the run under a name.
@@ -263,6 +312,10 @@ class Spool:
     def download_file(self, silo: str, number: int) -> Path:
         """Where a download is kept."""
         return self.folder / f"{silo}-{number:04}-down.safetensors"
+
+    def closing_file(self, silo: str) -> Path:
+        """Where a closing download is kept."""
+        return self.folder / f"{silo}-closing-down.safetensors"
 
     def _row(self, where: str, *values: object) -> Arrival | None:
         row = self._database.execute(f"SELECT * FROM arrivals WHERE {where}", values).fetchone()

@@ -67,7 +67,7 @@ def summary_of(
         "privacy": privacy_summary(events),
         "peak_memory_bytes": peak_memory_bytes(),
         "arrivals": [vars(arrival) for arrival in journal],
-        "not_delivered": [arrival.silo for arrival in journal if arrival.state == "served"],
+        "not_delivered": spool.not_delivered(silos),
         "not_uploaded": {
             silo: (spool.fact(f"silo/{silo}") or "").partition(" ")[2]
             for silo in silos
@@ -108,6 +108,7 @@ def _clients(events: Iterable[Event], spool: Spool, labels: tuple[str, ...]) -> 
     for event in (event for event in events if event["event"] == "upload"):
         mine = spool.of(event["client_id"])
         down = [spool.download_file(arrival.silo, arrival.round) for arrival in mine if arrival.download_sha256]
+        down.append(spool.closing_file(event["client_id"]))
         clients[event["client_id"]] = {
             "model": {"model": None, "num_hidden_layers": None, "type": event["model_type"]},
             "rows": dict(zip(labels, event["class_counts"], strict=False)),

@@ -1,7 +1,8 @@
-"""The client application: answers three requests of the server, and runs nothing that comes with them."""
+"""The client application: answers four requests of the server, and runs nothing that comes with them."""
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,17 +40,26 @@ def upload(message: Message, context: Context) -> Message:
 @app.train("install")
 def install(message: Message, context: Context) -> Message:
     """Step 5: install the enhanced SLM."""
+    return _installed(message, Silo.install)
+
+
+def _installed(message: Message, take: Callable[[Silo, str, int, bytes], dict[str, float]]) -> Message:
     request, arrays = message.content["request"], message.content["message"]
     try:
         silo, number = _silo(), _round(request)
         assert isinstance(arrays, ArrayRecord)
-        metrics = silo.install(
-            str(request["experiment"]), number, b"".join(joined(arrays, silo.settings.intake.max_bytes))
-        )
+        data = b"".join(joined(arrays, silo.settings.intake.max_bytes))
+        metrics = take(silo, str(request["experiment"]), number, data)
     except CrosslmError as error:
         return refusal(message, error)
     reply = {"reply": ConfigRecord(leaving.done(number)), "metrics": MetricRecord(dict(metrics))}
     return Message(RecordDict(reply), reply_to=message)
+
+
+@app.train("closing")
+def closing(message: Message, context: Context) -> Message:
+    """Step 5 once more, when no more uploads come."""
+    return _installed(message, Silo.close)
 
 
 @app.train("not_used")

@@ -73,6 +73,8 @@ class FlowerExchange:
     _failure: BaseException | None = field(init=False, default=None)
     _thread: threading.Thread = field(init=False)
     _beat: float = field(init=False, default=0.0)
+    _has_ended: bool = field(init=False, default=False)
+    """No upload is asked for any more."""
 
     def __post_init__(self) -> None:
         self._lines = {silo: _Line(silo) for silo in self.silos}
@@ -110,10 +112,17 @@ class FlowerExchange:
             return None
         return upload
 
-    def send(self, download: Download) -> None:
+    def send(self, download: Download, closing: bool = False) -> None:
         """Put a download into the spool; the carrying thread brings it to its silo."""
-        self.spool.serve(download.client_id, download.client_round, encode(download))
+        keep = self.spool.close_silo if closing else self.spool.serve
+        keep(download.client_id, download.client_round, encode(download))
         self._to_carry.set()
+
+    def send_no_more(self) -> None:
+        """All closing downloads are in the spool: who has none is told that there is none (``federation.closing``)."""
+        for silo in self.silos:
+            if self.spool.closing_of(silo) is None:
+                self.spool.closed(silo, "there is none: no SLM of this silo was served, or no other silo's")
 
     def refuse(self, silo: str, number: int, error: Exception) -> None:
         """An upload cannot be used: its silo is told, and is asked for its next one as any other."""
@@ -126,6 +135,10 @@ class FlowerExchange:
     def finished(self) -> bool:
         """Whether no upload is to be served any more."""
         self._look_at_carrier()
+        self._has_ended = self._has_ended or self._ends()
+        return self._has_ended
+
+    def _ends(self) -> bool:
         if self.config.arrivals is not None and self.spool.counted() >= self.config.arrivals:
             return True
         if any(arrival.state in ("received", "processing") for arrival in self.spool.arrivals()):
@@ -149,7 +162,7 @@ class FlowerExchange:
         self._stop.set()
         self._to_carry.set()
         self._thread.join(timeout=30)
-        return [arrival.silo for arrival in self._owed()]
+        return self._owed()
 
     def _wait(self) -> None:
         self._carried.wait(POLL)
@@ -209,7 +222,12 @@ class FlowerExchange:
         untold = next((arrival for arrival in self._untold() if arrival.silo == line.silo), None)
         if untold is not None:
             return "not_used", untold.round, self._request(untold.round, reason=self._told_of(untold))
-        if line.over or any(arrival.state in ("received", "processing") for arrival in mine):
+        closing = self.spool.closing_of(line.silo)
+        if closing is not None and self.spool.owes_closing(line.silo):
+            content = self._request(closing[0])
+            content["message"] = split(self.spool.closing_download(line.silo, closing[1]))
+            return "closing", closing[0], content
+        if self._has_ended or line.over or any(arrival.state in ("received", "processing") for arrival in mine):
             return None
         if len(mine) >= self.config.participations or self._too_late():
             return None
@@ -245,6 +263,13 @@ class FlowerExchange:
             self.spool.told(line.silo, line.round)
         else:
             note = "" if answer.accepted else "the silo keeps the SLM it had: worse on its held-out rows"
+            self._taken(line, note)
+
+    def _taken(self, line: _Line, note: str) -> None:
+        """A silo has answered to a download, whatever it did with it."""
+        if line.kind == "closing":
+            self.spool.closed(line.silo, note or "delivered")
+        else:
             self.spool.delivered(line.silo, line.round, note)
 
     def _received(self, line: _Line, message: ArrayRecord) -> None:
@@ -264,8 +289,8 @@ class FlowerExchange:
         line.note = f"{how} {line.kind}: {reason}"
         logger.error("silo %s, round %d: %s", line.silo, line.round, line.note)
         self._failed.put((line.silo, f"round {line.round}: {line.note}"))
-        if line.kind == "install":  # or it would be owed for ever
-            self.spool.delivered(line.silo, line.round, f"the silo did not take it: {reason}")
+        if line.kind in ("install", "closing"):  # or it would be owed for ever
+            self._taken(line, f"the silo did not take it: {reason}")
         if line.kind == "not_used":
             self.spool.told(line.silo, line.round)
 
@@ -281,8 +306,8 @@ class FlowerExchange:
 
     # -- state -------------------------------------------------------------------------------
 
-    def _owed(self) -> list[Arrival]:
-        return [arrival for arrival in self.spool.arrivals() if arrival.state == "served"]
+    def _owed(self) -> list[str]:
+        return self.spool.not_delivered(self.silos)
 
     def _untold(self) -> list[Arrival]:
         arrivals = self.spool.arrivals()

@@ -42,7 +42,7 @@ def answer_in(reply: Message, kind: str) -> Answer:
 
     Args:
         reply: without an error of Flower's.
-        kind: what it was asked for: ``upload``, ``install`` or to know that its upload was ``not_used``.
+        kind: what it was asked for: ``upload``, ``install``, ``closing`` or to know that its upload was ``not_used``.
 
     Raises:
         UploadError: a part is missing, or is of another kind than it must be.

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from crosslm.errors import CrosslmError
 from crosslm.federation.deployment import Deployment, notes_of
-from crosslm.federation.exchange import serve
+from crosslm.federation.exchange import close, serve
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.intake import Intake
 from crosslm.federation.kits import KIT, read_server, server_config, silo_names
@@ -53,6 +53,9 @@ def serve_kit(kit: Path, grid: Grid, spool: Spool) -> None:
         exchange.on_failure = deployment.failed
         serve(exchange, deployment.server, deployment, exchange.finished)
         try:
+            if config.federation.closing:
+                close(exchange, deployment.server, deployment)
+                exchange.send_no_more()
             deployment.complete(exchange.silos)  # while the last downloads are on their way: a report can be had now
         except CrosslmError:
             exchange.drain(delivery)  # what was trained goes to its silo all the same

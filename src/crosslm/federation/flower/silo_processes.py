@@ -16,10 +16,11 @@ from crosslm.federation.flower.processes import RESTART, Child, Note, program
 from crosslm.federation.keys import ASKED_AT, fingerprint
 from crosslm.federation.kits import SILO_FILE, read_silo
 from crosslm.federation.silo import Silo
-from crosslm.federation.silo_news import outcome
+from crosslm.federation.silo_news import closing_outcome, outcome
 
 REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it does not know
 REFUSED_PAUSE = 10.0  # seconds until a silo that was refused tries again
+ASK = 30.0  # seconds between two questions whether a closing download will come
 CONFIRM_TIME = 300.0  # seconds that a silo with all its rounds stays to tell the server of the last one
 
 
@@ -65,15 +66,14 @@ def run_silo(silo: Silo, note: Note) -> None:
     kit = silo.kit.absolute()
     node = Child("supernode", supernode_command(kit), kit)
     tasks = Child("tasks", tasks_command(kit), kit)
-    told = silo.installed, len(silo.receipts())
-    last = silo.settings.max_participations - 1
+    told = silo.answered, len(silo.receipts())
     refused = False
     wait_for_server(silo.settings.server, kit / "ca.crt", note)
     rounds_complete(silo)
     note(f"silo {silo.settings.id}: connecting to {silo.settings.server}")
-    until = 0.0  # when to end at the latest: an answer that the server has not read is lost when the silo goes
+    asked = until = 0.0  # when to end at the latest: an answer that the server has not read is lost when the silo goes
     try:
-        while not until or (time.time() < until and (rounds_complete(silo) or 0) <= last):
+        while not until or (time.time() < until and (rounds_complete(silo) or 0) < silo.answered):
             if node.process is None or node.died() or tasks.died():
                 tasks.stop()  # what it trains is for a SuperNode that is gone
                 if node.died():
@@ -86,8 +86,12 @@ def run_silo(silo: Silo, note: Note) -> None:
                 node.start()
                 tasks.start()
             told = _tell(silo, told, note)
-            if silo.installed > last and not until:
+            if silo.complete >= silo.agreed and not until:
                 until = time.time() + CONFIRM_TIME
+            elif silo.installed == silo.settings.max_participations and not until and time.time() > asked + ASK:
+                asked = time.time()
+                if (rounds_complete(silo) or 0) >= silo.agreed and silo.closed is None:
+                    silo.nothing_more()
             time.sleep(0.5)
         silo.confirm()
     finally:
@@ -97,10 +101,12 @@ def run_silo(silo: Silo, note: Note) -> None:
 
 def _tell(silo: Silo, told: tuple[int, int], note: Note) -> tuple[int, int]:
     """Say what is new since so many rounds were complete and so many receipts written; gives both as they are now."""
-    complete, sent = silo.installed, len(silo.receipts())
+    complete, sent = silo.answered, len(silo.receipts())
     if sent > told[1]:
         note(f"trained; the receipt of what leaves is {silo.kit / 'state' / 'receipts' / f'upload-{sent - 1:04}.json'}")
-    if complete > told[0]:
+    if complete > told[0] and silo.closed is not None:
+        note(f"in the end: {closing_outcome(silo.closed)}; it is in {silo.kit / 'state' / 'slm'}")
+    elif complete > told[0]:
         what = outcome(silo.decision(complete - 1))
         note(f"round {complete - 1} is complete: {what}; it is in {silo.kit / 'state' / 'slm'}")
     return complete, sent

@@ -1,0 +1,347 @@
+"""Step 5 once more when no more uploads come (``federation.closing``): by the method, in one process, and at a silo."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from test_federation import answer, change, echo, exchange, federated, flower_run, kits, silo, turn  # noqa: F401
+from test_teachers import ShutTo, received, server_of, uploads  # noqa: F401
+
+from crosslm import experiment, journal
+from crosslm.algorithm.rewards import label_rewards
+from crosslm.classification import class_probabilities
+from crosslm.client import Client, Decision
+from crosslm.config import Config
+from crosslm.errors import FederationError, LeakError
+from crosslm.experiment import run_local
+from crosslm.federation.exchange import close
+from crosslm.federation.flower import silo_processes
+from crosslm.federation.flower.silo_processes import run_silo
+from crosslm.federation.messages import encode
+from crosslm.federation.silo import Silo
+from crosslm.federation.silo_news import closing_outcome
+from crosslm.federation.spool import Spool
+from crosslm.files import write_whole
+from crosslm.rundir import RunDir
+from crosslm.server import receive_slm
+
+SILOS = ("silo-0", "silo-1")
+
+
+def differs(one, other):
+    return any(not torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_in_the_end_who_came_first_is_taught_by_all_and_by_the_llm_as_it_is_then(models, config, task, uploads):  # noqa: F811
+    server = server_of(models, config, task, soft_labels=True, llm_judges=True)
+    at_once = [server.step(upload)[0] for upload in uploads]
+    before, judges = server.llm.fingerprint(), list(server.teachers.members)
+    closing = server.write_closing(["", "", ""])
+    torch.testing.assert_close(closing.said, class_probabilities(server.llm, task, closing.pool.texts))
+    for upload, first in zip(uploads, at_once, strict=True):
+        download, record = server.close(upload, "", closing)
+        assert record.pool is closing.pool
+        slm = receive_slm(upload, task, server.config)
+        judged = server.teachers.probabilities(slm, upload, closing.pool.texts)
+        rewards = torch.tensor([receipt.reward for receipt in record.receipts])
+        torch.testing.assert_close(rewards, label_rewards(judged, closing.pool.labels))
+        assert differs(download.slm.weights, upload.slm.weights)
+        assert differs(download.slm.weights, first.slm.weights)
+        assert (download.client_id, download.step) == (upload.client_id, 3)
+    assert (server.llm.fingerprint(), list(server.teachers.members), server.steps) == (before, judges, 3)
+
+
+def test_who_has_no_say_has_none_in_the_end_either(models, config, task, uploads):  # noqa: F811
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"teach_refused": True})})
+    server = server_of(models, config, task)
+    server.gate = ShutTo("south")
+    for upload in uploads:
+        server.step(upload)
+    closing = server.write_closing(["", "quarantined", ""])
+    assert closing.said is not None  # where nobody else judges, the LLM does
+    download, record = server.close(uploads[1], "quarantined", closing)
+    slm = receive_slm(uploads[1], task, server.config)
+    others = server.teachers.of_others(slm, uploads[1], closing.pool.texts)
+    rewards = torch.tensor([receipt.reward for receipt in record.receipts])
+    torch.testing.assert_close(rewards, label_rewards(others, closing.pool.labels))
+    assert download.metrics["no_say"] == 1.0
+
+
+# -- in one process --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def closed(settings):
+    settings["federation"] = {"closing": True}
+    return settings
+
+
+def events(folder, kind):
+    return [event for event in RunDir(folder).events() if event["event"] == kind]
+
+
+def measured(folder, method):
+    return [(event["client"], event["right"]) for event in events(folder, "test") if event["method"] == method]
+
+
+def test_a_run_ends_with_it_and_measures_what_the_clients_then_have(closed, tmp_path):
+    summary = run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
+    found = events(tmp_path / "run", "closing")
+    assert sorted(event["client"] for event in found) == ["client-0", "client-1"]
+    for event in found:
+        assert event["accepted"]
+        for name, method in (("slm/crosslm", "crosslm"), ("slm/data_free_kd", "data_free_kd")):
+            assert event[name] == summary["slm"][method][event["client"]]
+    for method in ("crosslm", "data_free_kd"):  # both once when a client came, and once in the end
+        assert sorted(client for client, _ in measured(tmp_path / "run", method)) == ["client-0"] * 2 + ["client-1"] * 2
+    pool = (tmp_path / "run" / "synthetic" / "closing-pool.jsonl").read_text().splitlines()
+    assert len(pool) == closed["selection"]["pool"]
+    closed["federation"]["closing"] = False
+    without = run_local(Config.model_validate(closed), tmp_path / "without", tmp_path)
+    assert not events(tmp_path / "without", "closing")
+    assert summary["llm"] == without["llm"]  # the LLM learns nothing in it
+    assert summary["tokens_generated"] > without["tokens_generated"]
+    last = events(tmp_path / "run", "step")[-1]["client"]
+    assert next(right for client, right in measured(tmp_path / "run", "data_free_kd") if client == last) == next(
+        right for client, right in measured(tmp_path / "without", "data_free_kd") if client == last
+    )
+
+
+def test_data_free_kd_is_taught_by_all_in_the_end_too(closed, tmp_path, monkeypatch):
+    closed["reward"] = {"teachers": 4}
+    judges, measured = [], journal.data_free_kd
+
+    def data_free_kd(upload, pool, config, task, encoder, progress, teachers, said, may_judge):
+        judges.append({upload.client_id, *teachers.members})
+        return measured(upload, pool, config, task, encoder, progress, teachers, said, may_judge)
+
+    monkeypatch.setattr(journal, "data_free_kd", data_free_kd)
+    run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
+    assert [len(those) for those in judges] == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_client_that_declines_it_keeps_and_is_measured_by_what_it_had(closed, tmp_path, monkeypatch, at_once):
+    closed["acceptance"] = {"enabled": True}
+    tried = []
+
+    def decide(client, returned):
+        tried.append(client.id)
+        accepted = len(tried) <= 2 and at_once
+        return Decision(accepted, 3, 0.9, 0.9 if accepted else 0.1)
+
+    monkeypatch.setattr(Client, "_try", decide)
+    summary = run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
+    assert len(tried) == 4
+    assert [event["accepted"] for event in events(tmp_path / "run", "closing")] == [False, False]
+    assert len(measured(tmp_path / "run", "crosslm")) == 2  # what came at once
+    assert {about["decision"]["accepted"] for about in summary["clients"].values()} == {at_once}
+
+
+def test_a_client_that_fails_in_it_keeps_what_it_had(closed, tmp_path, monkeypatch):
+    installed, install = [], Client.install
+
+    def leaks(client, download):
+        installed.append(client.id)
+        if len(installed) == 3:
+            raise LeakError("too near")
+        return install(client, download)
+
+    monkeypatch.setattr(Client, "install", leaks)
+    summary = run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
+    (failure,) = events(tmp_path / "run", "failure")
+    assert failure["client"] == installed[2]
+    (event,) = events(tmp_path / "run", "closing")
+    assert event["client"] == installed[3]
+    assert set(summary["slm"]["crosslm"]) == {"client-0", "client-1", "mean"}
+
+
+def test_of_one_client_alone_nothing_is_done_again(closed, tmp_path):
+    closed["data"]["num_clients"] = 1
+    run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
+    assert not events(tmp_path / "run", "closing")
+    assert not (tmp_path / "run" / "synthetic" / "closing-pool.jsonl").exists()
+
+
+def test_a_run_that_dies_in_it_ends_as_one_that_never_did(closed, tmp_path, monkeypatch):
+    config = Config.model_validate(closed)
+    whole = run_local(config, tmp_path / "whole", tmp_path)
+
+    def dies(exchange, server, journal):  # noqa: F811
+        monkeypatch.setattr(server, "close", lambda *_: sys.exit("killed"))
+        close(exchange, server, journal)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "close", dies)
+        with pytest.raises(SystemExit):
+            run_local(config, tmp_path / "run", tmp_path)
+    again = run_local(config, tmp_path / "run", tmp_path, resume=True)
+    assert again["slm"] == whole["slm"]
+    assert len(events(tmp_path / "run", "closing")) == 2
+
+
+def test_an_slm_that_fails_on_the_last_texts_is_left_out(models, config, task, uploads, monkeypatch, caplog):  # noqa: F811
+    server = server_of(models, config, task)
+    for upload in uploads[:2]:
+        server.step(upload)
+    done, fails = [], server.teachers.probabilities
+
+    class Book:
+        def last_uploads(self):
+            return [(upload, "") for upload in uploads[:2]]
+
+        def closing(self, pool):
+            done.append(len(pool.samples))
+
+        def closed(self, upload, download, record):
+            done.append(upload.client_id)
+
+        def send(self, download, closing=False):
+            done.append((download.client_id, closing))
+
+    def judged(slm, upload, texts):
+        if upload.client_id == "north":
+            from crosslm.errors import UploadError
+
+            raise UploadError("client north: cannot classify")
+        return fails(slm, upload, texts)
+
+    monkeypatch.setattr(server.teachers, "probabilities", judged)
+    close(Book(), server, Book())
+    assert done == [config.selection.pool, "south", ("south", True)]
+    assert "client north is left out of the closing step 5" in caplog.text
+
+
+# -- between machines ------------------------------------------------------------------------
+
+
+def served(exchange):  # noqa: F811
+    """Both silos have what came at once."""
+    turn(exchange, 2)
+    for _ in SILOS:
+        exchange.send(echo(exchange.receive()))
+    assert exchange.finished()
+    turn(exchange, 2)
+    assert exchange.spool.not_delivered(SILOS) == []
+
+
+def test_a_closing_download_goes_to_its_silo_and_is_answered(exchange, kits, tmp_path):  # noqa: F811
+    for name in SILOS:
+        change(kits / "silos" / name, closing=True)
+    served(exchange)
+    silos = [Silo(kits / "silos" / name, tmp_path) for name in SILOS]
+    assert [one.closed for one in silos] == [None, None]
+    assert not any(one.complete == one.agreed for one in silos)
+    upload = silos[0]._mine(0)
+    weights = {name: value * 1.5 if value.is_floating_point() else value for name, value in upload.slm.weights.items()}
+    exchange.send(dataclasses.replace(echo(upload), slm=dataclasses.replace(upload.slm, weights=weights)), closing=True)
+    exchange.send_no_more()
+    assert exchange.spool.not_delivered(SILOS) == ["silo-0"]
+    assert exchange.spool.complete("silo-0") == 1
+    turn(exchange, 2)
+    assert exchange.grid.pushed[-1] == ("silo-0", "train.closing", 0)
+    assert exchange.spool.not_delivered(SILOS) == []
+    assert [exchange.spool.complete(name) for name in SILOS] == [2, 2]
+    assert silos[0].closed["accepted"]
+    assert not differs(silos[0].slm().model.state_dict(), weights)
+    receipt = json.loads((silos[0].state / "receipts" / "close-0000.json").read_text())
+    assert receipt["metrics"] == {"round": 0.0, "accepted": 1.0}
+    again = silos[0].close(silos[0].settings.experiment, 0, b"whatever: the answer was lost")
+    assert again == {"round": 0.0, "accepted": 1.0}
+    pushed = len(exchange.grid.pushed)
+    turn(exchange, 2)
+    assert len(exchange.grid.pushed) == pushed  # nothing more is asked
+
+
+def test_a_closing_download_that_is_refused_is_owed_no_more(exchange, kits, tmp_path):  # noqa: F811
+    served(exchange)
+    exchange.spool.close_silo("silo-0", 0, b"no download")
+    turn(exchange, 2)
+    assert exchange.spool.not_delivered(SILOS) == []
+    assert exchange.spool.fact("closed/silo-0") == "the silo did not take it: UploadError, see the silo's own log"
+    one = Silo(kits / "silos" / "silo-0", tmp_path)
+    assert "the closing download was refused (UploadError: " in closing_outcome(one.closed)
+    assert not differs(one.slm().model.state_dict(), one._mine(0).slm.weights)
+    with pytest.raises(FederationError, match="the closing download was refused"):
+        one.close(one.settings.experiment, 0, b"")
+
+
+def test_who_has_ended_is_asked_for_no_more_uploads(exchange):  # noqa: F811
+    exchange.config = exchange.config.model_copy(update={"arrivals": 1, "participations": 2})
+    exchange.grid.online = ["silo-0"]
+    turn(exchange, 2)
+    exchange.send(echo(exchange.receive()))
+    assert exchange.finished()
+    exchange.grid.online = list(SILOS)
+    turn(exchange, 4)
+    assert [kind for _, kind, _ in exchange.grid.pushed] == ["train.upload", "train.install"]
+
+
+def test_a_silo_tries_it_against_what_it_has_and_only_after_its_round(silo, federated, models, monkeypatch):  # noqa: F811
+    experiment = silo.settings.experiment
+    _, download = answer(silo, Config.model_validate(federated), models)
+    with pytest.raises(FederationError, match="a closing download of round 0, and 0 are complete"):
+        silo.close(experiment, 0, encode(download))
+    silo.install(experiment, 0, encode(download))
+    had = {name: value.clone() for name, value in silo.slm().model.state_dict().items()}
+    tried = []
+
+    def decide(client, returned):
+        tried.append({name: value.clone() for name, value in client.slm.model.state_dict().items()})
+        return Decision(False, 4, 0.75, 0.25)
+
+    monkeypatch.setattr(Client, "_try", decide)
+    other = {name: value * 2 if value.is_floating_point() else value for name, value in download.slm.weights.items()}
+    worse = dataclasses.replace(download, slm=dataclasses.replace(download.slm, weights=other))
+    assert silo.close(experiment, 0, encode(worse)) == {"round": 0.0, "accepted": 0.0}
+    assert not differs(tried[0], had)
+    assert not differs(silo.slm().model.state_dict(), had)
+    assert "worse on 4 held-out rows (0.750 before, 0.250 with it)" in closing_outcome(silo.closed)
+
+
+def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, monkeypatch, shell):  # noqa: F811
+    notes, asked = [], []
+    change(silo.kit, closing=True)
+    silo = Silo(silo.kit, silo.cache)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: None)
+    monkeypatch.setattr(silo_processes, "ASK", 0.0)
+    monkeypatch.setattr(silo_processes, "supernode_command", lambda _: command)
+    monkeypatch.setattr(silo_processes, "tasks_command", lambda _: command)
+
+    def rounds_complete(_):
+        asked.append(1)
+        return 2 if len(asked) > 3 else 1
+
+    monkeypatch.setattr(silo_processes, "rounds_complete", rounds_complete)
+    write_whole(silo.state / "installed.json", [b'{"rounds": 1}'])
+    write_whole(silo.state / "decision-0000.json", [b'{"accepted": true, "rows": 0}'])
+    _, out, _ = shell("status", str(silo.kit))
+    assert "stays for what the server sends once more when no more uploads come" in out
+    run_silo(silo, notes.append)
+    assert len(asked) > 3
+    assert silo.closed["none"]
+    assert silo.confirmed
+    assert any("nothing more comes" in note for note in notes)
+    _, out, _ = shell("status", str(silo.kit))
+    assert "in the end: nothing more comes" in out
+
+
+def test_the_spool_remembers_whom_it_owes_what(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    assert (spool.closing_of("a"), spool.owes_closing("a")) == (None, False)
+    spool.close_silo("a", 2, b"weights")
+    spool.close()
+    spool = Spool(tmp_path / "spool")
+    number, digest = spool.closing_of("a")
+    assert number == 2
+    assert b"".join(spool.closing_download("a", digest)) == b"weights"
+    assert spool.not_delivered(["a", "b"]) == ["a"]
+    spool.closing_file("a").write_bytes(b"other")
+    with pytest.raises(FederationError, match="has changed since it was written"):
+        list(spool.closing_download("a", digest))
+    spool.closed("a", "delivered")
+    assert spool.not_delivered(["a", "b"]) == []
+    spool.close()
