@@ -114,6 +114,7 @@ def seeing(tables, local, tmp_path_factory):
     for deployment in federation(kit, tables, local[1]):
         for silo in SILOS:
             deployment.spool.delivered(silo, 0)
+            deployment.spool.closed(silo, "delivered")
     return kit / "run"
 
 
@@ -129,6 +130,7 @@ def blind(tables, local, tmp_path_factory):
         deployment.spool.refuse("odd", 0, "client odd: its header claims too much")
         deployment.spool.note("silo/late", "1 no answer in time; asked again in 60 s")
         deployment.spool.delivered(SILOS[0], 0)
+        deployment.spool.closed(SILOS[0], "delivered")
     return kit / "run"
 
 
@@ -287,7 +289,7 @@ def test_everything_is_exported_with_cards(blind, shell, tmp_path):
     assert "model-index" not in card
     for name in ("llm", "synthetic"):
         assert "no privacy guarantee" in (tmp_path / "out" / name / "README.md").read_text()
-    assert {row["source"] for row in Run.open(blind).synthetic()} == {"base", "drafts", "pool", "final"}
+    assert {row["source"] for row in Run.open(blind).synthetic()} == {"base", "drafts", "pool", "closing", "final"}
 
 
 def test_evaluate_measures_what_the_files_allow(blind, seeing, shell):
@@ -427,6 +429,7 @@ def test_a_server_that_is_started_again_counts_on(tables, local, tmp_path):
     ]
     for silo in SILOS:
         before.spool.delivered(silo, 0)
+        before.spool.closed(silo, "delivered")
     again.summarise(SILOS)
     assert RunDir.open(kit / "run").summary()["not_delivered"] == []
     expected = RunDir.open(local[0]).summary()

@@ -774,6 +774,8 @@ def test_bytes_survive_as_arrays(tmp_path):
 def test_a_silo_stays_until_the_server_knows_of_its_last_round(silo, monkeypatch):
     """It may have been killed, or the server may have been away, when the answer was on its way."""
     notes, known = [], iter([None] * 60)
+    change(silo.kit, closing=False)
+    silo = Silo(silo.kit, silo.cache)
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: None)
     monkeypatch.setattr(silo_processes, "rounds_complete", lambda _: next(known))

@@ -50,8 +50,8 @@ def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, 
     assert set(sent["beside the upload"]) == {"reply", "message"}
     _, download = answer(silo, Config.model_validate(federated), models)
     parts = split([encode(download)])
-    sent["when an SLM came back"] = ask(silo, "install", monkeypatch, message=parts)
-    assert set(sent["when an SLM came back"]) == {"reply", "metrics"}
+    sent["when an SLM came back, and once more in the end"] = ask(silo, "install", monkeypatch, message=parts)
+    assert set(sent["when an SLM came back, and once more in the end"]) == {"reply", "metrics"}
     sent["when this silo refuses"] = ask(silo, "upload", monkeypatch, number=5)
     fresh = Silo(silo.kit.with_name("silo-1"), silo.cache)
     fresh.upload(fresh.settings.experiment, 0)
@@ -62,15 +62,15 @@ def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, 
     assert {"version", "kind", "client_id", "client_round", "class_counts", "metrics"} <= promised["fields"].keys()
     kept = {path.stem: json.loads(path.read_text()) for path in (silo.state / "receipts").iterdir()}
     assert kept["upload-0000"]["answer"] == dict(sent["beside the upload"]["reply"])
-    assert kept["install-0000"]["answer"] == dict(sent["when an SLM came back"]["reply"])
-    assert kept["install-0000"]["metrics"] == dict(sent["when an SLM came back"]["metrics"])
+    assert kept["install-0000"]["answer"] == dict(sent["when an SLM came back, and once more in the end"]["reply"])
+    assert kept["install-0000"]["metrics"] == dict(sent["when an SLM came back, and once more in the end"]["metrics"])
     assert len(silo.receipts()) == 1
     code, out, _ = shell("client", str(silo.kit), "--dry-run")
     assert code == 0
     for line in (
         "field   version  1",
         'field   kind  "upload"',
-        "answer  when an SLM came back: status, round, crosslm, metrics.round, metrics.accepted",
+        "answer  when an SLM came back, and once more in the end: status, round, crosslm, metrics.round, metrics.accepted",
         "answer  when this silo refuses: status, reason, crosslm",
         "metrics.accepted is 0 if what came back is worse on held-out private rows",
         "carrier Flower adds of its own",

@@ -29,7 +29,7 @@ COLUMNS = (
     (
         "`source`",
         "`base`: the original model; `drafts`: what the model learned from; `pool`: what a classifier's texts"
-        " were chosen from; `final`: the model at the end",
+        " were chosen from; `closing`: the same in the end, for all classifiers; `final`: the model at the end",
     ),
     ("`step`, `client`", "in which step, and whose classifier was at work"),
     ("`reward`", "2 p - 1, p being the judges' probability of the label (Eq. 4)"),
@@ -41,7 +41,8 @@ PAPER = "[CrossLM](https://arxiv.org/abs/2312.05842)"
 
 def write_cards(run: RunDir, config: Config, summary: Mapping[str, Any]) -> None:
     """Put a ``README.md`` into the folder of every model of a run."""
-    chosen = {event["client"]: int(event.get("selected", 0)) for event in run.events() if event["event"] == "step"}
+    trained = [event for event in run.events() if event["event"] in ("step", "closing") and event.get("accepted", True)]
+    chosen = {event["client"]: int(event.get("selected", 0)) for event in trained}
     for client in clients_of(summary):
         run.write(f"slm/{client}/README.md", slm_card(client, chosen.get(client, 0), config, summary))
     run.write("llm/README.md", llm_card(config, summary))

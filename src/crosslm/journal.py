@@ -1,6 +1,7 @@
 """What a run measures of each arrival and keeps in its folder: the journal that the loop reports to."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import tensor
@@ -50,7 +51,9 @@ class RunJournal:
         self._first: dict[str, str] = {}  # names of the kept uploads that standalone is made of
         self._returned: dict[str, str] = {}  # names of the kept SLMs that went back last
         self._last: dict[str, tuple[str, str]] = {}  # the kept upload that was served last, and why it has no say
-        self._closing: dict[str, SLM] = {}  # what goes back in the end, until its client has decided
+        self._closing: dict[
+            str, tuple[SLM, Mapping[str, float]]
+        ] = {}  # what goes back in the end, until its client has decided
 
     def uploaded(self, upload: Upload) -> None:
         """Measure Standalone and Data-free KD when a client comes for the first time."""
@@ -116,17 +119,18 @@ class RunJournal:
         who = upload.client_id
         slm = receive_slm(upload, self.task, self.config)
         self._test("data_free_kd", who, self._data_free_kd(slm, upload, may_judge=not record.refusal))
-        self._closing[who] = SLM.from_state(download.slm, self.config.device)
-        self._closing[who].order_labels(self.task.labels)
+        returned = SLM.from_state(download.slm, self.config.device)
+        returned.order_labels(self.task.labels)
+        self._closing[who] = (returned, download.metrics)
 
     def _measure_closing(self, who: str, accepted: bool) -> None:
         """A client has decided on what went back in the end; one that keeps what it got before is measured by that."""
-        slm = self._closing.pop(who)
+        slm, metrics = self._closing.pop(who)
         if accepted:
             self._test("crosslm", who, slm)
             self.run.save_slm(who, slm)
         measures = {f"slm/{name}": self.accuracy[name][who] for name in ("data_free_kd", "crosslm")}
-        self.run.event("closing", client=who, accepted=accepted, **measures)
+        self.run.event("closing", client=who, accepted=accepted, **measures, **metrics)
         self.progress.note(
             f"in the end: {who} {self.accuracy['standalone'][who]:.3f} -> {measures['slm/crosslm']:.3f} "
             f"(data-free KD {measures['slm/data_free_kd']:.3f})"

@@ -76,6 +76,11 @@ def sentence(event: Event) -> str | None:
             if "slm/standalone" in event and "slm/accuracy" in event:
                 moved = f" {event['slm/standalone']:.3f} -> {event['slm/accuracy']:.3f}{kd}"
             return f"step {event['step']}: {event['client']}{moved}, reward {event['reward/pool']:+.2f}{judge}"
+        case "closing":
+            ends = "has been taught once more"  # between machines nobody may know more
+            if "slm/crosslm" in event:
+                ends = f"{event['slm/crosslm']:.3f} (data-free KD {event['slm/data_free_kd']:.3f})"
+            return f"in the end: {event['client']} {ends}"
         case "llm":
             figures = [f"{name} {event[name]:.3f}" for name in LLM_MEASURES if name in event]
             return f"LLM {event['moment']}: {', '.join(figures)}"

@@ -234,7 +234,8 @@ class Deployment:
         if record is None or self._completed:  # what a completed run has measured is measured again after a restart
             return
         state = record["state"]
-        state |= {"events": self.run.keep_events(), "refused": [*state.get("refused", []), *refused]}
+        kept = {"events": self.run.keep_events(), "refused": [*state.get("refused", []), *refused]}
+        state |= kept | self._counted()
         self.checkpoints.write(record["arrival"], record["cause"], record["adapter"], state)
 
     def complete(self, silos: Iterable[str]) -> None:

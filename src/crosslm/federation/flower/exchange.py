@@ -135,7 +135,7 @@ class FlowerExchange:
     def finished(self) -> bool:
         """Whether no upload is to be served any more."""
         self._look_at_carrier()
-        self._has_ended = self._has_ended or self._ends()
+        self._has_ended = self._ends()
         return self._has_ended
 
     def _ends(self) -> bool:
