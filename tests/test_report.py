@@ -317,3 +317,15 @@ def test_without_a_browser_make_test_report_fails_and_make_test_skips(tmp_path, 
     )
     assert done.returncode == code, done.stdout
     assert words in done.stdout
+
+
+def test_what_all_were_taught_in_the_end_is_shown(tmp_path, html):
+    taken = {"event": "closing", "client": "north", "accepted": True, "slm/crosslm": 0.812, "slm/data_free_kd": 0.798}
+    declined = {"event": "closing", "client": "south", "accepted": False, "slm/crosslm": 0.7, "slm/data_free_kd": 0.7}
+    shown = render([view_of(write_run(tmp_path / "run", extra=[taken, declined]))])
+    cells = " ".join(" ".join(Text(shown).text).split())
+    assert "north yes 0.812 0.798" in cells
+    assert "south no 0.700 0.700" in cells
+    elsewhere = render([view_of(write_run(tmp_path / "blind", extra=[{"event": "closing", "client": "north"}]))])
+    assert "north known at the silo" in " ".join(" ".join(Text(elsewhere).text).split())
+    assert "When no more uploads came" not in html

@@ -70,7 +70,7 @@ def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, 
     for line in (
         "field   version  1",
         'field   kind  "upload"',
-        "answer  when an SLM came back, and once more in the end: status, round, crosslm, metrics.round, metrics.accepted",
+        "answer  when an SLM came back, and once more in the end: status, round, crosslm, metrics.round",
         "answer  when this silo refuses: status, reason, crosslm",
         "metrics.accepted is 0 if what came back is worse on held-out private rows",
         "carrier Flower adds of its own",

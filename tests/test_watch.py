@@ -17,7 +17,7 @@ from crosslm import experiment
 from crosslm.errors import RunError
 from crosslm.experiment import run_local
 from crosslm.rundir import RunDir
-from crosslm.watch import follow, watch
+from crosslm.watch import follow, sentence, watch
 
 
 def started(folder):
@@ -132,3 +132,14 @@ def test_the_command_ends_with_the_run_and_with_130_on_ctrl_c(tmp_path):
 def test_reading_a_run_does_not_wait_for_torch():
     code = "import sys, crosslm.cli.main, crosslm.watch, crosslm.html_report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"slm/crosslm": 0.81, "slm/data_free_kd": 0.8}, "in the end: north 0.810 (data-free KD 0.800)"),
+        ({}, "in the end: north has been taught once more"),  # between machines
+    ],
+)
+def test_the_end_is_told_client_by_client(fields, words):
+    assert sentence({"event": "closing", "client": "north", **fields}) == words

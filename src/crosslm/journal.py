@@ -51,9 +51,7 @@ class RunJournal:
         self._first: dict[str, str] = {}  # names of the kept uploads that standalone is made of
         self._returned: dict[str, str] = {}  # names of the kept SLMs that went back last
         self._last: dict[str, tuple[str, str]] = {}  # the kept upload that was served last, and why it has no say
-        self._closing: dict[
-            str, tuple[SLM, Mapping[str, float]]
-        ] = {}  # what goes back in the end, until its client has decided
+        self._closing: dict[str, tuple[SLM, Mapping[str, float]]] = {}  # what goes back in the end and waits for a yes
 
     def uploaded(self, upload: Upload) -> None:
         """Measure Standalone and Data-free KD when a client comes for the first time."""
