@@ -67,6 +67,7 @@ def tables(models, tmp_path_factory):
         "selection": {"pool": 8, "fraction": 0.5, "encoder": str(models / "encoder")},
         "gate": {"enabled": True, "min_texts": 1, "confidence": 0.999, "max_share": 1.0, "public_texts": "public.csv"},
         "acceptance": {"enabled": False},
+        "federation": {"closing": True},
         "evaluation": {"nlu_rows": 6, "nlg_samples": 10, "perplexity_text": "plain.txt", "perplexity_tokens": 100},
         "tracking": [],
     }
@@ -90,7 +91,7 @@ def federation(kit, tables, uploads, silos=SILOS, data=None):
     (kit / "server.toml").write_text("")
     changes = {"data": tables["data"] | {"dir": str(data)}} if data else {}
     config = Config.model_validate(
-        tables | changes | {"federation": {"arrivals": len(uploads) or None, "deadline_minutes": 5.0}}
+        tables | changes | {"federation": {"arrivals": len(uploads) or None, "deadline_minutes": 5.0, "closing": True}}
     )
     spool = Spool(kit / "spool")
     exchange = FlowerExchange(

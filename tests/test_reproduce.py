@@ -591,7 +591,7 @@ def test_the_llm_of_a_one_shot_run_does_not_depend_on_what_goes_back(scale, data
     """So Table 7's cells stay where step 5 has changed; with a second participation they do not."""
     adapters, settings = {}, {}
     for participations in (1, 2):
-        scale["run"]["federation"] = {"participations": participations}
+        scale["run"]["federation"] = {"participations": participations, "closing": True}
         scale["run"]["slm"] |= {"soft_labels": True, "interpolation": 0.5}
         scale["run"]["selection"] |= {"fraction": 1.0}
         scale["run"]["gate"] = {"teach_refused": True}
@@ -599,6 +599,7 @@ def test_the_llm_of_a_one_shot_run_does_not_depend_on_what_goes_back(scale, data
             if changed:
                 scale["run"]["slm"] |= {"synthetic": {**FIT, "epochs": 3}, "soft_labels": False, "interpolation": 1.0}
                 scale["run"]["gate"] = {"teach_refused": False}
+                scale["run"]["federation"] = {"participations": participations, "closing": False}
                 scale["run"]["selection"] |= {"fraction": 0.5, "score": "reward"}
             choice = chosen(scale, data, "7", presets=["recommended"])
             (run,) = [cell for cell in plan(choice) if cell.stage == "run"]

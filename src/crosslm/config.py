@@ -57,7 +57,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "llm": {"generation_floor": 5.0, "gamma_kl": 0.1},
         "selection": {"class_balance": True, "fraction": 1.0},
         "slm": {"soft_labels": True, "llm_judges": True},
-        "federation": {"closing": True},
         "gate": {"enabled": True, "teach_refused": True},
         "acceptance": {"enabled": True},
     },

@@ -26,6 +26,7 @@ STEP_5 = {
     "slm": ("synthetic", "soft_labels", "intended_labels", "llm_judges", "interpolation"),
     "selection": ("fraction", "score", "llm_posterior", "nonpositive_rewards", "class_balance", "encoder"),
     "gate": ("teach_refused",),
+    "federation": ("closing",),
 }
 """What an SLM learns before it goes back, which the LLM never meets where nobody comes twice."""
 ORIGINAL_LLM = ("model", "dtype", "lora_rank", "lora_alpha")
