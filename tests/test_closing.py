@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import pytest
@@ -14,7 +15,7 @@ from crosslm.algorithm.rewards import label_rewards
 from crosslm.classification import class_probabilities
 from crosslm.client import Client, Decision
 from crosslm.config import Config
-from crosslm.errors import FederationError, LeakError
+from crosslm.errors import CollapseError, FederationError, LeakError, UploadError
 from crosslm.experiment import run_local
 from crosslm.federation.exchange import close
 from crosslm.federation.flower import silo_processes
@@ -25,7 +26,7 @@ from crosslm.federation.silo_news import closing_outcome
 from crosslm.federation.spool import Spool
 from crosslm.files import write_whole
 from crosslm.rundir import RunDir
-from crosslm.server import receive_slm
+from crosslm.server import Server, receive_slm
 
 SILOS = ("silo-0", "silo-1")
 
@@ -158,6 +159,37 @@ def test_a_client_that_fails_in_it_keeps_what_it_had(closed, tmp_path, monkeypat
     assert set(summary["slm"]["crosslm"]) == {"client-0", "client-1", "mean"}
 
 
+def test_who_comes_twice_is_taught_from_its_last_upload_and_leaves_data_free_kd_alone(closed, tmp_path, monkeypatch):
+    """Its later uploads know of CrossLM's returns, which Data-free KD must not."""
+    closed["federation"] = {"closing": True, "participations": 2}
+    rounds, taught = [], Server.close
+
+    def close_one(server, upload, refusal, closing):
+        rounds.append(upload.client_round)
+        return taught(server, upload, refusal, closing)
+
+    monkeypatch.setattr(Server, "close", close_one)
+    run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
+    assert rounds == [1, 1]
+    assert len(measured(tmp_path / "run", "data_free_kd")) == 2
+    assert len(measured(tmp_path / "run", "crosslm")) == 6
+
+
+def test_an_llm_that_writes_no_more_in_the_end_costs_nobody_anything(closed, tmp_path, monkeypatch):
+    config = Config.model_validate(closed)
+
+    def collapses(server, refusals):
+        raise CollapseError("5 of 12 texts could not be written")
+
+    monkeypatch.setattr(Server, "write_closing", collapses)
+    summary = run_local(config, tmp_path / "run", tmp_path)
+    (failure,) = events(tmp_path / "run", "failure")
+    assert failure["error"].startswith(
+        "no step 5 for all in the end (federation.closing), each has what it got at once: "
+    )
+    assert set(summary["slm"]["crosslm"]) == {"client-0", "client-1", "mean"}
+
+
 def test_of_one_client_alone_nothing_is_done_again(closed, tmp_path):
     closed["data"]["num_clients"] = 1
     run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
@@ -203,8 +235,6 @@ def test_an_slm_that_fails_on_the_last_texts_is_left_out(models, config, task, u
 
     def judged(slm, upload, texts):
         if upload.client_id == "north":
-            from crosslm.errors import UploadError
-
             raise UploadError("client north: cannot classify")
         return fails(slm, upload, texts)
 
@@ -266,6 +296,28 @@ def test_a_closing_download_that_is_refused_is_owed_no_more(exchange, kits, tmp_
     assert not differs(one.slm().model.state_dict(), one._mine(0).slm.weights)
     with pytest.raises(FederationError, match="the closing download was refused"):
         one.close(one.settings.experiment, 0, b"")
+
+
+def test_the_servers_status_says_who_was_closed(exchange, kits, shell):  # noqa: F811
+    spool = Spool(kits / "server" / "spool")
+    spool.put("silo-0", 0, [b"an upload"])
+    spool.delivered("silo-0", 0)
+    spool.close_silo("silo-0", 0, b"weights")
+    _, out, _ = shell("status", str(kits / "server"))
+    assert ["silo-0", "in the end", "served"] in [re.split(r"  +", line.strip())[:3] for line in out.splitlines()]
+    spool.closed("silo-0", "the silo keeps the SLM it had: worse on its held-out rows")
+    spool.close()
+    _, out, _ = shell("status", str(kits / "server"))
+    assert "worse on its held-out rows" in out
+
+
+def test_a_server_that_is_started_again_closes_nobody_twice(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    assert spool.may_close("a")
+    spool.close_silo("a", 0, b"weights")
+    spool.closed("b", "there is none")
+    assert [spool.may_close(name) for name in "abc"] == [False, False, True]
+    spool.close()
 
 
 def test_who_has_ended_is_asked_for_no_more_uploads(exchange):  # noqa: F811

@@ -13,6 +13,7 @@ from crosslm.client import Client, Decision
 from crosslm.config import Config
 from crosslm.data import Split
 from crosslm.errors import CrosslmError, QuarantineError, UploadError
+from crosslm.federation.exchange import NOT_CLOSED
 from crosslm.federation.messages import decode_upload, describe, encode
 from crosslm.measures import measure_slm
 from crosslm.models.slm import SLM
@@ -112,11 +113,20 @@ class RunJournal:
         self.run.save_synthetic("closing-pool", self.task.labels, pool)
         self.count(pool)
 
+    def not_closed(self, error: CrosslmError) -> None:
+        """The LLM could not write texts for all in the end."""
+        self.run.event("failure", client=None, error=f"{NOT_CLOSED}: {error}")
+        self.progress.note(f"{NOT_CLOSED}: {error}")
+
     def closed(self, upload: Upload, download: Download, record: StepRecord) -> None:
-        """Measure Data-free KD as it is with all who judge; CrossLM when the client takes the SLM."""
+        """Measure Data-free KD as it is with all who judge; CrossLM when the client takes the SLM.
+
+        Where clients come several times their uploads know of CrossLM's returns, and Data-free KD stays as it was.
+        """
         who = upload.client_id
-        slm = receive_slm(upload, self.task, self.config)
-        self._test("data_free_kd", who, self._data_free_kd(slm, upload, may_judge=not record.refusal))
+        if self.config.federation.participations == 1:
+            slm = receive_slm(upload, self.task, self.config)
+            self._test("data_free_kd", who, self._data_free_kd(slm, upload, may_judge=not record.refusal))
         returned = SLM.from_state(download.slm, self.config.device)
         returned.order_labels(self.task.labels)
         self._closing[who] = (returned, download.metrics)

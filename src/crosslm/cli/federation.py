@@ -115,7 +115,7 @@ def server_status(kit: Path) -> None:
     from rich.table import Table
 
     from crosslm.federation.kits import read_server, silo_names
-    from crosslm.federation.spool import Spool
+    from crosslm.federation.spool import CLOSED, Spool
 
     spool, settings = Spool(kit / "spool"), read_server(kit)
     alive, finished = spool.fact("alive"), spool.fact("finished")
@@ -138,6 +138,9 @@ def server_status(kit: Path) -> None:
             table.add_row(
                 silo, str(arrival.round), arrival.state, _ago(arrival.since), f"{arrival.bytes:,}", arrival.note or line
             )
+        if spool.closing_of(silo) is not None:
+            taken = "served" if spool.owes_closing(silo) else "delivered"
+            table.add_row(silo, "in the end", taken, "-", "-", spool.fact(f"{CLOSED}{silo}") or line)
     console.print(table)
 
 

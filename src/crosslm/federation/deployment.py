@@ -11,7 +11,8 @@ from crosslm.cards import write_cards
 from crosslm.checkpoint import Checkpoints
 from crosslm.config import Config
 from crosslm.data import is_there, test_rows
-from crosslm.errors import QuarantineError, UploadError
+from crosslm.errors import CrosslmError, QuarantineError, UploadError
+from crosslm.federation.exchange import NOT_CLOSED
 from crosslm.federation.messages import decode_upload, describe, encode
 from crosslm.federation.spool import Spool
 from crosslm.federation.summary import accuracies, summary_of
@@ -191,7 +192,7 @@ class Deployment:
         """The last upload of each silo that was served and has no closing download yet, and why it has no say."""
         last = {arrival.silo: arrival for arrival in self.spool.arrivals() if arrival.state in ("served", "delivered")}
         for silo, arrival in last.items() if len(last) > 1 else ():
-            if self.spool.closing_of(silo) is None:
+            if self.spool.may_close(silo):
                 refusal = "the gate refused it" if self.spool.has_no_say(silo, arrival.round) else ""
                 yield decode_upload(self.spool.upload(arrival)), refusal
 
@@ -200,6 +201,11 @@ class Deployment:
         self.spool.note("working on", "the last step 5, for all")
         self.run.save_synthetic("closing-pool", self.task.labels, pool)
         self._count(pool)
+
+    def not_closed(self, error: CrosslmError) -> None:
+        """The LLM could not write texts for all in the end."""
+        self.run.event("failure", client=None, error=f"{NOT_CLOSED}: {error}")
+        self._keep_events()
 
     def closed(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """Keep the SLM that goes back in the end; with test rows, it is measured."""

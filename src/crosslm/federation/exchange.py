@@ -4,10 +4,11 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from crosslm.errors import UploadError
+from crosslm.errors import CollapseError, CrosslmError, UploadError
 from crosslm.records import Download, SyntheticSet, Upload
 from crosslm.server import Server, StepRecord
 
+NOT_CLOSED = "no step 5 for all in the end (federation.closing), each has what it got at once"
 logger = logging.getLogger(__name__)
 
 
@@ -41,6 +42,9 @@ class Journal(Protocol):
 
     def closing(self, pool: SyntheticSet) -> None:
         """No more uploads come, and these texts are for all who were served."""
+
+    def not_closed(self, error: CrosslmError) -> None:
+        """The LLM could not write texts for all in the end; clients have what they got at once."""
 
     def closed(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """A client's SLM has had step 5 once more; its download has not been sent yet."""
@@ -76,14 +80,15 @@ def close(exchange: Exchange, server: Server, journal: Journal) -> None:
         exchange: takes the downloads.
         server: has met them all.
         journal: knows who they are, and is told of each.
-
-    Raises:
-        CollapseError: the LLM cannot write texts.
     """
     uploads = list(journal.last_uploads())
     if not uploads:
         return
-    closing = server.write_closing(refusal for _, refusal in uploads)
+    try:
+        closing = server.write_closing(refusal for _, refusal in uploads)
+    except CollapseError as error:  # all that was done before stays
+        journal.not_closed(error)
+        return
     journal.closing(closing.pool)
     for upload, refusal in uploads:
         try:

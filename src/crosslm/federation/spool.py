@@ -231,6 +231,10 @@ class Spool:
         """Whether a silo has not answered to its closing download."""
         return self.closing_of(silo) is not None and self.fact(f"{CLOSED}{silo}") is None
 
+    def may_close(self, silo: str) -> bool:
+        """Whether a silo has no closing download, and has not been told that there is none."""
+        return self.closing_of(silo) is None and self.fact(f"{CLOSED}{silo}") is None
+
     def closing_download(self, silo: str, digest: str) -> Iterator[bytes]:
         """The bytes of a closing download, part by part.
 

@@ -121,7 +121,7 @@ class FlowerExchange:
     def send_no_more(self) -> None:
         """All closing downloads are in the spool: who has none is told that there is none (``federation.closing``)."""
         for silo in self.silos:
-            if self.spool.closing_of(silo) is None:
+            if self.spool.may_close(silo):
                 self.spool.closed(silo, "there is none: no SLM of this silo was served, or no other silo's")
 
     def refuse(self, silo: str, number: int, error: Exception) -> None:
