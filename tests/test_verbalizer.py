@@ -1,8 +1,12 @@
-"""Eq. 1 by hand."""
+"""Eq. 1 by hand, and over many texts."""
 
 import torch
+from conftest import tiny_llm
 
+from crosslm import classification
 from crosslm.algorithm.verbalizer import label_probabilities
+from crosslm.classification import class_probabilities
+from crosslm.models.tokens import verbalizer_ids
 
 
 def test_eq_1_by_hand():
@@ -11,3 +15,17 @@ def test_eq_1_by_hand():
     expected = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
     torch.testing.assert_close(label_probabilities(logps), expected)
     torch.testing.assert_close(label_probabilities(logps + 7), expected)
+
+
+def test_texts_of_like_length_are_read_together_and_each_keeps_its_place(models, task, monkeypatch):
+    llm, read = tiny_llm(models, "gpt2"), []
+    texts = [" ".join(["good", "bad"] * (place * 7 % 13 + 1)) for place in range(13)]
+    expected = torch.cat([llm.classify([task.query(text)], verbalizer_ids(llm.tokenizer, task)) for text in texts])
+    real = llm.classify
+    monkeypatch.setattr(llm, "classify", lambda queries, ids: (read.append(list(queries)), real(queries, ids))[1])
+    monkeypatch.setattr(classification, "CHUNK", 5)
+    torch.testing.assert_close(class_probabilities(llm, task, texts), expected, atol=1e-5, rtol=1e-4)
+    lengths = [len(query) for chunk in read for query in chunk]
+    assert lengths == sorted(lengths)
+    assert [len(chunk) for chunk in read] == [5, 5, 3]
+    assert class_probabilities(llm, task, []).shape == (0, len(task.labels))
