@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -17,13 +18,14 @@ from crosslm.client import Client, Decision
 from crosslm.config import Config
 from crosslm.errors import CollapseError, FederationError, LeakError, UploadError
 from crosslm.experiment import run_local
-from crosslm.federation.exchange import close
-from crosslm.federation.flower import silo_processes
+from crosslm.federation.exchange import Served, close
+from crosslm.federation.flower import gateway, server_processes, silo_processes
+from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.silo_processes import run_silo
 from crosslm.federation.messages import encode
 from crosslm.federation.silo import Silo
 from crosslm.federation.silo_news import closing_outcome
-from crosslm.federation.spool import Spool
+from crosslm.federation.spool import OVER, Spool
 from crosslm.files import write_whole
 from crosslm.rundir import RunDir
 from crosslm.server import Server, receive_slm
@@ -121,6 +123,8 @@ def test_data_free_kd_is_taught_by_all_in_the_end_too(closed, tmp_path, monkeypa
     monkeypatch.setattr(journal, "data_free_kd", data_free_kd)
     run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
     assert [len(those) for those in judges] == [1, 2, 2, 2]
+    pool = [json.loads(line) for line in (tmp_path / "run/synthetic/closing-pool.jsonl").read_text().splitlines()]
+    assert {row["kept"] for row in pool} == {True, False}  # half of them is chosen
 
 
 @pytest.mark.parametrize("at_once", [True, False])
@@ -137,7 +141,8 @@ def test_a_client_that_declines_it_keeps_and_is_measured_by_what_it_had(closed, 
     summary = run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
     assert len(tried) == 4
     assert [event["accepted"] for event in events(tmp_path / "run", "closing")] == [False, False]
-    assert len(measured(tmp_path / "run", "crosslm")) == 2  # what came at once
+    for method in ("crosslm", "data_free_kd"):
+        assert len(measured(tmp_path / "run", method)) == 2  # what came at once
     assert {about["decision"]["accepted"] for about in summary["clients"].values()} == {at_once}
 
 
@@ -201,9 +206,9 @@ def test_a_run_that_dies_in_it_ends_as_one_that_never_did(closed, tmp_path, monk
     config = Config.model_validate(closed)
     whole = run_local(config, tmp_path / "whole", tmp_path)
 
-    def dies(exchange, server, journal):  # noqa: F811
+    def dies(exchange, server, journal, between):  # noqa: F811
         monkeypatch.setattr(server, "close", lambda *_: sys.exit("killed"))
-        close(exchange, server, journal)
+        close(exchange, server, journal, between)
 
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "close", dies)
@@ -214,15 +219,18 @@ def test_a_run_that_dies_in_it_ends_as_one_that_never_did(closed, tmp_path, monk
     assert len(events(tmp_path / "run", "closing")) == 2
 
 
-def test_an_slm_that_fails_on_the_last_texts_is_left_out(models, config, task, uploads, monkeypatch, caplog):  # noqa: F811
+def test_an_slm_that_fails_on_the_last_texts_is_left_out(models, config, task, uploads, monkeypatch):  # noqa: F811
     server = server_of(models, config, task)
     for upload in uploads[:2]:
         server.step(upload)
     done, fails = [], server.teachers.probabilities
 
     class Book:
-        def last_uploads(self):
-            return [(upload, "") for upload in uploads[:2]]
+        def last_served(self):
+            return [Served(partial(uploads.__getitem__, place), "") for place in range(2)]
+
+        def not_closed(self, message):
+            done.append(message)
 
         def closing(self, pool):
             done.append(len(pool.samples))
@@ -239,9 +247,9 @@ def test_an_slm_that_fails_on_the_last_texts_is_left_out(models, config, task, u
         return fails(slm, upload, texts)
 
     monkeypatch.setattr(server.teachers, "probabilities", judged)
-    close(Book(), server, Book())
-    assert done == [config.selection.pool, "south", ("south", True)]
-    assert "client north is left out of the closing step 5" in caplog.text
+    close(Book(), server, Book(), lambda: done.append("between"))
+    without = "north has no step 5 in the end and goes on with what it got: client north: cannot classify"
+    assert done == [config.selection.pool, "between", without, "between", "south", ("south", True)]
 
 
 # -- between machines ------------------------------------------------------------------------
@@ -260,6 +268,7 @@ def served(exchange):  # noqa: F811
 def test_a_closing_download_goes_to_its_silo_and_is_answered(exchange, kits, tmp_path):  # noqa: F811
     for name in SILOS:
         change(kits / "silos" / name, closing=True)
+    exchange.config = exchange.config.model_copy(update={"closing": True})
     served(exchange)
     silos = [Silo(kits / "silos" / name, tmp_path) for name in SILOS]
     assert [one.closed for one in silos] == [None, None]
@@ -267,14 +276,17 @@ def test_a_closing_download_goes_to_its_silo_and_is_answered(exchange, kits, tmp
     upload = silos[0]._mine(0)
     weights = {name: value * 1.5 if value.is_floating_point() else value for name, value in upload.slm.weights.items()}
     exchange.send(dataclasses.replace(echo(upload), slm=dataclasses.replace(upload.slm, weights=weights)), closing=True)
-    exchange.send_no_more()
     assert exchange.spool.not_delivered(SILOS) == ["silo-0"]
     assert exchange.spool.complete("silo-0") == 1
+    exchange.spool.note(OVER, "1")
+    assert [exchange.spool.is_over_for(name) for name in SILOS] == [False, True]
     turn(exchange, 2)
     assert exchange.grid.pushed[-1] == ("silo-0", "train.closing", 0)
     assert exchange.spool.not_delivered(SILOS) == []
-    assert [exchange.spool.complete(name) for name in SILOS] == [2, 2]
+    assert [exchange.spool.complete(name) for name in SILOS] == [2, 1]
+    assert exchange.spool.is_over_for("silo-0")
     assert silos[0].closed["accepted"]
+    assert silos[0].answered == 2
     assert not differs(silos[0].slm().model.state_dict(), weights)
     receipt = json.loads((silos[0].state / "receipts" / "close-0000.json").read_text())
     assert receipt["metrics"] == {"round": 0.0, "accepted": 1.0}
@@ -286,16 +298,38 @@ def test_a_closing_download_goes_to_its_silo_and_is_answered(exchange, kits, tmp
 
 
 def test_a_closing_download_that_is_refused_is_owed_no_more(exchange, kits, tmp_path):  # noqa: F811
+    change(kits / "silos" / "silo-0", closing=True)
     served(exchange)
-    exchange.spool.close_silo("silo-0", 0, b"no download")
+    for name in SILOS:
+        exchange.spool.close_silo(name, 0, b"no download")
     turn(exchange, 2)
     assert exchange.spool.not_delivered(SILOS) == []
-    assert exchange.spool.fact("closed/silo-0") == "the silo did not take it: UploadError, see the silo's own log"
-    one = Silo(kits / "silos" / "silo-0", tmp_path)
+    one, other = (Silo(kits / "silos" / name, tmp_path) for name in SILOS)
+    for name, kind in zip(SILOS, ("UploadError", "FederationError"), strict=True):  # the other's kit agrees to none
+        assert exchange.spool.fact(f"closed/{name}") == f"the silo did not take it: {kind}, see the silo's own log"
     assert "the closing download was refused (UploadError: " in closing_outcome(one.closed)
+    assert other.closed is None
     assert not differs(one.slm().model.state_dict(), one._mine(0).slm.weights)
     with pytest.raises(FederationError, match="the closing download was refused"):
         one.close(one.settings.experiment, 0, b"")
+    with pytest.raises(FederationError, match="agrees to no closing download"):
+        other.close(other.settings.experiment, 0, b"")
+
+
+def test_after_the_end_nothing_is_asked_or_served_by_a_server_that_is_started_again_either(exchange, tmp_path):  # noqa: F811
+    exchange.config = exchange.config.model_copy(update={"arrivals": 1, "participations": 2, "closing": True})
+    exchange.grid.online = ["silo-0"]
+    turn(exchange, 2)
+    exchange.send(echo(exchange.receive()))
+    assert exchange.finished()
+    exchange.spool.close()
+    spool, config = Spool(tmp_path / "spool"), exchange.config.model_copy(update={"arrivals": 2})
+    again = FlowerExchange(exchange.grid, spool, exchange.experiment, exchange.silos, config, exchange.intake)
+    again.grid.online = list(SILOS)
+    turn(again, 4)  # before the models are loaded, and whatever the configuration says now
+    assert [kind for _, kind, _ in again.grid.pushed] == ["train.upload", "train.install"]
+    assert again.finished()
+    spool.close()
 
 
 def test_the_servers_status_says_who_was_closed(exchange, kits, shell):  # noqa: F811
@@ -311,15 +345,6 @@ def test_the_servers_status_says_who_was_closed(exchange, kits, shell):  # noqa:
     assert "worse on its held-out rows" in out
 
 
-def test_a_server_that_is_started_again_closes_nobody_twice(tmp_path):
-    spool = Spool(tmp_path / "spool")
-    assert spool.may_close("a")
-    spool.close_silo("a", 0, b"weights")
-    spool.closed("b", "there is none")
-    assert [spool.may_close(name) for name in "abc"] == [False, False, True]
-    spool.close()
-
-
 def test_who_has_ended_is_asked_for_no_more_uploads(exchange):  # noqa: F811
     exchange.config = exchange.config.model_copy(update={"arrivals": 1, "participations": 2})
     exchange.grid.online = ["silo-0"]
@@ -332,7 +357,8 @@ def test_who_has_ended_is_asked_for_no_more_uploads(exchange):  # noqa: F811
 
 
 def test_a_silo_tries_it_against_what_it_has_and_only_after_its_round(silo, federated, models, monkeypatch):  # noqa: F811
-    experiment = silo.settings.experiment
+    change(silo.kit, closing=True)
+    silo, experiment = Silo(silo.kit, silo.cache), silo.settings.experiment
     _, download = answer(silo, Config.model_validate(federated), models)
     with pytest.raises(FederationError, match="a closing download of round 0, and 0 are complete"):
         silo.close(experiment, 0, encode(download))
@@ -363,11 +389,11 @@ def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, m
     monkeypatch.setattr(silo_processes, "supernode_command", lambda _: command)
     monkeypatch.setattr(silo_processes, "tasks_command", lambda _: command)
 
-    def rounds_complete(_):
+    def ask(_):
         asked.append(1)
-        return 2 if len(asked) > 3 else 1
+        return 1, len(asked) > 3
 
-    monkeypatch.setattr(silo_processes, "rounds_complete", rounds_complete)
+    monkeypatch.setattr(silo_processes, "_ask", ask)
     write_whole(silo.state / "installed.json", [b'{"rounds": 1}'])
     write_whole(silo.state / "decision-0000.json", [b'{"accepted": true, "rows": 0}'])
     _, out, _ = shell("status", str(silo.kit))
@@ -376,9 +402,33 @@ def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, m
     assert len(asked) > 3
     assert silo.closed["none"]
     assert silo.confirmed
-    assert any("nothing more comes" in note for note in notes)
+    assert any("the run is over; nothing more comes" in note for note in notes)
     _, out, _ = shell("status", str(silo.kit))
     assert "in the end: nothing more comes" in out
+
+
+def test_a_server_stays_until_its_silos_know_that_all_is_over(kits, monkeypatch):  # noqa: F811
+    config = kits / "server" / "config.toml"
+    config.write_text(config.read_text().replace("closing = false", "closing = true"))
+    server = server_processes.ServerProcesses(kits / "server", lambda _: None)
+    server.spool.put("silo-0", 0, [b"an upload"])
+    server.spool.delivered("silo-0", 0)
+    server.spool.close_silo("silo-0", 0, b"weights")
+    server.spool.closed("silo-0", "delivered")
+    server.spool.note(OVER, "1")
+    for name, told, heard in (
+        ("silo-0", "1", False),
+        ("silo-0", "2", True),  # it ends by itself
+        ("silo-1", "0", False),
+        ("silo-1", "0 over", True),
+    ):
+        server.spool.note(f"told/{name}", told)
+        assert server._has_heard(name, stays=True) == heard, (name, told)
+    assert gateway._complete(kits / "server", "silo-1") == (0, True)
+    assert server.spool.fact("told/silo-1") == "0 over"
+    monkeypatch.setattr(server_processes, "TELL_TIME", 300.0)
+    server._wait_until_told()
+    server.spool.close()
 
 
 def test_the_spool_remembers_whom_it_owes_what(tmp_path):

@@ -102,7 +102,7 @@ def federation(kit, tables, uploads, silos=SILOS, data=None):
             spool.put(decode_upload(upload).client_id, 0, [upload])
         if uploads:
             serve(exchange, deployment.server, deployment, exchange.finished)
-            close(exchange, deployment.server, deployment)
+            close(exchange, deployment.server, deployment, exchange.finished)
         yield deployment
         deployment.complete(exchange.silos)
     spool.close()

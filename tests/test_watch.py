@@ -138,7 +138,8 @@ def test_reading_a_run_does_not_wait_for_torch():
     ("fields", "words"),
     [
         ({"slm/crosslm": 0.81, "slm/data_free_kd": 0.8}, "in the end: north 0.810 (data-free KD 0.800)"),
-        ({}, "in the end: north has been taught once more"),  # between machines
+        ({"slm/crosslm": 0.81}, "in the end: north 0.810"),  # between machines
+        ({}, "in the end: north has been taught once more"),
     ],
 )
 def test_the_end_is_told_client_by_client(fields, words):

@@ -16,7 +16,7 @@ from typing import Any
 from crosslm.errors import RunError
 from crosslm.rundir import RunDir
 
-FOLDER, VERSION = "checkpoints", 4
+FOLDER, VERSION = "checkpoints", 3
 BLOB = re.compile(r"[0-9a-f]{64}")
 
 

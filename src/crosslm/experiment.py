@@ -153,7 +153,7 @@ class _Run:
                 "\n".join([f"{self.run.path}: no client could be served; when this is mended, run again:", *said])
             )
         if config.federation.closing:
-            close(self.exchange, self.server, self.journal)
+            close(self.exchange, self.server, self.journal, self._between_arrivals)
         return self._finish()
 
     # -- the beginning, and going on ---------------------------------------------------------

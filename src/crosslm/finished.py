@@ -176,14 +176,14 @@ class Run:
         """Every synthetic text that the run kept on disk, with where it comes from.
 
         Returns:
-            The rows of ``synthetic/*.jsonl`` with ``source`` (``base``: the original LLM;
-            ``drafts``: what the LLM learned from; ``pool``: what an SLM's texts were chosen from;
+            The rows of ``synthetic/*.jsonl`` with ``source`` (``base``: the original LLM; ``drafts``: what the LLM
+            learned from; ``pool``: what an SLM's texts were chosen from; ``closing``: the same in the end, for all;
             ``final``: the LLM at the end), ``step`` and ``client`` (None where there is none).
         """
         arrivals = {event["step"]: event["client"] for event in RunDir(self.path).events() if event["event"] == "step"}
         rows = []
         for path in sorted((self.path / "synthetic").glob("*.jsonl")):
-            parts = path.stem.split("-")  # base, final, step-0001-pool, step-0001-drafts-0
+            parts = path.stem.split("-")  # base, final, closing-pool, step-0001-pool, step-0001-drafts-0
             step = int(parts[1]) if parts[0] == "step" else None
             origin = {"source": parts[2] if step else parts[0], "step": step, "client": arrivals.get(step)}
             rows += [origin | json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -1,7 +1,7 @@
 """What a run measures of each arrival and keeps in its folder: the journal that the loop reports to."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import tensor
@@ -13,13 +13,13 @@ from crosslm.client import Client, Decision
 from crosslm.config import Config
 from crosslm.data import Split
 from crosslm.errors import CrosslmError, QuarantineError, UploadError
-from crosslm.federation.exchange import NOT_CLOSED
+from crosslm.federation.exchange import Served
 from crosslm.federation.messages import decode_upload, describe, encode
 from crosslm.measures import measure_slm
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
 from crosslm.records import Download, SyntheticSet, Upload
-from crosslm.rundir import RunDir
+from crosslm.rundir import CLOSING_POOL, RunDir
 from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.snapshot import slm_bytes
 
@@ -52,7 +52,8 @@ class RunJournal:
         self._first: dict[str, str] = {}  # names of the kept uploads that standalone is made of
         self._returned: dict[str, str] = {}  # names of the kept SLMs that went back last
         self._last: dict[str, tuple[str, str]] = {}  # the kept upload that was served last, and why it has no say
-        self._closing: dict[str, tuple[SLM, Mapping[str, float]]] = {}  # what goes back in the end and waits for a yes
+        self._closing: dict[str, tuple[Upload, Download, StepRecord]] = {}  # what waits for a client's yes in the end
+        self._closing_kept: set[int] = set()  # places of the last texts that somebody has learned
 
     def uploaded(self, upload: Upload) -> None:
         """Measure Standalone and Data-free KD when a client comes for the first time."""
@@ -103,42 +104,49 @@ class RunJournal:
             self.run.event("update", step=step, client=who, number=number, **parts)
         self._measure(who, step, download, record)
 
-    def last_uploads(self) -> list[tuple[Upload, str]]:
-        """The last upload of each client that was served, and why it has no say; of nobody where it is one client."""
+    def last_served(self) -> list[Served]:
+        """The last upload of each client that was served; of nobody where it is one client."""
+
+        def reader(name: str) -> Callable[[], Upload]:
+            return lambda: decode_upload(self.checkpoints.get(name))
+
         kept = self._last.values() if len(self._last) > 1 else ()
-        return [(decode_upload(self.checkpoints.get(name)), refusal) for name, refusal in kept]
+        return [Served(reader(name), refusal) for name, refusal in kept]
 
     def closing(self, pool: SyntheticSet) -> None:
         """Keep the texts that are for all who were served."""
-        self.run.save_synthetic("closing-pool", self.task.labels, pool)
+        self._closing_kept = set()
+        self.run.save_synthetic(CLOSING_POOL, self.task.labels, pool, kept=self._closing_kept)
         self.count(pool)
 
-    def not_closed(self, error: CrosslmError) -> None:
-        """The LLM could not write texts for all in the end."""
-        self.run.event("failure", client=None, error=f"{NOT_CLOSED}: {error}")
-        self.progress.note(f"{NOT_CLOSED}: {error}")
+    def not_closed(self, message: str) -> None:
+        """Somebody, or everybody, has no step 5 in the end."""
+        self.run.event("warning", message=message)
+        self.progress.note(f"warning: {message}")
 
     def closed(self, upload: Upload, download: Download, record: StepRecord) -> None:
-        """Measure Data-free KD as it is with all who judge; CrossLM when the client takes the SLM.
-
-        Where clients come several times their uploads know of CrossLM's returns, and Data-free KD stays as it was.
-        """
-        who = upload.client_id
-        if self.config.federation.participations == 1:
-            slm = receive_slm(upload, self.task, self.config)
-            self._test("data_free_kd", who, self._data_free_kd(slm, upload, may_judge=not record.refusal))
-        returned = SLM.from_state(download.slm, self.config.device)
-        returned.order_labels(self.task.labels)
-        self._closing[who] = (returned, download.metrics)
+        """Keep which of the texts it learned, and wait for the client to take the SLM or not."""
+        self._closing_kept |= set(record.kept)
+        self.run.save_synthetic(CLOSING_POOL, self.task.labels, record.pool, kept=self._closing_kept)
+        self._closing[upload.client_id] = (upload, download, record)
 
     def _measure_closing(self, who: str, accepted: bool) -> None:
-        """A client has decided on what went back in the end; one that keeps what it got before is measured by that."""
-        slm, metrics = self._closing.pop(who)
+        """A client has decided on what went back in the end; one that keeps what it got before is measured by that.
+
+        Data-free KD with it, by the same judges; but where clients come several times, whose uploads know of CrossLM's
+        returns.
+        """
+        upload, download, record = self._closing.pop(who)
         if accepted:
-            self._test("crosslm", who, slm)
-            self.run.save_slm(who, slm)
+            returned = SLM.from_state(download.slm, self.config.device)
+            returned.order_labels(self.task.labels)
+            self._test("crosslm", who, returned)
+            self.run.save_slm(who, returned)
+        if accepted and self.config.federation.participations == 1:
+            slm = receive_slm(upload, self.task, self.config)
+            self._test("data_free_kd", who, self._data_free_kd(slm, upload, may_judge=not record.refusal))
         measures = {f"slm/{name}": self.accuracy[name][who] for name in ("data_free_kd", "crosslm")}
-        self.run.event("closing", client=who, accepted=accepted, **measures, **metrics)
+        self.run.event("closing", client=who, accepted=accepted, **measures, **download.metrics)
         self.progress.note(
             f"in the end: {who} {self.accuracy['standalone'][who]:.3f} -> {measures['slm/crosslm']:.3f} "
             f"(data-free KD {measures['slm/data_free_kd']:.3f})"
@@ -241,6 +249,6 @@ class RunJournal:
         self.accuracy, self.confusion = state["accuracy"], state["confusion"]
         self.tokens_generated = state["tokens_generated"]
         self.removed, self.decisions = state["removed"], state["decisions"]
-        self._first, self._returned, self._last = state["first"], state["returned"], state["last"]
+        self._first, self._returned, self._last = state["first"], state["returned"], state.get("last", {})
         for who, name in self._first.items():
             self.standalone[who] = receive_slm(decode_upload(self.checkpoints.get(name)), self.task, self.config)

@@ -89,9 +89,13 @@ def _copy(run: RunDir, partial: RunDir, checkpoints: Checkpoints, records: list[
 def _copy_predictions(run: RunDir, partial: RunDir, clients: list[str]) -> None:
     """What the LLM predicted before the run, and what the SLMs did of clients that did not come again.
 
-    Those of a client that did were replaced then, and are of an SLM that the copy may never see.
+    Those of a client that did were replaced then, and are of an SLM that the copy may never see; so were those of one
+    that was taught once more in the end.
     """
+    closed = {event["client"] for event in run.events() if event["event"] == "closing"}
     for path in sorted((run.path / "predictions").rglob("*.json")):
         name = path.relative_to(run.path).as_posix()
-        if name == "predictions/nlu/before.json" or (path.parts[-3] == "slm" and path.stem in clients):
+        is_kept = path.parts[-3] == "slm" and path.stem in clients
+        was_replaced = path.stem in closed and path.parts[-2] != "standalone"
+        if name == "predictions/nlu/before.json" or (is_kept and not was_replaced):
             partial.write_data(name, path.read_bytes())

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
     from crosslm.records import Receipt, SyntheticSet, Upload
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+CLOSING_POOL = "closing-pool"
+"""Name of the texts that all learn from when no more uploads come."""
 LOCK, ROLLBACK = ".lock", "rollback.json"
 SESSIONS = "sessions.jsonl"
 ENGINE = "flower"
@@ -211,8 +213,9 @@ class RunDir:
         synthetic: SyntheticSet,
         rewards: Tensor | None = None,
         receipts: list[Receipt] | None = None,
+        kept: Collection[int] | None = None,
     ) -> None:
-        """Write texts with all that is known of each, one JSON object a line."""
+        """Write texts with all that is known of each, one JSON object a line; ``kept``: places of those learned."""
         lines = []
         for place, sample in enumerate(synthetic.samples):
             row: dict[str, Any] = {"text": sample.text, "label": labels[sample.label], "prompt": sample.prompt}
@@ -220,6 +223,8 @@ class RunDir:
                 row["reward"] = float(rewards[place])
             if receipts is not None:
                 row |= vars(receipts[place])
+            if kept is not None:
+                row["kept"] = place in kept
             row |= {"seed": sample.seed, "prompt_ids": sample.prompt_ids, "completion_ids": sample.completion_ids}
             lines.append(json.dumps(row, ensure_ascii=False))
         self.write(f"synthetic/{name}.jsonl", "\n".join(lines) + "\n")

@@ -79,7 +79,9 @@ def sentence(event: Event) -> str | None:
         case "closing":
             ends = "has been taught once more"  # between machines nobody may know more
             if "slm/crosslm" in event:
-                ends = f"{event['slm/crosslm']:.3f} (data-free KD {event['slm/data_free_kd']:.3f})"
+                ends = f"{event['slm/crosslm']:.3f}"
+            if "slm/data_free_kd" in event:
+                ends += f" (data-free KD {event['slm/data_free_kd']:.3f})"
             return f"in the end: {event['client']} {ends}"
         case "llm":
             figures = [f"{name} {event[name]:.3f}" for name in LLM_MEASURES if name in event]

@@ -106,7 +106,7 @@ def silo_status(kit: Path) -> None:
         _say(f"round {number}: {state}; {receipt['bytes_sent']:,} bytes sent, {_ago(receipt['time'])} ago")
     if silo.closed is not None:
         _say(f"in the end: {closing_outcome(silo.closed)}")
-    elif silo.settings.closing and silo.installed == silo.settings.max_participations:
+    elif silo.settings.closing and silo.installed:
         _say("stays for what the server sends once more when no more uploads come")
 
 

@@ -11,10 +11,10 @@ from crosslm.cards import write_cards
 from crosslm.checkpoint import Checkpoints
 from crosslm.config import Config
 from crosslm.data import is_there, test_rows
-from crosslm.errors import CrosslmError, QuarantineError, UploadError
-from crosslm.federation.exchange import NOT_CLOSED
+from crosslm.errors import QuarantineError, UploadError
+from crosslm.federation.exchange import Served
 from crosslm.federation.messages import decode_upload, describe, encode
-from crosslm.federation.spool import Spool
+from crosslm.federation.spool import Arrival, Spool
 from crosslm.federation.summary import accuracies, summary_of
 from crosslm.gate import Gate
 from crosslm.measures import LLMMeter, measure_slm
@@ -26,7 +26,7 @@ from crosslm.models.tokens import verbalizer_ids
 from crosslm.preparation import original_llm, perplexity_text_of, public_texts
 from crosslm.progress import Progress
 from crosslm.records import Download, Examples, SyntheticSet, Upload
-from crosslm.rundir import CONFIG, ENGINE, RunDir, versions
+from crosslm.rundir import CLOSING_POOL, CONFIG, ENGINE, RunDir, versions
 from crosslm.seeding import seed_for
 from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.synthesis import synthesize
@@ -55,6 +55,8 @@ class Deployment:
         self.tokens_generated = 0
         self.removed: Counter[str] = Counter()
         self._completed = False
+        self._learned_in_the_end: set[int] = set()
+        """Places of the closing texts that an SLM has learned since the server was started."""
 
     @classmethod
     def open(cls, folder: Path, config: Config, cache: Path, refuse: Refuse, spool: Spool) -> "Deployment":
@@ -188,35 +190,46 @@ class Deployment:
         self._save(cause, encode(download))
         self.spool.note("working on", "")
 
-    def last_uploads(self) -> Iterator[tuple[Upload, str]]:
-        """The last upload of each silo that was served and has no closing download yet, and why it has no say."""
+    def last_served(self) -> list[Served]:
+        """The last upload of each silo that was served and has no closing download yet; of nobody if it is one silo."""
         last = {arrival.silo: arrival for arrival in self.spool.arrivals() if arrival.state in ("served", "delivered")}
-        for silo, arrival in last.items() if len(last) > 1 else ():
-            if self.spool.may_close(silo):
-                refusal = "the gate refused it" if self.spool.has_no_say(silo, arrival.round) else ""
-                yield decode_upload(self.spool.upload(arrival)), refusal
+
+        def of(arrival: Arrival) -> Served:
+            refusal = "the gate refused it" if self.spool.has_no_say(arrival.silo, arrival.round) else ""
+            return Served(lambda: decode_upload(self.spool.upload(arrival)), refusal)
+
+        waiting = [arrival for arrival in last.values() if self.spool.closing_of(arrival.silo) is None]
+        return list(map(of, waiting)) if len(last) > 1 else []
 
     def closing(self, pool: SyntheticSet) -> None:
         """Keep the texts that are for all who were served."""
-        self.spool.note("working on", "the last step 5, for all")
-        self.run.save_synthetic("closing-pool", self.task.labels, pool)
-        self._count(pool)
+        if not self._events_of("closing"):  # else they have been written and counted before a restart
+            self.run.save_synthetic(CLOSING_POOL, self.task.labels, pool, kept=())
+            self._count(pool)
 
-    def not_closed(self, error: CrosslmError) -> None:
-        """The LLM could not write texts for all in the end."""
-        self.run.event("failure", client=None, error=f"{NOT_CLOSED}: {error}")
+    def not_closed(self, message: str) -> None:
+        """Somebody, or everybody, has no step 5 in the end."""
+        self.run.event("warning", message=message)
         self._keep_events()
 
     def closed(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """Keep the SLM that goes back in the end; with test rows, it is measured."""
         who, slm = upload.client_id, SLM.from_state(download.slm, self.config.device)
+        if who in {event["client"] for event in self._events_of("closing")}:  # it was not sent before a restart
+            return
         slm.order_labels(self.task.labels)
         self.run.save_slm(who, slm)
+        self._learned_in_the_end |= set(record.kept)
+        self.run.save_synthetic(CLOSING_POOL, self.task.labels, record.pool, kept=self._learned_in_the_end)
         if self.test is not None:
             measure_slm(self.run, "crosslm", who, slm, self.test, 0)
-        self.run.event("closing", client=who, **download.metrics)
+        accuracy = accuracies(self.run.events()).get("crosslm", {})
+        measures = {"slm/crosslm": accuracy[who]} if who in accuracy else {}
+        self.run.event("closing", client=who, **measures, **download.metrics)
         self._keep_events()
-        self.spool.note("working on", "")
+
+    def _events_of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.run.events() if event["event"] == kind]
 
     def refused(self, upload: Upload, error: UploadError) -> None:
         """The method cannot use an upload, or the gate has stopped it; it stays in the spool."""

@@ -1,15 +1,22 @@
 """The seam between the method and whatever carries messages, and the asynchronous loop."""
 
-import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from crosslm.errors import CollapseError, CrosslmError, UploadError
+from crosslm.errors import CollapseError, UploadError
 from crosslm.records import Download, SyntheticSet, Upload
 from crosslm.server import Server, StepRecord
 
-NOT_CLOSED = "no step 5 for all in the end (federation.closing), each has what it got at once"
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Served:
+    """A client's last upload that was served."""
+
+    read: Callable[[], Upload]
+    """Gives it: all at once may be more than memory holds."""
+    refusal: str
+    """Why it has no say; empty where it has."""
 
 
 class Exchange(Protocol):
@@ -34,8 +41,8 @@ class Journal(Protocol):
     def refused(self, upload: Upload, error: UploadError) -> None:
         """An upload could not be used; the loop goes on."""
 
-    def last_uploads(self) -> Iterable[tuple[Upload, str]]:
-        """The last upload of each client that is still to be closed, and why it has no say, empty for one that has.
+    def last_served(self) -> Sequence[Served]:
+        """The last upload of each client that is still to be closed.
 
         Of nobody where a single client was served, for nothing has been learned since.
         """
@@ -43,8 +50,8 @@ class Journal(Protocol):
     def closing(self, pool: SyntheticSet) -> None:
         """No more uploads come, and these texts are for all who were served."""
 
-    def not_closed(self, error: CrosslmError) -> None:
-        """The LLM could not write texts for all in the end; clients have what they got at once."""
+    def not_closed(self, message: str) -> None:
+        """Somebody, or everybody, has no step 5 in the end, and goes on with what it got at once."""
 
     def closed(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """A client's SLM has had step 5 once more; its download has not been sent yet."""
@@ -73,28 +80,31 @@ def serve(exchange: Exchange, server: Server, journal: Journal, stop: Callable[[
         exchange.send(download)
 
 
-def close(exchange: Exchange, server: Server, journal: Journal) -> None:
+def close(exchange: Exchange, server: Server, journal: Journal, between: Callable[[], object]) -> None:
     """When no more uploads come, step 5 once more for all who were served (``federation.closing``).
 
     Args:
         exchange: takes the downloads.
         server: has met them all.
         journal: knows who they are, and is told of each.
+        between: called before each client; what it raises ends this.
     """
-    uploads = list(journal.last_uploads())
-    if not uploads:
+    clients = journal.last_served()
+    if not clients:
         return
     try:
-        closing = server.write_closing(refusal for _, refusal in uploads)
+        closing = server.write_closing(client.refusal for client in clients)
     except CollapseError as error:  # all that was done before stays
-        journal.not_closed(error)
+        journal.not_closed(f"no step 5 for all in the end, each client goes on with what it got at once: {error}")
         return
     journal.closing(closing.pool)
-    for upload, refusal in uploads:
+    for client in clients:
+        between()
+        upload = client.read()
         try:
-            download, record = server.close(upload, refusal, closing)
-        except UploadError as error:  # the client has what it got before
-            logger.warning("client %s is left out of the closing step 5: %s", upload.client_id, error)
+            download, record = server.close(upload, client.refusal, closing)
+        except UploadError as error:
+            journal.not_closed(f"{upload.client_id} has no step 5 in the end and goes on with what it got: {error}")
             continue
         journal.closed(upload, download, record)
         exchange.send(download, closing=True)

@@ -11,7 +11,8 @@ from crosslm.errors import FederationError
 
 ASKED_AT = "/v1/crosslm/silos/"
 """Of the gateway; a fingerprint follows. 200: the server's kit has this key, and the body is how many of its silo's
-rounds are complete, their last answers received, a blank, and that silo's name; 403: it has not."""
+rounds are complete, their last answers received, a blank, that silo's name, and " over" if nothing more is sent to
+it; 403: it has not."""
 
 
 def fingerprint(key: Path) -> str:

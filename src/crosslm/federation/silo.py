@@ -67,8 +67,8 @@ class Silo:
 
     @property
     def answered(self) -> int:
-        """How many downloads this silo has answered to, or knows that there is none."""
-        return self.installed + (self.closed is not None)
+        """How many downloads this silo has answered to."""
+        return self.installed + (self.closed is not None and not self.closed.get("none"))
 
     @property
     def closed(self) -> dict[str, Any] | None:
@@ -186,6 +186,10 @@ class Silo:
             DataError: the private file cannot be used.
         """
         self._check(experiment, number)
+        if not self.settings.closing:
+            raise FederationError(
+                f"silo {self.settings.id}: agrees to no closing download; set closing = true in its kit for one"
+            )
         if number >= self.installed:
             raise FederationError(
                 f"silo {self.settings.id}: a closing download of round {number}, and {self.installed} are complete; "
@@ -212,7 +216,8 @@ class Silo:
         self._close({"accepted": False, "rows": 0, "none": True})
 
     def _close(self, decision: Mapping[str, Any]) -> None:
-        write_whole(self.state / "closed.json", [json.dumps(dict(decision), indent=1).encode()])
+        kept = {**decision, "rounds": self.installed}
+        write_whole(self.state / "closed.json", [json.dumps(kept, indent=1).encode()])
         self.now("closed")
 
     def not_used(self, experiment: str, number: int, reason: str) -> None:
@@ -334,7 +339,7 @@ class Silo:
         """The SLM as it is now: pretrained with a new head, as the server returned it, or as it was kept."""
         settings = self.settings
         device = resolve_device(settings.device)
-        if (closed := self.closed) and closed["accepted"]:
+        if (closed := self.closed) and closed["accepted"] and closed["rounds"] == self.installed:
             state = decode_download((self.state / CLOSING).read_bytes()).slm
         elif self.installed:
             number = self.installed - 1

@@ -21,7 +21,9 @@ from crosslm.files import partial_of, parts_of, rename, write_whole
 TOLD = "told/"  # and a silo: how many of its rounds it has been told are complete
 NO_SAY = "no say/"  # and silo and round
 CLOSING = "closing/"  # and silo: the round whose upload the closing download is made of, and its SHA-256
-CLOSED = "closed/"  # and silo: what came of its closing download, or that there is none
+CLOSED = "closed/"  # and silo: what came of its closing download
+ENDED = "ended"  # no upload is asked for or served any more
+OVER = "over"  # all that any silo will get is here
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS arrivals (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -231,9 +233,11 @@ class Spool:
         """Whether a silo has not answered to its closing download."""
         return self.closing_of(silo) is not None and self.fact(f"{CLOSED}{silo}") is None
 
-    def may_close(self, silo: str) -> bool:
-        """Whether a silo has no closing download, and has not been told that there is none."""
-        return self.closing_of(silo) is None and self.fact(f"{CLOSED}{silo}") is None
+    def is_over_for(self, silo: str) -> bool:
+        """Whether nothing more will be sent to a silo."""
+        answers = [arrival for arrival in self.of(silo) if arrival.state in ("served", "refused")]
+        is_owed = any(arrival.delivered_at is None for arrival in answers) or self.owes_closing(silo)
+        return self.fact(OVER) is not None and not is_owed
 
     def closing_download(self, silo: str, digest: str) -> Iterator[bytes]:
         """The bytes of a closing download, part by part.
@@ -244,7 +248,7 @@ class Spool:
         return _unchanged(self.closing_file(silo), digest)
 
     def closed(self, silo: str, note: str) -> None:
-        """Nothing more is sent to a silo: it has answered to its closing download, or there is none."""
+        """A silo has answered to its closing download."""
         self.note(f"{CLOSED}{silo}", note)
 
     def download(self, arrival: Arrival) -> Iterator[bytes]:

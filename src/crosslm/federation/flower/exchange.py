@@ -24,7 +24,7 @@ from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.flower.replies import Answer, answer_in, pulled
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
-from crosslm.federation.spool import Arrival, Spool
+from crosslm.federation.spool import ENDED, Arrival, Spool
 from crosslm.records import Download, Upload
 
 POLL = 0.5  # seconds after which each thread looks again, if the other has not woken it
@@ -78,6 +78,7 @@ class FlowerExchange:
 
     def __post_init__(self) -> None:
         self._lines = {silo: _Line(silo) for silo in self.silos}
+        self._has_ended = self.spool.fact(ENDED) is not None
         if self.spool.fact("started") is None:
             self.spool.note("started", str(time.time()))
         self._thread = threading.Thread(target=self._carry, name="carrier", daemon=True)
@@ -118,12 +119,6 @@ class FlowerExchange:
         keep(download.client_id, download.client_round, encode(download))
         self._to_carry.set()
 
-    def send_no_more(self) -> None:
-        """All closing downloads are in the spool: who has none is told that there is none (``federation.closing``)."""
-        for silo in self.silos:
-            if self.spool.may_close(silo):
-                self.spool.closed(silo, "there is none: no SLM of this silo was served, or no other silo's")
-
     def refuse(self, silo: str, number: int, error: Exception) -> None:
         """An upload cannot be used: its silo is told, and is asked for its next one as any other."""
         logger.error("silo %s, round %d: refused: %s", silo, number, error)
@@ -135,7 +130,9 @@ class FlowerExchange:
     def finished(self) -> bool:
         """Whether no upload is to be served any more."""
         self._look_at_carrier()
-        self._has_ended = self._ends()
+        self._has_ended = self.spool.fact(ENDED) is not None or self._ends()
+        if self._has_ended and self.config.closing:  # for a server that is started again: some have been closed
+            self.spool.note(ENDED, str(time.time()))
         return self._has_ended
 
     def _ends(self) -> bool:

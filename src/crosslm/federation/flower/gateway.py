@@ -44,7 +44,8 @@ def gateway(superlink: str, kit: Path) -> Starlette:
         silo = _known(kit).get(request.path_params["fingerprint"])
         if silo is None:
             return PlainTextResponse("", status_code=403)
-        return PlainTextResponse(f"{_complete(kit, silo)} {silo}")
+        complete, over = _complete(kit, silo)
+        return PlainTextResponse(f"{complete} {silo} over" if over else f"{complete} {silo}")
 
     async def passed(request: Request) -> Response:
         if not request.url.path.startswith(PASSED) or ".." in request.url.path:
@@ -85,15 +86,19 @@ def _known(kit: Path) -> dict[str, str]:
     return found
 
 
-def _complete(kit: Path, silo: str) -> int:
-    """How many rounds of a silo are complete; that it has been told so is noted, and the server waits for it."""
+def _complete(kit: Path, silo: str) -> tuple[int, bool]:
+    """How many rounds of a silo are complete, and whether nothing more is sent to it.
+
+    That it has been told so is noted, and the server waits for it.
+    """
     spool = Spool(kit / "spool")
     try:
         complete = spool.complete(silo)
-        spool.note(f"{TOLD}{silo}", str(complete))
+        over = spool.is_over_for(silo)
+        spool.note(f"{TOLD}{silo}", f"{complete}{' over' if over else ''}")
     finally:
         spool.close()
-    return complete
+    return complete, over
 
 
 class _TooLargeError(Exception):

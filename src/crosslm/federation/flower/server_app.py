@@ -13,7 +13,7 @@ from crosslm.federation.exchange import close, serve
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.intake import Intake
 from crosslm.federation.kits import KIT, read_server, server_config, silo_names
-from crosslm.federation.spool import Spool
+from crosslm.federation.spool import OVER, Spool
 from crosslm.models.sources import cache_folder
 from crosslm.tracking import tracked, wanted
 
@@ -54,8 +54,10 @@ def serve_kit(kit: Path, grid: Grid, spool: Spool) -> None:
         serve(exchange, deployment.server, deployment, exchange.finished)
         try:
             if config.federation.closing:
-                close(exchange, deployment.server, deployment)
-                exchange.send_no_more()
+                spool.note("working on", "the last step 5, for all")
+                close(exchange, deployment.server, deployment, exchange.finished)
+                spool.note("working on", "")
+            spool.note(OVER, "1")
             deployment.complete(exchange.silos)  # while the last downloads are on their way: a report can be had now
         except CrosslmError:
             exchange.drain(delivery)  # what was trained goes to its silo all the same

@@ -24,7 +24,7 @@ from crosslm.federation.flower.processes import (
     program,
     wait_for_port,
 )
-from crosslm.federation.kits import read_server, silo_names
+from crosslm.federation.kits import read_server, server_config, silo_names
 from crosslm.federation.spool import TOLD, Spool
 
 TELL_TIME = 20.0  # seconds that a server with nothing left to do stays for silos to ask
@@ -73,10 +73,15 @@ class ServerProcesses:
         """Give the silos time to hear that their last answers have come: until then they stay connected."""
         end = time.time() + TELL_TIME
         silos = {arrival.silo for arrival in self.spool.arrivals() if arrival.delivered_at is not None}
-        while time.time() < end and any(
-            self.spool.fact(f"{TOLD}{silo}") != str(self.spool.complete(silo)) for silo in silos
-        ):
+        stays = set(silo_names(self.kit)) if server_config(self.kit).federation.closing else set()
+        while time.time() < end and not all(self._has_heard(silo, silo in stays) for silo in silos | stays):
             time.sleep(0.5)
+
+    def _has_heard(self, silo: str, stays: bool) -> bool:
+        """Whether a silo knows that its answers have come, and one that would stay that nothing more comes."""
+        number, _, over = (self.spool.fact(f"{TOLD}{silo}") or "").partition(" ")
+        ends = not stays or bool(over) or self.spool.closing_of(silo) is not None
+        return number == str(self.spool.complete(silo)) and ends
 
     def _keep_up(self) -> None:
         if self.gateway is not None and not self.gateway.is_alive():

@@ -20,7 +20,7 @@ from crosslm.federation.silo_news import closing_outcome, outcome
 
 REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it does not know
 REFUSED_PAUSE = 10.0  # seconds until a silo that was refused tries again
-ASK = 30.0  # seconds between two questions whether a closing download will come
+ASK = 5.0  # seconds between two questions whether anything more comes: the server stays longer than that
 CONFIRM_TIME = 300.0  # seconds that a silo with all its rounds stays to tell the server of the last one
 
 
@@ -88,10 +88,11 @@ def run_silo(silo: Silo, note: Note) -> None:
             told = _tell(silo, told, note)
             if silo.complete >= silo.agreed and not until:
                 until = time.time() + CONFIRM_TIME
-            elif silo.installed == silo.settings.max_participations and not until and time.time() > asked + ASK:
+            elif silo.settings.closing and not until and time.time() > asked + ASK:
                 asked = time.time()
-                if (rounds_complete(silo) or 0) >= silo.agreed and silo.closed is None:
+                if is_over(silo) and silo.closed is None:
                     silo.nothing_more()
+                    note(f"silo {silo.settings.id}: the run is over; nothing more comes")
             time.sleep(0.5)
         silo.confirm()
     finally:
@@ -152,6 +153,26 @@ def rounds_complete(silo: Silo) -> int | None:
     """Ask the server how many of this silo's rounds are complete. None where it does not answer, or not this.
 
     Raises:
+        FederationError: as :func:`_ask`.
+    """
+    answer = _ask(silo)
+    return None if answer is None else answer[0]
+
+
+def is_over(silo: Silo) -> bool:
+    """Ask the server whether nothing more comes to this silo.
+
+    Raises:
+        FederationError: as :func:`_ask`.
+    """
+    answer = _ask(silo)
+    return answer is not None and answer[1]
+
+
+def _ask(silo: Silo) -> tuple[int, bool] | None:
+    """Ask the server about this silo: rounds that are complete, and whether all is over.
+
+    Raises:
         FederationError: the server does not know this silo's key, or knows it as another's, or there is no key.
     """
     server, key = silo.settings.server, silo.kit / "silo.key"
@@ -159,7 +180,7 @@ def rounds_complete(silo: Silo) -> int | None:
     address = f"https://{server}{ASKED_AT}{fingerprint(key)}"
     try:
         with urllib.request.urlopen(address, context=context, timeout=10) as answer:
-            complete, _, known_as = answer.read(100).decode().partition(" ")
+            complete, known_as, *over = answer.read(100).decode().split(" ")
             number = int(complete)
     except urllib.error.HTTPError as error:
         error.close()
@@ -176,7 +197,7 @@ def rounds_complete(silo: Silo) -> int | None:
             f"silo {silo.settings.id}: the server knows the key {key} as that of silo {known_as}; put the key of this "
             f"silo's own kit there, or the id of {silo.kit / SILO_FILE} back to {known_as} if it was changed"
         )
-    return number
+    return number, over == ["over"]
 
 
 def _look_into_end(node: Child, silo: Silo, refused: bool, note: Note) -> bool:
