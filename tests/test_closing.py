@@ -188,10 +188,8 @@ def test_an_llm_that_writes_no_more_in_the_end_costs_nobody_anything(closed, tmp
 
     monkeypatch.setattr(Server, "write_closing", collapses)
     summary = run_local(config, tmp_path / "run", tmp_path)
-    (failure,) = events(tmp_path / "run", "failure")
-    assert failure["error"].startswith(
-        "no step 5 for all in the end (federation.closing), each has what it got at once: "
-    )
+    said = [event["message"] for event in events(tmp_path / "run", "warning")]
+    assert any(words.startswith("no step 5 for all in the end, each client goes on with what it got") for words in said)
     assert set(summary["slm"]["crosslm"]) == {"client-0", "client-1", "mean"}
 
 
