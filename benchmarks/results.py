@@ -41,9 +41,10 @@ def keep(name: str, figures: dict) -> None:
 def record(run: Path, name: str, commit: str | None) -> None:
     """Keep a run's summary and its steps."""
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [event for event in events if event["event"] == "step"]
+    steps, closing = ([event for event in events if event["event"] == kind] for kind in ("step", "closing"))
     origin = provenance() | ({"commit": commit} if commit else {})
-    keep(name, {**origin, "summary": json.loads((run / "summary.json").read_text()), "steps": steps})
+    kept = {**origin, "summary": json.loads((run / "summary.json").read_text()), "steps": steps}
+    keep(name, kept | ({"closing": closing} if closing else {}))
 
 
 def collect(folder: Path, results: Path = RESULTS, plots: Path = PLOTS) -> None:
@@ -116,6 +117,50 @@ def run_section(name: str, result: dict) -> list[str]:
             f"| {step['judge/selected']:.3f} | {step['selected']:.0f} |"
         )
     return [*lines, ""]
+
+
+CLOSING = {"closing-sst2": "SST-2", "closing-yahoo_answers": "Yahoo! Answers"}
+
+
+def closing_section(runs: dict[str, dict]) -> list[str]:
+    """What all were taught once more in the end, beside what each had got at once."""
+    lines = [
+        "## Once more in the end (`federation.closing`)",
+        "",
+        "Preset recommended with a pool of 256 texts and `federation.closing`, on rows of the validation split; one run each "
+        "(`crosslm run TASK --set data.test=validation.csv --set selection.pool=256 --set federation.closing=true`, "
+        "with `data.test_rows=600`, `data.judge_rows=500` and fewer rows for the LLM's own measures). *At once* is what came "
+        "back when the client arrived, *in the end* what it has after all have arrived.",
+        "",
+    ]
+    columns = (
+        "Standalone",
+        "Data-free KD, at once",
+        "CrossLM, at once",
+        "Data-free KD, in the end",
+        "CrossLM, in the end",
+    )
+    for name, result in runs.items():
+        summary, closing = result["summary"], {event["client"]: event for event in result["closing"]}
+        lines += [
+            f"{CLOSING[name]}, seed {summary['seed']}, {max(summary['test_rows'].values())} rows; commit "
+            f"`{result['commit'][:10]}`, {result['date']}, {result['machine']}.",
+            "",
+            f"| arrival | client | {' | '.join(columns)} |",
+            f"| --- | --- |{' ---: |' * len(columns)}",
+        ]
+        rows = []
+        for step in result["steps"]:
+            end = closing[step["client"]]
+            at_once = [step[f"slm/{method}"] for method in ("standalone", "data_free_kd", "accuracy")]
+            rows.append([*at_once, end["slm/data_free_kd"], end["slm/crosslm"]])
+            taken = "" if end["accepted"] else " (not taken)"
+            lines.append(
+                f"| {step['step']} | {step['client']}{taken} | {' | '.join(f'{value:.3f}' for value in rows[-1])} |"
+            )
+        means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        lines += [f"| | mean | {' | '.join(f'{value:.3f}' for value in means)} |", ""]
+    return lines
 
 
 def step_5_table(result: dict, preset: str) -> list[str]:
@@ -362,6 +407,8 @@ def documents() -> dict[Path, str]:
     for name, title in NAMES.items():
         if name in loaded:
             lines += run_section(title, loaded[name])
+    if closed := {name: loaded[name] for name in CLOSING if name in loaded}:
+        lines += closing_section(closed)
     if "llm-teacher" in loaded:
         lines += teacher_section(loaded["llm-teacher"])
     if "preset-choices" in loaded:
