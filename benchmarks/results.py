@@ -127,10 +127,10 @@ def closing_section(runs: dict[str, dict]) -> list[str]:
     lines = [
         "## Once more in the end (`federation.closing`)",
         "",
-        "Preset recommended with a pool of 256 texts and `federation.closing`, on rows of the validation split; one run each "
-        "(`crosslm run TASK --set data.test=validation.csv --set selection.pool=256 --set federation.closing=true`, "
-        "with `data.test_rows=600`, `data.judge_rows=500` and fewer rows for the LLM's own measures). *At once* is what came "
-        "back when the client arrived, *in the end* what it has after all have arrived.",
+        "Preset recommended with a pool of 256 texts and `federation.closing`, on rows of the validation split; one "
+        "run each (`crosslm run TASK --set data.test=validation.csv --set selection.pool=256 --set federation.closing=true "
+        "--set data.test_rows=600 --set data.judge_rows=500`, and fewer rows for the LLM's own measures). *At once* is "
+        "what came back when the client arrived, *in the end* what it has after all have arrived.",
         "",
     ]
     columns = (
@@ -155,12 +155,15 @@ def closing_section(runs: dict[str, dict]) -> list[str]:
             at_once = [step[f"slm/{method}"] for method in ("standalone", "data_free_kd", "accuracy")]
             rows.append([*at_once, end["slm/data_free_kd"], end["slm/crosslm"]])
             taken = "" if end["accepted"] else " (not taken)"
-            lines.append(
-                f"| {step['step']} | {step['client']}{taken} | {' | '.join(f'{value:.3f}' for value in rows[-1])} |"
-            )
+            lines.append(f"| {step['step']} | {step['client']}{taken} | {in_cells(rows[-1])} |")
         means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-        lines += [f"| | mean | {' | '.join(f'{value:.3f}' for value in means)} |", ""]
+        lines += [f"| | mean | {in_cells(means)} |", ""]
     return lines
+
+
+def in_cells(values: list[float]) -> str:
+    """Figures as cells of a table."""
+    return " | ".join(f"{value:.3f}" for value in values)
 
 
 def step_5_table(result: dict, preset: str) -> list[str]:
