@@ -127,10 +127,10 @@ def closing_section(runs: dict[str, dict]) -> list[str]:
     lines = [
         "## Once more in the end (`federation.closing`)",
         "",
-        "Preset recommended with a pool of 256 texts and `federation.closing`, on rows of the validation split; one "
-        "run each (`crosslm run TASK --set data.test=validation.csv --set selection.pool=256 "
-        "--set federation.closing=true --set data.test_rows=600 --set data.judge_rows=500`, and fewer rows for the LLM's own measures). *At once* is "
-        "what came back when the client arrived, *in the end* what it has after all have arrived.",
+        "Preset recommended with a pool of 256 texts and `federation.closing`, on validation rows; one run each "
+        "(`crosslm run TASK --set data.test=validation.csv --set selection.pool=256 --set federation.closing=true "
+        "--set data.test_rows=600 --set data.judge_rows=500`, and fewer rows for the LLM's own measures). "
+        "*At once* is what came back when the client arrived, *in the end* what it has after all have arrived.",
         "",
     ]
     columns = (
