@@ -208,7 +208,7 @@ class Silo:
             self._close(vars(decision))
         closed = self.closed or {}
         if why := closed.get("refused"):
-            raise FederationError(f"silo {self.settings.id}: the closing download was refused: {why}")
+            raise FederationError(f"silo {self.settings.id}: the closing download was refused: {why}; look at its log")
         return confirmation(number, bool(closed.get("accepted")))
 
     def nothing_more(self) -> None:
