@@ -119,7 +119,7 @@ def run_section(name: str, result: dict) -> list[str]:
     return [*lines, ""]
 
 
-CLOSING = {"closing-sst2": "SST-2", "closing-yahoo_answers": "Yahoo! Answers"}
+CLOSING = {"closing-yahoo_answers": "Yahoo! Answers"}
 
 
 def closing_section(runs: dict[str, dict]) -> list[str]:
