@@ -67,6 +67,7 @@ class Wire:
 
     def __init__(self, upload: Upload, silos: list[str], folder: Path) -> None:
         self.upload, self.silos, self.replies = upload, silos, {}
+        self.writing = threading.Lock()
         self.file = folder / "upload"  # a silo sends what it has on its disk
 
     def get_nodes(self) -> list:
@@ -79,8 +80,9 @@ class Wire:
         name, number = self.silos[message.metadata.dst_node_id - 1], int(message.content["request"]["round"])
         content = RecordDict({"reply": ConfigRecord({"status": "ok"})})
         if message.metadata.message_type == "train.upload":
-            self.file.write_bytes(encode(replace(self.upload, client_id=name, client_round=number)))
-            content["message"] = split(parts_of(self.file))
+            with self.writing:
+                self.file.write_bytes(encode(replace(self.upload, client_id=name, client_round=number)))
+                content["message"] = split(parts_of(self.file))
         else:
             content["reply"]["size"] = sum(map(len, joined(message.content["message"], IntakeConfig().max_bytes)))
         self.replies[name] = Message(content, reply_to=message)

@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import zipfile
@@ -50,6 +51,7 @@ from crosslm.task import Task
 
 # Flower writes these where a message is made; a plain process has to say what run it is in
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict  # isort: skip
+from flwr.common.constant import ErrorCode  # isort: skip
 from flwr.supercore import task_identity  # isort: skip
 
 
@@ -539,6 +541,7 @@ class MemoryGrid:
         self.online = list(handlers)
         self.pushed = []
         self._replies = {}
+        self._one_at_a_time = threading.Lock()  # the silos of a test share a process and its environment
 
     def get_nodes(self):
         return [Node(name, 100 + place) for place, name in enumerate(self.handlers) if name in self.online]
@@ -546,9 +549,11 @@ class MemoryGrid:
     def push_messages(self, messages):
         (message,) = messages
         name = list(self.handlers)[message.metadata.dst_node_id - 100]
-        self.pushed.append((name, message.metadata.message_type, int(message.content["request"]["round"])))
-        self._replies[str(len(self.pushed))] = self.handlers[name](message)
-        return [str(len(self.pushed))]
+        with self._one_at_a_time:
+            self.pushed.append((name, message.metadata.message_type, int(message.content["request"]["round"])))
+            number = str(len(self.pushed))
+            self._replies[number] = self.handlers[name](message)
+        return [number]
 
     def pull_messages(self, ids):
         return [reply for reply in (self._replies.pop(number, None) for number in ids) if reply is not None]
@@ -583,6 +588,13 @@ def turn(exchange, times=1):
     for _ in range(times):
         for line in exchange._lines.values():
             exchange._move(line, exchange._online())
+
+
+def wait_until(happened):
+    end = time.monotonic() + 50
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def echo(upload):
@@ -642,6 +654,25 @@ def test_an_error_and_a_lost_message_are_asked_again_with_longer_waits(exchange,
     turn(exchange, 2)
     assert exchange.spool.of("silo-0")[0].state == "received"
     assert line.attempts == 0
+
+
+def test_a_silo_that_fails_each_time_is_not_asked_for_ever(exchange, monkeypatch):
+    now, told = [1000.0], []
+    monkeypatch.setattr("crosslm.federation.flower.exchange.time.time", lambda: now[0])
+    exchange.on_failure = lambda *given: told.append(given)
+    errors = [Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "an error at the silo, see its own log")] * 5
+    errors.insert(2, Error(ErrorCode.NODE_UNAVAILABLE, "away"))  # that is no failure of its
+    exchange.grid.online = ["silo-0"]
+    exchange.grid.handlers["silo-0"] = lambda message: Message(errors.pop(0), reply_to=message)
+    line = exchange._lines["silo-0"]
+    for left in range(5, -1, -1):
+        assert not line.over
+        turn(exchange, 2)
+        now[0] += 100
+        assert len(errors) == left
+    assert line.over
+    exchange.finished()
+    assert told == [("silo-0", "round 0: failed upload: an error at the silo, see its own log; 5 times")]
 
 
 def test_a_silo_that_refuses_is_not_asked_again_and_the_server_learns_no_more(exchange, kits, caplog):
@@ -753,6 +784,35 @@ def test_each_thread_wakes_the_other(exchange, monkeypatch):
     assert time.monotonic() - started < 50
 
 
+def test_an_answer_whose_parts_do_not_come_delays_no_other_silo(exchange, monkeypatch):
+    """Flower gives an answer out when its envelope is there, and who pulls it waits for its parts."""
+    pull, come = exchange.grid.pull_messages, threading.Event()
+
+    def pulled(ids):
+        replies = pull(ids)
+        if ids == stuck:
+            come.wait(60)
+        return replies
+
+    stuck = ["1"]
+    monkeypatch.setattr(exchange.grid, "pull_messages", pulled)
+    exchange.grid.online = ["silo-0"]
+    exchange.start()
+    wait_until(lambda: exchange.grid.pushed)
+    exchange.grid.online = ["silo-0", "silo-1"]
+    wait_until(lambda: exchange.spool.of("silo-1"))
+    upload = exchange.receive()
+    assert upload.client_id == "silo-1"
+    exchange.send(echo(upload))
+    wait_until(lambda: exchange.spool.of("silo-1")[0].state == "delivered")
+    assert exchange.spool.of("silo-0") == []
+    assert [name for name, _, _ in exchange.grid.pushed].count("silo-0") == 1  # it is asked nothing meanwhile
+    come.set()
+    wait_until(lambda: exchange.spool.of("silo-0"))
+    exchange.send(echo(exchange.receive()))
+    assert exchange.drain(50) == []
+
+
 def test_a_failure_of_the_carrying_thread_is_not_silent(exchange):
     exchange.grid.get_nodes = None
     exchange.start()
@@ -786,7 +846,8 @@ def test_a_silo_stays_until_the_server_knows_of_its_last_round(silo, monkeypatch
     began = time.time()
     run_silo(silo, notes.append)
     assert time.time() - began > 1.0  # the server did not say that it had the answer
-    (silo.state / "confirmed.json").unlink()
+    assert not silo.confirmed
+    assert "the server has not said that it knows of the last one; start crosslm client again" in notes[-1]
     monkeypatch.setattr(silo_processes, "CONFIRM_TIME", 300.0)
     known = iter([0, None, 0, 1])
     run_silo(silo, notes.append)

@@ -182,7 +182,7 @@ if any("flower-supernode" in part for part in sys.orig_argv):
         answer = once(client, request)
         again = "taken"
         try:
-            answer = once(client, request)
+            once(client, request)  # the first answer counts: the second one asks for no parts of the message
         except Exception as error:
             again = f"refused: {error}"
         with (Path(__file__).parent / "sent").open("a") as file:

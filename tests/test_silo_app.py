@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import sys
 import threading
 import time
 import zipfile
@@ -154,6 +155,16 @@ def test_the_genuine_app_is_answered_by_the_installed_crosslm(node, silo):  # no
     assert (silo.state / "upload-0000.safetensors").exists()
     assert not list(silo.kit.rglob("pyproject.toml"))  # it is not unpacked either
     assert not answered(node)
+
+
+def test_when_the_process_that_answers_dies_so_does_the_one_that_started_it(node, silo, monkeypatch):  # noqa: F811
+    """The SuperNode would wait for the rest of the answer for ever; the silo starts both again."""
+    node.receives(request(silo), bundle(GENUINE))
+    run = tasks.subprocess.run
+    killed = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    monkeypatch.setattr(tasks.subprocess, "run", lambda _, **given: run(killed, **given))
+    with pytest.raises(SystemExit, match="answers a message of the server ended with code -9"):
+        answered(node)
 
 
 def test_tasks_of_other_kinds_are_not_taken(node, silo, tmp_path):  # noqa: F811

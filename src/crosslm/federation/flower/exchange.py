@@ -1,19 +1,22 @@
-"""The exchange over Flower: a thread that carries, and the spool that it fills and empties.
+"""The exchange over Flower: threads that carry, and the spool that they fill and empty.
 
-Flower's grid is touched by the carrying thread alone, so uploads come in while the LLM trains. What
-Flower does not do and this does: ask again when a node was away or a message was lost, wait longer
-each time, and count a reply once however often it comes.
+Flower's grid is touched by the carrying threads alone, so uploads come in while the LLM trains. Each silo is carried
+for in a thread of its own: Flower gives an answer out before its parts have come, and who asks for it waits for these,
+for minutes where a silo's line is slow or its process has died. What Flower does not do and this does: ask again when
+a node was away or a message was lost, wait longer each time, and count a reply once however often it comes.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from crosslm import __version__
@@ -30,6 +33,7 @@ from crosslm.records import Download, Upload
 POLL = 0.5  # seconds after which each thread looks again, if the other has not woken it
 LONGEST_WAIT = 60.0  # seconds between two attempts at a silo that does not answer
 HEARTBEAT = 5.0  # seconds
+MOST_ERRORS = 5  # in a row that a silo answers with: what fails so often fails always
 TOLD = "told/"  # and silo and round: the words that stand for the reason of a refusal
 TELL_REFUSED = 120.0  # seconds at the end of a run for silos to hear that their upload was not used
 logger = logging.getLogger(__name__)
@@ -45,6 +49,8 @@ class _Line:
     round: int = 0
     asked_at: float = 0.0
     attempts: int = 0
+    errors: int = 0
+    """Attempts in a row that ended with an error at the silo which its application did not foresee."""
     not_before: float = 0.0
     over: bool = False
     """It refused to train: it is not asked again."""
@@ -67,9 +73,9 @@ class FlowerExchange:
     _lines: dict[str, _Line] = field(init=False)
     _stop: threading.Event = field(init=False, default_factory=threading.Event)
     _carried: threading.Event = field(init=False, default_factory=threading.Event)
-    """The carrying thread has done something: who waits for an upload or a delivery looks."""
+    """Something was carried: who waits for an upload or a delivery looks."""
     _to_carry: threading.Event = field(init=False, default_factory=threading.Event)
-    """There is something for the carrying thread to do."""
+    """There is something to carry."""
     _failure: BaseException | None = field(init=False, default=None)
     _thread: threading.Thread = field(init=False)
     _beat: float = field(init=False, default=0.0)
@@ -114,7 +120,7 @@ class FlowerExchange:
         return upload
 
     def send(self, download: Download, closing: bool = False) -> None:
-        """Put a download into the spool; the carrying thread brings it to its silo."""
+        """Put a download into the spool; it is brought to its silo from there."""
         keep = self.spool.close_silo if closing else self.spool.serve
         keep(download.client_id, download.client_round, encode(download))
         self._to_carry.set()
@@ -165,23 +171,43 @@ class FlowerExchange:
         self._carried.wait(POLL)
         self._carried.clear()
 
-    # -- the carrying thread -----------------------------------------------------------------
+    # -- the carrying threads ----------------------------------------------------------------
 
     def _carry(self) -> None:
+        moves: dict[str, Future[bool]] = {}
         try:
             while not self._stop.is_set():
                 online = self._online()
-                moved = [self._move(line, online) for line in self._lines.values()]
+                for line in self._lines.values():
+                    if line.silo not in moves:  # else one that waits for its silo
+                        moves[line.silo] = self._begin(line, online)
+                wait(moves.values(), timeout=POLL)
+                ended = [silo for silo, move in moves.items() if move.done()]
+                results = [moves.pop(silo).result() for silo in ended]
                 if time.time() - self._beat > HEARTBEAT:
                     self._beat = time.time()
                     self.spool.note("alive", str(self._beat))
-                if any(moved):
+                if any(results):
                     self._carried.set()
                     continue
                 self._to_carry.wait(POLL)
                 self._to_carry.clear()
+            wait(moves.values(), timeout=POLL)
         except BaseException as error:  # noqa: BLE001  raised again in the thread that trains
             self._failure = error
+
+    def _begin(self, line: _Line, online: dict[str, int]) -> Future[bool]:
+        """Do what can be done for one silo, in a thread that this process does not wait for when it ends."""
+        move: Future[bool] = Future()
+
+        def run() -> None:
+            try:
+                move.set_result(self._move(line, online))
+            except BaseException as error:  # noqa: BLE001  raised again where the result is looked at
+                move.set_exception(error)
+
+        threading.Thread(target=run, name=f"carrier of {line.silo}", daemon=True).start()
+        return move
 
     def _online(self) -> dict[str, int]:
         """Node ids of the silos that are connected. A silo is known by its key's name, given by the server."""
@@ -241,14 +267,24 @@ class FlowerExchange:
                 if time.time() - line.asked_at > self.config.reply_minutes * 60:
                     self._later(line, "no answer in time")
                 return False
-            if reply.has_error():
+            if reply.has_error() and not self._has_failed(line, reply.error):
                 self._later(line, f"{reply.error.code} {reply.error.reason}"[:200])
                 return True
-            self._take(line, answer_in(reply, line.kind))
+            if not reply.has_error():
+                self._take(line, answer_in(reply, line.kind))
         except UploadError as error:
             self._fail(line, "failed", str(error))
-        line.open_message, line.attempts = None, 0
+        line.open_message, line.attempts, line.errors = None, 0, 0
         self._write_line(line)
+        return True
+
+    def _has_failed(self, line: _Line, error: Error) -> bool:
+        """Whether a silo has answered with an error of its own so often that it is asked no more."""
+        if error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
+            line.errors += 1
+        if line.errors < MOST_ERRORS:
+            return False
+        self._fail(line, "failed", f"{error.reason[:200]}; {line.errors} times")
         return True
 
     def _take(self, line: _Line, answer: Answer) -> None:

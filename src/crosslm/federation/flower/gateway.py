@@ -95,7 +95,9 @@ def _complete(kit: Path, silo: str) -> tuple[int, bool]:
     try:
         complete = spool.complete(silo)
         over = spool.is_over_for(silo)
-        spool.note(f"{TOLD}{silo}", f"{complete}{' over' if over else ''}")
+        name, told = f"{TOLD}{silo}", f"{complete}{' over' if over else ''}"
+        if spool.fact(name) != told:  # a silo that stays asks every few seconds
+            spool.note(name, told)
     finally:
         spool.close()
     return complete, over

@@ -22,6 +22,10 @@ REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it do
 REFUSED_PAUSE = 10.0  # seconds until a silo that was refused tries again
 ASK = 5.0  # seconds between two questions whether anything more comes: the server stays longer than that
 CONFIRM_TIME = 300.0  # seconds that a silo with all its rounds stays to tell the server of the last one
+UNCONFIRMED = (
+    "all rounds are complete and the classifier is installed, but the server has not said that it knows of the last "
+    "one; start crosslm client again while the server runs, or it waits until federation.delivery_hours are over"
+)
 
 
 def supernode_command(kit: Path) -> list[str]:
@@ -71,9 +75,10 @@ def run_silo(silo: Silo, note: Note) -> None:
     wait_for_server(silo.settings.server, kit / "ca.crt", note)
     rounds_complete(silo)
     note(f"silo {silo.settings.id}: connecting to {silo.settings.server}")
+    is_known = False
     asked = until = 0.0  # when to end at the latest: an answer that the server has not read is lost when the silo goes
     try:
-        while not until or (time.time() < until and (rounds_complete(silo) or 0) < silo.answered):
+        while not until or (time.time() < until and not (is_known := (rounds_complete(silo) or 0) >= silo.answered)):
             if node.process is None or node.died() or tasks.died():
                 tasks.stop()  # what it trains is for a SuperNode that is gone
                 if node.died():
@@ -94,7 +99,10 @@ def run_silo(silo: Silo, note: Note) -> None:
                     silo.nothing_more()
                     note(f"silo {silo.settings.id}: the run is over; nothing more comes")
             time.sleep(0.5)
-        silo.confirm()
+        if is_known:
+            silo.confirm()
+        else:
+            note(f"silo {silo.settings.id}: {UNCONFIRMED}")
     finally:
         tasks.stop()
         node.stop()

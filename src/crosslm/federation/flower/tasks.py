@@ -33,7 +33,12 @@ def take_tasks(address: str) -> None:
 
 
 def take_one(client: RuntimeHttpClient, address: str) -> bool:
-    """Answer a task if one waits; whether one did."""
+    """Answer a task if one waits; whether one did.
+
+    Raises:
+        SystemExit: the process that answers has died. The SuperNode would wait for the rest of what it was handing over
+            for ever, so this process ends too, and the silo starts both again.
+    """
     try:
         token = client.AcquireTask(AcquireTaskRequest(supported_task_types=TAKEN)).token
     except httpx.TransportError:  # the SuperNode does not listen yet
@@ -41,7 +46,9 @@ def take_one(client: RuntimeHttpClient, address: str) -> bool:
     if token:
         with _signs_of_life(address, token):
             command = [sys.executable, "-m", "crosslm.federation.flower.answer", address]
-            subprocess.run(command, input=token, text=True, check=False)  # not an argument, which others can read
+            done = subprocess.run(command, input=token, text=True, check=False)  # others can read arguments
+        if done.returncode:
+            raise SystemExit(f"the process that answers a message of the server ended with code {done.returncode}")
     return bool(token)
 
 
