@@ -5,7 +5,6 @@ from typing import Any
 
 import typer.main
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from typer.cli import get_docs_for_click
 
@@ -40,24 +39,28 @@ def configuration_page() -> str:
     return "\n".join(parts) + "\n"
 
 
-def section_page(name: str, section: type[BaseModel], many: bool = False) -> list[str]:
-    """A section, and those within it."""
+def section_page(
+    name: str, section: type[BaseModel], many: bool = False, defaults: BaseModel | None = None
+) -> list[str]:
+    """A section, and those within it; ``defaults`` where the section around it has others than it has itself."""
     title = f"[[{name}]]" if many else f"[{name}]"
     parts = ["", f"## `{title}`", "", plain((section.__doc__ or "").split("\n\n")[0]), ""]
-    parts += fields_of(section)
+    parts += fields_of(section, defaults)
     for key, field in section.model_fields.items():
         for inner in models_in(field.annotation):
-            parts += section_page(f"{name}.{key}", inner, many=field.annotation is not inner)
+            other = field.default if isinstance(field.default, inner) else None
+            parts += section_page(f"{name}.{key}", inner, many=field.annotation is not inner, defaults=other)
     return parts
 
 
-def fields_of(section: type[BaseModel]) -> list[str]:
+def fields_of(section: type[BaseModel], defaults: BaseModel | None = None) -> list[str]:
     """The fields of a section that are no sections themselves, as a definition list in Markdown."""
     lines = []
     for name, field in section.model_fields.items():
         if models_in(field.annotation):
             continue
-        lines += [f"- **`{name}`** ({allowed(section, name)}; {default(field)})", f"  {plain(field.description)}", ""]
+        found = field.default if defaults is None else getattr(defaults, name)
+        lines += [f"- **`{name}`** ({allowed(section, name)}; {default(found)})", f"  {plain(field.description)}", ""]
     return lines
 
 
@@ -81,11 +84,11 @@ def in_words(schema: dict[str, Any]) -> str:
     return kind + "".join(f", {sign} {schema[key]:g}" for key, sign in limits.items() if key in schema)
 
 
-def default(field: FieldInfo) -> str:
+def default(value: Any) -> str:
     """A field's default, as it would stand in the file."""
-    if field.default is PydanticUndefined:
+    if value is PydanticUndefined:
         return "required"
-    return "not set" if field.default is None else f"default `{toml(field.default)}`"
+    return "not set" if value is None else f"default `{toml(value)}`"
 
 
 def toml(value: Any) -> str:

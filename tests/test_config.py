@@ -26,6 +26,30 @@ def write(tmp_path, settings):
     return written
 
 
+def test_one_field_of_a_training_leaves_its_others_as_they_are(write):
+    """Also where the same table elsewhere has other defaults."""
+
+    def some(tables):
+        tables["slm"] |= {"private": {"batch_size": 200}, "synthetic": {"epochs": 2}}
+
+    slm = load(write(some)).slm
+    assert (slm.private.batch_size, slm.private.epochs, slm.private.patience) == (200, 8, 3)
+    assert (slm.synthetic.epochs, slm.synthetic.learning_rate) == (2, 3e-5)
+    slm = load(write(some), ("slm.synthetic.batch_size=4",)).slm
+    assert (slm.synthetic.batch_size, slm.synthetic.epochs, slm.synthetic.learning_rate) == (4, 2, 3e-5)
+
+
+def test_an_error_names_where_the_value_came_from(write):
+    path = write(lambda tables: tables["llm"].update(zzz=1))
+    with pytest.raises(ConfigError) as refused:
+        load(path, ("llm.samples=few", "llm.samples=many", "slm.private={epoch=1}"))
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 3
+    assert any(line.startswith("--set llm.samples=many: llm.samples: ") for line in lines)
+    assert any(line.startswith("--set slm.private={epoch=1}: unknown key slm.private.epoch; ") for line in lines)
+    assert any(line.startswith(f"{path}: unknown key llm.zzz; ") for line in lines)
+
+
 def test_what_is_dumped_loads_as_the_same_configuration(write, tmp_path):
     config = load(write())
     again = tmp_path / "again.toml"

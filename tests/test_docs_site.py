@@ -68,6 +68,8 @@ def test_the_configuration_reference_has_every_field_with_its_meaning(reference)
     assert "- **`fraction`** (number, > 0, ≤ 1; default `0.25`)\n  alpha % of section 4.2." in page
     assert "## `[[slm.models]]`" in page
     assert "## `[evaluation.judge]`" in page
+    private = page.partition("## `[slm.private]`")[2]  # whose defaults are not those of the same table elsewhere
+    assert "- **`patience`** (integer, ≥ 0; default `3`)" in private.partition("## `[slm.synthetic]`")[0]
 
 
 def test_the_command_reference_has_every_command_and_option(reference):

@@ -182,13 +182,20 @@ def broken(tables, change):
             lambda t: t["llm"].update(model="package:nothing"),
             "package:nothing is not a package that crosslm has a checksum for",
         ),
-        (lambda t: t["llm"].update(model="nobody/no-such-model"), "llm.model = 'nobody/no-such-model': not on the hub"),
+        (
+            lambda t: t["llm"].update(model="nobody/no-such-model"),
+            "llm.model = 'nobody/no-such-model': no such folder here, and not on the hub",
+        ),
         (lambda t: t["slm"].update(models=[{"model": "./none"}]), "slm.models = './none': no such model folder"),
         (lambda t: t["selection"].update(encoder="./none"), "selection.encoder = './none': no such model folder"),
         (lambda t: t["data"].update(train="none.csv"), "none.csv: no such file"),
         (lambda t: t["data"].update(text_column="body"), "no column 'body'; its columns are: text, label"),
         (lambda t: t["evaluation"].update(perplexity_text="none.txt"), "none.txt: no such file"),
         (lambda t: t["evaluation"].update(perplexity_text="empty.txt"), "empty.txt: has no text"),
+        (
+            lambda t: t["evaluation"].update(perplexity_text="latin.txt"),
+            "latin.txt: line 2 is not UTF-8; write the file",
+        ),
         (lambda t: t["slm"]["models"][0].update(num_hidden_layers=9), "has 2 hidden layers; num_hidden_layers = 9"),
         (
             lambda t: t["slm"]["models"][0].update(
@@ -218,6 +225,7 @@ def test_bad_input_ends_with_code_2_before_anything_is_written_or_loaded(
     monkeypatch.setattr(SLM, "load", loaded)
     path = tmp_path / "bad.toml"
     (tmp_path / "data" / "empty.txt").write_text(" ")
+    (tmp_path / "data" / "latin.txt").write_bytes("one\ncaf\xe9\n".encode("latin-1"))
     settings["slm"]["models"] = settings["slm"]["models"][:1]
     path.write_text(broken(settings, change))
     code, out, err = command("run", path, "--output", tmp_path / "run")

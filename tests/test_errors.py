@@ -114,7 +114,11 @@ def ctrl_c_while_a_client_trains(monkeypatch):
 
 # for each class: what is typed in a folder with tickets.toml, what is done to the program, what is said
 CASES = {
-    ConfigError: (("run", "tickets.toml", "--set", "llm.sampels=3"), None, r"tickets.toml: unknown key .*did you mean"),
+    ConfigError: (
+        ("run", "tickets.toml", "--set", "llm.sampels=3"),
+        None,
+        r"--set llm.sampels=3: unknown key .*did you mean",
+    ),
     DataError: (("run", "tickets.toml", "--set", "data.test=none.csv"), None, r"none.csv: no such file; set data.dir"),
     ModelError: (("run", "tickets.toml", "--set", "llm.model=./none"), None, r"llm.model = './none': .*give a folder"),
     CollapseError: (

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 from conftest import BAD, GOOD, sentences
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, MPNetConfig, RobertaConfig
 
 from crosslm.config import FitConfig
 from crosslm.errors import ModelError, UploadError
 from crosslm.models.rows import batches as row_batches
-from crosslm.models.slm import SLM
+from crosslm.models.slm import SLM, _longest
 from crosslm.records import Examples
 
 LABELS = ("bad", "good")
@@ -34,6 +34,25 @@ def test_training_teaches_and_follows_the_seed(slm, models):
     again = SLM.load(slm.model.config._name_or_path, LABELS, 32, seed=0)
     again.fit(EXAMPLES, FIT, 1)
     torch.testing.assert_close(again.predict_proba(EXAMPLES.texts), slm.predict_proba(EXAMPLES.texts))
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (RobertaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=1), 512),
+        (MPNetConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=1), 510),
+        (BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 512),
+    ],
+)
+def test_a_text_has_at_most_as_many_tokens_as_the_model_has_positions(config, positions):
+    """Those of RoBERTa and MPNet begin behind the one of the padding."""
+    if config.model_type == "roberta":
+        config.max_position_embeddings = 514
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert _longest(model, 9) == positions
+    model(torch.full((1, positions), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, positions + 1), 5))
 
 
 def test_every_row_comes_once_among_rows_of_like_length():

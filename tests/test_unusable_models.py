@@ -89,7 +89,9 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
     monkeypatch.setattr(sources, "is_offline_mode", lambda: False)
     monkeypatch.setattr(sources, "get_hf_file_metadata", refused)
     monkeypatch.setattr(sources.AutoConfig, "from_pretrained", downloads)
-    with pytest.raises(ModelError, match=r"llm.model = 'nobody/nothing': not on the hub, or the hub cannot be reached"):
+    with pytest.raises(
+        ModelError, match=r"llm.model = 'nobody/nothing': no such folder here, and not on the hub, or the hub cannot"
+    ):
         sources.check_model("nobody/nothing", "llm.model")
     assert len(asked) == 1
     assert asked[0].endswith("nobody/nothing/resolve/main/config.json")

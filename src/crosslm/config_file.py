@@ -58,7 +58,9 @@ def load(
     try:
         return Config.model_validate(given)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, entry, given) for entry in error.errors())) from None
+        raise ConfigError(
+            "\n".join(_explain(_origin(path, entry, overrides), entry) for entry in error.errors())
+        ) from None
 
 
 def _set(given: dict[str, Any], override: str) -> None:
@@ -78,7 +80,17 @@ def _set(given: dict[str, Any], override: str) -> None:
     table[name] = value
 
 
-def _explain(path: Path, entry: Any, given: Mapping[str, Any]) -> str:
+def _origin(path: Path, entry: Any, overrides: tuple[str, ...]) -> str:
+    """Where a value came from: the last override of its key or of a table around it, or else the file."""
+    key = ".".join(str(part) for part in entry["loc"])
+    for override in reversed(overrides):
+        name = override.partition("=")[0].strip()
+        if key == name or key.startswith(f"{name}."):
+            return f"--set {override}"
+    return str(path)
+
+
+def _explain(path: str, entry: Any) -> str:
     key = ".".join(str(part) for part in entry["loc"]) or "the configuration"
     if entry["type"] == "extra_forbidden":
         known = _known_keys(entry["loc"][:-1])

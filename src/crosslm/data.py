@@ -257,6 +257,20 @@ def readable_lines(path: Path) -> list[str]:
     return lines
 
 
+def whole_text(path: Path) -> str:
+    """A text file of which every line counts.
+
+    Raises:
+        DataError: it cannot be read, has no text, or has a line that is not UTF-8.
+    """
+    text = read_text(path)
+    if not text.strip():
+        raise DataError(f"{path}: has no text; it must hold some in UTF-8")
+    if broken := [number for number, line in enumerate(text.splitlines(), start=1) if _is_broken(line)]:
+        raise DataError(f"{path}: line {broken[0]} is not UTF-8; write the file anew as UTF-8, or without that line")
+    return text
+
+
 def _csv_header(path: Path, reader: "csv.DictReader[str]") -> list[str]:
     try:
         return list(reader.fieldnames or [])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from crosslm.config import Config, PrivacyConfig, SLMSpec
 from crosslm.config_file import load
-from crosslm.data import Split, find_file, load_examples, load_split, read_text, readable_lines
-from crosslm.errors import DataError, ModelError, RunError
+from crosslm.data import Split, find_file, load_examples, load_split, readable_lines, whole_text
+from crosslm.errors import ModelError, RunError
 from crosslm.models.architecture import check_travels
 from crosslm.models.pretrained import check_spec
 from crosslm.models.private_layers import check_private
@@ -175,12 +175,8 @@ def perplexity_text_of(config: Config) -> str | None:
     """The text of ``evaluation.perplexity_text``, if one is named.
 
     Raises:
-        DataError: the file is not there, or has no text.
+        DataError: the file is not there, has no text, or is not UTF-8.
     """
     if config.evaluation.perplexity_text is None:
         return None
-    path = find_file(config.evaluation.perplexity_text, config.data)
-    text = read_text(path)
-    if not text.strip():
-        raise DataError(f"{path}: has no text; evaluation.perplexity_text must name a file with text")
-    return text
+    return whole_text(find_file(config.evaluation.perplexity_text, config.data))

@@ -123,6 +123,11 @@ def closing(summary: Mapping[str, Any]) -> Group:
         f"{summary['tokens_generated']:,} tokens generated.",
         privacy_line(summary),
     ]
+    if any((client.get("decision") or {}).get("rows") for client in summary["clients"].values()):
+        lines.append(
+            "Each client keeps some rows to decide by on what comes back, so Standalone learned from fewer: a part "
+            "of the gain can be that."
+        )
     if taught := summary.get("no_say"):
         lines.append(about_no_say(taught, [name for name in summary["slm"]["crosslm"] if name != "mean"]))
     hacking = summary.get("reward_hacking") or {}

@@ -28,7 +28,7 @@ SHORTEST = 4  # letters; a shorter word of a description says too little to stan
 FITS_DEMO_SLM = """\
 # these suit a sentence encoder like this one and some hundred rows
 freeze_embeddings = true
-private = { epochs = 8, learning_rate = 2e-4 }
+private = { epochs = 8, learning_rate = 2e-4, patience = 0 }
 synthetic = { epochs = 3, learning_rate = 1e-4 }
 """
 TRIMMED_DEMO_LLM = f"""\

@@ -317,4 +317,7 @@ class SLM:
 
 
 def _longest(model: Any, otherwise: int) -> int:
-    return int(getattr(model.config, "max_position_embeddings", otherwise))
+    """Tokens that a model has positions for; RoBERTa and its like count them from behind the padding's."""
+    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    first = getattr(embeddings, "padding_idx", None)
+    return int(getattr(model.config, "max_position_embeddings", otherwise)) - (0 if first is None else first + 1)

@@ -187,8 +187,8 @@ def _check_hub_id(name: str, key: str) -> None:
         AutoConfig.from_pretrained(name)
     except Exception as error:  # connections fail in classes of their own
         raise ModelError(
-            f"{key} = {name!r}: not on the hub, or the hub cannot be reached and it is not in its cache; "
-            "get it where there is network (hf download), copy its folder here and name that, "
+            f"{key} = {name!r}: no such folder here, and not on the hub, or the hub cannot be reached and it is not in "
+            "its cache; get it where there is network (hf download), copy its folder here and name that, "
             f"or use package:MODULE with one of {', '.join(PACKAGES)}"
         ) from error
 

@@ -1,8 +1,9 @@
 """The models and how they are trained: ``[slm]`` and ``[llm]``."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from crosslm.sections.section import Fraction, NonNegative, Positive, Section
 
@@ -64,6 +65,14 @@ class SLMConfig(Section):
     interpolation: Fraction = 1.0
     """Share of step 5's weights in the SLM that goes back, the rest being those that came (ours,
     after Wortsman et al. 2022); 1 is the paper's."""
+
+    @field_validator("private", "synthetic", mode="before")
+    @classmethod
+    def _keep_the_rest(cls, value: Any, info: ValidationInfo) -> Any:
+        """A table that names some of the fields leaves the others with the defaults of this section."""
+        if not isinstance(value, Mapping):
+            return value
+        return {**cls.model_fields[str(info.field_name)].default.model_dump(), **value}
 
 
 class LLMConfig(Section):
