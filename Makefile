@@ -18,7 +18,7 @@ test: $(VENV)/.dev check           ## install what the tests need and pass them
 
 test-federation: $(VENV)/.dev      ## the tests of separate machines alone; `make test` runs them too
 	$(BIN)/python -m pytest tests/test_federation.py tests/test_federation_faults.py tests/test_federated_run.py \
-		tests/test_federation_live.py tests/test_silo_app.py tests/test_silo_rounds.py $(ARGS)
+		tests/test_federation_live.py tests/test_silo_app.py tests/test_silo_rounds.py tests/test_closing.py $(ARGS)
 
 test-faults: $(VENV)/.dev          ## only: crashes, hostile uploads, the gate, attacks on whole runs
 	$(BIN)/python -m pytest tests/test_crash.py tests/test_intake.py tests/test_gate.py tests/test_acceptance.py \

@@ -1,6 +1,6 @@
 """Large SLMs through `crosslm server` and `crosslm client` themselves, and through bare Flower on the same machine.
 
-Ours: ten uploads of 440 MB in a row.
+Ours: uploads of 440 MB in a row.
 Real processes on the loopback interface: SuperLink with TLS and keys, gateway, SuperNode, both applications. The silo's
 SLM is a BERT of `--size` megabytes with random weights, trained for one epoch on eight rows in each round; the LLM is
 tiny, so that nearly all time is the transport's. Needs some 45 times the size on the disk. Bare: `flower_bare.py`,

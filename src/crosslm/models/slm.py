@@ -1,4 +1,4 @@
-"""A client's classifier: any ``AutoModelForSequenceClassification``."""
+"""A client's classifier: an ``AutoModelForSequenceClassification`` of the types in ``architecture.MODEL_TYPES``."""
 
 import copy
 import json

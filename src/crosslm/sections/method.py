@@ -37,7 +37,7 @@ class SynthesisConfig(Section):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ('"', "\n")
     """A text ends before the first of these."""
     batch_size: Positive = 256
-    """Texts that are written at once."""
+    """Texts that are written at once. The same seed gives the same texts at the same size only."""
     max_attempts: Positive = 10
     """A text that had to be removed is drawn again, eight candidates at a time; at most so many times in all, and fewer
     where the rest could not bring what is missing."""
