@@ -95,7 +95,10 @@ def peak_of(script: str, *options: str) -> int:
 
 
 def finish(name: str, figures: dict, options: argparse.Namespace) -> None:
-    """Print the figures as the last line; write them where asked."""
+    """Print the figures as the last line; write them where asked.
+
+    What was kept before is not overwritten by fewer figures, of a run without one of the options of the script.
+    """
     figures = {**options.origin, "threads": torch.get_num_threads(), "quick": options.quick, **figures}
     if options.device != "cpu":
         figures |= {"machine": torch.cuda.get_device_name(), "peak_device_bytes": torch.cuda.max_memory_allocated()}
@@ -103,5 +106,10 @@ def finish(name: str, figures: dict, options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     if options.keep:
         suffix = "" if options.device == "cpu" else f"-{options.device}"
-        (RESULTS / f"performance-{name}{suffix}.json").write_text(json.dumps(figures, indent=1) + "\n")
+        kept = RESULTS / f"performance-{name}{suffix}.json"
+        missing = sorted(json.loads(kept.read_text()).keys() - figures.keys()) if kept.exists() else []
+        if missing:
+            print(json.dumps(figures))
+            sys.exit(f"{kept} was not written: this run has no {', '.join(missing)}, which it has; see --help")
+        kept.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures))

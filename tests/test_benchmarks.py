@@ -1,6 +1,8 @@
-"""The privacy benchmark: cells that are not mixed, and a verdict that comes from the figures."""
+"""Benchmarks: of privacy, cells that are not mixed and a verdict from figures; of speed, what was kept stays kept."""
 
+import argparse
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -66,3 +68,16 @@ def test_cells_that_were_measured_otherwise_are_not_mixed(monkeypatch):
             table.privacy_table(mixed)
         assert privacy.still_good(mixed | {"1000/8/1": odd}, 200, "c" * 40, settings) == cells | {"1000/8/1": odd}
     assert table.privacy_table(cells | {"1000/8/0": other})  # of another number of rows: it has its own line
+
+
+def test_kept_figures_are_not_overwritten_by_fewer(monkeypatch, tmp_path, capsys):
+    measure = loaded("measure", monkeypatch)
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    options = argparse.Namespace(origin={"commit": "c"}, quick=False, device="cpu", json=None, keep=True)
+    measure.finish("update", {"ratio": 1.0, "ratio_vs_trl": 2.0}, options)
+    with pytest.raises(SystemExit, match=r"performance-update.json was not written: this run has no ratio_vs_trl"):
+        measure.finish("update", {"ratio": 3.0}, options)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["ratio"] == 3.0
+    assert json.loads((tmp_path / "performance-update.json").read_text())["ratio"] == 1.0
+    measure.finish("update", {"ratio": 3.0, "ratio_vs_trl": 4.0, "more": 5.0}, options)
+    assert json.loads((tmp_path / "performance-update.json").read_text())["more"] == 5.0
