@@ -1,0 +1,178 @@
+"""Which texts should step 5 learn from: those of the trained LLM, or the original's, judged by the trained one?
+
+    python benchmarks/step_5_texts.py RUN [--pool 768]    # of `crosslm run TASK --set data.test=validation.csv`
+
+From the last checkpoint of a run under preset recommended: all uploads, and the LLM as it is in the end, beside the
+original. Each upload is trained once on each of
+
+- Data-free KD: the original LLM's texts, judged by the SLMs and the original LLM;
+- the trained LLM's texts, judged by the SLMs and the trained LLM (step 5 in the end, ``federation.closing``);
+- the original's texts, judged by the SLMs and the trained LLM;
+- both pools, judged by the SLMs and the trained LLM: half of each, and all (twice as many steps).
+
+All SLMs judge, as they do in the end. Said of each pool: how often its judges find the label that the run's independent
+judge finds. Written to benchmarks/results/step-5-texts-TASK.json; what the LLM wrote and said is kept in
+RUN/step-5-texts, so that the same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from results import keep, provenance
+
+from crosslm import snapshot
+from crosslm.checkpoint import Checkpoints
+from crosslm.classification import class_probabilities
+from crosslm.client import Client
+from crosslm.config_file import load
+from crosslm.enhancement import pool_rewards, select, soft_labels, train_on_synthetic
+from crosslm.federation.messages import decode_upload
+from crosslm.gate import as_rewarding
+from crosslm.loaded import load_models
+from crosslm.models.slm import SLM
+from crosslm.models.sources import cache_folder, resolve_device
+from crosslm.preparation import prepare
+from crosslm.progress import Progress
+from crosslm.records import SyntheticSet, Upload
+from crosslm.rundir import RunDir
+from crosslm.seeding import seed_for
+from crosslm.server import Server, receive_slm
+from crosslm.synthesis import synthesize
+from crosslm.task import Task
+
+
+class Study:
+    """A run's last checkpoint, and what the LLM writes and says before and after it."""
+
+    def __init__(self, run: Path, pool: int) -> None:
+        config = load(run / "config.toml")
+        self.config = config.model_copy(update={"device": resolve_device(config.device)})
+        self.task, self.pool, self.work = Task.from_config(config.task), pool, run / "step-5-texts"
+        self.work.mkdir(exist_ok=True)
+        prepared = prepare(self.config, cache_folder(), print)
+        loaded = load_models(self.config, prepared, cache_folder(), Progress(), Client)
+        self.tests = prepared.split.tests
+        self.server = Server(self.config, self.task, loaded.llm, loaded.encoder)
+        checkpoints = Checkpoints(RunDir.open(run))
+        record = checkpoints.last()
+        state, get = record["state"], checkpoints.get
+        texts = self._texts("original", lambda: self._write("base"))
+        said = {"original": {"original": self._said("original", "original", texts)}}
+        counted = state["steps"], state["taught"]
+        snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), *counted)
+        snapshot.restore_teachers(self.server, state["teachers"], get)
+        self.pools = {"original": texts, "trained": self._texts("trained", lambda: self._write("closing"))}
+        said["original"]["trained"] = self._said("original", "trained", texts)
+        said["trained"] = {"trained": self._said("trained", "trained", self.pools["trained"])}
+        self.said = said
+        self.judged = {name: self._opinion(name, pool.texts) for name, pool in self.pools.items()}
+        judge = SLM.from_state(snapshot.slm_state(get(state["kept"]["judge"])), self.config.device)
+        judge.order_labels(self.task.labels)
+        self.found = {name: judge.predict_proba(pool.texts).argmax(dim=1) for name, pool in self.pools.items()}
+        self.uploads = [decode_upload(get(name)) for name in state["journal"]["first"].values()]
+
+    def _write(self, purpose: str) -> SyntheticSet:
+        seed = seed_for(self.config.seed, purpose)
+        return synthesize(self.server.llm, self.task, self.config.synthesis, self.pool, seed, lambda _: None)
+
+    def _texts(self, name: str, write: Callable[[], SyntheticSet]) -> SyntheticSet:
+        path = self.work / f"{name}-{self.pool}.json"
+        if not path.exists():
+            path.write_bytes(snapshot.texts_bytes(write()))
+            print(f"{name}: written", flush=True)
+        return snapshot.texts_of(path.read_bytes())
+
+    def _said(self, pool: str, llm: str, texts: SyntheticSet) -> Tensor:
+        return self._kept(f"{pool}-by-{llm}", lambda: class_probabilities(self.server.llm, self.task, texts.texts))
+
+    def _opinion(self, pool: str, texts: list[str]) -> Tensor:
+        """The mean of all who judge."""
+
+        def asked() -> Tensor:
+            members = self.server.teachers.members.values()
+            found = [(each, each.slm.predict_proba(texts)) for each in members]
+            opinions = [as_rewarding(each.slm, one, each.upload, self.config.reward) for each, one in found]
+            return torch.stack(opinions).mean(dim=0)
+
+        return self._kept(f"{pool}-by-slms", asked)
+
+    def _kept(self, name: str, ask: Callable[[], Tensor]) -> Tensor:
+        path = self.work / f"{name}-{self.pool}.safetensors"
+        if not path.exists():
+            save_file({"probabilities": ask().contiguous()}, path)
+            print(f"{name}: asked", flush=True)
+        return load_file(path)["probabilities"]
+
+    def agreement(self, pool: str, llm: str) -> float:
+        """Share of a pool's texts for which its judges find the independent judge's label."""
+        targets = self._targets(pool, llm)
+        return (targets.argmax(dim=1) == self.found[pool]).float().mean().item()
+
+    def _targets(self, pool: str, llm: str) -> Tensor:
+        targets = soft_labels(self.pools[pool], self.judged[pool], self.said[pool][llm], self.config.slm)
+        if targets is None:
+            sys.exit("step 5 of this run has no soft labels; give one of preset recommended")
+        return targets
+
+    def learned(self, upload: Upload, parts: list[tuple[str, str, int]]) -> float:
+        """Accuracy of an upload that has learned from so many texts of each pool, judged by one LLM or the other."""
+        samples, targets, said, judged = [], [], [], []
+        for pool, llm, count in parts:
+            samples += self.pools[pool].samples[:count]
+            targets.append(self._targets(pool, llm)[:count])
+            said.append(self.said[pool][llm][:count])
+            judged.append(self.judged[pool][:count])
+        texts, slm = SyntheticSet(samples), receive_slm(upload, self.task, self.config)
+        rewards = pool_rewards(texts, torch.cat(judged), torch.cat(said))
+        _, kept = select(texts, rewards, self.server.encoder, self.config.selection, torch.cat(said))
+        train_on_synthetic(slm, texts, kept, torch.cat(targets), upload, self.config, Progress(), upload.client_id)
+        return slm.accuracy(self.tests[upload.client_id])
+
+
+def main() -> None:
+    """Measure a run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--pool", type=int, default=768, help="texts of each LLM")
+    arguments = parser.parse_args()
+    study = Study(arguments.run, arguments.pool)
+    whole, half = arguments.pool, arguments.pool // 2
+    variants = {
+        "Data-free KD": [("original", "original", whole)],
+        "the trained LLM's texts": [("trained", "trained", whole)],
+        "the original's, judged by the trained": [("original", "trained", whole)],
+        "half of each, judged by the trained": [("trained", "trained", half), ("original", "trained", half)],
+        "both, judged by the trained": [("trained", "trained", whole), ("original", "trained", whole)],
+    }
+    figures = {
+        **provenance(),
+        "task": study.config.name,
+        "seed": study.config.seed,
+        "test": study.config.data.test,
+        "rows": len(next(iter(study.tests.values()))),
+        "pool": whole,
+        "agreement": {
+            "the original's texts, by the original": study.agreement("original", "original"),
+            "the original's texts, by the trained": study.agreement("original", "trained"),
+            "the trained LLM's texts, by itself": study.agreement("trained", "trained"),
+        },
+        "clients": {},
+    }
+    for upload in study.uploads:
+        before = receive_slm(upload, study.task, study.config).accuracy(study.tests[upload.client_id])
+        row = {"Standalone": before} | {name: study.learned(upload, parts) for name, parts in variants.items()}
+        figures["clients"][upload.client_id] = row
+        print(upload.client_id, json.dumps(row), flush=True)
+    keep(f"step-5-texts-{study.config.name}", figures)
+
+
+if __name__ == "__main__":
+    main()
