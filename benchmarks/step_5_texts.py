@@ -41,6 +41,7 @@ from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, resolve_device
 from crosslm.preparation import prepare
 from crosslm.progress import Progress
+from crosslm.quiet import quiet_libraries
 from crosslm.records import SyntheticSet, Upload
 from crosslm.rundir import RunDir
 from crosslm.seeding import seed_for
@@ -64,6 +65,11 @@ class Study:
         checkpoints = Checkpoints(RunDir.open(run))
         record = checkpoints.last()
         state, get = record["state"], checkpoints.get
+        kept = snapshot.texts_of(get(state["kept"]["base_pool"]))
+        if len(kept.samples) == pool:  # the run has written and asked it
+            self._texts("original", lambda: kept)
+            known = torch.tensor(json.loads(get(state["kept"]["base_said"])))
+            self._kept("original-by-original", lambda: known)
         texts = self._texts("original", lambda: self._write("base"))
         said = {"original": {"original": self._said("original", "original", texts)}}
         counted = state["steps"], state["taught"]
@@ -143,6 +149,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--pool", type=int, default=768, help="texts of each LLM")
     arguments = parser.parse_args()
+    quiet_libraries()
     study = Study(arguments.run, arguments.pool)
     whole, half = arguments.pool, arguments.pool // 2
     variants = {
