@@ -161,6 +161,34 @@ def closing_section(runs: dict[str, dict]) -> list[str]:
     return lines
 
 
+def texts_section(results: list[dict]) -> list[str]:
+    """What benchmarks/step_5_texts.py measured."""
+    lines = [
+        "## Which texts step 5 learns from",
+        "",
+        "In the end of a run under preset recommended, on validation rows; each upload is trained once on each kind of "
+        "texts (`benchmarks/step_5_texts.py`). All classifiers judge, with the LLM that is named. *Both* is twice as "
+        "many texts, and steps, as each of the others.",
+        "",
+    ]
+    for result in results:
+        clients = result["clients"]
+        found = "; ".join(f"{name} {share:.3f}" for name, share in result["agreement"].items())
+        lines += [
+            f"**{result['task']}**, seed {result['seed']}, {result['rows']} rows of `{result['test']}`, pools of "
+            f"{result['pool']}; commit `{result['commit'][:10]}`, {result['date']}, {result['machine']}. Texts of "
+            f"which the judges find the label that the independent judge finds: {found}.",
+            "",
+            f"| texts | {' | '.join([*clients, 'mean'])} |",
+            f"| --- |{' ---: |' * (len(clients) + 1)}",
+        ]
+        for name in next(iter(clients.values())):
+            values = [row[name] for row in clients.values()]
+            lines.append(f"| {name} | {in_cells([*values, sum(values) / len(values)])} |")
+        lines.append("")
+    return lines
+
+
 def in_cells(values: list[float]) -> str:
     """Figures as cells of a table."""
     return " | ".join(f"{value:.3f}" for value in values)
@@ -414,6 +442,8 @@ def documents() -> dict[Path, str]:
             lines += run_section(title, loaded[name])
     if closed := {name: loaded[name] for name in CLOSING if name in loaded}:
         lines += closing_section(closed)
+    if found := [loaded[name] for name in sorted(loaded) if name.startswith("step-5-texts-")]:
+        lines += texts_section(found)
     if "llm-teacher" in loaded:
         lines += teacher_section(loaded["llm-teacher"])
     if "preset-choices" in loaded:
