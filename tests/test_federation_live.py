@@ -93,6 +93,8 @@ class Federation:
     def __init__(self, tables, folder, names, **federation):
         clients = tables["clients"]
         tables["clients"] = [{**clients[place % len(clients)], "id": name} for place, name in enumerate(names)]
+        if len(names) > len(clients):
+            tables["clients"][0]["model"] = tables["llm"]["model"]  # a third architecture: gpt2 can be a classifier too
         tables["federation"] = federation
         tables["gate"] = {"enabled": False}  # models this small classify no better than chance
         ports = free_ports(len(names) + 2)
