@@ -54,7 +54,7 @@ BARE_APP = (
     )
     + '\n[tool.flwr.app.config]\nrounds = 1\nfile = ""\n'
 )
-FIT = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-5}
+FIT = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-5, "patience": 0}
 
 
 def tiny_llm(folder: Path) -> None:

@@ -190,7 +190,7 @@ def data_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def settings(models: Path, data_folder: Path) -> dict:
     """A configuration, as TOML tables, of the smallest run that does everything."""
-    fit = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3}
+    fit = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "patience": 0}
     return {
         "name": "tiny",
         "device": "cpu",

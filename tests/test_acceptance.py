@@ -183,7 +183,7 @@ def flipping(settings, data_folder, monkeypatch):
         "public_texts": "public.csv",
         "teach_refused": False,
     }
-    settings["slm"]["private"] = {"epochs": 20, "batch_size": 4, "learning_rate": 2e-3}
+    settings["slm"]["private"] = {"epochs": 20, "batch_size": 4, "learning_rate": 2e-3, "patience": 0}
     train = experiment.Client.train
 
     def flips(client):

@@ -50,7 +50,7 @@ def tables(models, tmp_path_factory):
     for name, part in parts.items():
         (folder / f"{name}.csv").write_text("text,label\n" + "\n".join(part) + "\n")
     (folder / "plain.txt").write_text("a good day and a bad day. " * 20)
-    fit = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3}
+    fit = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "patience": 0}
     learned = fit | {"epochs": 15, "learning_rate": 1e-2}
     return {
         "name": "tiny",

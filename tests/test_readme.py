@@ -203,7 +203,7 @@ def test_the_papers_tables(settings, data_folder, tmp_path, monkeypatch):
     for name, source in (("train_sentences", "train"), ("test", "test")):
         rows = Path(f"DATA/sst2/{source}.csv").read_text()
         Path(f"DATA/sst2/{name}.csv").write_text(rows.replace(",good", ",positive").replace(",bad", ",negative"))
-    fit = {"epochs": 1}
+    fit = {"epochs": 1, "patience": 0}
     own = {
         "run": {
             "data": {"num_clients": 1, "judge_rows": 8, "test_rows": 8, "rows_per_client": 8},
