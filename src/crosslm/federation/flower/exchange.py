@@ -284,7 +284,7 @@ class FlowerExchange:
             line.errors += 1
         if line.errors < MOST_ERRORS:
             return False
-        self._fail(line, "failed", f"{error.reason[:200]}; {line.errors} times")
+        self._fail(line, "failed", f"{error.reason}"[:200] + f"; {line.errors} times")
         return True
 
     def _take(self, line: _Line, answer: Answer) -> None:
