@@ -180,7 +180,8 @@ def test_a_private_run_is_audited(settings, tmp_path, monkeypatch, capsys):
         Path(f"{name}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     audit, run = PRIVATE
     call(monkeypatch, run, *tiny(settings))
-    assert "DP-SGD, epsilon of all uploads together north 8.00" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"DP-SGD, epsilon of all uploads together north (7\.9\d|8\.00), south (7\.9\d|8\.00) ", out)
     call(monkeypatch, audit)
     assert "Membership inference on the uploaded SLMs" in capsys.readouterr().out
 
