@@ -356,7 +356,7 @@ def performance(loaded: dict[str, dict]) -> str:
         "",
         "Written by `python benchmarks/results.py render` from `benchmarks/results/performance-*.json`; not edited by "
         "hand. `make bench` measures again what `benchmarks/update.py --trl PYTHON` (TRL in an environment of its own: "
-        "`pip install trl peft`) and `benchmarks/federation_live.py` (real processes, an hour) do not. "
+        "`pip install trl peft`) and `benchmarks/federation_live.py` (real processes) do not. "
         "Every ratio is of two sides that ran in turn in one process group; medians "
         "over the repeats. A figure that misses its goal is shown as it is.",
         "",
