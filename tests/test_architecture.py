@@ -48,6 +48,7 @@ LAYERS = [
     {"federation.intake"},
     {"federation.local", "checkpoint"},
     {"preparation", "snapshot", "tracking"},
+    {"llm_cache"},
     {"journal", "loaded"},
     {"federation.keys", "federation.kits", "federation.spool"},
     {"federation.provision", "federation.silo"},

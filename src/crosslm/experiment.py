@@ -22,6 +22,7 @@ from crosslm.federation.intake import Intake
 from crosslm.federation.local import LocalExchange
 from crosslm.gate import Gate
 from crosslm.journal import RunJournal
+from crosslm.llm_cache import CachedLLM, CachedServer, LLMCache
 from crosslm.loaded import Loaded, load_models
 from crosslm.measures import LLM_MEASURES, LLMMeter, peak_memory_bytes
 from crosslm.models.accounting import require_opacus
@@ -47,6 +48,7 @@ def run_local(
     resume: bool = False,
     stop_requested: Callable[[], bool] = lambda: False,
     make_client: Callable[..., Client] = Client,
+    llm_cache: Path | None = None,
 ) -> dict[str, Any]:
     """Run the method and both baselines with all clients in this process.
 
@@ -62,6 +64,8 @@ def run_local(
         stop_requested: asked after each arrival whether to stop there.
         make_client: called for each client as :class:`Client` is; what it gives takes part, a client that behaves
             otherwise too.
+        llm_cache: folder where what the LLM writes, reads and learns is kept, so that a run which differs from an
+            earlier one only in its step 5 or its test rows does none of that again (:mod:`crosslm.llm_cache`).
 
     Returns:
         What ``summary.json`` holds.
@@ -86,7 +90,8 @@ def run_local(
         require_opacus()
     prepared = prepare(config, cache, progress.note)
     with RunDir(output).locked():
-        loaded = load_models(config, prepared, cache, progress, make_client)
+        kept = LLMCache(llm_cache) if llm_cache else None
+        loaded = load_models(config, prepared, cache, progress, make_client, kept)
         run = RunDir.open(output) if goes_on else RunDir.create(output, given)
         run.note_session("resume" if goes_on else "start")
         try:
@@ -128,7 +133,8 @@ class _Run:
                 f"{self.run.path}: arrival {record['arrival']} has been pruned and cannot be gone on from; run it again"
             )
         self.run.go_back(record["state"]["events"] if record else 0)
-        self.server = Server(config, self.task, self.llm, self.loaded.encoder, self.progress)
+        make_server = CachedServer if isinstance(self.llm, CachedLLM) else Server
+        self.server = make_server(config, self.task, self.llm, self.loaded.encoder, self.progress)
         self.journal = RunJournal(config, self.split, self.run, self.checkpoints, self.server, self.progress)
         self.exchange = LocalExchange(
             self.loaded.clients,
@@ -276,6 +282,8 @@ class _Run:
             measures |= written[moment]
             run.event("llm", moment=moment, arrival=0 if moment == "before" else self.server.steps, **measures)
         summary = self._summary(before, after)
+        if isinstance(self.llm, CachedLLM):  # the seconds above say nothing then
+            summary["llm_cache"] = {"found": self.llm.cache.found, "made": self.llm.cache.made}
         write_cards(run, config, summary)
         run.summarise(summary)
         return summary

@@ -9,6 +9,7 @@ from crosslm.canaries import plant
 from crosslm.client import Client
 from crosslm.config import Config, SLMSpec
 from crosslm.leaks import LeakCheck
+from crosslm.llm_cache import CachedLLM, LLMCache
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.private_fit import PrivateTraining
@@ -32,7 +33,12 @@ class Loaded:
 
 
 def load_models(
-    config: Config, prepared: Prepared, cache: Path, progress: Progress, make_client: Callable[..., Client]
+    config: Config,
+    prepared: Prepared,
+    cache: Path,
+    progress: Progress,
+    make_client: Callable[..., Client],
+    llm_cache: LLMCache | None = None,
 ) -> Loaded:
     """Load everything that a run trains or measures with.
 
@@ -42,6 +48,7 @@ def load_models(
         cache: where converted models are kept.
         progress: of the run.
         make_client: as in :func:`crosslm.experiment.run_local`.
+        llm_cache: of what the LLM does, for an LLM that does none of it twice.
 
     Raises:
         ModelError: a model cannot be loaded.
@@ -49,7 +56,7 @@ def load_models(
     specs = prepared.specs
     names = {config.slm.models[0].model, config.selection.encoder, *(spec.model for spec in specs.values())}
     folders = {name: model_folder(name, cache, progress.note) for name in sorted(names)}
-    llm = LLM.load(prepared.llm_folder, config.llm, seed_for(config.seed, "llm"), config.device)
+    llm = _load_llm(config, prepared.llm_folder, llm_cache)
     encoder = SentenceEncoder(folders[config.selection.encoder], config.device)
     judge = evaluate.load_judge(folders[config.slm.models[0].model], config) if len(prepared.split.judge) else None
     rows = prepared.split.private
@@ -58,6 +65,15 @@ def load_models(
         for name, spec in specs.items()
     ]
     return Loaded(llm, encoder, judge, clients)
+
+
+def _load_llm(config: Config, folder: str, cache: LLMCache | None) -> LLM:
+    seed = seed_for(config.seed, "llm")
+    if cache is None:
+        return LLM.load(folder, config.llm, seed, config.device)
+    llm = CachedLLM.load(folder, config.llm, seed, config.device)
+    llm.cache = cache
+    return llm
 
 
 def load_client(

@@ -37,6 +37,14 @@ CacheOption = Annotated[
         help="Where converted models and demo data are kept. [default: $CROSSLM_CACHE or the user's cache]",
     ),
 ]
+LLMCacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--llm-cache",
+        help="Keep in this folder what the LLM writes, reads and learns, and do none of it twice: another run that "
+        "differs only in step 5 or in its test rows takes minutes.",
+    ),
+]
 DataDirOption = Annotated[
     str | None, typer.Option("--data-dir", help="Folder that the data files are in; replaces data.dir.")
 ]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from crosslm.cli.app import CacheOption, app, console
+from crosslm.cli.app import CacheOption, LLMCacheOption, app, console
 from crosslm.quiet import quiet_libraries
 
 STOPPED = 130
@@ -43,6 +43,7 @@ def reproduce(
     ] = 1,
     render: Annotated[bool, typer.Option("--render", help="Only write the tables of what is there.")] = False,
     cache_dir: CacheOption = None,
+    llm_cache: LLMCacheOption = None,
 ) -> None:
     """Run the experiments behind the paper's tables; may be stopped at any moment, the same command goes on."""
     quiet_libraries()
@@ -56,7 +57,7 @@ def reproduce(
         load_scale(scale), tables or [], _names(tasks), _names(presets), seeds, split, data_dir.expanduser().absolute()
     )
     try:
-        folder = run(choice, output, cache_folder(cache_dir), display_for(console), render, jobs)
+        folder = run(choice, output, cache_folder(cache_dir), display_for(console), render, jobs, llm_cache)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on", highlight=False)
         raise typer.Exit(STOPPED) from None

@@ -9,6 +9,7 @@ from crosslm.cli.app import (
     CacheOption,
     ConfigArgument,
     DataDirOption,
+    LLMCacheOption,
     OutputOption,
     RunArgument,
     SetOption,
@@ -51,10 +52,11 @@ def run(
     output: OutputOption = None,
     data_dir: DataDirOption = None,
     cache_dir: CacheOption = None,
+    llm_cache: LLMCacheOption = None,
     resume: ResumeOption = False,
 ) -> None:
     """Run CrossLM and both baselines, with all clients in this process."""
-    _run(load(config, tuple(overrides), data_dir), output, cache_dir, resume)
+    _run(load(config, tuple(overrides), data_dir), output, cache_dir, resume, llm_cache)
 
 
 @app.command()
@@ -96,13 +98,15 @@ def evaluate(
         console.print(f"{name:<30} {value:.4f}", highlight=False)
 
 
-def _run(config: Config, output: Path | None, cache_dir: str | None, resume: bool) -> None:
+def _run(
+    config: Config, output: Path | None, cache_dir: str | None, resume: bool, llm_cache: Path | None = None
+) -> None:
     runs = Path("runs")
     unfinished = last_unfinished(runs, config.name) if resume and output is None else None
-    finish(config, output or unfinished or next_free(runs, config.name), cache_dir, resume)
+    finish(config, output or unfinished or next_free(runs, config.name), cache_dir, resume, llm_cache)
 
 
-def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool) -> None:
+def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool, llm_cache: Path | None = None) -> None:
     """Run, or go on with a run, to its end or to Ctrl-C, and show its tables."""
     quiet_libraries()
     from crosslm.display import display_for
@@ -112,7 +116,8 @@ def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool) ->
 
     try:
         with StopRequest() as stop:
-            summary = run_local(config, folder, cache_folder(cache_dir), display_for(console), resume, stop)
+            cache, display = cache_folder(cache_dir), display_for(console)
+            summary = run_local(config, folder, cache, display, resume, stop, llm_cache=llm_cache)
     except KeyboardInterrupt:
         how = f"crosslm run {folder / CONFIG} --output {folder} --resume"
         raise StoppedError(f"stopped at once; what earlier arrivals did is in {folder}. To go on: {how}") from None

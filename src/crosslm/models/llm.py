@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -63,7 +63,7 @@ class LLM:
         self.model.eval()
 
     @classmethod
-    def load(cls, folder: str, config: LLMConfig, seed: int, device: str = "cpu") -> "LLM":
+    def load(cls, folder: str, config: LLMConfig, seed: int, device: str = "cpu") -> Self:
         """Load a model folder or hub id, with a new adapter whose first values come from the seed.
 
         Raises:

@@ -29,6 +29,7 @@ def reproduce(
     display: Display | None = None,
     render_only: bool = False,
     jobs: int = 1,
+    llm_cache: Path | None = None,
 ) -> Path:
     """Do every cell of the chosen tables that is not there, and write the tables, plots and headline figures.
 
@@ -42,6 +43,7 @@ def reproduce(
         render_only: write the tables of what is there and do nothing else.
         jobs: how many cells are done at a time; more than one in processes of their own, each of which needs the
             memory of a run and shows no progress.
+        llm_cache: as in :func:`crosslm.experiment.run_local`.
 
     Returns:
         The folder with the tables.
@@ -60,7 +62,7 @@ def reproduce(
             display.note(f"{len(cells)} cells: {there} there, {len(todo)} to do")
         for message in stale:
             display.note(f"warning: {message}")
-        failed = stale + _do_all(todo, Work(choice, output, cache), store, display, jobs)
+        failed = stale + _do_all(todo, Work(choice, output, cache, llm_cache), store, display, jobs)
         write_report(store, choice, display.note)
     if failed:
         raise RunError(f"{len(failed)} of {len(cells)} cells failed:\n" + "\n".join(failed))

@@ -36,6 +36,8 @@ class Work:
     choice: Choice
     output: Path
     cache: Path
+    llm_cache: Path | None = None
+    """Of what the LLM does in runs, for all cells."""
     commit: str = field(default_factory=commit)
     """Of the code that is loaded when this is made, whatever comes later."""
     versions: dict[str, str] = field(default_factory=versions)
@@ -54,7 +56,7 @@ class Work:
         origin = {"commit": self.commit, "machine": machine(device), "date": time.strftime("%Y-%m-%d")}
         settings = settings_of(cell, self.choice)  # as they are now: a file may be changed while it runs
         try:
-            figures: dict[str, Any] = do(cell, self.choice, store, self.cache, display)
+            figures: dict[str, Any] = do(cell, self.choice, store, self.cache, display, self.llm_cache)
         except CrosslmError as error:
             return [f"{cell.path}: {error}"]
         # a run that was gone on with knows of the time before

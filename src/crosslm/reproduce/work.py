@@ -39,7 +39,9 @@ def settings_of(cell: Cell, choice: Choice) -> dict[str, Any]:
     return config | {"finetuning": choice.scale.finetuning.model_dump(mode="json")}
 
 
-def do(cell: Cell, choice: Choice, store: Store, cache: Path, display: Display | None) -> dict[str, Any]:
+def do(
+    cell: Cell, choice: Choice, store: Store, cache: Path, display: Display | None, llm_cache: Path | None = None
+) -> dict[str, Any]:
     """The figures of a cell.
 
     Raises:
@@ -50,7 +52,7 @@ def do(cell: Cell, choice: Choice, store: Store, cache: Path, display: Display |
         folder = store.ready_run_folder(cell, config)
         try:
             if not (folder / SUMMARY).is_file():
-                run_local(config, folder, cache, display, resume=True)
+                run_local(config, folder, cache, display, resume=True, llm_cache=llm_cache)
         except UnservedError as error:
             return unserved_figures(RunDir.open(folder), error)
         finally:
@@ -78,6 +80,7 @@ def run_figures(run: RunDir) -> dict[str, Any]:
     steps = [event for event in run.events() if event["event"] == "step"]
     return {
         **{name: summary.get(name) for name in KEPT_OF_A_SUMMARY},
+        **{name: summary[name] for name in ("llm_cache",) if name in summary},  # then its seconds say nothing
         "run_seconds": summary["seconds"]["total"],
         "correct": read_correct(run.path / "predictions"),
         "arrivals": [{name: value for name, value in step.items() if name != "time"} for step in steps],

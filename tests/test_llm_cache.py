@@ -1,0 +1,97 @@
+"""What the LLM did is kept and not done twice (``--llm-cache``)."""
+
+import json
+
+import pytest
+
+from crosslm.config import Config, merged
+from crosslm.errors import RunError
+from crosslm.experiment import run_local
+from crosslm.models.llm import LLM
+from crosslm.server import Server
+
+OTHER_STEP_5 = {"slm": {"synthetic": {"epochs": 3}}, "selection": {"class_balance": True}}
+
+
+def run(settings, tmp_path, name, **more):
+    return run_local(Config.model_validate(settings), tmp_path / name, tmp_path, **more)
+
+
+def figures(summary):
+    return {name: value for name, value in summary.items() if name not in ("seconds", "peak_memory_bytes", "llm_cache")}
+
+
+def written(folder):
+    return {path.name: path.read_bytes() for path in (folder / "synthetic").iterdir()}
+
+
+@pytest.mark.parametrize("preset", ["paper", "recommended"])
+def test_a_run_that_differs_in_step_5_alone_is_the_same_with_it_and_asks_the_llm_nothing(
+    settings, tmp_path, monkeypatch, preset
+):
+    settings["preset"] = preset
+    other, cache = merged(settings, OTHER_STEP_5), tmp_path / "llm"
+    whole = run(other, tmp_path, "whole")
+    assert "llm_cache" not in whole
+    first = run(settings, tmp_path, "first", llm_cache=cache)
+    assert first["llm_cache"]["found"] == 0 < first["llm_cache"]["made"]
+    assert figures(first) == figures(run(settings, tmp_path, "without"))
+
+    def never(*_, **__):
+        raise AssertionError("the LLM was asked again")
+
+    with monkeypatch.context() as patched:
+        for kind, names in ((LLM, ("generate", "classify", "perplexity", "score")), (Server, ("update_llm",))):
+            for name in names:
+                patched.setattr(kind, name, never)
+        again = run(other, tmp_path, "again", llm_cache=cache)
+    assert again["llm_cache"] == {"found": first["llm_cache"]["made"], "made": 0}
+    assert figures(again) == figures(whole)
+    slms = [
+        (tmp_path / name / "slm" / "client-0" / "model.safetensors").read_bytes()
+        for name in ("again", "whole", "first")
+    ]
+    assert slms[0] == slms[1] != slms[2]
+    assert written(tmp_path / "again") == written(tmp_path / "whole")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "again" / "llm" / name).read_bytes() == (tmp_path / "whole" / "llm" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"llm": {"gamma_kl": 0.5}},
+        {"llm": {"lora_alpha": 64}},
+        {"slm": {"private": {"epochs": 3}}},
+        {"task": {"statement": {"good": "So this one is good.", "bad": "So this one is bad."}}},
+        {"synthesis": {"temperature": 0.5}},
+    ],
+)
+def test_what_the_llm_would_do_otherwise_is_done(settings, tmp_path, change):
+    run(settings, tmp_path, "first", llm_cache=tmp_path / "llm")
+    other = merged(settings, change)
+    found = run(other, tmp_path, "other", llm_cache=tmp_path / "llm")
+    assert found["llm_cache"]["made"] > 0
+    assert figures(found) == figures(run(other, tmp_path, "without"))
+
+
+def test_a_damaged_result_is_named(settings, tmp_path):
+    cache = tmp_path / "llm"
+    run(settings, tmp_path, "first", llm_cache=cache)
+    adapter = next(cache.glob("*.adapter"))
+    adapter.unlink()
+    with pytest.raises(RunError, match=f"delete {adapter.stem}.json to have it done again"):
+        run(settings, tmp_path, "second", llm_cache=cache)
+    kept = cache / f"{adapter.stem}.json"
+    kept.write_text("[{")
+    with pytest.raises(RunError, match=f"{kept}: damaged, delete it"):
+        run(settings, tmp_path, "third", llm_cache=cache)
+    kept.unlink()
+    assert run(settings, tmp_path, "fourth", llm_cache=cache)["llm_cache"]["made"] == 1
+    assert json.loads(kept.read_text())
+
+
+def test_a_cache_that_cannot_be_written_is_named(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"file: cannot be written: .* choose another --llm-cache"):
+        run(settings, tmp_path, "run", llm_cache=tmp_path / "file")
