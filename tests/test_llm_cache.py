@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import tomli_w
+from test_end_to_end import command  # noqa: F401
 
 from crosslm.config import Config, merged
 from crosslm.errors import RunError
@@ -95,3 +97,15 @@ def test_a_cache_that_cannot_be_written_is_named(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"file: cannot be written: .* choose another --llm-cache"):
         run(settings, tmp_path, "run", llm_cache=tmp_path / "file")
+
+
+def test_the_command_has_it(settings, tmp_path, command):  # noqa: F811
+    config = tmp_path / "my.toml"
+    config.write_text(tomli_w.dumps(settings))
+    options = ("--llm-cache", tmp_path / "llm", "--cache-dir", tmp_path)
+    found = []
+    for name, more in (("first", ()), ("second", ("--set", "slm.synthetic.epochs=6"))):
+        code, out, err = command("run", config, "--output", tmp_path / name, *options, *more)
+        assert (code, err) == (0, ""), out
+        found.append(json.loads((tmp_path / name / "summary.json").read_text())["llm_cache"])
+    assert found == [{"found": 0, "made": found[1]["found"]}, {"found": found[0]["made"], "made": 0}]

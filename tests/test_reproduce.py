@@ -224,7 +224,7 @@ def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, capsys
 def fake_run(calls):
     """A run of a moment that leaves what a real one does."""
 
-    def run(config, folder, cache, display=None, resume=False):
+    def run(config, folder, cache, display=None, resume=False, llm_cache=None):
         calls.append(folder)
         (folder / "llm").mkdir(parents=True)
         (folder / "slm").mkdir()
@@ -250,6 +250,8 @@ def fake_run(calls):
         llm = {"perplexity": {"before": 100.0, "after": 101.0}, "distinct_2": {"before": 0.8, "after": 0.7}}
         flag = {"arrivals": [1] if better else [], "whole_run": False}
         summary = {"slm": {}, "llm": llm, "seconds": {"total": 1.0}, "reward_hacking": flag}
+        if llm_cache:
+            summary["llm_cache"] = {"found": 0, "made": str(llm_cache)}
         (folder / "summary.json").write_text(json.dumps(summary))
 
     return run
@@ -612,6 +614,37 @@ def test_the_llm_of_a_one_shot_run_does_not_depend_on_what_goes_back(scale, data
     assert differences(rte, settings[1, False], settings[1, True]) == []
     assert adapters[2, False] != adapters[2, True]
     assert "slm.soft_labels" in differences(rte, settings[2, False], settings[2, True])
+
+
+def test_cells_that_differ_in_step_5_alone_have_their_llm_in_common(scale, data, tmp_path):
+    choice = chosen(scale, data, "ablation", presets=["recommended"])
+    made, shared = {}, Work(choice, tmp_path / "out", tmp_path, tmp_path / "llm")
+    for cell in plan(choice):
+        if cell.variation.name in ("base", "slm.soft-labels-false", "reward.teachers-1") and cell.stage == "run":
+            assert shared.do(cell, Silent()) == []
+            path = tmp_path / f"out/test/cells/{cell.path}.json"
+            made[cell.variation.name] = json.loads(path.read_text())["figures"]["llm_cache"]["made"]
+    assert made["base"] > made["reward.teachers-1"] > 0 == made["slm.soft-labels-false"]
+
+
+def test_the_command_passes_the_llms_cache_on(scale, data, tmp_path, quick, monkeypatch, capsys):
+    (tmp_path / "scale.toml").write_text(tomli_w.dumps(scale))
+    options = [
+        "--data-dir",
+        data,
+        "--scale",
+        tmp_path / "scale.toml",
+        "--output",
+        tmp_path / "out",
+        "--cache-dir",
+        tmp_path,
+    ]
+    code, out, _ = command(monkeypatch, capsys, "5", *options, "--llm-cache", tmp_path / "llm")
+    assert code == 0, out
+    cells = list((tmp_path / "out/test/cells").rglob("run.json"))
+    assert cells
+    for cell in cells:
+        assert json.loads(cell.read_text())["figures"]["llm_cache"]["made"] == str(tmp_path / "llm")
 
 
 def test_a_run_of_another_configuration_is_not_gone_on_with(scale, data, tmp_path):
