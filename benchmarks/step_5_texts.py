@@ -6,9 +6,10 @@ From the last checkpoint of a run under preset recommended: all uploads, and the
 original. Each upload is trained once on each of
 
 - Data-free KD: the original LLM's texts, judged by the SLMs and the original LLM;
-- the trained LLM's texts, judged by the SLMs and the trained LLM (step 5 in the end, ``federation.closing``);
+- the trained LLM's texts, judged by the SLMs and the trained LLM;
 - the original's texts, judged by the SLMs and the trained LLM;
-- both pools, judged by the SLMs and the trained LLM: half of each, and all (twice as many steps).
+- both pools, judged by the SLMs and the trained LLM: half of each (step 5 in the end, ``federation.closing``), and all
+  (twice as many steps).
 
 All SLMs judge, as they do in the end. Said of each pool: how often its judges find the label that the run's independent
 judge finds. Written to benchmarks/results/step-5-texts-TASK.json; what the LLM wrote and said is kept in

@@ -16,7 +16,7 @@ from crosslm.algorithm.rewards import label_rewards
 from crosslm.classification import class_probabilities
 from crosslm.client import Client, Decision
 from crosslm.config import Config
-from crosslm.errors import CollapseError, FederationError, LeakError, UploadError
+from crosslm.errors import FederationError, LeakError, RunError, UploadError
 from crosslm.experiment import run_local
 from crosslm.federation.exchange import Served, close
 from crosslm.federation.flower import gateway, server_processes, silo_processes
@@ -29,6 +29,7 @@ from crosslm.federation.spool import OVER, Spool
 from crosslm.files import write_whole
 from crosslm.rundir import RunDir
 from crosslm.server import Server, receive_slm
+from crosslm.synthesis import synthesize
 
 SILOS = ("silo-0", "silo-1")
 
@@ -39,9 +40,13 @@ def differs(one, other):
 
 def test_in_the_end_who_came_first_is_taught_by_all_and_by_the_llm_as_it_is_then(models, config, task, uploads):  # noqa: F811
     server = server_of(models, config, task, soft_labels=True, llm_judges=True)
-    at_once = [server.step(upload)[0] for upload in uploads]
+    original = synthesize(server.llm, task, config.synthesis, 12, 0)
+    served = [server.step(upload) for upload in uploads]
+    at_once, latest = [download for download, _ in served], served[-1][1].pool
     before, judges = server.llm.fingerprint(), list(server.teachers.members)
-    closing = server.write_closing(["", "", ""])
+    closing = server.for_all(original, latest, ["", "", ""])
+    assert closing.pool.samples == [*latest.samples[:6], *original.samples[:6]]
+    assert closing.pool.tokens_generated == 0
     torch.testing.assert_close(closing.said, class_probabilities(server.llm, task, closing.pool.texts))
     for upload, first in zip(uploads, at_once, strict=True):
         download, record = server.close(upload, "", closing)
@@ -60,9 +65,10 @@ def test_who_has_no_say_has_none_in_the_end_either(models, config, task, uploads
     config = config.model_copy(update={"gate": config.gate.model_copy(update={"teach_refused": True})})
     server = server_of(models, config, task)
     server.gate = ShutTo("south")
+    original = synthesize(server.llm, task, config.synthesis, 12, 0)
     for upload in uploads:
-        server.step(upload)
-    closing = server.write_closing(["", "quarantined", ""])
+        _, record = server.step(upload)
+    closing = server.for_all(original, record.pool, ["", "quarantined", ""])
     assert closing.said is not None  # where nobody else judges, the LLM does
     download, record = server.close(uploads[1], "quarantined", closing)
     slm = receive_slm(uploads[1], task, server.config)
@@ -99,13 +105,17 @@ def test_a_run_ends_with_it_and_measures_what_the_clients_then_have(closed, tmp_
             assert event[name] == summary["slm"][method][event["client"]]
     for method in ("crosslm", "data_free_kd"):  # both once when a client came, and once in the end
         assert sorted(client for client, _ in measured(tmp_path / "run", method)) == ["client-0"] * 2 + ["client-1"] * 2
-    pool = (tmp_path / "run" / "synthetic" / "closing-pool.jsonl").read_text().splitlines()
-    assert len(pool) == closed["selection"]["pool"]
+    texts = {
+        name: [json.loads(line)["text"] for line in (tmp_path / f"run/synthetic/{name}.jsonl").read_text().splitlines()]
+        for name in ("closing-pool", "step-0002-pool", "base")
+    }
+    half = closed["selection"]["pool"] // 2
+    assert texts["closing-pool"] == texts["step-0002-pool"][:half] + texts["base"][:half]
     closed["federation"]["closing"] = False
     without = run_local(Config.model_validate(closed), tmp_path / "without", tmp_path)
     assert not events(tmp_path / "without", "closing")
-    assert summary["llm"] == without["llm"]  # the LLM learns nothing in it
-    assert summary["tokens_generated"] > without["tokens_generated"]
+    # the LLM learns and writes nothing in it
+    assert (summary["llm"], summary["tokens_generated"]) == (without["llm"], without["tokens_generated"])
     last = events(tmp_path / "run", "step")[-1]["client"]
     assert next(right for client, right in measured(tmp_path / "run", "data_free_kd") if client == last) == next(
         right for client, right in measured(tmp_path / "without", "data_free_kd") if client == last
@@ -180,17 +190,15 @@ def test_who_comes_twice_is_taught_from_its_last_upload_and_leaves_data_free_kd_
     assert len(measured(tmp_path / "run", "crosslm")) == 6
 
 
-def test_an_llm_that_writes_no_more_in_the_end_costs_nobody_anything(closed, tmp_path, monkeypatch):
-    config = Config.model_validate(closed)
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text('{"text": "a"}\n')])
+def test_texts_that_have_gone_meanwhile_are_named(closed, tmp_path, monkeypatch, damage):
+    def damaged(exchange, server, journal, between):  # noqa: F811
+        damage(tmp_path / "run/synthetic/step-0002-pool.jsonl")
+        close(exchange, server, journal, between)
 
-    def collapses(server, refusals):
-        raise CollapseError("5 of 12 texts could not be written")
-
-    monkeypatch.setattr(Server, "write_closing", collapses)
-    summary = run_local(config, tmp_path / "run", tmp_path)
-    said = [event["message"] for event in events(tmp_path / "run", "warning")]
-    assert any(words.startswith("no step 5 for all in the end, each client goes on with what it got") for words in said)
-    assert set(summary["slm"]["crosslm"]) == {"client-0", "client-1", "mean"}
+    monkeypatch.setattr(experiment, "close", damaged)
+    with pytest.raises(RunError, match=r"step-0002-pool.jsonl: cannot be read: .*; put it back"):
+        run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
 
 
 def test_of_one_client_alone_nothing_is_done_again(closed, tmp_path):
@@ -219,13 +227,15 @@ def test_a_run_that_dies_in_it_ends_as_one_that_never_did(closed, tmp_path, monk
 
 def test_an_slm_that_fails_on_the_last_texts_is_left_out(models, config, task, uploads, monkeypatch):  # noqa: F811
     server = server_of(models, config, task)
-    for upload in uploads[:2]:
-        server.step(upload)
+    records = [server.step(upload)[1] for upload in uploads[:2]]
     done, fails = [], server.teachers.probabilities
 
     class Book:
         def last_served(self):
             return [Served(partial(uploads.__getitem__, place), "") for place in range(2)]
+
+        def written(self):
+            return records[0].pool, records[1].pool
 
         def not_closed(self, message):
             done.append(message)
@@ -266,7 +276,7 @@ def served(exchange):  # noqa: F811
 def test_a_closing_download_goes_to_its_silo_and_is_answered(exchange, kits, tmp_path):  # noqa: F811
     for name in SILOS:
         change(kits / "silos" / name, closing=True)
-    exchange.config = exchange.config.model_copy(update={"closing": True})
+    exchange.config = exchange.carrier.config = exchange.config.model_copy(update={"closing": True})
     served(exchange)
     silos = [Silo(kits / "silos" / name, tmp_path) for name in SILOS]
     assert [one.closed for one in silos] == [None, None]
@@ -315,7 +325,9 @@ def test_a_closing_download_that_is_refused_is_owed_no_more(exchange, kits, tmp_
 
 
 def test_after_the_end_nothing_is_asked_or_served_by_a_server_that_is_started_again_either(exchange, tmp_path):  # noqa: F811
-    exchange.config = exchange.config.model_copy(update={"arrivals": 1, "participations": 2, "closing": True})
+    exchange.config = exchange.carrier.config = exchange.config.model_copy(
+        update={"arrivals": 1, "participations": 2, "closing": True}
+    )
     exchange.grid.online = ["silo-0"]
     turn(exchange, 2)
     exchange.send(echo(exchange.receive()))
@@ -344,7 +356,7 @@ def test_the_servers_status_says_who_was_closed(exchange, kits, shell):  # noqa:
 
 
 def test_who_has_ended_is_asked_for_no_more_uploads(exchange):  # noqa: F811
-    exchange.config = exchange.config.model_copy(update={"arrivals": 1, "participations": 2})
+    exchange.config = exchange.carrier.config = exchange.config.model_copy(update={"arrivals": 1, "participations": 2})
     exchange.grid.online = ["silo-0"]
     turn(exchange, 2)
     exchange.send(echo(exchange.receive()))

@@ -31,7 +31,7 @@ from crosslm.errors import ConfigError, DataError, FederationError, LeakError, R
 from crosslm.federation import keys
 from crosslm.federation import silo as silo_module
 from crosslm.federation import spool as spool_module
-from crosslm.federation.flower import client_app, gateway, processes, server_processes, silo_processes
+from crosslm.federation.flower import carrier, client_app, gateway, processes, server_processes, silo_processes
 from crosslm.federation.flower import exchange as exchange_module
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import joined, split
@@ -586,8 +586,8 @@ def exchange(kits, tmp_path, flower_run, monkeypatch):
 
 def turn(exchange, times=1):
     for _ in range(times):
-        for line in exchange._lines.values():
-            exchange._move(line, exchange._online())
+        for line in exchange.carrier.lines.values():
+            exchange.carrier.move(line, exchange.carrier.online())
 
 
 def wait_until(happened):
@@ -639,7 +639,7 @@ def test_an_error_and_a_lost_message_are_asked_again_with_longer_waits(exchange,
     exchange.grid.online = ["silo-0"]
     replies = [lambda message: Message(Error(5, "Node Unavailable"), reply_to=message), lambda message: None, good]
     exchange.grid.handlers["silo-0"] = lambda message: replies.pop(0)(message)
-    line = exchange._lines["silo-0"]
+    line = exchange.carrier.lines["silo-0"]
     turn(exchange, 2)
     assert line.not_before == now[0] + 2
     turn(exchange)
@@ -664,7 +664,7 @@ def test_a_silo_that_fails_each_time_is_not_asked_for_ever(exchange, monkeypatch
     errors.insert(2, Error(ErrorCode.NODE_UNAVAILABLE, "away"))  # that is no failure of its
     exchange.grid.online = ["silo-0"]
     exchange.grid.handlers["silo-0"] = lambda message: Message(errors.pop(0), reply_to=message)
-    line = exchange._lines["silo-0"]
+    line = exchange.carrier.lines["silo-0"]
     for left in range(5, -1, -1):
         assert not line.over
         turn(exchange, 2)
@@ -679,7 +679,7 @@ def test_a_silo_that_refuses_is_not_asked_again_and_the_server_learns_no_more(ex
     (kits / "silos" / "silo-0" / "silo-0.csv").unlink()
     turn(exchange, 4)
     assert exchange.grid.pushed.count(("silo-0", "train.upload", 0)) == 1
-    line = exchange._lines["silo-0"]
+    line = exchange.carrier.lines["silo-0"]
     assert line.note == "refused upload: DataError, see the silo's own log"
     upload = exchange.receive()
     exchange.send(echo(upload))
@@ -716,7 +716,7 @@ def test_what_is_no_upload_is_refused_and_the_next_one_served(exchange):
 
 def test_versions_must_fit(exchange, monkeypatch):
     monkeypatch.setattr("crosslm.federation.messages.VERSION", 99)
-    request = exchange._request(0)
+    request = exchange.carrier.request(0)
     monkeypatch.setattr("crosslm.federation.messages.VERSION", 1)
     reply = exchange.grid.handlers["silo-0"](Message(request, 100, "train.upload", ttl=60))
     assert reply.content["reply"]["status"] == "refused"
@@ -737,11 +737,11 @@ def test_who_has_no_say_is_served_and_not_counted(tmp_path):
 
 def test_a_run_ends_by_arrivals_or_by_time(exchange, monkeypatch):
     turn(exchange, 2)
-    exchange.config = FederationConfig(arrivals=1)
+    exchange.config = exchange.carrier.config = FederationConfig(arrivals=1)
     assert not exchange.finished()
     exchange.send(echo(exchange.receive()))
     assert exchange.finished()
-    exchange.config = FederationConfig(deadline_minutes=1, participations=2)
+    exchange.config = exchange.carrier.config = FederationConfig(deadline_minutes=1, participations=2)
     exchange.send(echo(exchange.receive()))
     assert not exchange.finished()
     later = time.time() + 120
@@ -770,7 +770,8 @@ def test_a_restarted_server_goes_on_where_the_journal_says(exchange, kits, tmp_p
 
 def test_each_thread_wakes_the_other(exchange, monkeypatch):
     """Nothing waits for the next look, which is a minute away here."""
-    monkeypatch.setattr(exchange_module, "POLL", 60.0)
+    for module in (carrier, exchange_module):
+        monkeypatch.setattr(module, "POLL", 60.0)
     started = time.monotonic()
     exchange.start()
     served = []
@@ -779,7 +780,7 @@ def test_each_thread_wakes_the_other(exchange, monkeypatch):
             served.append(upload.client_id)
             exchange.send(echo(upload))
     assert exchange.drain(50) == []
-    assert not exchange._thread.is_alive()
+    assert not exchange.carrier.thread.is_alive()
     assert sorted(served) == ["silo-0", "silo-1"]
     assert time.monotonic() - started < 50
 
@@ -816,7 +817,7 @@ def test_an_answer_whose_parts_do_not_come_delays_no_other_silo(exchange, monkey
 def test_a_failure_of_the_carrying_thread_is_not_silent(exchange):
     exchange.grid.get_nodes = None
     exchange.start()
-    exchange._thread.join(10)
+    exchange.carrier.thread.join(10)
     with pytest.raises(TypeError):
         exchange.finished()
 

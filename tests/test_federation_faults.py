@@ -71,7 +71,7 @@ def test_a_reply_that_is_none_is_that_silos_failure_and_the_others_are_served(ex
     exchange.on_failure = lambda *given: told.append(given)
     exchange.grid.handlers["silo-0"] = lambda message: Message(RecordDict(content), reply_to=message)
     turn(exchange, 3)
-    line = exchange._lines["silo-0"]
+    line = exchange.carrier.lines["silo-0"]
     assert line.over
     assert reason in line.note
     assert exchange.spool.of("silo-0") == []
@@ -99,10 +99,10 @@ def test_a_message_that_flower_cannot_put_together_is_its_silos_failure_too(exch
     monkeypatch.setattr(exchange.grid, "pull_messages", pulled)
     with pytest.raises(httpx.ConnectError):  # that is no fault of a silo's
         turn(exchange, 2)
-    assert not exchange._lines["silo-0"].over
+    assert not exchange.carrier.lines["silo-0"].over
     errors.pop(0)
     turn(exchange, 2)
-    assert "cannot be put together: ValueError: no such object" in exchange._lines["silo-0"].note
+    assert "cannot be put together: ValueError: no such object" in exchange.carrier.lines["silo-0"].note
     assert exchange.receive().client_id == "silo-1"
 
 
@@ -129,7 +129,7 @@ def test_an_upload_that_is_too_large_is_cut_off_and_the_next_one_taken(exchange)
     large = split([bytes(2 * most)])
     exchange.grid.handlers["silo-0"] = lambda message: Message(RecordDict(ok(message=large)), reply_to=message)
     turn(exchange, 3)
-    assert f"more than {most} bytes; no more are allowed (intake.max_bytes)" in exchange._lines["silo-0"].note
+    assert f"more than {most} bytes; no more are allowed (intake.max_bytes)" in exchange.carrier.lines["silo-0"].note
     assert [arrival.silo for arrival in exchange.spool.arrivals()] == ["silo-1"]
     assert not list(exchange.spool.folder.glob("silo-0*"))
     assert exchange.receive().client_id == "silo-1"
@@ -167,7 +167,7 @@ def test_a_full_disk_is_told_with_its_file_and_what_to_do(exchange, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(spool_module, "write_whole", full)
         exchange.start()
-        exchange._thread.join(10)
+        exchange.carrier.thread.join(10)
         with pytest.raises(RunError, match=r"silo-0-0000-up\.part: cannot be written: No space left.*make room"):
             exchange.finished()
         with pytest.raises(RunError, match="crosslm server"):
@@ -336,7 +336,7 @@ def test_a_silo_with_another_silos_key_is_told_whose_it_is(kits, silo, monkeypat
 
 
 def test_an_old_upload_is_not_taken_as_that_of_a_new_round(exchange, kits, monkeypatch):  # noqa: F811
-    exchange.config = FederationConfig(participations=2)
+    exchange.config = exchange.carrier.config = FederationConfig(participations=2)
     exchange.grid.online = ["silo-0"]
     kit = kits / "silos" / "silo-0"
     change(kit, max_participations=2)

@@ -25,6 +25,7 @@ from test_federation import federated  # noqa: F401  the fixture
 
 from crosslm.config import Config
 from crosslm.config_file import load
+from crosslm.evaluate import base_texts
 from crosslm.federation.kits import SILO_FILE, dump, read_silo
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
@@ -33,6 +34,7 @@ from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.seeding import seed_for
 from crosslm.server import Server
+from crosslm.synthesis import synthesize
 from crosslm.task import Task
 
 pytestmark = pytest.mark.federation
@@ -283,13 +285,14 @@ def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
     config = load(run.server_kit / "config.toml")
     llm = LLM.load(str(models / "gpt2"), config.llm, seed_for(config.seed, "llm"))
     method = Server(config, Task.from_config(config.task), llm, SentenceEncoder(str(models / "encoder")))
+    original = synthesize(llm, method.task, config.synthesis, base_texts(config), seed_for(config.seed, "base"))
     for arrival in arrivals:
-        download, _ = method.step(decode_upload(spool.upload(arrival)))
+        download, record = method.step(decode_upload(spool.upload(arrival)))
         assert encode(download) == b"".join(spool.download(arrival)), (
             f"{arrival.silo} got something else than from the method"
         )
         assert (run.kit(arrival.silo) / "state" / "slm" / "model.safetensors").exists()
-    closing = method.write_closing([""] * 3)
+    closing = method.for_all(original, record.pool, [""] * 3)
     for arrival in arrivals:
         download, _ = method.close(decode_upload(spool.upload(arrival)), "", closing)
         number, digest = spool.closing_of(arrival.silo)

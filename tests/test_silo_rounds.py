@@ -109,7 +109,7 @@ def test_a_round_whose_return_is_refused_is_complete(silo, federated, models):  
 def test_a_download_that_was_refused_does_not_end_the_silos_part(exchange, kits, tmp_path, monkeypatch):  # noqa: F811
     for name in ("silo-0", "silo-1"):
         change(kits / "silos" / name, max_participations=2)
-    exchange.config = exchange.config.model_copy(update={"participations": 2})
+    exchange.config = exchange.carrier.config = exchange.config.model_copy(update={"participations": 2})
     exchange.grid.online = ["silo-0"]
     turn(exchange, 2)
     upload = exchange.receive()
@@ -142,7 +142,7 @@ def test_a_refused_silo_is_told_without_figures_and_comes_again_as_in_one_proces
 ):
     for name in ("silo-0", "silo-1"):
         change(kits / "silos" / name, max_participations=2)
-    exchange.config = exchange.config.model_copy(update={"participations": 2})
+    exchange.config = exchange.carrier.config = exchange.config.model_copy(update={"participations": 2})
     exchange.grid.online = ["silo-0"]
     turn(exchange, 2)
     exchange.receive()

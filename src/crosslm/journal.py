@@ -113,14 +113,17 @@ class RunJournal:
         kept = self._last.values() if len(self._last) > 1 else ()
         return [Served(reader(name), refusal) for name, refusal in kept]
 
+    def written(self) -> tuple[SyntheticSet, SyntheticSet]:
+        """What the original LLM wrote, and the pool of the last step."""
+        return self.base_pool, self.run.synthetic(f"step-{self.server.steps:04}-pool", self.task.labels)
+
     def closing(self, pool: SyntheticSet) -> None:
         """Keep the texts that are for all who were served."""
         self._closing_kept = set()
         self.run.save_synthetic(CLOSING_POOL, self.task.labels, pool, kept=self._closing_kept)
-        self.count(pool)
 
     def not_closed(self, message: str) -> None:
-        """Somebody, or everybody, has no step 5 in the end."""
+        """Somebody has no step 5 in the end."""
         self.run.event("warning", message=message)
         self.progress.note(f"warning: {message}")
 

@@ -229,6 +229,32 @@ class RunDir:
             lines.append(json.dumps(row, ensure_ascii=False))
         self.write(f"synthetic/{name}.jsonl", "\n".join(lines) + "\n")
 
+    def synthetic(self, name: str, labels: tuple[str, ...]) -> SyntheticSet:
+        """The texts that :meth:`save_synthetic` wrote under this name.
+
+        Raises:
+            RunError: they cannot be read.
+        """
+        from crosslm.records import SyntheticSet, SyntheticText
+
+        path = self.path / "synthetic" / f"{name}.jsonl"
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            samples = [
+                SyntheticText(
+                    row["text"],
+                    labels.index(row["label"]),
+                    row["prompt"],
+                    tuple(row["prompt_ids"]),
+                    tuple(row["completion_ids"]),
+                    row["seed"],
+                )
+                for row in rows
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path}: cannot be read: {error}; put it back as it was, or run again") from error
+        return SyntheticSet(samples)
+
     def save_quarantined(self, name: str, upload: bytes, reason: str, figures: dict[str, float]) -> Path:
         """Keep an upload that may not be used, and why; gives where."""
         self.write_data(f"quarantine/{name}.safetensors", upload)

@@ -52,7 +52,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Closing:
-    """What the LLM writes when no more uploads come, and makes of it itself."""
+    """What all learn from when no more uploads come, and what the LLM makes of it."""
 
     pool: SyntheticSet
     said: Tensor | None
@@ -159,18 +159,20 @@ class Server:
         self.steps, self.taught = self.steps + 1, self.taught + bool(record.refusal)
         return self._download(slm, upload, record, fitted)
 
-    def write_closing(self, refusals: Iterable[str]) -> Closing:
-        """What the LLM writes when no more uploads come, for all SLMs that were served (``federation.closing``).
+    def for_all(self, original: SyntheticSet, latest: SyntheticSet, refusals: Iterable[str]) -> Closing:
+        """The texts for all SLMs that were served, when no more uploads come (``federation.closing``).
+
+        As many as in any pool: half of them the LLM wrote last, half before it had learned anything. The former fit
+        their labels better, the latter vary more, and both are judged by the LLM as it is now. None is written anew.
 
         Args:
-            refusals: why each of them has no say; empty for one that has.
-
-        Raises:
-            CollapseError: the LLM cannot write texts.
+            original: what the original LLM wrote.
+            latest: the pool of the last step.
+            refusals: why each of the SLMs has no say; empty for one that has.
         """
-        who, seed = "all clients", seed_for(self.config.seed, "closing")
-        pool = self._synthesize(f"{who}: texts to choose from", self.config.selection.pool, seed)
-        return Closing(pool, self._said(pool.texts, who) if self._is_asked(refusals) else None)
+        half = self.config.selection.pool // 2
+        pool = SyntheticSet(latest.samples[: self.config.selection.pool - half] + original.samples[:half])
+        return Closing(pool, self._said(pool.texts, "all clients") if self._is_asked(refusals) else None)
 
     def close(self, upload: Upload, refusal: str, closing: Closing) -> tuple[Download, StepRecord]:
         """Step 5 once more for an SLM that was served, by the LLM as it is in the end, and by all who judge.
@@ -180,7 +182,7 @@ class Server:
         Args:
             upload: the client's last one that was served.
             refusal: why it has no say; empty where it has.
-            closing: from :meth:`write_closing`.
+            closing: from :meth:`for_all`.
 
         Raises:
             UploadError: the SLM fails on a text.

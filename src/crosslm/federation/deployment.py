@@ -201,14 +201,17 @@ class Deployment:
         waiting = [arrival for arrival in last.values() if self.spool.closing_of(arrival.silo) is None]
         return list(map(of, waiting)) if len(last) > 1 else []
 
+    def written(self) -> tuple[SyntheticSet, SyntheticSet]:
+        """What the original LLM wrote, and the pool of the last step."""
+        return self.base, self.run.synthetic(f"step-{self.server.steps:04}-pool", self.task.labels)
+
     def closing(self, pool: SyntheticSet) -> None:
         """Keep the texts that are for all who were served."""
-        if not self._events_of("closing"):  # else they have been written and counted before a restart
+        if not self._events_of("closing"):  # else they have been kept before a restart, and who has learned which
             self.run.save_synthetic(CLOSING_POOL, self.task.labels, pool, kept=())
-            self._count(pool)
 
     def not_closed(self, message: str) -> None:
-        """Somebody, or everybody, has no step 5 in the end."""
+        """Somebody has no step 5 in the end."""
         self.run.event("warning", message=message)
         self._keep_events()
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from crosslm.errors import CollapseError, UploadError
+from crosslm.errors import UploadError
 from crosslm.records import Download, SyntheticSet, Upload
 from crosslm.server import Server, StepRecord
 
@@ -47,11 +47,14 @@ class Journal(Protocol):
         Of nobody where a single client was served, for nothing has been learned since.
         """
 
+    def written(self) -> tuple[SyntheticSet, SyntheticSet]:
+        """What the original LLM wrote, and the pool of the last step."""
+
     def closing(self, pool: SyntheticSet) -> None:
         """No more uploads come, and these texts are for all who were served."""
 
     def not_closed(self, message: str) -> None:
-        """Somebody, or everybody, has no step 5 in the end, and goes on with what it got at once."""
+        """Somebody has no step 5 in the end, and goes on with what it got at once."""
 
     def closed(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """A client's SLM has had step 5 once more; its download has not been sent yet."""
@@ -92,11 +95,7 @@ def close(exchange: Exchange, server: Server, journal: Journal, between: Callabl
     clients = journal.last_served()
     if not clients:
         return
-    try:
-        closing = server.write_closing(client.refusal for client in clients)
-    except CollapseError as error:  # all that was done before stays
-        journal.not_closed(f"no step 5 for all in the end, each client goes on with what it got at once: {error}")
-        return
+    closing = server.for_all(*journal.written(), (client.refusal for client in clients))
     journal.closing(closing.pool)
     for client in clients:
         between()

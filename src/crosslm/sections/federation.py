@@ -13,9 +13,10 @@ class FederationConfig(Section):
     participations: Positive = 1
     """How often each client uploads; 1 is one-shot. In one process the order is drawn from the seed."""
     closing: bool = False
-    """When no more uploads come, step 5 once more for every client that was served, by the LLM as it is in the end and
-    by all who judge, on texts that are written once for all (ours): who came first then has as much of the others as
-    who came last. Between machines a silo stays for it, with the SLM that it got at once."""
+    """When no more uploads come, step 5 once more for every client that was served (ours): who came first then has as
+    much of the others as who came last. Half of the texts the LLM wrote last, half before it had learned anything; the
+    LLM as it is in the end and all SLMs judge them. Between machines a silo stays for it, with the SLM that it got at
+    once."""
     arrivals: Positive | None = None
     """Between machines: end after so many uploads were served, whoever sent them; those that the gate gives no say
     do not count."""

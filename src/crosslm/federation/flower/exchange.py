@@ -1,60 +1,22 @@
-"""The exchange over Flower: threads that carry, and the spool that they fill and empty.
-
-Flower's grid is touched by the carrying threads alone, so uploads come in while the LLM trains. Each silo is carried
-for in a thread of its own: Flower gives an answer out before its parts have come, and who asks for it waits for these,
-for minutes where a silo's line is slow or its process has died. What Flower does not do and this does: ask again when
-a node was away or a message was lost, wait longer each time, and count a reply once however often it comes.
-"""
+"""The exchange over Flower: the spool, seen from the thread that trains; :mod:`.carrier` fills and empties it."""
 
 import logging
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from queue import SimpleQueue
-from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from crosslm import __version__
 from crosslm.config import FederationConfig
 from crosslm.errors import FederationError, UploadError
-from crosslm.federation import messages
-from crosslm.federation.flower.payload import joined, split
-from crosslm.federation.flower.replies import Answer, answer_in, pulled
+from crosslm.federation.flower.carrier import POLL, TOLD, Carrier
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
-from crosslm.federation.spool import ENDED, Arrival, Spool
+from crosslm.federation.spool import ENDED, Spool
 from crosslm.records import Download, Upload
 
-POLL = 0.5  # seconds after which each thread looks again, if the other has not woken it
-LONGEST_WAIT = 60.0  # seconds between two attempts at a silo that does not answer
-HEARTBEAT = 5.0  # seconds
-MOST_ERRORS = 5  # in a row that a silo answers with: what fails so often fails always
-TOLD = "told/"  # and silo and round: the words that stand for the reason of a refusal
 TELL_REFUSED = 120.0  # seconds at the end of a run for silos to hear that their upload was not used
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Line:
-    """What goes on with one silo: at most one open message."""
-
-    silo: str
-    open_message: str | None = None
-    kind: str = ""
-    round: int = 0
-    asked_at: float = 0.0
-    attempts: int = 0
-    errors: int = 0
-    """Attempts in a row that ended with an error at the silo which its application did not foresee."""
-    not_before: float = 0.0
-    over: bool = False
-    """It refused to train: it is not asked again."""
-    note: str = ""
 
 
 @dataclass
@@ -69,31 +31,16 @@ class FlowerExchange:
     intake: Intake
     on_failure: Callable[[str, str], None] = lambda *_: None
     """Told in the thread that trains of a silo that is asked for no more, and why."""
-    _failed: "SimpleQueue[tuple[str, str]]" = field(init=False, default_factory=SimpleQueue)
-    _lines: dict[str, _Line] = field(init=False)
-    _stop: threading.Event = field(init=False, default_factory=threading.Event)
-    _carried: threading.Event = field(init=False, default_factory=threading.Event)
-    """Something was carried: who waits for an upload or a delivery looks."""
-    _to_carry: threading.Event = field(init=False, default_factory=threading.Event)
-    """There is something to carry."""
-    _failure: BaseException | None = field(init=False, default=None)
-    _thread: threading.Thread = field(init=False)
-    _beat: float = field(init=False, default=0.0)
-    _has_ended: bool = field(init=False, default=False)
-    """No upload is asked for any more."""
+    carrier: Carrier = field(init=False)
 
     def __post_init__(self) -> None:
-        self._lines = {silo: _Line(silo) for silo in self.silos}
-        self._has_ended = self.spool.fact(ENDED) is not None
-        if self.spool.fact("started") is None:
-            self.spool.note("started", str(time.time()))
-        self._thread = threading.Thread(target=self._carry, name="carrier", daemon=True)
+        most = self.intake.bounds.max_bytes
+        self.carrier = Carrier(self.grid, self.spool, self.experiment, self.silos, self.config, most)
+        self.carrier.has_ended = self.spool.fact(ENDED) is not None
 
     def start(self) -> None:
         """Begin to carry."""
-        self._thread.start()
-
-    # -- the exchange, called from the thread that trains ------------------------------------
+        self.carrier.thread.start()
 
     def receive(self) -> Upload | None:
         """The upload that has waited longest; None when nobody waits, after a short while.
@@ -123,7 +70,7 @@ class FlowerExchange:
         """Put a download into the spool; it is brought to its silo from there."""
         keep = self.spool.close_silo if closing else self.spool.serve
         keep(download.client_id, download.client_round, encode(download))
-        self._to_carry.set()
+        self.carrier.to_carry.set()
 
     def refuse(self, silo: str, number: int, error: Exception) -> None:
         """An upload cannot be used: its silo is told, and is asked for its next one as any other."""
@@ -131,22 +78,23 @@ class FlowerExchange:
         if isinstance(error, UploadError) and error.told:
             self.spool.note(f"{TOLD}{silo}/{number}", error.told)
         self.spool.refuse(silo, number, str(error))
-        self._to_carry.set()
+        self.carrier.to_carry.set()
 
     def finished(self) -> bool:
         """Whether no upload is to be served any more."""
         self._look_at_carrier()
-        self._has_ended = self.spool.fact(ENDED) is not None or self._ends()
-        if self._has_ended and self.config.closing:  # for a server that is started again: some have been closed
+        has_ended = self.spool.fact(ENDED) is not None or self._ends()
+        if has_ended and self.config.closing:  # for a server that is started again: some have been closed
             self.spool.note(ENDED, str(time.time()))
-        return self._has_ended
+        self.carrier.has_ended = has_ended
+        return has_ended
 
     def _ends(self) -> bool:
         if self.config.arrivals is not None and self.spool.counted() >= self.config.arrivals:
             return True
         if any(arrival.state in ("received", "processing") for arrival in self.spool.arrivals()):
             return False
-        return self._too_late() or all(self._is_done(line) for line in self._lines.values())
+        return self.carrier.is_over()
 
     def drain(self, seconds: float) -> list[str]:
         """Wait until all downloads are delivered, at most so long; then stop carrying.
@@ -159,206 +107,21 @@ class FlowerExchange:
             self._look_at_carrier()
             self._wait()
         end = time.time() + TELL_REFUSED
-        while time.time() < end and self._untold():
+        while time.time() < end and self.carrier.untold():
             self._look_at_carrier()
             self._wait()
-        self._stop.set()
-        self._to_carry.set()
-        self._thread.join(timeout=30)
+        self.carrier.stop()
         return self._owed()
 
     def _wait(self) -> None:
-        self._carried.wait(POLL)
-        self._carried.clear()
-
-    # -- the carrying threads ----------------------------------------------------------------
-
-    def _carry(self) -> None:
-        moves: dict[str, Future[bool]] = {}
-        try:
-            while not self._stop.is_set():
-                online = self._online()
-                for line in self._lines.values():
-                    if line.silo not in moves:  # else one that waits for its silo
-                        moves[line.silo] = self._begin(line, online)
-                wait(moves.values(), timeout=POLL)
-                ended = [silo for silo, move in moves.items() if move.done()]
-                results = [moves.pop(silo).result() for silo in ended]
-                if time.time() - self._beat > HEARTBEAT:
-                    self._beat = time.time()
-                    self.spool.note("alive", str(self._beat))
-                if any(results):
-                    self._carried.set()
-                    continue
-                self._to_carry.wait(POLL)
-                self._to_carry.clear()
-            wait(moves.values(), timeout=POLL)
-        except BaseException as error:  # noqa: BLE001  raised again in the thread that trains
-            self._failure = error
-
-    def _begin(self, line: _Line, online: dict[str, int]) -> Future[bool]:
-        """Do what can be done for one silo, in a thread that this process does not wait for when it ends."""
-        move: Future[bool] = Future()
-
-        def run() -> None:
-            try:
-                move.set_result(self._move(line, online))
-            except BaseException as error:  # noqa: BLE001  raised again where the result is looked at
-                move.set_exception(error)
-
-        threading.Thread(target=run, name=f"carrier of {line.silo}", daemon=True).start()
-        return move
-
-    def _online(self) -> dict[str, int]:
-        """Node ids of the silos that are connected. A silo is known by its key's name, given by the server."""
-        nodes: Any = self.grid.get_nodes()
-        return {node.name: node.node_id for node in nodes}
-
-    def _move(self, line: _Line, online: dict[str, int]) -> bool:
-        """Do what can be done for one silo now; whether something was done."""
-        if line.open_message is not None:
-            return self._look_for_reply(line)
-        if time.time() < line.not_before or line.silo not in online:
-            return False
-        task = self._task(line)  # reads a download, which may be large: only when it can be sent
-        if task is None:
-            return False
-        kind, number, content = task
-        message = Message(content, online[line.silo], f"train.{kind}", ttl=self.config.reply_minutes * 60)
-        ids = list(self.grid.push_messages([message]))
-        if not ids or not ids[0]:
-            self._later(line, "the message could not be sent")
-            return False
-        line.open_message, line.kind, line.round, line.asked_at = ids[0], kind, number, time.time()
-        line.note = f"{kind} of round {number} asked for"
-        self._write_line(line)
-        return True
-
-    def _task(self, line: _Line) -> tuple[str, int, RecordDict] | None:
-        """What to ask of a silo next: its upload, to install its download, or nothing for now."""
-        mine = self.spool.of(line.silo)
-        owed = next((arrival for arrival in mine if arrival.state == "served"), None)
-        if owed is not None:
-            content = self._request(owed.round)
-            content["message"] = split(self.spool.download(owed))
-            return "install", owed.round, content
-        untold = next((arrival for arrival in self._untold() if arrival.silo == line.silo), None)
-        if untold is not None:
-            return "not_used", untold.round, self._request(untold.round, reason=self._told_of(untold))
-        closing = self.spool.closing_of(line.silo)
-        if closing is not None and self.spool.owes_closing(line.silo):
-            content = self._request(closing[0])
-            content["message"] = split(self.spool.closing_download(line.silo, closing[1]))
-            return "closing", closing[0], content
-        if self._has_ended or line.over or any(arrival.state in ("received", "processing") for arrival in mine):
-            return None
-        if len(mine) >= self.config.participations or self._too_late():
-            return None
-        return "upload", len(mine), self._request(len(mine))
-
-    def _request(self, number: int, reason: str = "") -> RecordDict:
-        fields = {"experiment": self.experiment, "round": number, "version": messages.VERSION, "crosslm": __version__}
-        return RecordDict({"request": ConfigRecord({**fields, "reason": reason} if reason else fields)})
-
-    def _look_for_reply(self, line: _Line) -> bool:
-        try:
-            reply = pulled(self.grid, str(line.open_message))
-            if reply is None:
-                if time.time() - line.asked_at > self.config.reply_minutes * 60:
-                    self._later(line, "no answer in time")
-                return False
-            if reply.has_error() and not self._has_failed(line, reply.error):
-                self._later(line, f"{reply.error.code} {reply.error.reason}"[:200])
-                return True
-            if not reply.has_error():
-                self._take(line, answer_in(reply, line.kind))
-        except UploadError as error:
-            self._fail(line, "failed", str(error))
-        line.open_message, line.attempts, line.errors = None, 0, 0
-        self._write_line(line)
-        return True
-
-    def _has_failed(self, line: _Line, error: Error) -> bool:
-        """Whether a silo has answered with an error of its own so often that it is asked no more."""
-        if error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
-            line.errors += 1
-        if line.errors < MOST_ERRORS:
-            return False
-        self._fail(line, "failed", f"{error.reason}"[:200] + f"; {line.errors} times")
-        return True
-
-    def _take(self, line: _Line, answer: Answer) -> None:
-        if answer.refusal is not None:
-            self._fail(line, "refused", answer.refusal)
-        elif answer.message is not None and line.kind == "upload":
-            self._received(line, answer.message)
-        elif line.kind == "not_used":
-            self.spool.told(line.silo, line.round)
-        else:
-            note = "" if answer.accepted else "the silo keeps the SLM it had: worse on its held-out rows"
-            self._taken(line, note)
-
-    def _taken(self, line: _Line, note: str) -> None:
-        """A silo has answered to a download, whatever it did with it."""
-        if line.kind == "closing":
-            self.spool.closed(line.silo, note or "delivered")
-        else:
-            self.spool.delivered(line.silo, line.round, note)
-
-    def _received(self, line: _Line, message: ArrayRecord) -> None:
-        try:
-            new = self.spool.put(line.silo, line.round, joined(message, self.intake.bounds.max_bytes))
-            line.note = "upload received" if new else "upload received again"
-        except FederationError as error:
-            logger.error("%s", error)
-            line.note = str(error)
-
-    def _fail(self, line: _Line, how: str, reason: str) -> None:
-        """A silo has refused, or what it answers cannot be used: the others go on.
-
-        One that has refused what came back may still send its next upload.
-        """
-        line.over = line.over or how == "failed" or line.kind == "upload"
-        line.note = f"{how} {line.kind}: {reason}"
-        logger.error("silo %s, round %d: %s", line.silo, line.round, line.note)
-        self._failed.put((line.silo, f"round {line.round}: {line.note}"))
-        if line.kind in ("install", "closing"):  # or it would be owed for ever
-            self._taken(line, f"the silo did not take it: {reason}")
-        if line.kind == "not_used":
-            self.spool.told(line.silo, line.round)
-
-    def _later(self, line: _Line, why: str) -> None:
-        line.attempts += 1
-        wait = min(LONGEST_WAIT, 2.0 ** min(line.attempts, 10))
-        line.open_message, line.not_before, line.note = None, time.time() + wait, f"{why}; asked again in {wait:.0f} s"
-        logger.warning("silo %s: %s", line.silo, line.note)
-        self._write_line(line)
-
-    def _write_line(self, line: _Line) -> None:
-        self.spool.note(f"silo/{line.silo}", f"{time.time():.0f} {line.note}")
-
-    # -- state -------------------------------------------------------------------------------
+        self.carrier.carried.wait(POLL)
+        self.carrier.carried.clear()
 
     def _owed(self) -> list[str]:
         return self.spool.not_delivered(self.silos)
 
-    def _untold(self) -> list[Arrival]:
-        arrivals = self.spool.arrivals()
-        return [arrival for arrival in arrivals if arrival.state == "refused" and arrival.delivered_at is None]
-
-    def _told_of(self, refused: Arrival) -> str:
-        """What a silo is told of its upload."""
-        return self.spool.fact(f"{TOLD}{refused.silo}/{refused.round}") or refused.note
-
-    def _is_done(self, line: _Line) -> bool:
-        return line.over or len(self.spool.of(line.silo)) >= self.config.participations
-
-    def _too_late(self) -> bool:
-        minutes = self.config.deadline_minutes
-        return minutes is not None and time.time() > float(str(self.spool.fact("started"))) + minutes * 60
-
     def _look_at_carrier(self) -> None:
-        while not self._failed.empty():
-            self.on_failure(*self._failed.get())
-        if self._failure is not None:
-            raise self._failure
+        while not self.carrier.failed.empty():
+            self.on_failure(*self.carrier.failed.get())
+        if self.carrier.failure is not None:
+            raise self.carrier.failure
