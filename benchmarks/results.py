@@ -164,11 +164,11 @@ def closing_section(runs: dict[str, dict]) -> list[str]:
 def texts_section(results: list[dict]) -> list[str]:
     """What benchmarks/step_5_texts.py measured."""
     lines = [
-        "## Which texts step 5 learns from",
+        "## Which texts step 5 learns from, and how long",
         "",
         "In the end of a run under preset recommended, on validation rows; each upload is trained once on each kind of "
-        "texts (`benchmarks/step_5_texts.py`). All classifiers judge, with the LLM that is named. *Both* is twice as "
-        "many texts, and steps, as each of the others.",
+        "texts, in each way that is named (`benchmarks/step_5_texts.py`). All classifiers judge, with the LLM that is "
+        "named. The texts are as many in every row; half of each is what `federation.closing` does in the end.",
         "",
     ]
     for result in results:

@@ -1,19 +1,19 @@
-"""Which texts should step 5 learn from: those of the trained LLM, or the original's, judged by the trained one?
+"""Which texts should step 5 learn from, and how long? Those of the trained LLM, the original's, or both?
 
-    python benchmarks/step_5_texts.py RUN [--pool 768]    # of `crosslm run TASK --set data.test=validation.csv`
+    python benchmarks/step_5_texts.py RUN    # of `crosslm run TASK --set data.test=validation.csv`
+    python benchmarks/step_5_texts.py RUN --training 3,1e-4,16 --training 9,1e-4,16    # epochs, learning rate, batch
 
 From the last checkpoint of a run under preset recommended: all uploads, and the LLM as it is in the end, beside the
-original. Each upload is trained once on each of
+original. Each upload is trained once, in each of the ways that are named, on each of
 
 - Data-free KD: the original LLM's texts, judged by the SLMs and the original LLM;
 - the trained LLM's texts, judged by the SLMs and the trained LLM;
 - the original's texts, judged by the SLMs and the trained LLM;
-- both pools, judged by the SLMs and the trained LLM: half of each (step 5 in the end, ``federation.closing``), and all
-  (twice as many steps).
+- half of each, judged by the SLMs and the trained LLM: step 5 in the end (``federation.closing``).
 
 All SLMs judge, as they do in the end. Said of each pool: how often its judges find the label that the run's independent
-judge finds. Written to benchmarks/results/step-5-texts-TASK.json; what the LLM wrote and said is kept in
-RUN/step-5-texts, so that the same command goes on where it was stopped.
+judge finds. Written to benchmarks/results/step-5-texts-TASK.json when all is done; what the LLM wrote and said and each
+figure is kept in RUN/step-5-texts, so that the same command goes on where it was stopped.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,7 @@ from crosslm import snapshot
 from crosslm.checkpoint import Checkpoints
 from crosslm.classification import class_probabilities
 from crosslm.client import Client
+from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.enhancement import pool_rewards, select, soft_labels, train_on_synthetic
 from crosslm.federation.messages import decode_upload
@@ -49,6 +51,36 @@ from crosslm.seeding import seed_for
 from crosslm.server import Server, receive_slm
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
+
+VARIANTS = {
+    "Data-free KD": [("original", "original", 1.0)],
+    "the trained LLM's texts": [("trained", "trained", 1.0)],
+    "the original's, judged by the trained": [("original", "trained", 1.0)],
+    "half of each, judged by the trained": [("trained", "trained", 0.5), ("original", "trained", 0.5)],
+}
+"""Pool, whose LLM judges it, and how much of it."""
+
+
+class Training(NamedTuple):
+    """How step 5 trains (``slm.synthetic``)."""
+
+    epochs: int
+    learning_rate: float
+    batch_size: int
+
+    @classmethod
+    def read(cls, given: str) -> "Training":
+        """``EPOCHS,LEARNING_RATE,BATCH_SIZE``."""
+        epochs, rate, size = given.split(",")
+        return cls(int(epochs), float(rate), int(size))
+
+    def __str__(self) -> str:
+        return f"{self.epochs} epochs in batches of {self.batch_size}, {self.learning_rate:g}"
+
+    def of(self, config: Config) -> Config:
+        """A configuration with it."""
+        synthetic = config.slm.synthetic.model_copy(update=self._asdict())
+        return config.model_copy(update={"slm": config.slm.model_copy(update={"synthetic": synthetic})})
 
 
 class Study:
@@ -129,18 +161,30 @@ class Study:
             sys.exit("step 5 of this run has no soft labels; give one of preset recommended")
         return targets
 
-    def learned(self, upload: Upload, parts: list[tuple[str, str, int]]) -> float:
-        """Accuracy of an upload that has learned from so many texts of each pool, judged by one LLM or the other."""
+    def accuracy(self, upload: Upload, texts: str, training: Training) -> float:
+        """Of an upload that has learned from a variant's texts, in one way; kept."""
+        path = self.work / f"learned-{self.pool}.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        key = f"{upload.client_id}: {texts}: {training}"
+        if key not in known:
+            known[key] = self._learned(upload, VARIANTS[texts], training)
+            path.write_text(json.dumps(known, indent=1))
+            print(f"{key}: {known[key]:.3f}", flush=True)
+        return float(known[key])
+
+    def _learned(self, upload: Upload, parts: list[tuple[str, str, float]], training: Training) -> float:
         samples, targets, said, judged = [], [], [], []
-        for pool, llm, count in parts:
+        for pool, llm, share in parts:
+            count = round(share * self.pool)
             samples += self.pools[pool].samples[:count]
             targets.append(self._targets(pool, llm)[:count])
             said.append(self.said[pool][llm][:count])
             judged.append(self.judged[pool][:count])
-        texts, slm = SyntheticSet(samples), receive_slm(upload, self.task, self.config)
+        config = training.of(self.config)
+        texts, slm = SyntheticSet(samples), receive_slm(upload, self.task, config)
         rewards = pool_rewards(texts, torch.cat(judged), torch.cat(said))
-        _, kept = select(texts, rewards, self.server.encoder, self.config.selection, torch.cat(said))
-        train_on_synthetic(slm, texts, kept, torch.cat(targets), upload, self.config, Progress(), upload.client_id)
+        _, kept = select(texts, rewards, self.server.encoder, config.selection, torch.cat(said))
+        train_on_synthetic(slm, texts, kept, torch.cat(targets), upload, config, Progress(), upload.client_id)
         return slm.accuracy(self.tests[upload.client_id])
 
 
@@ -149,24 +193,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--pool", type=int, default=768, help="texts of each LLM")
+    parser.add_argument("--training", action="append", type=Training.read, help="EPOCHS,LEARNING_RATE,BATCH_SIZE")
     arguments = parser.parse_args()
     quiet_libraries()
     study = Study(arguments.run, arguments.pool)
-    whole, half = arguments.pool, arguments.pool // 2
-    variants = {
-        "Data-free KD": [("original", "original", whole)],
-        "the trained LLM's texts": [("trained", "trained", whole)],
-        "the original's, judged by the trained": [("original", "trained", whole)],
-        "half of each, judged by the trained": [("trained", "trained", half), ("original", "trained", half)],
-        "both, judged by the trained": [("trained", "trained", whole), ("original", "trained", whole)],
-    }
+    synthetic = study.config.slm.synthetic
+    trainings = arguments.training or [Training(synthetic.epochs, float(synthetic.learning_rate), synthetic.batch_size)]
     figures = {
         **provenance(),
         "task": study.config.name,
         "seed": study.config.seed,
         "test": study.config.data.test,
         "rows": len(next(iter(study.tests.values()))),
-        "pool": whole,
+        "pool": arguments.pool,
         "agreement": {
             "the original's texts, by the original": study.agreement("original", "original"),
             "the original's texts, by the trained": study.agreement("original", "trained"),
@@ -175,10 +214,10 @@ def main() -> None:
         "clients": {},
     }
     for upload in study.uploads:
-        before = receive_slm(upload, study.task, study.config).accuracy(study.tests[upload.client_id])
-        row = {"Standalone": before} | {name: study.learned(upload, parts) for name, parts in variants.items()}
+        row = {"Standalone": receive_slm(upload, study.task, study.config).accuracy(study.tests[upload.client_id])}
+        for training in trainings:
+            row |= {f"{name}; {training}": study.accuracy(upload, name, training) for name in VARIANTS}
         figures["clients"][upload.client_id] = row
-        print(upload.client_id, json.dumps(row), flush=True)
     keep(f"step-5-texts-{study.config.name}", figures)
 
 

@@ -75,7 +75,7 @@ def run_local(
         StoppedError: it was asked to stop; everything done so far is kept.
     """
     given, config = config, config.model_copy(update={"device": resolve_device(config.device)})
-    progress = Progress(display)
+    progress, started = Progress(display), time.perf_counter()
     goes_on = resume and (output / CONFIG).is_file()
     if goes_on:
         RunDir(output).check_in_one_process("gone on with by crosslm run")
@@ -96,7 +96,7 @@ def run_local(
         run.note_session("resume" if goes_on else "start")
         try:
             with tracked(run, given, progress.note):
-                return _Run(config, prepared, loaded, run, progress, stop_requested).execute()
+                return _Run(config, prepared, loaded, run, progress, stop_requested, started).execute()
         except BaseException as error:  # Ctrl-C too: who follows the run must know
             run.event("end", error=f"{type(error).__name__}: {error}")
             raise
@@ -113,6 +113,7 @@ class _Run:
         run: RunDir,
         progress: Progress,
         stop_requested: Callable[[], bool],
+        started: float,
     ) -> None:
         self.config, self.split, self.specs = config, prepared.split, prepared.specs
         self.loaded, self.llm, self.public = loaded, loaded.llm, prepared.public
@@ -121,7 +122,7 @@ class _Run:
         self.task = Task.from_config(config.task)
         rows = evaluate.nlu_rows(config, self.split.test)
         self.meter = LLMMeter(run, config, self.task, progress, rows, prepared.perplexity_text)
-        self._started = time.perf_counter()
+        self._started = started  # before the data and the models were loaded
         self._clients: dict[str, dict[str, Any]] = {}  # rounds and the name of the kept SLM, of those that arrived
 
     def execute(self) -> dict[str, Any]:
