@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from crosslm.config import Config
+from crosslm.experiment import run_local
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -81,3 +84,37 @@ def test_kept_figures_are_not_overwritten_by_fewer(monkeypatch, tmp_path, capsys
     assert json.loads((tmp_path / "performance-update.json").read_text())["ratio"] == 1.0
     measure.finish("update", {"ratio": 3.0, "ratio_vs_trl": 4.0, "more": 5.0}, options)
     assert json.loads((tmp_path / "performance-update.json").read_text())["more"] == 5.0
+
+
+def test_which_texts_step_5_learns_from_is_measured_and_gone_on_with(settings, tmp_path, monkeypatch):
+    study = loaded("step_5_texts", monkeypatch)
+    settings |= {"preset": "recommended", "acceptance": {"enabled": False}}
+    settings["reward"] = {"teachers": 2}
+    run_local(Config.model_validate(settings), tmp_path / "run", tmp_path)
+    kept, learned, learn = [], [], study.Study._learned
+
+    def counted(self, upload, parts, training):
+        learned.append((upload.client_id, training.epochs))
+        if len(learned) == 6:
+            raise KeyboardInterrupt
+        return learn(self, upload, parts, training)
+
+    monkeypatch.setattr(study, "keep", lambda name, figures: kept.append((name, figures)))
+    monkeypatch.setattr(study.Study, "_learned", counted)
+    trainings = ["--training", "1,1e-3,8", "--training", "2,1e-3,4"]
+    monkeypatch.setattr(sys, "argv", ["step_5_texts.py", str(tmp_path / "run"), "--pool", "12", *trainings])
+    with pytest.raises(KeyboardInterrupt):
+        study.main()
+    assert not kept
+    study.main()
+    assert len(learned) == 6 + 16 - 5  # two clients, four kinds of texts, two trainings; five were done
+    ((name, figures),) = kept
+    assert name == "step-5-texts-tiny"
+    assert {"commit", "machine", "seed", "agreement"} <= set(figures)
+    for row in figures["clients"].values():
+        assert len(row) == 9
+        assert all(0 <= value <= 1 for value in row.values())
+    results = loaded("results", monkeypatch)
+    assert "half of each, judged by the trained; 2 epochs in batches of 4, 0.001" in "\n".join(
+        results.texts_section([figures])
+    )
