@@ -50,6 +50,23 @@ def test_an_error_names_where_the_value_came_from(write):
     assert any(line.startswith(f"{path}: unknown key llm.zzz; ") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lmm.samples=3", r"^\S+own.toml with --set lmm.samples=3: unknown key lmm; did you mean 'slm'\?"),
+        ('task.verbalizer.good=""', r"^\S+own.toml with --set task.verbalizer.good=\"\": task"),
+        (
+            "clients=[{id='a', train='x'}]",
+            r"^\S+own.toml with --set clients=.*: the configuration: give either data.train",
+        ),
+        ("tracking=wandb", r'^--set tracking=wandb: tracking: must be a list, like \["wandb"\], found \'wandb\''),
+    ],
+)
+def test_an_override_that_makes_a_table_wrong_is_named_beside_the_file(write, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load(write(), (override,))
+
+
 def test_what_is_dumped_loads_as_the_same_configuration(write, tmp_path):
     config = load(write())
     again = tmp_path / "again.toml"

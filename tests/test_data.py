@@ -10,8 +10,10 @@ from pydantic import ValidationError
 
 from crosslm.config import Config, DataConfig
 from crosslm.config_file import load
-from crosslm.data import balanced_sample, dirichlet_split, load_examples, load_split
+from crosslm.data import balanced_sample, dirichlet_split, load_examples, load_split, readable_lines
+from crosslm.data import test_rows as rows_to_test
 from crosslm.errors import DataError
+from crosslm.preparation import public_texts
 from crosslm.records import Examples
 
 LABELS = ("bad", "good")
@@ -72,6 +74,16 @@ def test_rows_without_text_or_not_utf8_are_left_out_counted_and_named(tmp_path, 
             r"x.csv: row 1 has the label 'fair'; the task's labels are \['bad', 'good'\]",
         ),
         ("x.jsonl", '{"text": "a"}\n', r"x.jsonl: row 1 has no column 'label'; its columns are: text"),
+        (
+            "x.csv",
+            "text;label\na;good\n",
+            r"x.csv: no column 'text'; its columns are: text;label; separate fields by comm",
+        ),
+        ("x.csv", "body,label\na,good\n", r"its columns are: body, label; name yours in data.text_column"),
+        ("x.jsonl", '{"text": "a", "class": 1}\n', r"columns are: text, class; name yours in data.label_column"),
+        ("x.csv", "label,text\ngood,Hello, world\n", r"x.csv: line 2 has more fields than the header; put texts with"),
+        ("x.csv", "text,label\na,good\nb\n", r"x.csv: row 2 has a text and no label: are there too few fields, or"),
+        ("x.jsonl", '{"text": "a", "label": null}\n', r"x.jsonl: row 1 has a text and no label"),
         ("x.jsonl", "{text}\n", r"x.jsonl: line 1 is not JSON"),
         ("x.jsonl", "[1]\n", r"x.jsonl: line 1 must be an object"),
         ("x.txt", "a", r"x.txt: must be .csv"),
@@ -86,8 +98,14 @@ def test_what_is_wrong_is_named_with_file_and_row(tmp_path, data, name, content,
 
 
 def test_a_missing_file_says_where_to_set_the_folder(data):
-    with pytest.raises(DataError, match=r"none\.csv: no such file; set data.dir or --data-dir"):
+    with pytest.raises(DataError, match=r"none\.csv: no such file; set data.dir or --data-dir .* name another file"):
         load_examples("none.csv", data, LABELS)
+
+
+def test_a_home_that_is_not_there_is_a_folder_that_is_not_there(data):
+    elsewhere = data.model_copy(update={"dir": "~nobody-of-this-name/x"})
+    with pytest.raises(DataError, match=r"no such file; set data\.dir"):
+        load_examples("none.csv", elsewhere, LABELS)
 
 
 def test_a_hub_dataset_by_the_same_way_from_a_local_folder(tmp_path, data):
@@ -214,6 +232,21 @@ def test_an_empty_silo_is_refused_and_one_of_a_single_class_warned_of(settings, 
     (data_folder / "one.csv").write_text("text,label\n")
     with pytest.raises(DataError, match="client a: no usable training rows"):
         load_split(Config.model_validate(settings))
+    settings["clients"] = [{"id": "a", "train": "train.csv", "test": "one.csv"}]
+    with pytest.raises(DataError, match=r"client a: one.csv: no usable test rows"):
+        load_split(Config.model_validate(settings))
+
+
+def test_rows_and_lines_that_are_left_out_are_told_of_every_file(settings, data_folder):
+    told = []
+    (data_folder / "some.csv").write_bytes(b"text,label\nfine,good\ncaf\xe9,bad\n")
+    settings["gate"] = {"public_texts": "some.csv"}
+    settings["data"]["test"] = "some.csv"
+    config = Config.model_validate(settings)
+    assert len(public_texts(config, told.append)) == len(rows_to_test(config, told.append)) == 1
+    assert [line.split("/")[-1] for line in told] == ["some.csv: 1 row (2) left out: not UTF-8"] * 2
+    assert readable_lines(data_folder / "some.csv", told.append) == ["text,label", "fine,good"]
+    assert told[-1].endswith("some.csv: 1 of 3 lines left out: not UTF-8")
 
 
 def test_too_few_rows_for_judge_and_clients_names_the_field(config):

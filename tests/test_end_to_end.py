@@ -263,7 +263,12 @@ def test_a_folder_that_is_no_run_ends_with_code_2(command, tmp_path, name):
     (tmp_path / "config.toml").write_text("")
     code, _, err = command(name, tmp_path)
     assert code == 2
-    assert "the run is not complete" in err
+    again = f"crosslm run {tmp_path}/config.toml --output {tmp_path} --resume"
+    assert f"the run is not complete (it has no summary.json); go on with it: {again}" in err
+    with RunDir(tmp_path).locked():
+        assert f"it is at work: crosslm watch {tmp_path}" in command(name, tmp_path)[2]
+        (tmp_path / "config.toml").unlink()
+        assert "its run has not begun yet, models are being loaded; try again" in command(name, tmp_path)[2]
 
 
 @pytest.mark.parametrize("name", ["run", "demo", "evaluate", "report", "audit"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_llm
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.errors import ConfigError, ModelError
@@ -322,3 +322,9 @@ def test_a_head_that_is_not_a_plain_matrix_is_refused(models):
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(ModelError, match="cannot be loaded"):
         LLM.load(str(tmp_path), LLMConfig(model="nothing"), 0)
+
+
+def test_a_model_that_reads_pictures_is_refused_before_it_is_loaded(tmp_path):
+    Gemma3Config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"reads pictures too, which crosslm does not support; choose a model of text"):
+        LLM.load(str(tmp_path), LLMConfig(model=str(tmp_path)), 0)

@@ -6,6 +6,7 @@ import pytest
 import tomli_w
 from test_end_to_end import command  # noqa: F401
 
+from crosslm import llm_cache
 from crosslm.config import Config, merged
 from crosslm.errors import RunError
 from crosslm.experiment import run_local
@@ -75,6 +76,12 @@ def test_what_the_llm_would_do_otherwise_is_done(settings, tmp_path, change):
     found = run(other, tmp_path, "other", llm_cache=tmp_path / "llm")
     assert found["llm_cache"]["made"] > 0
     assert figures(found) == figures(run(other, tmp_path, "without"))
+
+
+def test_with_another_library_all_is_done_anew(settings, tmp_path, monkeypatch):
+    first = run(settings, tmp_path, "first", llm_cache=tmp_path / "llm")["llm_cache"]
+    monkeypatch.setattr(llm_cache, "versions", lambda: {"transformers": "6.0"})
+    assert run(settings, tmp_path, "second", llm_cache=tmp_path / "llm")["llm_cache"] == first
 
 
 def test_a_damaged_result_is_named(settings, tmp_path):

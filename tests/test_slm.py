@@ -160,6 +160,18 @@ def test_a_folder_that_is_no_classifier_is_refused(tmp_path):
         SLM.load(str(tmp_path), LABELS, 32, 0)
 
 
+def test_a_classifier_of_the_tasks_labels_keeps_what_each_output_means(models, tmp_path, caplog):
+    one = SLM.load(str(models / "bert"), ("good", "Bad"), 32, 0)
+    one.save(str(tmp_path))
+    other = SLM.load(str(tmp_path), ("bad", "good"), 32, 1)
+    assert other.labels == ("bad", "good")
+    assert other.to_state().labels == ("good", "bad")
+    torch.testing.assert_close(other.predict_proba(["a good film"])[:, [1, 0]], one.predict_proba(["a good film"]))
+    assert not caplog.records
+    SLM.load(str(tmp_path), ("cold", "warm"), 32, 1)
+    assert "calls its labels ['good', 'Bad'], which are taken for ['cold', 'warm'], in this order" in caplog.text
+
+
 def test_a_new_head_follows_the_seed_and_a_body_that_does_not_fit_is_refused(models, tmp_path):
     three = SLM.load(str(models / "bert"), ("a", "b", "c"), 32, 0)
     three.save(str(tmp_path))

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from crosslm.config import Config, merged
 from crosslm.errors import ConfigError
+from crosslm.files import expanded
 
 
 def packaged() -> dict[str, Path]:
@@ -51,9 +52,9 @@ def load(
     for override in overrides:
         _set(given, override)
     if data_dir is not None:
-        given = merged(given, {"data": {"dir": str(Path(data_dir).expanduser().absolute())}})
+        given = merged(given, {"data": {"dir": str(expanded(data_dir).absolute())}})
     elif isinstance(given.get("data"), dict):
-        folder = Path(str(given["data"].get("dir", "."))).expanduser()
+        folder = expanded(str(given["data"].get("dir", ".")))
         given["data"]["dir"] = str((path.parent / folder).absolute())
     try:
         return Config.model_validate(given)
@@ -81,12 +82,15 @@ def _set(given: dict[str, Any], override: str) -> None:
 
 
 def _origin(path: Path, entry: Any, overrides: tuple[str, ...]) -> str:
-    """Where a value came from: the last override of its key or of a table around it, or else the file."""
+    """Where a value came from: the last override of its key, of a table around it or in it, or else the file."""
     key = ".".join(str(part) for part in entry["loc"])
     for override in reversed(overrides):
         name = override.partition("=")[0].strip()
         if key == name or key.startswith(f"{name}."):
             return f"--set {override}"
+    for override in reversed(overrides):
+        if override.partition("=")[0].strip().startswith(f"{key}." if key else ""):
+            return f"{path} with --set {override}"
     return str(path)
 
 
@@ -104,6 +108,8 @@ def _explain(path: str, entry: Any) -> str:
         allowed = [word.strip(" '") for word in entry["ctx"]["expected"].replace(" or ", ", ").split(",")]
         near = difflib.get_close_matches(str(entry["input"]), allowed, n=1, cutoff=0.5)
         message += f"; did you mean {near[0]!r}?" if near else ""
+    if entry["type"] in ("tuple_type", "list_type"):
+        message = f'must be a list, like ["{entry["input"]}"]' if isinstance(entry["input"], str) else "must be a list"
     found = "" if isinstance(entry["input"], dict) else f", found {entry['input']!r}"
     return f"{path}: {key}: {message}{found}"
 

@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from crosslm.config import Config, DataConfig
 from crosslm.config_file import packaged
 from crosslm.errors import DataError
+from crosslm.files import expanded
 from crosslm.hub import HUB, hub_rows
 from crosslm.records import Examples
 from crosslm.seeding import seed_for
@@ -107,11 +108,16 @@ def load_split(config: Config) -> Split:
             )
     if not len(test):
         raise DataError(f"{data.test}: no usable test rows; put labelled text into it")
+    for client in config.clients:
+        if not len(tests[client.id]):
+            raise DataError(f"client {client.id}: {client.test}: no usable test rows; put labelled text into it")
     return Split(private, tests, test, judge, warnings)
 
 
-def test_rows(config: Config) -> Examples | None:
+def test_rows(config: Config, warn: Callable[[str], None]) -> Examples | None:
     """The rows of ``data.test`` as every seed of a run has them; None if the file is not there.
+
+    ``warn`` is told of rows that were left out.
 
     Raises:
         DataError: it is there and cannot be used.
@@ -119,8 +125,10 @@ def test_rows(config: Config) -> Examples | None:
     data, labels = config.data, config.task.labels
     if not is_there(str(data.test), data):
         return None
-    rows = load_examples(str(data.test), data, labels).examples
-    return balanced_sample(rows, data.test_rows, len(labels), seed_for(0, "test"))
+    loaded = load_examples(str(data.test), data, labels)
+    for line in loaded.warnings():
+        warn(line)
+    return balanced_sample(loaded.examples, data.test_rows, len(labels), seed_for(0, "test"))
 
 
 def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
@@ -141,8 +149,9 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
     for number, row in rows:
         for column in (data.text_column, data.label_column):
             if column not in row:
-                columns = ", ".join(map(str, row))
-                raise DataError(f"{source}: row {number} has no column {column!r}; its columns are: {columns}")
+                raise DataError(
+                    f"{source}: row {number} has no column {column!r}; its columns are: {_columns(row, column, data)}"
+                )
         text, label = row[data.text_column], row[data.label_column]
         if any(isinstance(value, str) and _is_broken(value) for value in (text, label)):
             loaded.not_utf8.append(number)
@@ -150,6 +159,11 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
         if not isinstance(text, str) or not text.strip():
             loaded.empty.append(number)
             continue
+        if label is None:
+            raise DataError(
+                f"{source}: row {number} has a text and no label: are there too few fields, or an unclosed quote in it "
+                "or above it? Give each row both"
+            )
         known = data.label_names.get(str(label), str(label))
         if known not in index:
             raise DataError(
@@ -159,6 +173,15 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
         loaded.examples.texts.append(" ".join(text.split()))
         loaded.examples.labels.append(index[known])
     return loaded
+
+
+def _columns(found: Iterable[str], wanted: str, data: DataConfig) -> str:
+    """What columns there are, and how to have them read."""
+    names = list(map(str, found))
+    told = ", ".join(names)
+    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+        return f"{told}; separate fields by commas"
+    return f"{told}; name yours in data.{'text_column' if wanted == data.text_column else 'label_column'}"
 
 
 def dirichlet_split(
@@ -223,7 +246,7 @@ def _file_rows(name: str, data: DataConfig) -> tuple[str, Iterator[tuple[int, di
         header = _csv_header(path, reader)
         for column in (data.text_column, data.label_column):
             if column not in header:
-                raise DataError(f"{path}: no column {column!r}; its columns are: {', '.join(header)}")
+                raise DataError(f"{path}: no column {column!r}; its columns are: {_columns(header, column, data)}")
         return str(path), _csv_rows(path, reader)
     if kind == ".jsonl":
         return str(path), _json_rows(path, text)
@@ -245,13 +268,16 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read; is the file whole, and yours to read? {error}") from error
 
 
-def readable_lines(path: Path) -> list[str]:
-    """Lines of a text file, those that are not UTF-8 left out.
+def readable_lines(path: Path, warn: Callable[[str], None]) -> list[str]:
+    """Lines of a text file, those that are not UTF-8 left out; ``warn`` is told of them.
 
     Raises:
         DataError: it cannot be read, or has no text.
     """
-    lines = [line for line in read_text(path).splitlines() if line.strip() and not _is_broken(line)]
+    everything = [line for line in read_text(path).splitlines() if line.strip()]
+    lines = [line for line in everything if not _is_broken(line)]
+    if len(lines) < len(everything):
+        warn(f"{path}: {len(everything) - len(lines)} of {len(everything)} lines left out: not UTF-8")
     if not lines:
         raise DataError(f"{path}: has no text; it must hold some in UTF-8")
     return lines
@@ -280,7 +306,12 @@ def _csv_header(path: Path, reader: "csv.DictReader[str]") -> list[str]:
 
 def _csv_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        yield from enumerate(reader, start=1)
+        for number, row in enumerate(reader, start=1):
+            if None in row:
+                raise DataError(
+                    f"{path}: line {reader.line_num} has more fields than the header; put texts with commas in quotes"
+                )
+            yield number, row
     except csv.Error as error:
         raise DataError(f"{path}: line {reader.line_num} is not CSV (an unclosed quote?): {error}") from error
 
@@ -313,14 +344,15 @@ def find_file(name: str, data: DataConfig) -> Path:
     Raises:
         DataError: neither is there.
     """
-    path = Path(data.dir).expanduser() / name
+    path = expanded(data.dir) / name
     for candidate in (path, path.with_name(path.name + ".gz")):
         if candidate.is_file():
             return candidate
     hint = " (packaged configurations bring no data; crosslm demo fetches those of demo)"
     is_packaged = path.parent in {file.parent for file in packaged().values()}
     raise DataError(
-        f"{path}: no such file; set data.dir or --data-dir to the folder that it is in{hint if is_packaged else ''}"
+        f"{path}: no such file; set data.dir or --data-dir to the folder that it is in, or name another file in the "
+        f"configuration (--set data.train=FILE, for one){hint if is_packaged else ''}"
     )
 
 

@@ -327,7 +327,7 @@ class _Run:
 
     def _synthesize(self, detail: str, count: int, purpose: str) -> SyntheticSet:
         seed = seed_for(self.config.seed, purpose)
-        with self.progress.stage("generate", detail, count, "texts") as advance:
+        with self.progress.stage("generate", self.config.synthesis.described(detail), count, "texts") as advance:
             texts = synthesize(self.llm, self.task, self.config.synthesis, count, seed, advance)
         self.journal.count(texts)
         self.run.save_synthetic(purpose, self.task.labels, texts)

@@ -54,6 +54,8 @@ def export_run(run: Run, dest: str | Path, parts: Iterable[str] = PARTS, merged_
         raise ConfigError(f"there is no part {sorted(unknown)[0]!r} to export; the parts are: {', '.join(PARTS)}")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise RunError(f"{target}: holds something already and nothing is written over; name a new folder")
+    if "synthetic" in wanted:
+        check_datasets()  # before the LLM is loaded and merged
     work = target.with_name(target.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -157,15 +159,25 @@ def _merged(run: Run, folder: Path) -> Path:
     return folder
 
 
-def _dataset(run: Run, folder: Path) -> Path:
-    """Parquet files and the card that tells ``load_dataset`` of them."""
+def check_datasets() -> None:
+    """Find out that the library that writes Parquet is installed.
+
+    Raises:
+        DataError: it is not.
+    """
     try:
-        from datasets import ClassLabel, Dataset, Features, Value
+        import datasets  # noqa: F401
     except ImportError as error:
         raise DataError(
             "writing Parquet needs the datasets library; run: pip install 'crosslm[datasets]', "
             "or leave the synthetic text out with --part slm --part llm"
         ) from error
+
+
+def _dataset(run: Run, folder: Path) -> Path:
+    """Parquet files and the card that tells ``load_dataset`` of them."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
     text, number, whole = Value("string"), Value("float32"), Value("int64")
     columns = {"text": text, "label": ClassLabel(names=list(run.task.labels)), "prompt": text, "source": text}
     columns |= {"step": whole, "client": text, **dict.fromkeys(NUMBERS, number), "rank": whole, "kept": Value("bool")}

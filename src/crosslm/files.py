@@ -74,6 +74,14 @@ def alone(lock: Path, wait: bool = False) -> Iterator[None]:
         yield
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` and ``~user`` replaced; one of a user that is not known is left as it is, and not there."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def is_running(pid: int) -> bool:
     """Whether there is a process with this number on this machine."""
     try:

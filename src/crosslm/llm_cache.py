@@ -1,8 +1,9 @@
 """What the LLM wrote, read and learned, kept on disk and not done twice (``--llm-cache``).
 
 Two runs that differ only in what their SLMs learn (step 5), or in their test rows, have the same LLM from beginning to
-end, which is nearly all of their time. Everything here follows from weights and arguments alone; a file is named by
-the SHA-256 of both, so that whatever differs is done, and a wrong hit cannot be.
+end, which is nearly all of their time. Everything here follows from weights, arguments and the code. A file is named
+by the SHA-256 of the former two and the versions of crosslm and its libraries, so that whatever differs is done; who
+changes how crosslm itself writes, reads or learns must begin a new folder.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from crosslm.errors import RunError
 from crosslm.files import write_whole
 from crosslm.models.llm import LLM
 from crosslm.records import SyntheticSet
+from crosslm.rundir import versions
 from crosslm.server import Server
 
 
@@ -128,8 +130,8 @@ class CachedLLM(LLM):
         return float(kept)
 
     def _frozen_digest(self) -> str:
-        """Of everything else that a result depends on: frozen weights, tokenizer, adapter's scale, device, torch."""
-        about = [self.config.lora_alpha, self.config.lora_rank, str(self.device), torch.__version__]
+        """Of all else that a result depends on: frozen weights, tokenizer, adapter's scale, device, libraries."""
+        about = [self.config.lora_alpha, self.config.lora_rank, str(self.device), versions()]
         digest = hashlib.sha256(json.dumps([*about, self.tokenizer.get_vocab()], sort_keys=True).encode())
         for name, value in self.model.state_dict().items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -41,7 +41,7 @@ def prepare(config: Config, cache: Path, on_news: Callable[[str], None]) -> Prep
     specs = client_specs(config, list(split.private))
     check_models(config, specs)
     perplexity_text = perplexity_text_of(config)
-    public = public_texts(config)
+    public = public_texts(config, split.warnings.append)
     for client_id, spec in specs.items():
         folder = model_folder(spec.model, cache, on_news)
         check_slm(folder, spec, config.privacy, f"client {client_id}")
@@ -50,15 +50,18 @@ def prepare(config: Config, cache: Path, on_news: Callable[[str], None]) -> Prep
     return Prepared(split, specs, perplexity_text, llm_folder, public)
 
 
-def public_texts(config: Config) -> Examples:
-    """The rows of ``gate.public_texts``; none where no file is named.
+def public_texts(config: Config, warn: Callable[[str], None] = lambda _: None) -> Examples:
+    """The rows of ``gate.public_texts``; none where no file is named. ``warn`` is told of rows that were left out.
 
     Raises:
         DataError: the file is not there, or cannot be used.
     """
     if not config.gate.public_texts:
         return Examples([], [])
-    return load_examples(config.gate.public_texts, config.data, config.task.labels).examples
+    loaded = load_examples(config.gate.public_texts, config.data, config.task.labels)
+    for line in loaded.warnings():
+        warn(line)
+    return loaded.examples
 
 
 def check_same(config: Config, folder: Path) -> None:
@@ -149,7 +152,7 @@ def original_llm(config: Config, cache: Path, on_news: Callable[[str], None]) ->
             check_model(name, "llm.vocabulary_texts")
             texts += tokenizer_words(model_folder(name, cache, on_news))
         else:
-            texts += readable_lines(find_file(name, config.data))
+            texts += readable_lines(find_file(name, config.data), lambda line: on_news(f"warning: {line}"))
     folder = model_folder(config.llm.model, cache, on_news)
     if not texts:
         return folder

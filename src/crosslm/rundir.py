@@ -84,6 +84,8 @@ class RunDir:
         """
         if (path / KIT_FILE).is_file():
             raise RunError(f"{path}: is a server's kit; its run folder is {path / 'run'}: give that")
+        if not (path / CONFIG).is_file() and cls(path).is_locked():
+            raise RunError(f"{path}: its run has not begun yet, models are being loaded; try again in a minute")
         if not (path / CONFIG).is_file():
             raise RunError(f"{path}: not a run folder (it has no {CONFIG}); give one that crosslm run has made")
         return cls(path)
@@ -309,7 +311,9 @@ class RunDir:
         """
         path = self.path / SUMMARY
         if not path.is_file():
-            how = f"run its {CONFIG} again"
+            how = f"go on with it: crosslm run {self.path / CONFIG} --output {self.path} --resume"
+            if self.is_locked():
+                how = f"it is at work: crosslm watch {self.path}"
             if self.is_between_machines():
                 kit = self.path.parent
                 how = f"start it again with crosslm server {kit}, and see with crosslm status {kit} who is waited for"

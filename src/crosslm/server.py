@@ -334,7 +334,7 @@ class Server:
         return leave_one_out_advantages(rewards, drafts.labels)
 
     def _synthesize(self, detail: str, count: int, seed: int) -> SyntheticSet:
-        with self.progress.stage("generate", detail, count, "texts") as advance:
+        with self.progress.stage("generate", self.config.synthesis.described(detail), count, "texts") as advance:
             return synthesize(self.llm, self.task, self.config.synthesis, count, seed, advance)
 
 

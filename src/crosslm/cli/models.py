@@ -30,8 +30,11 @@ def prepare_model(
     from crosslm.models.sources import cache_folder, model_folder
     from crosslm.models.vocabulary import trim_vocabulary
 
-    lines = [line for path in texts for line in readable_lines(path)]
-    folder = model_folder(model, cache_folder(cache_dir), lambda message: console.print(message, highlight=False))
+    def say(message: str) -> None:
+        console.print(message, highlight=False)
+
+    lines = [line for path in texts for line in readable_lines(path, lambda line: say(f"warning: {line}"))]
+    folder = model_folder(model, cache_folder(cache_dir), say)
     done = trim_vocabulary(folder, lines, output)
     console.print(
         f"{output}: {done.tokens_after:,} of {done.tokens_before:,} tokens, "

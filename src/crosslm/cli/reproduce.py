@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from crosslm.cli.app import CacheOption, LLMCacheOption, app, console
+from crosslm.files import expanded
 from crosslm.quiet import quiet_libraries
 
 STOPPED = 130
@@ -54,7 +55,7 @@ def reproduce(
     from crosslm.reproduce.scale import load_scale
 
     choice = choose(
-        load_scale(scale), tables or [], _names(tasks), _names(presets), seeds, split, data_dir.expanduser().absolute()
+        load_scale(scale), tables or [], _names(tasks), _names(presets), seeds, split, expanded(data_dir).absolute()
     )
     try:
         folder = run(choice, output, cache_folder(cache_dir), display_for(console), render, jobs, llm_cache)

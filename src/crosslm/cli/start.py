@@ -11,6 +11,7 @@ from rich.text import Text
 
 from crosslm.cli.app import CacheOption, DataDirOption, SetOption, app, console
 from crosslm.errors import ConfigError, RunError
+from crosslm.files import expanded
 from crosslm.quiet import quiet_libraries
 
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
@@ -149,7 +150,7 @@ def _counted(count: int, what: str) -> str:
 
 def _anywhere(model: str) -> str:
     """A model folder by its whole path: the configuration is used from other folders than this one, too."""
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     return str(folder.absolute()) if folder.is_dir() else model
 
 

@@ -93,8 +93,12 @@ class Deployment:
         self.base = self._synthesize("original LLM", evaluate.base_texts(self.config), "base")
         self.before = self.meter.reading(self.server.llm, "before")
         self._base_name = self.checkpoints.put(snapshot.texts_bytes(self.base))
-        self.server.gate = Gate.open(self.config, self.base, public_texts(self.config))
+        self.server.gate = Gate.open(self.config, self.base, public_texts(self.config, self._warn))
+        test_rows(self.config, self._warn)
         self._save({"outcome": "beginning"}, None)
+
+    def _warn(self, message: str) -> None:
+        self.run.event("warning", message=message)
 
     def _go_on(self, record: dict[str, Any]) -> None:
         """Put everything back as it was after the last arrival; what was not sent then is owed now."""
@@ -300,7 +304,7 @@ class Deployment:
 
     def _synthesize(self, detail: str, count: int, purpose: str) -> SyntheticSet:
         seed = seed_for(self.config.seed, purpose)
-        with self.progress.stage("generate", detail, count, "texts") as advance:
+        with self.progress.stage("generate", self.config.synthesis.described(detail), count, "texts") as advance:
             texts = synthesize(self.server.llm, self.task, self.config.synthesis, count, seed, advance)
         self._count(texts)
         self.run.save_synthetic(purpose, self.task.labels, texts)
@@ -325,7 +329,9 @@ def measured_on(config: Config) -> tuple[Examples | None, str | None]:
         DataError: a file is there and cannot be used.
     """
     name = config.evaluation.perplexity_text
-    return test_rows(config), perplexity_text_of(config) if name and is_there(name, config.data) else None
+    return test_rows(config, lambda _: None), perplexity_text_of(config) if name and is_there(
+        name, config.data
+    ) else None
 
 
 def notes_of(run: RunDir) -> Callable[[str], None]:

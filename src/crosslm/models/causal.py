@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from crosslm.config import LLMConfig
@@ -21,6 +21,13 @@ def load_causal(folder: str, config: LLMConfig, device: str) -> tuple[Any, PreTr
         ModelError: it cannot be loaded.
     """
     place = "" if folder == config.model else f" ({folder})"
+    with loading(f"llm.model {config.model!r}{place} cannot be loaded"):
+        about = AutoConfig.from_pretrained(folder)
+    if getattr(about, "vision_config", None) is not None:
+        raise ModelError(
+            f"llm.model {config.model!r} reads pictures too, which crosslm does not support; choose a model of text "
+            "alone (of Gemma 3 those of 270M and 1B)"
+        )
     with loading(f"llm.model {config.model!r}{place} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype(config.dtype, device))
     # for the whole process: the head needs sums in fp32 that are rounded once (models/head.py), and cuDNN's attention

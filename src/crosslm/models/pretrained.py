@@ -1,7 +1,8 @@
 """The body that a classifier starts from, with a head for the task's labels."""
 
 import logging
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,9 @@ logger = logging.getLogger(__name__)
 def pretrained_classifier(
     folder: str, labels: Sequence[str], seed: int, num_hidden_layers: int | None, pooling: str | None
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A model and its tokenizer; see :meth:`crosslm.models.slm.SLM.load`.
+    """A model, whose ``id2label`` has the labels in the order of its outputs, and its tokenizer.
+
+    See :meth:`crosslm.models.slm.SLM.load`. A folder that is a classifier of these labels keeps its own order.
 
     Raises:
         ModelError: it cannot be loaded as a sequence classifier, has fewer layers, or cannot have that pooling.
@@ -29,8 +32,9 @@ def pretrained_classifier(
         outputs = config.num_labels
         if num_hidden_layers is not None:
             _keep_layers(config, num_hidden_layers, folder)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
+        ordered = _in_its_order(config.id2label, labels, folder)
+        config.id2label = dict(enumerate(ordered))
+        config.label2id = {label: index for index, label in enumerate(ordered)}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model, told = AutoModelForSequenceClassification.from_pretrained(
@@ -73,6 +77,17 @@ def _check_fit(model: Any, mismatched: Iterable[tuple[str, Any, Any]], folder: s
             f"SLM {folder!r} is a classifier of {outputs} labels and the task has {model.config.num_labels}: "
             "it gets a new head"
         )
+
+
+def _in_its_order(names: Mapping[int, str], labels: Sequence[str], folder: str) -> list[str]:
+    """The task's labels in the order of a folder's outputs; in the task's where it does not name its outputs so."""
+    own, known = [str(names[place]) for place in sorted(names)], {label.casefold(): label for label in labels}
+    found = [known[name.casefold()] for name in own if name.casefold() in known]
+    if len(own) == len(labels) == len(known) == len(set(found)):
+        return found
+    if len(own) == len(labels) and not all(re.fullmatch(r"LABEL_\d+", name) for name in own):
+        _say_once(f"SLM {folder!r} calls its labels {own}, which are taken for {list(labels)}, in this order")
+    return list(labels)
 
 
 @cache

@@ -58,7 +58,8 @@ class SLM:
 
         Args:
             folder: model folder or hub id.
-            labels: class names, in the order of the outputs.
+            labels: class names; a folder that is a classifier of these already keeps its head and the order of its
+                outputs.
             max_length: tokens of a text that are read.
             seed: of the new head.
             num_hidden_layers: keep only the lowest layers.
@@ -70,7 +71,9 @@ class SLM:
             ModelError: it cannot be loaded as a sequence classifier, has fewer layers, or cannot have that pooling.
         """
         model, tokenizer = pretrained_classifier(folder, labels, seed, num_hidden_layers, pooling)
-        slm = cls(model.to(device), tokenizer, labels, min(max_length, _longest(model, max_length)))
+        outputs = [model.config.id2label[place] for place in range(len(labels))]
+        slm = cls(model.to(device), tokenizer, outputs, min(max_length, _longest(model, max_length)))
+        slm.order_labels(labels)
         slm.freeze_embeddings(freeze_embeddings)
         return slm
 

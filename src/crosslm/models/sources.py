@@ -20,7 +20,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, t
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from crosslm.errors import ConfigError, ModelError
-from crosslm.files import alone
+from crosslm.files import alone, expanded
 
 PREFIX = "package:"
 
@@ -59,7 +59,7 @@ PACKAGES = {
 
 def cache_folder(chosen: str | None = None) -> Path:
     """``chosen``, else ``$CROSSLM_CACHE``, else the user's cache folder."""
-    return Path(chosen or os.environ.get("CROSSLM_CACHE") or platformdirs.user_cache_dir("crosslm")).expanduser()
+    return expanded(chosen or os.environ.get("CROSSLM_CACHE") or platformdirs.user_cache_dir("crosslm"))
 
 
 def resolve_device(device: str) -> str:
@@ -92,7 +92,7 @@ def check_model(name: str, key: str) -> None:
         _package(module, key)
         if find_spec(module) is None:
             raise ModelError(f"{key} = {name!r}: the package is not installed; run: pip install 'crosslm[demo]'")
-    elif _looks_like_a_path(name) and not (Path(name).expanduser() / "config.json").is_file():
+    elif _looks_like_a_path(name) and not (expanded(name) / "config.json").is_file():
         raise ModelError(
             f"{key} = {name!r}: no such model folder (a config.json must be in it); "
             f"give a folder, a hub id, or package:MODULE with one of {', '.join(PACKAGES)}"
@@ -114,7 +114,7 @@ def model_folder(name: str, cache: Path, on_news: Callable[[str], None] = lambda
     """
     check_model(name, "model")
     if not name.startswith(PREFIX):
-        return str(Path(name).expanduser()) if _looks_like_a_path(name) else name
+        return str(expanded(name)) if _looks_like_a_path(name) else name
     module = name.removeprefix(PREFIX)
     package = _package(module, "model")
     if package.is_gguf:
@@ -194,4 +194,4 @@ def _check_hub_id(name: str, key: str) -> None:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or Path(name).expanduser().is_dir() or name.count("/") > 1
+    return name.startswith((".", "/", "~")) or expanded(name).is_dir() or name.count("/") > 1

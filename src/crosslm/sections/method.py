@@ -42,6 +42,10 @@ class SynthesisConfig(Section):
     """A text that had to be removed is drawn again, eight candidates at a time; at most so many times in all, and fewer
     where the rest could not bring what is missing."""
 
+    def described(self, detail: str) -> str:
+        """What a stage says of itself: the same seed gives the same texts at the same batch size only."""
+        return f"{detail}, {self.batch_size} at once"
+
 
 class SelectionConfig(Section):
     """Which synthetic texts train the SLM (Eq. 10)."""
