@@ -349,6 +349,19 @@ GOALS = [
 ]
 
 
+def spreads(result: dict, path: str = "") -> list[str]:
+    """A row for each measured quantity of a benchmark, anywhere in it: median, extremes, repeats."""
+    if "median" in result:
+        numbers = " | ".join(f"{result[name]:,.4g}" for name in ("median", "min", "max", "repeats"))
+        return [f"| {path} | {numbers} |"]
+    return [
+        row
+        for name, value in result.items()
+        if isinstance(value, dict)
+        for row in spreads(value, f"{path}, {name}" if path else name)
+    ]
+
+
 def performance(loaded: dict[str, dict]) -> str:
     """What performance.md must hold."""
     lines = [
@@ -372,6 +385,11 @@ def performance(loaded: dict[str, dict]) -> str:
                     f"`{result['commit'][:10]}`, {result['machine']}, {result['threads']} threads, {result['date']}"
                 )
                 lines.append(f"| {what} | `{key}` | **{result[key]}** | {goal} | {origin} |")
+        lines += ["", "Of which the medians are:", "", "| what | median | lowest | highest | repeats |"]
+        lines.append("| --- | ---: | ---: | ---: | ---: |")
+        for script in dict.fromkeys(script for script, *_ in GOALS):
+            result = loaded.get(f"performance-{script}" + (f"-{device}" if device else ""), {})
+            lines += [row.replace("_", " ") for row in spreads(result, script)]
         lines.append("")
         arrival = loaded.get("performance-arrival" + (f"-{device}" if device else ""))
         if arrival:
