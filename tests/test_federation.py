@@ -14,6 +14,7 @@ import time
 import urllib.error
 import zipfile
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from crosslm.federation import silo as silo_module
 from crosslm.federation import spool as spool_module
 from crosslm.federation.flower import carrier, client_app, gateway, processes, server_processes, silo_processes
 from crosslm.federation.flower import exchange as exchange_module
-from crosslm.federation.flower.exchange import FlowerExchange
+from crosslm.federation.flower.exchange import MOST_TRIES, FlowerExchange
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.flower.silo_processes import run_silo
 from crosslm.federation.intake import Intake
@@ -328,6 +329,10 @@ def test_a_silo_decides_what_it_answers(silo):
         silo.upload("another", 0)
     with pytest.raises(FederationError, match="agrees to 1 uploads"):
         silo.upload(silo.settings.experiment, 1)
+    for ask in (silo.upload, partial(silo.install, data=b""), partial(silo.not_used, reason="")):
+        with pytest.raises(FederationError, match="was asked about round -1; the first must be 0"):
+            ask(silo.settings.experiment, -1)
+    assert not list(silo.state.glob("upload-*"))
     with pytest.raises(FederationError, match="never uploaded"):
         silo.install(silo.settings.experiment, 0, b"")
     (silo.kit / "silo-0.csv").unlink()
@@ -735,18 +740,56 @@ def test_who_has_no_say_is_served_and_not_counted(tmp_path):
     spool.close()
 
 
-def test_a_run_ends_by_arrivals_or_by_time(exchange, monkeypatch):
+def test_a_run_ends_by_arrivals(exchange):
     turn(exchange, 2)
     exchange.config = exchange.carrier.config = FederationConfig(arrivals=1)
     assert not exchange.finished()
     exchange.send(echo(exchange.receive()))
     assert exchange.finished()
+    # what came too late is refused, and its silo told; a server that is started again asks for nothing more
+    assert exchange.drain(0) == ["silo-0"]
+    (late,) = [arrival for arrival in exchange.spool.arrivals() if arrival.state == "refused"]
+    assert (late.silo, late.note) == ("silo-1", "it came when the run had ended; send it to the next run")
+    again = FlowerExchange(
+        exchange.grid, exchange.spool, exchange.experiment, exchange.silos, FederationConfig(), exchange.intake
+    )
+    turn(again, 2)
+    assert ("silo-1", "train.not_used", 0) in again.grid.pushed
+    assert [kind for _, kind, _ in again.grid.pushed].count("train.upload") == 2
+    assert again.finished()
+
+
+def test_a_run_ends_by_time(exchange, monkeypatch):
+    turn(exchange, 2)
     exchange.config = exchange.carrier.config = FederationConfig(deadline_minutes=1, participations=2)
-    exchange.send(echo(exchange.receive()))
+    for _ in range(2):
+        exchange.send(echo(exchange.receive()))
     assert not exchange.finished()
     later = time.time() + 120
     monkeypatch.setattr("crosslm.federation.flower.exchange.time.time", lambda: later)
     assert exchange.finished()
+
+
+def test_an_upload_that_comes_while_the_end_is_looked_for_is_served(exchange, monkeypatch):
+    turn(exchange, 2)
+    for _ in range(2):
+        exchange.send(echo(exchange.receive()))
+
+    def is_over():
+        exchange.spool.put("silo-0", 1, [b"the last one"])
+        return True
+
+    monkeypatch.setattr(exchange.carrier, "is_over", is_over)
+    assert not exchange.finished()
+
+
+def test_an_upload_with_which_the_server_ends_again_and_again_is_refused(exchange):
+    turn(exchange, 2)
+    for _ in range(MOST_TRIES):
+        assert exchange.receive().client_id == "silo-0"  # and the application ends
+    assert exchange.receive() is None
+    assert "the server ended 5 times while it worked on its upload of round 0" in exchange.spool.of("silo-0")[0].note
+    assert exchange.receive().client_id == "silo-1"
 
 
 def test_a_restarted_server_goes_on_where_the_journal_says(exchange, kits, tmp_path):

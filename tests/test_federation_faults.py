@@ -126,6 +126,7 @@ def test_an_upload_that_is_too_large_is_cut_off_and_the_next_one_taken(exchange)
     exchange.intake = type(exchange.intake)(
         exchange.intake.labels, exchange.intake.bounds.model_copy(update={"max_bytes": most})
     )
+    exchange.carrier.max_bytes = most
     large = split([bytes(2 * most)])
     exchange.grid.handlers["silo-0"] = lambda message: Message(RecordDict(ok(message=large)), reply_to=message)
     turn(exchange, 3)

@@ -215,3 +215,11 @@ def test_every_allowed_type_can_be_described_without_memory(model_type):
         architecture["pad_token_id"] = 0
     model = on_meta(architecture, 2)
     assert {str(tensor.device) for tensor in model.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize(("model_type", "key"), [("bert", "hidden_dropout_prob"), ("gpt2", "resid_pdrop")])
+@pytest.mark.parametrize("value", [5.0, -0.1])
+def test_a_dropout_that_would_fail_in_training_is_refused(model_type, key, value):
+    architecture = travelling({"model_type": model_type, key: value, "transformers_version": "1"}, ("a", "b"))
+    with pytest.raises(UploadError, match=rf"its architecture has {key} = {value}; 0 to 1 is allowed"):
+        check_architecture(architecture)

@@ -224,6 +224,24 @@ def test_an_llm_that_breaks_in_a_step_is_taken_back_and_the_upload_refused(model
     assert all(torch.equal(value, expected.slm.weights[name]) for name, value in download.slm.weights.items())
 
 
+def test_an_slm_that_cannot_be_trained_is_refused_and_changes_nothing(models, config, task, uploads, monkeypatch):
+    """One that is too large for this machine, say, must not end the server, which would begin with it again."""
+    server, (north, south) = server_for(config, task, models), uploads
+    server.step(north)
+    before = server.llm.fingerprint()
+
+    def fails(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SLM, "fit", fails)
+        with pytest.raises(
+            UploadError, match=r"client south: its SLM cannot be trained: RuntimeError: CUDA out of mem"
+        ):
+            server.step(south)
+    assert (server.llm.fingerprint(), server.steps) == (before, 1)
+
+
 def test_an_update_that_breaks_in_its_second_batch_is_taken_back_too(models, config, task, upload, monkeypatch):
     server = server_for(config, task, models, batch_size=4)
     before, backward, batches = server.llm.fingerprint(), server._backward, []

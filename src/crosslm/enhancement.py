@@ -22,6 +22,7 @@ from crosslm.algorithm.soft_labels import (
     without_preference,
 )
 from crosslm.config import Config, SelectionConfig, SLMConfig
+from crosslm.errors import UploadError
 from crosslm.models.encoder import Encoder
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
@@ -99,6 +100,9 @@ def train_on_synthetic(
 
     Returns:
         What :meth:`SLM.fit` returns; nothing if there is no text.
+
+    Raises:
+        UploadError: it cannot be trained, for whatever reason.
     """
     texts = pool.examples(kept)
     with progress.stage(
@@ -107,7 +111,11 @@ def train_on_synthetic(
         if not len(texts):
             return {}
         seed = seed_for(config.seed, "synthetic", upload.client_id, upload.client_round)
-        metrics = slm.fit(texts, config.slm.synthetic, seed, advance, None if targets is None else targets[kept])
+        try:
+            metrics = slm.fit(texts, config.slm.synthetic, seed, advance, None if targets is None else targets[kept])
+        except Exception as error:  # it came from elsewhere: it may be too large here, or made so that it fails
+            why = f"{type(error).__name__}: {str(error)[:120]}"
+            raise UploadError(f"client {upload.client_id}: its SLM cannot be trained: {why}; look at it") from error
         if config.slm.interpolation < 1:
             slm.interpolate(upload.slm.weights, config.slm.interpolation)
         return metrics

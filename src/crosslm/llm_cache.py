@@ -18,7 +18,7 @@ from torch import Tensor
 from crosslm import snapshot
 from crosslm.config import SynthesisConfig
 from crosslm.errors import RunError
-from crosslm.files import write_whole
+from crosslm.files import alone, write_whole
 from crosslm.models.llm import LLM
 from crosslm.records import SyntheticSet
 from crosslm.rundir import versions
@@ -54,9 +54,10 @@ class LLMCache:
             RunError: the folder cannot be written.
         """
         try:
-            for ending, content in data.items():
-                write_whole(self.folder / f"{key}.{ending}", [content])
-            write_whole(self.folder / f"{key}.json", [json.dumps(result).encode()])  # last: from now on it is there
+            with alone(self.folder / ".lock", wait=True):  # other cells may make the same at the same time
+                for ending, content in data.items():
+                    write_whole(self.folder / f"{key}.{ending}", [content])
+                write_whole(self.folder / f"{key}.json", [json.dumps(result).encode()])  # last: now it is there
         except OSError as error:
             raise RunError(f"{self.folder}: cannot be written: {error}; choose another --llm-cache") from error
         self.made += 1
@@ -132,6 +133,7 @@ class CachedLLM(LLM):
     def _frozen_digest(self) -> str:
         """Of all else that a result depends on: frozen weights, tokenizer, adapter's scale, device, libraries."""
         about = [self.config.lora_alpha, self.config.lora_rank, str(self.device), versions()]
+        about += [self.model.config.to_json_string(), sorted(end for end in self.end_ids if end is not None)]
         digest = hashlib.sha256(json.dumps([*about, self.tokenizer.get_vocab()], sort_keys=True).encode())
         for name, value in self.model.state_dict().items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

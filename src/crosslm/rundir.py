@@ -257,6 +257,19 @@ class RunDir:
             raise RunError(f"{path}: cannot be read: {error}; put it back as it was, or run again") from error
         return SyntheticSet(samples)
 
+    def kept_of(self, name: str) -> set[int]:
+        """The places of the texts that :meth:`save_synthetic` marked as learned.
+
+        Raises:
+            RunError: they cannot be read.
+        """
+        path = self.path / "synthetic" / f"{name}.jsonl"
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            return {place for place, row in enumerate(rows) if row["kept"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path}: cannot be read: {error}; put it back as it was, or run again") from error
+
     def save_quarantined(self, name: str, upload: bytes, reason: str, figures: dict[str, float]) -> Path:
         """Keep an upload that may not be used, and why; gives where."""
         self.write_data(f"quarantine/{name}.safetensors", upload)

@@ -188,7 +188,7 @@ class Server:
             UploadError: the SLM fails on a text.
         """
         slm, record = receive_slm(upload, self.task, self.config), StepRecord(pool=closing.pool, refusal=refusal)
-        fitted = self._train(slm, upload, record, closing.said)
+        fitted = self._train(slm, upload, record, closing.said if self._is_asked([refusal]) else None)
         return self._download(slm, upload, record, fitted), record
 
     def _is_asked(self, refusals: Iterable[str]) -> bool:

@@ -1,6 +1,7 @@
 """Commands of a federation between machines."""
 
 import json
+import os
 import shlex
 import time
 from pathlib import Path
@@ -71,6 +72,8 @@ def client(
     from crosslm.federation.silo import Silo
     from crosslm.models.sources import cache_folder
 
+    if cache_dir:
+        os.environ["CROSSLM_CACHE"] = str(cache_folder(cache_dir).absolute())  # the process that trains is another one
     silo = Silo(kit, cache_folder(cache_dir))
     if environment:
         _print_environment(kit)

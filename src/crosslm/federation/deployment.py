@@ -211,8 +211,10 @@ class Deployment:
 
     def closing(self, pool: SyntheticSet) -> None:
         """Keep the texts that are for all who were served."""
-        if not self._events_of("closing"):  # else they have been kept before a restart, and who has learned which
-            self.run.save_synthetic(CLOSING_POOL, self.task.labels, pool, kept=())
+        if self._events_of("closing"):  # they have been kept before a restart, and what has been learned of them
+            self._learned_in_the_end = self.run.kept_of(CLOSING_POOL)
+            return
+        self.run.save_synthetic(CLOSING_POOL, self.task.labels, pool, kept=())
 
     def not_closed(self, message: str) -> None:
         """Somebody has no step 5 in the end."""

@@ -17,7 +17,7 @@ from torch import float16, float32
 from crosslm.client import Client, Decision
 from crosslm.config import DataConfig
 from crosslm.data import is_there, load_examples
-from crosslm.errors import CrosslmError, DataError, FederationError
+from crosslm.errors import DataError, FederationError, LeakError, UploadError
 from crosslm.federation.intake import Intake, check_same_model
 from crosslm.federation.kits import SILO_FILE, SiloSettings, read_silo
 from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names
@@ -31,6 +31,8 @@ from crosslm.models.sources import model_folder, resolve_device
 from crosslm.records import Examples, Upload
 from crosslm.seeding import seed_for
 
+OF_THE_DOWNLOAD = (UploadError, LeakError, FederationError)
+"""What is wrong with what came, for good; anything else that goes wrong is this silo's own."""
 CLOSING = "closing.safetensors"
 MAX_REASON = 400  # letters of what the server says of an upload that it did not use
 DTYPES = {"float32": float32, "float16": float16}
@@ -121,7 +123,8 @@ class Silo:
         """Step 5: keep the enhanced SLM, as ``state/slm`` for transformers.
 
         A round whose download is refused is complete all the same: the server sends none of it again, and this silo
-        goes on with the SLM that it has.
+        goes on with the SLM that it has. Where something of this silo's own is amiss (a file that is not there, a GPU
+        that is gone), nothing is decided, and the server sends it again.
 
         Returns:
             What the server is told: the round, whether the SLM was accepted, and no more.
@@ -138,7 +141,7 @@ class Silo:
         upload = self._mine(number)
         try:
             decision, had_say = self._install(number, data, upload)
-        except CrosslmError as error:
+        except OF_THE_DOWNLOAD as error:
             SLM.from_state(upload.slm).save(str(self.state / "slm"))
             self._complete(number, {"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
             raise
@@ -198,7 +201,7 @@ class Silo:
         if self.closed is None:
             try:
                 decision = self._try(number, data, self._mine(number), self.client())
-            except CrosslmError as error:
+            except OF_THE_DOWNLOAD as error:
                 self._close({"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
                 raise
             if decision.accepted:
@@ -396,6 +399,8 @@ class Silo:
                 f"silo {settings.id}: takes part in {settings.experiment!r}, and not in {experiment!r}; "
                 "start the server and the silo from kits that were made together"
             )
+        if number < 0:  # or each would be one upload more than was agreed
+            raise FederationError(f"silo {settings.id}: was asked about round {number}; the first must be 0")
         if number >= settings.max_participations:
             raise FederationError(
                 f"silo {settings.id}: agrees to {settings.max_participations} uploads (max_participations) "

@@ -21,6 +21,7 @@ from crosslm.files import partial_of, parts_of, rename, write_whole
 TOLD = "told/"  # and a silo: how many of its rounds it has been told are complete
 NO_SAY = "no say/"  # and silo and round
 CLOSING = "closing/"  # and silo: the round whose upload the closing download is made of, and its SHA-256
+TRIES = "tries/"  # and silo and round: how often its turn has come
 CLOSED = "closed/"  # and silo: what came of its closing download
 ENDED = "ended"  # no upload is asked for or served any more
 OVER = "over"  # all that any silo will get is here
@@ -165,7 +166,13 @@ class Spool:
             if waiting is not None:
                 sql = "UPDATE arrivals SET state = 'processing', started_at = ? WHERE number = ?"
                 self._write(sql, time.time(), waiting.number)
-            return waiting
+        if waiting is not None:
+            self.note(f"{TRIES}{waiting.silo}/{waiting.round}", str(self.tries(waiting) + 1))
+        return waiting
+
+    def tries(self, arrival: Arrival) -> int:
+        """How often an upload's turn has come: more than once where the server ended meanwhile."""
+        return int(self.fact(f"{TRIES}{arrival.silo}/{arrival.round}") or 0)
 
     def upload(self, arrival: Arrival, most: int | None = None) -> bytes:
         """The bytes of an upload.

@@ -55,6 +55,7 @@ NOT_COMPUTED = frozenset(
 SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "bos_token", "eos_token")
 LABEL_KEYS = ("id2label", "label2id")
 MAX_COUNT, MAX_SIZE, MAX_ENTRIES, MAX_WORD = 256, 2**20, 256, 64
+SHARES = ("dropout", "pdrop")
 COUNTS = ("layer", "heads", "n_head", "group", "networks", "block")
 """Parts of the names of keys that say how many modules there are."""
 
@@ -146,6 +147,8 @@ def _check_value(key: str, value: object, depth: int) -> None:
         most = MAX_COUNT if isinstance(value, int) and any(word in key for word in COUNTS) else MAX_SIZE
         # an embedding's scale is a size, a base of rotary frequencies is not
         most = 10**8 if "theta" in key else most
+        if any(word in key for word in SHARES) and not 0 <= value <= 1:
+            raise UploadError(f"its architecture has {key} = {_shown(value)}; 0 to 1 is allowed")
         if not math.isfinite(value) or abs(value) > most:
             raise UploadError(f"its architecture has {key} = {_shown(value)}; at most {most} is allowed")
     elif isinstance(value, str):

@@ -29,6 +29,7 @@ from crosslm.federation.spool import Arrival, Spool
 POLL = 0.5  # seconds after which each thread looks again, if the other has not woken it
 LONGEST_WAIT = 60.0  # seconds between two attempts at a silo that does not answer
 HEARTBEAT = 5.0  # seconds
+LAST_MOVES = 15.0  # seconds in the end for what is on its way
 MOST_ERRORS = 5  # in a row that a silo answers with: what fails so often fails always
 TOLD = "told/"  # and silo and round: the words that stand for the reason of a refusal
 logger = logging.getLogger(__name__)
@@ -85,10 +86,11 @@ class Carrier:
             spool.note("started", str(time.time()))
 
     def stop(self) -> None:
-        """Carry no more; half a minute for what is on its way."""
+        """Carry no more, after a quarter of a minute at most for what is on its way."""
         self._stop.set()
         self.to_carry.set()
-        self.thread.join(timeout=30)
+        if self.thread.is_alive():
+            self.thread.join(timeout=2 * LAST_MOVES)
 
     def is_over(self) -> bool:
         """Whether nobody will be asked for an upload any more."""
@@ -105,7 +107,7 @@ class Carrier:
             while not self._stop.is_set():
                 online = self.online()
                 for line in self.lines.values():
-                    if line.silo not in moves:  # else one that waits for its silo
+                    if line.silo not in moves and self._has_to_do(line, online):  # else one waits for its silo
                         moves[line.silo] = self._begin(line, online)
                 wait(moves.values(), timeout=POLL)
                 ended = [silo for silo, move in moves.items() if move.done()]
@@ -118,9 +120,14 @@ class Carrier:
                     continue
                 self.to_carry.wait(POLL)
                 self.to_carry.clear()
-            wait(moves.values(), timeout=POLL)
+            for move in wait(moves.values(), timeout=LAST_MOVES).done:  # what is on its way, a silo's last yes
+                move.result()
         except BaseException as error:  # noqa: BLE001  raised again in the thread that trains
             self.failure = error
+
+    def _has_to_do(self, line: Line, online: dict[str, int]) -> bool:
+        """Whether a message is open, or may be sent."""
+        return line.open_message is not None or (time.time() >= line.not_before and line.silo in online)
 
     def _begin(self, line: Line, online: dict[str, int]) -> Future[bool]:
         """Do what can be done for one silo, in a thread that this process does not wait for when it ends."""
@@ -144,7 +151,7 @@ class Carrier:
         """Do what can be done for one silo now; whether something was done."""
         if line.open_message is not None:
             return self._look_for_reply(line)
-        if time.time() < line.not_before or line.silo not in online:
+        if not self._has_to_do(line, online):
             return False
         task = self._task(line)  # reads a download, which may be large: only when it can be sent
         if task is None:
@@ -195,7 +202,9 @@ class Carrier:
                     self._later(line, "no answer in time")
                 return False
             if reply.has_error() and not self._has_failed(line, reply.error):
-                self._later(line, f"{reply.error.code} {reply.error.reason}"[:200])
+                self._later(
+                    line, f"{reply.error.code} {reply.error.reason}"[:200], LONGEST_WAIT if line.errors else 0.0
+                )
                 return True
             if not reply.has_error():
                 self._take(line, answer_in(reply, line.kind))
@@ -206,10 +215,13 @@ class Carrier:
         return True
 
     def _has_failed(self, line: Line, error: Error) -> bool:
-        """Whether a silo has answered with an error of its own so often that it is asked no more."""
+        """Whether a silo has answered with an error of its own so often that it is asked for no upload any more.
+
+        What it is owed stays owed, since a machine that has no room or no GPU today may have them tomorrow.
+        """
         if error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
             line.errors += 1
-        if line.errors < MOST_ERRORS:
+        if line.errors < MOST_ERRORS or line.kind != "upload":
             return False
         self._fail(line, "failed", f"{error.reason}"[:200] + f"; {line.errors} times")
         return True
@@ -254,9 +266,9 @@ class Carrier:
         if line.kind == "not_used":
             self.spool.told(line.silo, line.round)
 
-    def _later(self, line: Line, why: str) -> None:
+    def _later(self, line: Line, why: str, least: float = 0.0) -> None:
         line.attempts += 1
-        wait = min(LONGEST_WAIT, 2.0 ** min(line.attempts, 10))
+        wait = max(least, min(LONGEST_WAIT, 2.0 ** min(line.attempts, 10)))
         line.open_message, line.not_before, line.note = None, time.time() + wait, f"{why}; asked again in {wait:.0f} s"
         logger.warning("silo %s: %s", line.silo, line.note)
         self._write_line(line)

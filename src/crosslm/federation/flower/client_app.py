@@ -14,7 +14,7 @@ from crosslm.errors import CrosslmError
 from crosslm.federation import leaving, messages
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.kits import KIT
-from crosslm.federation.silo import Silo
+from crosslm.federation.silo import OF_THE_DOWNLOAD, Silo
 from crosslm.files import parts_of
 from crosslm.models.sources import cache_folder
 
@@ -50,8 +50,11 @@ def _installed(message: Message, take: Callable[[Silo, str, int, bytes], dict[st
         assert isinstance(arrays, ArrayRecord)
         data = b"".join(joined(arrays, silo.settings.intake.max_bytes))
         metrics = take(silo, str(request["experiment"]), number, data)
-    except CrosslmError as error:
+    except OF_THE_DOWNLOAD as error:
         return refusal(message, error)
+    except CrosslmError as error:  # the server asks again, and learns the kind of error alone
+        refusal(message, error)
+        raise RuntimeError(type(error).__name__) from None
     reply = {"reply": ConfigRecord(leaving.done(number)), "metrics": MetricRecord(dict(metrics))}
     return Message(RecordDict(reply), reply_to=message)
 

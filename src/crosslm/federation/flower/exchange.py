@@ -15,6 +15,8 @@ from crosslm.federation.messages import encode
 from crosslm.federation.spool import ENDED, Spool
 from crosslm.records import Download, Upload
 
+LATE = "it came when the run had ended; send it to the next run"
+MOST_TRIES = 5  # at an upload with which the server application ends
 TELL_REFUSED = 120.0  # seconds at the end of a run for silos to hear that their upload was not used
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,11 @@ class FlowerExchange:
             self._wait()
             return None
         try:
+            if (tries := self.spool.tries(arrival)) > MOST_TRIES:
+                raise UploadError(
+                    f"client {arrival.silo}: the server ended {tries - 1} times while it worked on its upload of round "
+                    f"{arrival.round}; look at the server's logs"
+                )
             data = self.spool.upload(arrival, self.intake.bounds.max_bytes)
             upload = self.intake.upload(data, arrival.silo)
             if upload.client_round != arrival.round:
@@ -83,18 +90,24 @@ class FlowerExchange:
     def finished(self) -> bool:
         """Whether no upload is to be served any more."""
         self._look_at_carrier()
-        has_ended = self.spool.fact(ENDED) is not None or self._ends()
-        if has_ended and self.config.closing:  # for a server that is started again: some have been closed
-            self.spool.note(ENDED, str(time.time()))
-        self.carrier.has_ended = has_ended
-        return has_ended
+        if not self.carrier.has_ended and self._ends():
+            self.carrier.has_ended = True
+            self.spool.note(ENDED, str(time.time()))  # for a server that is started again
+        return self.carrier.has_ended
+
+    def _refused_late(self) -> bool:
+        """Refuse what has come and will not be served, since the run has ended; its silos are told. True."""
+        for arrival in self.spool.arrivals():
+            if arrival.state in ("received", "processing"):
+                self.refuse(arrival.silo, arrival.round, UploadError(LATE))
+        return True
 
     def _ends(self) -> bool:
         if self.config.arrivals is not None and self.spool.counted() >= self.config.arrivals:
             return True
-        if any(arrival.state in ("received", "processing") for arrival in self.spool.arrivals()):
-            return False
-        return self.carrier.is_over()
+        is_over = self.carrier.is_over()  # first: what comes after it is among the arrivals
+        waiting = any(arrival.state in ("received", "processing") for arrival in self.spool.arrivals())
+        return is_over and not waiting
 
     def drain(self, seconds: float) -> list[str]:
         """Wait until all downloads are delivered, at most so long; then stop carrying.
@@ -103,11 +116,11 @@ class FlowerExchange:
             Silos that still wait for theirs.
         """
         end = time.time() + seconds
-        while time.time() < end and self._owed():
+        while self._refused_late() and time.time() < end and self._owed():
             self._look_at_carrier()
             self._wait()
         end = time.time() + TELL_REFUSED
-        while time.time() < end and self.carrier.untold():
+        while self._refused_late() and time.time() < end and self.carrier.untold():
             self._look_at_carrier()
             self._wait()
         self.carrier.stop()

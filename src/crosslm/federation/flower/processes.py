@@ -19,6 +19,8 @@ from crosslm.federation.kits import KIT, QUIET
 
 RESTART = 5.0  # seconds before a process that died is started again
 START_TIME = 300.0  # seconds that a process may take until it answers; a busy machine needs minutes
+FLWR_TRIES, FLWR_TIME = 3, 300.0  # of a command of flwr's, and seconds that it may take
+CACHE = "CROSSLM_CACHE"
 Note = Callable[[str], None]
 
 
@@ -119,7 +121,8 @@ def environment(kit: Path) -> dict[str, str]:
 
 def settings_of(kit: Path) -> dict[str, str]:
     """What in that environment is of this kit, and what keeps Flower quiet."""
-    return {**QUIET, "FLWR_HOME": str(kit.absolute() / "flower"), KIT: str(kit.absolute())}
+    own = {**QUIET, "FLWR_HOME": str(kit.absolute() / "flower"), KIT: str(kit.absolute())}
+    return own | ({CACHE: str(Path(os.environ[CACHE]).absolute())} if CACHE in os.environ else {})
 
 
 def program(name: str) -> str:
@@ -142,9 +145,20 @@ def flwr(kit: Path, *arguments: str) -> None:
         FederationError: it failed.
     """
     command = [program("flwr"), *arguments]
-    done = subprocess.run(command, env=environment(kit), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise FederationError(f"flwr {' '.join(arguments)} failed:\n{(done.stdout + done.stderr).strip()[-800:]}")
+    said = ""
+    for attempt in range(FLWR_TRIES):
+        time.sleep(RESTART if attempt else 0)
+        try:
+            done = subprocess.run(
+                command, env=environment(kit), capture_output=True, text=True, check=False, timeout=FLWR_TIME
+            )
+        except subprocess.TimeoutExpired:
+            said = f"it did not end in {FLWR_TIME:.0f} s"
+            continue
+        if not done.returncode:
+            return
+        said = (done.stdout + done.stderr).strip()[-800:]
+    raise FederationError(f"flwr {' '.join(arguments)} failed {FLWR_TRIES} times, start it again:\n{said}")
 
 
 def wait_for_port(host: str, port: int, child: Child) -> None:
