@@ -131,8 +131,8 @@ def differs(kept: Kept, choice: Choice) -> list[str]:
         "treebank's `<unk>` is read as characters, since the LLM has never been trained on a token for it.",
         "Preset recommended: its fields were compared on 400 test rows of SST-2 with one seed "
         "(`benchmarks/preset_choices.py`), so that its figures on SST-2 flatter it; `slm.llm_judges` and "
-        "`slm.interpolation` on validation rows of AG News and Yahoo! Answers, `slm.synthetic` of Yahoo! Answers, that "
-        "all methods have, on validation rows of it (not all of these figures were kept).",
+        "`slm.interpolation` on validation rows of AG News and Yahoo! Answers, step 5's training of Yahoo! Answers, "
+        "that all methods have, on validation rows of it (not all of these figures were kept).",
     ]
 
 
