@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from test_tracking import Keeps
 
 from crosslm import experiment, tracking
 from crosslm.config import Config
+from crosslm.config_file import load
 from crosslm.errors import ConfigError, ModelError, QuarantineError, RunError
 from crosslm.experiment import run_local
 from crosslm.federation.deployment import Deployment, measured_on
@@ -453,6 +455,35 @@ def silo_with(upload):
 
 
 @pytest.mark.usefixtures("flower_run")
+def test_a_server_that_dies_in_the_closing_step_keeps_what_was_learned_before(
+    tables, local, seeing, tmp_path, monkeypatch
+):
+    turns, all_closed = iter([False, True]), sys.modules[__name__].close
+
+    def dies(exchange, server, journal, between):
+        def second():
+            if next(turns):
+                raise SystemExit
+            return between()
+
+        all_closed(exchange, server, journal, second)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules[__name__], "close", dies)
+        with pytest.raises(SystemExit):
+            next(iter(federation(tmp_path / "kit", tables, local[1])))
+    spool = Spool(tmp_path / "kit" / "spool")
+    assert sum(spool.closing_of(silo) is not None for silo in SILOS) == 1
+    config = load(tmp_path / "kit" / "run" / "config.toml")
+    intake = Intake(TASK["labels"], config.intake)
+    exchange = FlowerExchange(None, spool, "tiny-1", list(SILOS), config.federation, intake)
+    with Deployment.open(tmp_path / "kit/run", config, tmp_path / "kit/cache", exchange.refuse, spool) as deployment:
+        close(exchange, deployment.server, deployment, exchange.finished)
+    spool.close()
+    texts = "synthetic/closing-pool.jsonl"
+    assert (tmp_path / "kit/run" / texts).read_bytes() == (seeing / texts).read_bytes()
+
+
 def test_downloads_go_out_though_the_llm_cannot_be_measured_and_a_restart_completes_the_run(
     tables, local, tmp_path, monkeypatch
 ):

@@ -1,6 +1,8 @@
 """What the LLM did is kept and not done twice (``--llm-cache``)."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tomli_w
@@ -98,6 +100,20 @@ def test_a_damaged_result_is_named(settings, tmp_path):
     kept.unlink()
     assert run(settings, tmp_path, "fourth", llm_cache=cache)["llm_cache"]["made"] == 1
     assert json.loads(kept.read_text())
+
+
+def test_two_who_make_the_same_at_the_same_time_do_each_other_no_harm(tmp_path):
+    cache, at_once = llm_cache.LLMCache(tmp_path), threading.Barrier(4)
+
+    def make():
+        at_once.wait()
+        for number in range(20):
+            cache.put(f"key-{number}", [0] * 10_000, adapter=b"a" * 100_000)
+            assert cache.get(f"key-{number}") == [0] * 10_000
+
+    with ThreadPoolExecutor(4) as threads:
+        for made in [threads.submit(make) for _ in range(4)]:
+            made.result()
 
 
 def test_a_cache_that_cannot_be_written_is_named(settings, tmp_path):

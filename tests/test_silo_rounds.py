@@ -227,6 +227,20 @@ def test_a_silo_that_took_half_precision_installs_it(silo, federated, models):  
     assert all(weight.equal(download.slm.weights[name].to(weight.dtype)) for name, weight in weights.items())
 
 
+def test_what_is_amiss_at_the_silo_itself_decides_nothing(silo, federated, models, flower_run, monkeypatch):  # noqa: F811
+    silo.upload(silo.settings.experiment, 0)
+    _, download = answer(silo, Config.model_validate(federated), models)
+    rows = silo.kit / "silo-0.csv"
+    private = rows.read_bytes()
+    rows.unlink()
+    with pytest.raises(Exception, match=r"^DataError$"):  # of whatever kind Flower makes of it; no name of a file
+        ask(silo, "install", monkeypatch, message=split([encode(download)]))
+    assert Silo(silo.kit, silo.cache).installed == 0
+    rows.write_bytes(private)
+    assert "metrics" in ask(silo, "install", monkeypatch, message=split([encode(download)]))
+    assert Silo(silo.kit, silo.cache).installed == 1
+
+
 def test_a_silo_says_what_it_does_and_why_it_refused(silo, federated, models, flower_run, monkeypatch, shell):  # noqa: F811
     def said():
         code, out, _ = shell("status", str(silo.kit))
