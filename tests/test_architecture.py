@@ -140,7 +140,7 @@ def test_configuration_and_task_need_no_torch():
     [
         (
             "flwr",
-            {f"federation.flower.{name}" for name in ("server_app", "client_app", "exchange", "payload")}
+            {f"federation.flower.{name}" for name in ("server_app", "client_app", "carrier", "exchange", "payload")}
             | {f"federation.flower.{name}" for name in ("answer", "replies", "tasks")},
         ),
         ("datasets", {"hub", "export"}),
