@@ -34,6 +34,7 @@ from crosslm.federation import silo as silo_module
 from crosslm.federation import spool as spool_module
 from crosslm.federation.flower import carrier, client_app, gateway, processes, server_processes, silo_processes
 from crosslm.federation.flower import exchange as exchange_module
+from crosslm.federation.flower.carrier import LONGEST_WAIT
 from crosslm.federation.flower.exchange import MOST_TRIES, FlowerExchange
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.flower.silo_processes import run_silo
@@ -678,6 +679,33 @@ def test_a_silo_that_fails_each_time_is_not_asked_for_ever(exchange, monkeypatch
     assert line.over
     exchange.finished()
     assert told == [("silo-0", "round 0: failed upload: an error at the silo, see its own log; 5 times")]
+
+
+def test_what_a_silo_is_owed_is_offered_however_often_it_fails_there(exchange, monkeypatch):
+    """A GPU that is busy today is free tomorrow."""
+    now = [time.time()]
+    monkeypatch.setattr("crosslm.federation.flower.exchange.time.time", lambda: now[0])
+    exchange.grid.online, line = ["silo-0"], exchange.carrier.lines["silo-0"]
+    turn(exchange, 2)
+    exchange.send(echo(exchange.receive()))
+    takes = exchange.grid.handlers["silo-0"]
+    failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "an error at the silo, see its own log")
+    exchange.grid.handlers["silo-0"] = lambda message: Message(failure, reply_to=message)
+    for _ in range(10):
+        turn(exchange, 2)
+        assert line.not_before >= now[0] + LONGEST_WAIT  # not five times within half a minute
+        now[0] = line.not_before + 1
+    assert (line.over, exchange.spool.not_delivered(["silo-0"])) == (False, ["silo-0"])
+    exchange.grid.handlers["silo-0"] = takes
+    turn(exchange, 2)
+    assert exchange.spool.not_delivered(["silo-0"]) == []
+
+
+def test_the_processes_of_a_kit_look_for_models_where_its_command_does(tmp_path, monkeypatch):
+    monkeypatch.delenv("CROSSLM_CACHE", raising=False)
+    assert "CROSSLM_CACHE" not in processes.settings_of(tmp_path)
+    monkeypatch.setenv("CROSSLM_CACHE", str(tmp_path / "models"))
+    assert processes.settings_of(tmp_path)["CROSSLM_CACHE"] == str(tmp_path / "models")
 
 
 def test_a_silo_that_refuses_is_not_asked_again_and_the_server_learns_no_more(exchange, kits, caplog):

@@ -620,11 +620,11 @@ def test_cells_that_differ_in_step_5_alone_have_their_llm_in_common(scale, data,
     choice = chosen(scale, data, "ablation", presets=["recommended"])
     made, shared = {}, Work(choice, tmp_path / "out", tmp_path, tmp_path / "llm")
     for cell in plan(choice):
-        if cell.variation.name in ("base", "slm.soft-labels-false") and cell.stage == "run":
+        if cell.variation.name in ("base", "slm.soft-labels-false", "llm.gamma-kl-0.05") and cell.stage == "run":
             assert shared.do(cell, Silent()) == []
             path = tmp_path / f"out/test/cells/{cell.path}.json"
             made[cell.variation.name] = json.loads(path.read_text())["figures"]["llm_cache"]["made"]
-    assert made["base"] > 0 == made["slm.soft-labels-false"]
+    assert made["base"] > made["llm.gamma-kl-0.05"] > 0 == made["slm.soft-labels-false"]
 
 
 def test_the_command_passes_the_llms_cache_on(scale, data, tmp_path, quick, monkeypatch, capsys):

@@ -239,23 +239,12 @@ class RunDir:
         """
         from crosslm.records import SyntheticSet, SyntheticText
 
-        path = self.path / "synthetic" / f"{name}.jsonl"
-        try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            samples = [
-                SyntheticText(
-                    row["text"],
-                    labels.index(row["label"]),
-                    row["prompt"],
-                    tuple(row["prompt_ids"]),
-                    tuple(row["completion_ids"]),
-                    row["seed"],
-                )
-                for row in rows
-            ]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path}: cannot be read: {error}; put it back as it was, or run again") from error
-        return SyntheticSet(samples)
+        def sample(row: dict[str, Any]) -> SyntheticText:
+            prompt, completion = tuple(row["prompt_ids"]), tuple(row["completion_ids"])
+            label = labels.index(row["label"])
+            return SyntheticText(row["text"], label, row["prompt"], prompt, completion, row["seed"])
+
+        return SyntheticSet(self._synthetic_rows(name, sample))
 
     def kept_of(self, name: str) -> set[int]:
         """The places of the texts that :meth:`save_synthetic` marked as learned.
@@ -263,10 +252,13 @@ class RunDir:
         Raises:
             RunError: they cannot be read.
         """
+        kept = self._synthetic_rows(name, lambda row: row["kept"])
+        return {place for place, is_kept in enumerate(kept) if is_kept}
+
+    def _synthetic_rows(self, name: str, read: Callable[[dict[str, Any]], Any]) -> list[Any]:
         path = self.path / "synthetic" / f"{name}.jsonl"
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            return {place for place, row in enumerate(rows) if row["kept"]}
+            return [read(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path}: cannot be read: {error}; put it back as it was, or run again") from error
 

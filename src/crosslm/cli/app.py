@@ -42,7 +42,7 @@ LLMCacheOption = Annotated[
     typer.Option(
         "--llm-cache",
         help="Keep in this folder what the LLM writes, reads and learns, and do none of it twice: another run that "
-        "differs only in step 5 or in its test rows takes minutes.",
+        "differs only in step 5 or in its test rows trains its classifiers alone.",
     ),
 ]
 DataDirOption = Annotated[

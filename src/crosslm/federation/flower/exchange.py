@@ -95,12 +95,11 @@ class FlowerExchange:
             self.spool.note(ENDED, str(time.time()))  # for a server that is started again
         return self.carrier.has_ended
 
-    def _refused_late(self) -> bool:
-        """Refuse what has come and will not be served, since the run has ended; its silos are told. True."""
+    def _refuse_late(self) -> None:
+        """Refuse what has come and will not be served, since the run has ended; its silos are told."""
         for arrival in self.spool.arrivals():
             if arrival.state in ("received", "processing"):
                 self.refuse(arrival.silo, arrival.round, UploadError(LATE))
-        return True
 
     def _ends(self) -> bool:
         if self.config.arrivals is not None and self.spool.counted() >= self.config.arrivals:
@@ -116,13 +115,16 @@ class FlowerExchange:
             Silos that still wait for theirs.
         """
         end = time.time() + seconds
-        while self._refused_late() and time.time() < end and self._owed():
+        self._refuse_late()
+        while time.time() < end and self._owed():
             self._look_at_carrier()
             self._wait()
+            self._refuse_late()
         end = time.time() + TELL_REFUSED
-        while self._refused_late() and time.time() < end and self.carrier.untold():
+        while time.time() < end and self.carrier.untold():
             self._look_at_carrier()
             self._wait()
+            self._refuse_late()
         self.carrier.stop()
         return self._owed()
 
