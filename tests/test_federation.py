@@ -768,7 +768,8 @@ def test_who_has_no_say_is_served_and_not_counted(tmp_path):
     spool.close()
 
 
-def test_a_run_ends_by_arrivals(exchange):
+def test_a_run_ends_by_arrivals(exchange, monkeypatch):
+    monkeypatch.setattr(exchange_module, "TELL_REFUSED", 0.0)
     turn(exchange, 2)
     exchange.config = exchange.carrier.config = FederationConfig(arrivals=1)
     assert not exchange.finished()
