@@ -484,6 +484,7 @@ def test_a_server_that_dies_in_the_closing_step_keeps_what_was_learned_before(
     assert (tmp_path / "kit/run" / texts).read_bytes() == (seeing / texts).read_bytes()
 
 
+@pytest.mark.usefixtures("flower_run")
 def test_downloads_go_out_though_the_llm_cannot_be_measured_and_a_restart_completes_the_run(
     tables, local, tmp_path, monkeypatch
 ):
