@@ -100,6 +100,26 @@ def test_few_rows_lost_by_chance_are_no_reason(models, monkeypatch, lost, gained
     assert client._try(SLM.from_state(upload.slm)).accepted is (lost <= gained)
 
 
+def test_balanced_each_label_counts_alike(models, monkeypatch):
+    """By hand: of 8 + 2 rows the new one loses 4 of the many and gains both of the few: -4 + 2 rows, but -1/2 + 1."""
+    client = client_of(models)
+    upload = client.train()
+    rows = Examples(ROWS.texts[:8] + ROWS.texts[-2:], [0] * 8 + [1] * 2)
+    monkeypatch.setattr(client, "_private", rows)
+    monkeypatch.setattr(client, "_split", lambda number: ([], list(range(10))))
+
+    def opinion(slm, texts):
+        return torch.eye(2)[[0] * 10 if slm is client.slm else [1] * 4 + [0] * 4 + [1] * 2]
+
+    monkeypatch.setattr(SLM, "predict_proba", opinion)
+    client._acceptance = AcceptanceConfig(enabled=True, margin=0.0, confidence=0.5)
+    decision = client._try(SLM.from_state(upload.slm))
+    assert (decision.accepted, decision.before, decision.after) == (False, pytest.approx(0.8), pytest.approx(0.6))
+    client._acceptance = AcceptanceConfig(enabled=True, margin=0.0, confidence=0.5, balanced=True)
+    decision = client._try(SLM.from_state(upload.slm))
+    assert (decision.accepted, decision.before, decision.after) == (True, pytest.approx(0.5), pytest.approx(0.75))
+
+
 def test_the_margin_and_the_switch_are_fields(models, worse):
     for acceptance, rows in (({"margin": 0.99}, 10), ({"enabled": False}, 0)):
         client = client_of(models, **acceptance)

@@ -10,7 +10,14 @@ from conftest import BAD, GOOD, sentences
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosslm.algorithm.agreement import correlation, label_auc, normal_quantile, sign_test, upper_correlation
+from crosslm.algorithm.agreement import (
+    balancing_weights,
+    correlation,
+    label_auc,
+    normal_quantile,
+    sign_test,
+    upper_correlation,
+)
 from crosslm.client import Client
 from crosslm.config import Config, FitConfig
 from crosslm.errors import QuarantineError, UploadError
@@ -74,11 +81,37 @@ def test_correlation_and_its_bound_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("lost", "gained", "expected"),
-    [(0, 0, 1.0), (0, 3, 1.0), (3, 0, 1 / 8), (4, 1, (5 + 1) / 32), (2, 2, (6 + 4 + 1) / 16)],
+    ("changes", "expected"),
+    [
+        ([], 1.0),
+        ([0, 1, 1, 0, 1], 1.0),
+        ([-1, -1, 0, -1], 1 / 8),
+        ([-1, 1, -1, -1, -1], (5 + 1) / 32),
+        ([1, 1, -1, -1], (6 + 4 + 1) / 16),
+        ([-3, 1], 2 / 4),  # -4 and -2 of -4, -2, 2, 4
+        ([-3, -1, 0.5], 2 / 8),  # -4.5 and -3.5
+    ],
 )
-def test_sign_test_by_hand(lost, gained, expected):
-    assert sign_test(lost, gained) == pytest.approx(expected)
+def test_sign_test_by_hand(changes, expected):
+    assert sign_test(torch.tensor(changes)) == pytest.approx(expected)
+    assert sign_test(torch.tensor(changes) / 3) == pytest.approx(expected)
+
+
+def test_sign_test_of_many_changes_is_near_the_binomial():
+    """Of 40 tosses 25 or more are heads with 0.0769."""
+    changes = torch.tensor([-1.0] * 25 + [1.0] * 15)
+    assert sign_test(changes) == pytest.approx(0.0769, abs=0.005)
+    assert sign_test(changes) == sign_test(changes)
+
+
+def test_balancing_weights_by_hand():
+    """Three rows of label 0, one of label 2: each label has half of the weight."""
+    weights = balancing_weights(torch.tensor([0, 0, 2, 0]))
+    assert weights.tolist() == pytest.approx([2 / 3, 2 / 3, 2, 2 / 3])
+    assert balancing_weights(torch.tensor([1, 0])).tolist() == [1, 1]
+
+
+def test_upper_correlation_by_hand():
     assert upper_correlation(0.0, 103, 0.95) == pytest.approx(math.tanh(0.16449), abs=1e-4)
     assert upper_correlation(0.5, 3, 0.95) == 1.0
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from crosslm.algorithm.agreement import sign_test
+from crosslm.algorithm.agreement import balancing_weights, sign_test
 from crosslm.config import AcceptanceConfig, FitConfig
 from crosslm.errors import ConfigError
 from crosslm.leaks import LeakCheck
@@ -26,7 +26,7 @@ class Decision:
     rows: int
     """Held-out private rows that both were tried on; 0: accepted untried."""
     before: float | None = None
-    """Accuracy there of the SLM that the client had."""
+    """Accuracy there of the SLM that the client had; the mean of the labels' with ``acceptance.balanced``."""
     after: float | None = None
     """Accuracy there of the one that came."""
 
@@ -176,12 +176,13 @@ class Client:
         if len(set(holdout.labels)) == 1:  # one that finds that label everywhere cannot be beaten there
             return Decision(accepted=True, rows=0)
         labels = torch.tensor(holdout.labels)
-        before, after = (slm.predict_proba(holdout.texts).argmax(dim=1) == labels for slm in (self.slm, returned))
-        lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
-        is_worse = (lost - gained) / len(holdout) > self._acceptance.margin
-        is_sure = sign_test(lost, gained) <= 1 - self._acceptance.confidence
-        shares = float(before.float().mean()), float(after.float().mean())
-        return Decision(not (is_worse and is_sure), len(holdout), *shares)
+        weights = balancing_weights(labels) if self._acceptance.balanced else torch.ones(len(labels))
+        before, after = (
+            weights * (slm.predict_proba(holdout.texts).argmax(dim=1) == labels) for slm in (self.slm, returned)
+        )
+        is_worse = float((before - after).mean()) > self._acceptance.margin
+        is_sure = sign_test(after - before) <= 1 - self._acceptance.confidence
+        return Decision(not (is_worse and is_sure), len(holdout), float(before.mean()), float(after.mean()))
 
     def _split(self, client_round: int) -> tuple[list[int], list[int]]:
         return split_rows(len(self._private), self._fit, self._seed, self.id, client_round, self._canaries)

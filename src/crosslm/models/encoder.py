@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from crosslm.models.loading import loading
@@ -21,6 +20,8 @@ class SentenceEncoder:
     """A sentence-transformers model."""
 
     def __init__(self, folder: str, device: str = "cpu") -> None:
+        from sentence_transformers import SentenceTransformer  # takes seconds, and few commands need it
+
         with loading(
             f"selection.encoder {folder!r} cannot be loaded as a sentence transformer", "sentence-transformers"
         ):

@@ -76,6 +76,9 @@ class AcceptanceConfig(Section):
     enabled: bool = False
     """Try it on held-out private rows and install it only if it is not worse; the old one is kept. Not with
     ``privacy.epsilon``, which does not bound what that tells; ``recommended`` leaves it off there."""
+    balanced: bool = False
+    """Each label counts alike there, however many of the rows have it: whether the labels are told apart better is
+    decided, and not who knows better which of them are frequent at this client."""
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """So much accuracy it may lose there."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.9
