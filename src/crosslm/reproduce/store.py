@@ -27,8 +27,9 @@ STEP_5 = {
     "selection": ("fraction", "score", "llm_posterior", "nonpositive_rewards", "class_balance", "encoder"),
     "gate": ("teach_refused",),
     "federation": ("closing",),
+    "acceptance": ("balanced", "margin", "confidence"),
 }
-"""What an SLM learns before it goes back, which the LLM never meets where nobody comes twice."""
+"""What an SLM learns before it goes back, and whether it is kept, which the LLM never meets where nobody comes twice."""
 ORIGINAL_LLM = ("model", "dtype", "lora_rank", "lora_alpha")
 UNNEEDED = ("slm", "slm-previous", "uploads", "quarantine", "checkpoints")
 """Of a run whose figures are kept: a gigabyte that nothing here reads again. Table 7 reads ``llm``."""
