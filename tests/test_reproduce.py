@@ -597,10 +597,12 @@ def test_the_llm_of_a_one_shot_run_does_not_depend_on_what_goes_back(scale, data
         scale["run"]["slm"] |= {"soft_labels": True, "interpolation": 0.5}
         scale["run"]["selection"] |= {"fraction": 1.0}
         scale["run"]["gate"] = {"teach_refused": True}
+        scale["run"]["acceptance"] = {"balanced": True}
         for changed in (False, True):
             if changed:
                 scale["run"]["slm"] |= {"synthetic": {**FIT, "epochs": 3}, "soft_labels": False, "interpolation": 1.0}
                 scale["run"]["gate"] = {"teach_refused": False}
+                scale["run"]["acceptance"] = {"balanced": False}
                 scale["run"]["federation"] = {"participations": participations, "closing": False}
                 scale["run"]["selection"] |= {"fraction": 0.5, "score": "reward"}
             choice = chosen(scale, data, "7", presets=["recommended"])

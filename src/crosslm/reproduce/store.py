@@ -29,7 +29,7 @@ STEP_5 = {
     "federation": ("closing",),
     "acceptance": ("balanced", "margin", "confidence"),
 }
-"""What an SLM learns before it goes back, and whether it is kept, which the LLM never meets where nobody comes twice."""
+"""What an SLM learns before it goes back, and who keeps it: the LLM never meets it where nobody comes twice."""
 ORIGINAL_LLM = ("model", "dtype", "lora_rank", "lora_alpha")
 UNNEEDED = ("slm", "slm-previous", "uploads", "quarantine", "checkpoints")
 """Of a run whose figures are kept: a gigabyte that nothing here reads again. Table 7 reads ``llm``."""
