@@ -21,8 +21,8 @@ from crosslm.preparation import original_llm
 from crosslm.records import Examples, Upload
 
 SMALLEST = {
-    "llm.samples": 8,
-    "selection.pool": 12,
+    "llm.samples": 4,
+    "selection.pool": 8,
     "slm.private.epochs": 1,
     "data.rows_per_client": 48,
     "data.test_rows": 40,
@@ -31,7 +31,7 @@ SMALLEST = {
     "evaluation.nlu_rows": 20,
     "evaluation.perplexity_tokens": 128,
     "evaluation.judge.epochs": 1,
-    "synthesis.max_new_tokens": 24,
+    "synthesis.max_new_tokens": 12,
 }
 
 
