@@ -35,12 +35,13 @@ from crosslm.algorithm.soft_labels import (
 from crosslm.classification import class_probabilities
 from crosslm.config_file import load
 from crosslm.enhancement import train_on_synthetic
+from crosslm.examples import Examples
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, resolve_device
 from crosslm.preparation import original_llm
 from crosslm.progress import Progress
-from crosslm.records import Examples, SyntheticSet, Upload
+from crosslm.records import SyntheticSet, Upload
 from crosslm.server import receive_slm
 from crosslm.task import Task
 from crosslm.teachers import Teachers

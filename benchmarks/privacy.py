@@ -34,11 +34,11 @@ from crosslm.canaries import draw_canaries
 from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.config_file import load
 from crosslm.data import load_examples
+from crosslm.examples import Examples
 from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.private_layers import as_under_dp
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, model_folder
-from crosslm.records import Examples
 from crosslm.seeding import seed_for
 
 NAME = "privacy-sst2"

@@ -16,9 +16,9 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from crosslm.config import FitConfig
 from crosslm.data import load_split
+from crosslm.examples import Examples
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, model_folder
-from crosslm.records import Examples
 
 
 class Rows(torch.utils.data.Dataset):

@@ -12,13 +12,14 @@ from crosslm.checkpoint import Checkpoints
 from crosslm.client import Client, Decision
 from crosslm.config import AcceptanceConfig, Config, FitConfig
 from crosslm.errors import RunError, StoppedError, UploadError
+from crosslm.examples import Examples
 from crosslm.experiment import run_local
 from crosslm.federation.local import LocalExchange
 from crosslm.html_report.collect import RunView
 from crosslm.html_report.findings import findings
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
-from crosslm.records import Download, Examples
+from crosslm.records import Download
 from crosslm.report import about_no_say
 from crosslm.rollback import roll_back
 from crosslm.rundir import RunDir

@@ -10,13 +10,14 @@ from opacus.accountants import RDPAccountant
 from crosslm.client import Client
 from crosslm.config import AcceptanceConfig, Config, FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError, StoppedError
+from crosslm.examples import Examples
 from crosslm.experiment import run_local
 from crosslm.federation.kits import SiloSettings
 from crosslm.models.accounting import Mechanism, Spent, plan
 from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
 from crosslm.privacy import privacy_summary
-from crosslm.records import Download, Examples
+from crosslm.records import Download
 from crosslm.rundir import RunDir
 
 EXAMPLES = Examples(sentences(BAD) + sentences(GOOD), [0] * 40 + [1] * 40)

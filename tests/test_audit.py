@@ -15,11 +15,11 @@ from crosslm.cli import main as cli
 from crosslm.client import Client
 from crosslm.config import Config, FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError, DataError, RunError
+from crosslm.examples import Examples
 from crosslm.experiment import run_local
 from crosslm.models.rows import hold_out
 from crosslm.models.slm import SLM
 from crosslm.privacy import privacy_line
-from crosslm.records import Examples
 from crosslm.rundir import RunDir
 from crosslm.seeding import seed_for
 

@@ -13,8 +13,8 @@ from crosslm.config_file import load
 from crosslm.data import balanced_sample, dirichlet_split, load_examples, load_split, readable_lines
 from crosslm.data import test_rows as rows_to_test
 from crosslm.errors import DataError
+from crosslm.examples import Examples
 from crosslm.preparation import public_texts
-from crosslm.records import Examples
 
 LABELS = ("bad", "good")
 ROWS = [("a good day", "good"), ('said "bad", twice', "bad"), ("über", "good")]

@@ -1053,7 +1053,7 @@ def test_flower_builds_the_app_and_there_is_no_code_in_it(kits, tmp_path, monkey
     ],
 )
 def test_flower_is_told_to_be_quiet_before_it_is_imported(module):
-    """Though the user's environment asks for the opposite; and who only starts processes does not import it."""
+    """Though the user asks for the opposite; and who only starts processes loads neither it nor PyTorch."""
     code = (
         "import importlib.abc, os, sys\n"
         "class Look(importlib.abc.MetaPathFinder):\n"
@@ -1064,7 +1064,7 @@ def test_flower_is_told_to_be_quiet_before_it_is_imported(module):
         "            os._exit(0)\n"
         "sys.meta_path.insert(0, Look())\n"
         f"import crosslm.federation.flower.{module}\n"
-        "print('not imported')\n"
+        "print('not imported', *({'torch', 'transformers'} & set(sys.modules)))\n"
     )
     loud = {**os.environ, "FLWR_TELEMETRY_ENABLED": "1", "FLWR_DISABLE_UPDATE_CHECK": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=loud, capture_output=True, text=True, check=True)

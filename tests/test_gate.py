@@ -21,9 +21,10 @@ from crosslm.algorithm.agreement import (
 from crosslm.client import Client
 from crosslm.config import Config, FitConfig
 from crosslm.errors import QuarantineError, UploadError
+from crosslm.examples import Examples
 from crosslm.gate import Gate
 from crosslm.models.slm import SLM
-from crosslm.records import Examples, SyntheticSet, SyntheticText
+from crosslm.records import SyntheticSet, SyntheticText
 
 # -- the statistics --------------------------------------------------------------------------
 

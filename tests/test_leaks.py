@@ -11,10 +11,11 @@ from crosslm.canaries import WORDS, draw_canaries, plant
 from crosslm.client import Client
 from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.errors import LeakError, ModelError
+from crosslm.examples import Examples
 from crosslm.federation.messages import decode_download, encode
 from crosslm.leaks import LeakCheck
 from crosslm.models.slm import SLM
-from crosslm.records import Download, Examples
+from crosslm.records import Download
 
 PRIVATE = ["Mrs. Jones came in on Monday with a broken arm.", "a good day"]
 

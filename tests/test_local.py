@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from crosslm.client import Client
 from crosslm.config import FitConfig
 from crosslm.errors import UploadError
+from crosslm.examples import Examples
 from crosslm.federation.exchange import serve
 from crosslm.federation.local import LocalExchange, arrival_order
 from crosslm.models.slm import SLM
-from crosslm.records import Download, Examples
+from crosslm.records import Download
 from crosslm.server import StepRecord
 
 LABELS = ("bad", "good")

@@ -10,13 +10,14 @@ from transformers import AutoModelForSequenceClassification
 
 from crosslm.config import Config, FitConfig, SLMSpec
 from crosslm.errors import ModelError
+from crosslm.examples import Examples
 from crosslm.federation.intake import check_upload
 from crosslm.federation.messages import encode
 from crosslm.finished import run
 from crosslm.models.pretrained import check_spec
 from crosslm.models.slm import SLM
 from crosslm.preparation import client_specs, describe_spec
-from crosslm.records import Examples, Upload
+from crosslm.records import Upload
 
 LABELS = ("bad", "good")
 TEXTS = ["a good film.", "bad", "the day was good and the film was bad and that was all of it."]

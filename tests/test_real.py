@@ -14,11 +14,12 @@ from crosslm.config import FitConfig
 from crosslm.config_file import load
 from crosslm.demo import SILOS, prepare_data
 from crosslm.errors import DataError, ModelError
+from crosslm.examples import Examples
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.models import sources
 from crosslm.models.slm import SLM
 from crosslm.preparation import original_llm
-from crosslm.records import Examples, Upload
+from crosslm.records import Upload
 
 SMALLEST = {
     "llm.samples": 4,

@@ -14,9 +14,10 @@ from conftest import tiny_llm
 from crosslm import arrivals, provenance
 from crosslm.config_file import load
 from crosslm.evaluate import share_right
+from crosslm.examples import Examples
 from crosslm.models.sources import PACKAGES, cache_folder
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
-from crosslm.records import Examples, SyntheticText
+from crosslm.records import SyntheticText
 from crosslm.reproduce import benchmarks
 from crosslm.reproduce.benchmarks import BENCHMARKS, label_logits, load_benchmark, matthews, queries_of, start_llm
 from crosslm.reproduce.bootstrap import average, bootstrap, estimate, worst

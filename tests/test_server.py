@@ -13,9 +13,10 @@ from crosslm.client import Client
 from crosslm.config import Config, SelectionConfig
 from crosslm.enhancement import select
 from crosslm.errors import BrokenLLMError, CollapseError, ModelError, UploadError
+from crosslm.examples import Examples
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
-from crosslm.records import Examples, SyntheticSet
+from crosslm.records import SyntheticSet
 from crosslm.seeding import seed_for
 from crosslm.server import Server, receive_slm
 from crosslm.synthesis import synthesize

@@ -10,9 +10,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from crosslm.config import FitConfig
 from crosslm.errors import ModelError, UploadError
+from crosslm.examples import Examples
 from crosslm.models.rows import batches as row_batches
 from crosslm.models.slm import SLM, _longest
-from crosslm.records import Examples
 
 LABELS = ("bad", "good")
 EXAMPLES = Examples(sentences(BAD) + sentences(GOOD), [0] * 40 + [1] * 40)

@@ -14,10 +14,10 @@ from crosslm.classification import class_probabilities
 from crosslm.client import Client
 from crosslm.config import RewardConfig
 from crosslm.errors import QuarantineError, UploadError
+from crosslm.examples import Examples
 from crosslm.gate import Verdict
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
-from crosslm.records import Examples
 from crosslm.server import Server, receive_slm
 from crosslm.teachers import Teachers
 

@@ -28,6 +28,7 @@ from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.data import Split, load_split
 from crosslm.errors import DataError, ModelError, RunError
+from crosslm.examples import Examples
 from crosslm.models.encoder import Encoder, SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.private_layers import as_under_dp
@@ -35,7 +36,6 @@ from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.preparation import client_specs, original_llm
 from crosslm.progress import Display, Progress
-from crosslm.records import Examples
 from crosslm.rundir import CONFIG, RunDir
 from crosslm.seeding import seed_for
 from crosslm.task import Task

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crosslm.errors import ModelError
-from crosslm.records import Examples
+from crosslm.examples import Examples
 from crosslm.seeding import seed_for
 
 WORDS = 8

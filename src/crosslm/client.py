@@ -8,12 +8,13 @@ import torch
 from crosslm.algorithm.agreement import balancing_weights, sign_test
 from crosslm.config import AcceptanceConfig, FitConfig
 from crosslm.errors import ConfigError
+from crosslm.examples import Examples
 from crosslm.leaks import LeakCheck
 from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.rows import hold_out
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
-from crosslm.records import Download, Examples, SlmState, Upload
+from crosslm.records import Download, SlmState, Upload
 from crosslm.sections.privacy import NO_ACCEPTANCE
 from crosslm.seeding import seed_for
 

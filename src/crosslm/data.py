@@ -15,9 +15,9 @@ import numpy as np
 from crosslm.config import Config, DataConfig
 from crosslm.config_file import packaged
 from crosslm.errors import DataError
+from crosslm.examples import Examples
 from crosslm.files import expanded
 from crosslm.hub import HUB, hub_rows
-from crosslm.records import Examples
 from crosslm.seeding import seed_for
 
 NAMED_ROWS = 5

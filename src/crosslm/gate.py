@@ -15,8 +15,9 @@ from crosslm.algorithm.agreement import correlation, label_auc, normal_quantile,
 from crosslm.algorithm.rewards import correct_prior
 from crosslm.config import Config, RewardConfig
 from crosslm.errors import ConfigError, QuarantineError, UploadError
+from crosslm.examples import Examples
 from crosslm.models.slm import SLM
-from crosslm.records import Examples, SyntheticSet, Upload
+from crosslm.records import SyntheticSet, Upload
 
 OTHERS = 2
 """With fewer accepted others there is no majority to agree with."""

@@ -8,6 +8,7 @@ from crosslm import evaluate
 from crosslm.canaries import plant
 from crosslm.client import Client
 from crosslm.config import Config, SLMSpec
+from crosslm.examples import Examples
 from crosslm.leaks import LeakCheck
 from crosslm.llm_cache import CachedLLM, LLMCache
 from crosslm.models.encoder import SentenceEncoder
@@ -17,7 +18,6 @@ from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder
 from crosslm.preparation import Prepared
 from crosslm.progress import Progress
-from crosslm.records import Examples
 from crosslm.seeding import seed_for
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from crosslm import evaluate
 from crosslm.config import Config
+from crosslm.examples import Examples
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
-from crosslm.records import Examples, SyntheticSet
+from crosslm.records import SyntheticSet
 from crosslm.rundir import RunDir
 from crosslm.task import Task
 

@@ -8,13 +8,13 @@ from crosslm.config import Config, PrivacyConfig, SLMSpec
 from crosslm.config_file import load
 from crosslm.data import Split, find_file, load_examples, load_split, readable_lines, whole_text
 from crosslm.errors import ModelError, RunError
+from crosslm.examples import Examples
 from crosslm.models.architecture import check_travels
 from crosslm.models.pretrained import check_spec
 from crosslm.models.private_layers import check_private
 from crosslm.models.sources import PREFIX, check_model, model_folder
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.models.vocabulary import cached_trim, tokenizer_words
-from crosslm.records import Examples
 from crosslm.rundir import CONFIG
 from crosslm.seeding import seed_for
 from crosslm.task import Task

@@ -11,6 +11,7 @@ import typer
 
 from crosslm.cli.app import CacheOption, ConfigArgument, DataDirOption, SetOption, app, console
 from crosslm.config_file import load
+from crosslm.files import expanded
 from crosslm.quiet import quiet_libraries
 
 EnvironmentOption = Annotated[
@@ -68,19 +69,17 @@ def client(
     cache_dir: CacheOption = None,
 ) -> None:
     """Run the silo of a kit: train when asked, upload, install what returns."""
-    quiet_libraries()
-    from crosslm.federation.silo import Silo
-    from crosslm.models.sources import cache_folder
+    from crosslm.federation.silo_state import SiloState
 
-    if cache_dir:
-        os.environ["CROSSLM_CACHE"] = str(cache_folder(cache_dir).absolute())  # the process that trains is another one
-    silo = Silo(kit, cache_folder(cache_dir))
+    silo = SiloState(kit)
     if environment:
         _print_environment(kit)
         return
     if dry_run:
-        _print_contents(silo.would_send())
+        _dry_run(kit, cache_dir)
         return
+    if cache_dir:
+        os.environ["CROSSLM_CACHE"] = str(expanded(cache_dir).absolute())  # the process that trains is another one
     silo.private()  # a file that cannot be used is found now, and not when the server asks
     from crosslm.federation.flower.processes import end_on_sigterm
     from crosslm.federation.flower.silo_processes import run_silo
@@ -93,11 +92,10 @@ def client(
 
 def silo_status(kit: Path) -> None:
     """What a silo does now, what it has sent, and what came of it."""
-    from crosslm.federation.silo import Silo
     from crosslm.federation.silo_news import closing_outcome, doing, outcome
-    from crosslm.models.sources import cache_folder
+    from crosslm.federation.silo_state import SiloState
 
-    silo = Silo(kit, cache_folder(None))
+    silo = SiloState(kit)
     now = silo.doing()
     _say(f"silo {silo.settings.id} of {silo.settings.experiment}, server {silo.settings.server}")
     _say(doing(now, _ago(now["since"]) if now else ""))
@@ -147,9 +145,14 @@ def server_status(kit: Path) -> None:
     console.print(table)
 
 
-def _print_contents(found: dict[str, object]) -> None:
+def _dry_run(kit: Path, cache_dir: str | None) -> None:
+    """Print every tensor and field that would leave."""
+    quiet_libraries()
     from crosslm.federation.leaving import CARRIER
+    from crosslm.federation.silo import Silo
+    from crosslm.models.sources import cache_folder
 
+    found = Silo(kit, cache_folder(cache_dir)).would_send()
     tensors, fields = found["tensors"], found["fields"]
     assert isinstance(tensors, dict)
     assert isinstance(fields, dict)

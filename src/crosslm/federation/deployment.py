@@ -12,6 +12,7 @@ from crosslm.checkpoint import Checkpoints
 from crosslm.config import Config
 from crosslm.data import is_there, test_rows
 from crosslm.errors import QuarantineError, UploadError
+from crosslm.examples import Examples
 from crosslm.federation.exchange import Served
 from crosslm.federation.messages import decode_upload, describe, encode
 from crosslm.federation.spool import Arrival, Spool
@@ -25,7 +26,7 @@ from crosslm.models.sources import model_folder, resolve_device
 from crosslm.models.tokens import verbalizer_ids
 from crosslm.preparation import original_llm, perplexity_text_of, public_texts
 from crosslm.progress import Progress
-from crosslm.records import Download, Examples, SyntheticSet, Upload
+from crosslm.records import Download, SyntheticSet, Upload
 from crosslm.rundir import CLOSING_POOL, CONFIG, ENGINE, RunDir, versions
 from crosslm.seeding import seed_for
 from crosslm.server import Server, StepRecord, receive_slm

@@ -1,12 +1,8 @@
-"""A silo between machines: what it remembers on its own disk from one request of the server to the next.
+"""A silo between machines: trains, uploads and installs when the server asks.
 
-The client application may run in a new process for each message, so everything is kept in the kit's
-``state`` folder. A request that comes twice is answered from there and nothing is trained twice.
+A request that comes twice is answered from what :mod:`crosslm.federation.silo_state` keeps; nothing is trained twice.
 """
 
-import json
-import os
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +11,18 @@ from typing import Any
 from torch import float16, float32
 
 from crosslm.client import Client, Decision
-from crosslm.config import DataConfig
-from crosslm.data import is_there, load_examples
-from crosslm.errors import DataError, FederationError, LeakError, UploadError
+from crosslm.errors import FederationError, LeakError, UploadError
 from crosslm.federation.intake import Intake, check_same_model
-from crosslm.federation.kits import SILO_FILE, SiloSettings, read_silo
 from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names
 from crosslm.federation.messages import decode_download, decode_upload, encode
+from crosslm.federation.silo_state import SiloState
 from crosslm.files import write_whole
 from crosslm.leaks import LeakCheck
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
-from crosslm.records import Examples, Upload
+from crosslm.records import Upload
 from crosslm.seeding import seed_for
 
 OF_THE_DOWNLOAD = (UploadError, LeakError, FederationError)
@@ -38,8 +32,8 @@ MAX_REASON = 400  # letters of what the server says of an upload that it did not
 DTYPES = {"float32": float32, "float16": float16}
 
 
-class Silo:
-    """One silo's kit, its private text and its state. Nothing of the server's decides what is read here."""
+class Silo(SiloState):
+    """One silo, with its models. Nothing of the server's decides what is read here."""
 
     def __init__(self, kit: Path, cache: Path) -> None:
         """Open a kit.
@@ -47,48 +41,8 @@ class Silo:
         Raises:
             FederationError: it is not a silo's.
         """
-        self.kit, self.cache = kit, cache
-        self.settings: SiloSettings = read_silo(kit)
-        self.state = kit / "state"
-
-    @property
-    def installed(self) -> int:
-        """How many rounds are complete: uploaded, enhanced and installed."""
-        path = self.state / "installed.json"
-        return int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.exists() else 0
-
-    @property
-    def agreed(self) -> int:
-        """Rounds that this silo agrees to; the closing download counts as one more."""
-        return self.settings.max_participations + self.settings.closing
-
-    @property
-    def complete(self) -> int:
-        """How many of them are complete; all, where the server has sent its closing download or says there is none."""
-        return self.agreed if self.closed is not None else self.installed
-
-    @property
-    def answered(self) -> int:
-        """How many downloads this silo has answered to."""
-        return self.installed + (self.closed is not None and not self.closed.get("none"))
-
-    @property
-    def closed(self) -> dict[str, Any] | None:
-        """What was done with the closing download and why, ``none`` where there is none; None where that is open."""
-        path = self.state / "closed.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
-
-    @property
-    def confirmed(self) -> bool:
-        """Whether all rounds are complete and the server was told so."""
-        path = self.state / "confirmed.json"
-        told = int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.exists() else 0
-        return told >= self.agreed
-
-    def confirm(self) -> None:
-        """Remember that the server was told of all rounds that are complete."""
-        told = {"rounds": self.complete, "time": time.time()}
-        write_whole(self.state / "confirmed.json", [json.dumps(told).encode()])
+        super().__init__(kit)
+        self.cache = cache
 
     def upload(self, experiment: str, number: int) -> Path:
         """Step 1: the file with a round's upload, trained now or, if it was asked for before, as it was sent then.
@@ -214,15 +168,6 @@ class Silo:
             raise FederationError(f"silo {self.settings.id}: the closing download was refused: {why}; look at its log")
         return confirmation(number, bool(closed.get("accepted")))
 
-    def nothing_more(self) -> None:
-        """The server says that there is no closing download for this silo."""
-        self._close({"accepted": False, "rows": 0, "none": True})
-
-    def _close(self, decision: Mapping[str, Any]) -> None:
-        kept = {**decision, "rounds": self.installed}
-        write_whole(self.state / "closed.json", [json.dumps(kept, indent=1).encode()])
-        self.now("closed")
-
     def not_used(self, experiment: str, number: int, reason: str) -> None:
         """The server did not use the upload of a round and sends nothing back: go on with the SLM as it was sent.
 
@@ -241,27 +186,6 @@ class Silo:
         words = "".join(letter if letter.isprintable() else " " for letter in reason[:MAX_REASON])
         self._keep_receipt("not-used", number, {"answer": done(number)})
         self._complete(number, {"accepted": False, "rows": 0, "not_used": words})
-
-    def _complete(self, number: int, decision: Mapping[str, Any]) -> None:
-        write_whole(self.state / f"decision-{number:04}.json", [json.dumps(dict(decision), indent=1).encode()])
-        write_whole(self.state / "installed.json", [json.dumps({"rounds": number + 1, "time": time.time()}).encode()])
-        self.now("complete", number)
-
-    def now(self, what: str, number: int | None = None, why: str = "") -> None:
-        """Remember for ``crosslm status`` what goes on since now: training, waiting, complete or refused."""
-        fields = {"now": what, "round": number, "why": why, "since": time.time(), "pid": os.getpid()}
-        write_whole(self.state / "now.json", [json.dumps(fields).encode()])
-
-    def doing(self) -> dict[str, Any] | None:
-        """What goes on at this silo, as :meth:`now` was told last; None before anything did."""
-        path = self.state / "now.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
-
-    def decision(self, number: int) -> dict[str, Any]:
-        """What was done with the SLM that a round brought, and why."""
-        path = self.state / f"decision-{number:04}.json"
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
 
     def _confirmation(self, number: int) -> dict[str, float]:
         """The answer again, whose first one was lost."""
@@ -315,29 +239,6 @@ class Silo:
         """The metadata of so many uploads: what they have spent of the privacy budget, whatever the kit says now."""
         return [self._uploaded(number).metrics for number in range(rounds)]
 
-    def private(self) -> Examples:
-        """The private rows.
-
-        Raises:
-            DataError: the file is not there or cannot be used; names file and row.
-        """
-        data = self.settings.data
-        folder = str((self.kit / data.dir).absolute())
-        config = DataConfig(
-            dir=folder,
-            train=data.train,
-            test=data.train,
-            text_column=data.text_column,
-            label_column=data.label_column,
-            label_names=data.label_names,
-        )
-        if not is_there(data.train, config):
-            raise DataError(
-                f"{Path(folder) / data.train}: no such file; put the labelled text there, "
-                f"or change [data] of {self.kit / SILO_FILE}"
-            )
-        return load_examples(data.train, config, self.settings.labels).examples
-
     def slm(self) -> SLM:
         """The SLM as it is now: pretrained with a new head, as the server returned it, or as it was kept."""
         settings = self.settings
@@ -387,11 +288,6 @@ class Silo:
         names = metric_names(self.settings.fit, privacy)
         return {**found, "metrics_after_training": names, "answers": answers()}
 
-    def receipts(self) -> list[dict[str, Any]]:
-        """What left this silo so far, one receipt an upload."""
-        paths = sorted((self.state / "receipts").glob("upload-*.json"))
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-
     def _check(self, experiment: str, number: int) -> None:
         settings = self.settings
         if experiment != settings.experiment:
@@ -423,9 +319,3 @@ class Silo:
                 self.settings.wire_dtype: rounded.accuracy(private),
             }
         self._keep_receipt("upload", number, receipt)
-
-    def _keep_receipt(self, kind: str, number: int, receipt: Mapping[str, Any]) -> None:
-        """Keep what leaves, before it does."""
-        kept = {"time": time.time(), "server": self.settings.server, **receipt}
-        path = self.state / "receipts" / f"{kind}-{number:04}.json"
-        write_whole(path, [(json.dumps(kept, indent=1) + "\n").encode()])

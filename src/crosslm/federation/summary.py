@@ -7,10 +7,10 @@ from typing import Any
 
 from crosslm import arrivals, evaluate
 from crosslm.config import Config
+from crosslm.examples import Examples
 from crosslm.federation.spool import Spool
 from crosslm.measures import LLM_MEASURES, peak_memory_bytes
 from crosslm.privacy import privacy_summary
-from crosslm.records import Examples
 from crosslm.rundir import ENGINE, RunDir, versions
 
 METHODS = ("standalone", "data_free_kd", "crosslm")

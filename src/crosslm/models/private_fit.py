@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError, ModelError
+from crosslm.examples import Examples
 from crosslm.models.accounting import Mechanism, Spent, epsilon_of, plan, quiet, require_opacus
 from crosslm.models.private_layers import frozen_below
 from crosslm.models.private_mean import centred, noisy_mean
 from crosslm.models.slm import SLM
-from crosslm.records import Examples
 
 MICRO_BATCH = 16  # rows whose gradients are in memory at once; changes no result
 

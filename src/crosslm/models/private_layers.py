@@ -9,9 +9,9 @@ from transformers import AutoConfig
 
 from crosslm.config import PrivacyConfig
 from crosslm.errors import ModelError
+from crosslm.examples import Examples
 from crosslm.models.private_mean import centred, check_center, noisy_mean
 from crosslm.models.slm import SLM
-from crosslm.records import Examples
 
 EVERY_LAYER = (
     "albert",

@@ -20,10 +20,11 @@ from transformers import (
 
 from crosslm.config import FitConfig
 from crosslm.errors import UploadError
+from crosslm.examples import Examples
 from crosslm.models.architecture import SPECIAL_TOKENS, special_tokens, travelling
 from crosslm.models.pretrained import pretrained_classifier
 from crosslm.models.rows import batches, hold_out
-from crosslm.records import Examples, SlmState
+from crosslm.records import SlmState
 
 PREDICTION_BATCH = 64
 

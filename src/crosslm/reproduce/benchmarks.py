@@ -18,10 +18,10 @@ from transformers import get_linear_schedule_with_warmup
 from crosslm.config import DataConfig, LLMConfig
 from crosslm.data import load_examples, sample
 from crosslm.errors import DataError
+from crosslm.examples import Examples
 from crosslm.models.llm import LLM
 from crosslm.models.rows import batches
 from crosslm.models.tokens import verbalizer_ids
-from crosslm.records import Examples
 from crosslm.reproduce.scale import Finetuning
 from crosslm.seeding import seed_for
 from crosslm.task import Task

@@ -11,6 +11,7 @@ from crosslm.checkpoint import Checkpoints
 from crosslm.config import Config
 from crosslm.data import load_split
 from crosslm.errors import RunError, UnservedError
+from crosslm.examples import Examples
 from crosslm.experiment import run_local
 from crosslm.loaded import load_client
 from crosslm.measures import LLM_MEASURES
@@ -18,7 +19,6 @@ from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.preparation import client_specs
 from crosslm.progress import Display, Progress
-from crosslm.records import Examples
 from crosslm.reproduce.benchmarks import fine_tune, matthews, start_llm
 from crosslm.reproduce.plan import CEILING, ORIGINAL, RUN, STANDALONE, Cell, Choice
 from crosslm.reproduce.store import MACHINES_OWN, Store

@@ -15,8 +15,8 @@ from crosslm.errors import FederationError
 from crosslm.federation.flower.processes import RESTART, Child, Note, program
 from crosslm.federation.keys import ASKED_AT, fingerprint
 from crosslm.federation.kits import SILO_FILE, read_silo
-from crosslm.federation.silo import Silo
 from crosslm.federation.silo_news import closing_outcome, outcome
+from crosslm.federation.silo_state import SiloState
 
 REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it does not know
 REFUSED_PAUSE = 10.0  # seconds until a silo that was refused tries again
@@ -58,7 +58,7 @@ def tasks_command(kit: Path) -> list[str]:
     return [sys.executable, "-m", "crosslm.federation.flower.tasks", f"127.0.0.1:{read_silo(kit).runtime_port}"]
 
 
-def run_silo(silo: Silo, note: Note) -> None:
+def run_silo(silo: SiloState, note: Note) -> None:
     """Stay connected until all rounds that this silo agrees to are complete and the server knows it.
 
     Raises:
@@ -108,7 +108,7 @@ def run_silo(silo: Silo, note: Note) -> None:
         node.stop()
 
 
-def _tell(silo: Silo, told: tuple[int, int], note: Note) -> tuple[int, int]:
+def _tell(silo: SiloState, told: tuple[int, int], note: Note) -> tuple[int, int]:
     """Say what is new since so many rounds were complete and so many receipts written; gives both as they are now."""
     complete, sent = silo.answered, len(silo.receipts())
     if sent > told[1]:
@@ -157,7 +157,7 @@ def greet(address: str, ca: Path) -> None:
         ) from error
 
 
-def rounds_complete(silo: Silo) -> int | None:
+def rounds_complete(silo: SiloState) -> int | None:
     """Ask the server how many of this silo's rounds are complete. None where it does not answer, or not this.
 
     Raises:
@@ -167,7 +167,7 @@ def rounds_complete(silo: Silo) -> int | None:
     return None if answer is None else answer[0]
 
 
-def is_over(silo: Silo) -> bool:
+def is_over(silo: SiloState) -> bool:
     """Ask the server whether nothing more comes to this silo.
 
     Raises:
@@ -177,7 +177,7 @@ def is_over(silo: Silo) -> bool:
     return answer is not None and answer[1]
 
 
-def _ask(silo: Silo) -> tuple[int, bool] | None:
+def _ask(silo: SiloState) -> tuple[int, bool] | None:
     """Ask the server about this silo: rounds that are complete, and whether all is over.
 
     Raises:
@@ -208,7 +208,7 @@ def _ask(silo: Silo) -> tuple[int, bool] | None:
     return number, over == ["over"]
 
 
-def _look_into_end(node: Child, silo: Silo, refused: bool, note: Note) -> bool:
+def _look_into_end(node: Child, silo: SiloState, refused: bool, note: Note) -> bool:
     """Say why the SuperNode ended; whether it was refused.
 
     A server that has just been started has not told Flower of the key yet, and one whose silo was killed keeps

@@ -1,0 +1,136 @@
+"""What a silo remembers on its own disk from one request of the server to the next, and its private text.
+
+The client application may run in a new process for each message, so everything is kept in the kit's
+``state`` folder. Nothing here loads a model, or PyTorch: the process that stays connected needs neither.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from crosslm.config import DataConfig
+from crosslm.data import is_there, load_examples
+from crosslm.errors import DataError
+from crosslm.examples import Examples
+from crosslm.federation.kits import SILO_FILE, SiloSettings, read_silo
+from crosslm.files import write_whole
+
+
+class SiloState:
+    """A silo's kit, its private text, and how far it has come."""
+
+    def __init__(self, kit: Path) -> None:
+        """Open a kit.
+
+        Raises:
+            FederationError: it is not a silo's.
+        """
+        self.kit = kit
+        self.settings: SiloSettings = read_silo(kit)
+        self.state = kit / "state"
+
+    @property
+    def installed(self) -> int:
+        """How many rounds are complete: uploaded, enhanced and installed."""
+        path = self.state / "installed.json"
+        return int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.exists() else 0
+
+    @property
+    def agreed(self) -> int:
+        """Rounds that this silo agrees to; the closing download counts as one more."""
+        return self.settings.max_participations + self.settings.closing
+
+    @property
+    def complete(self) -> int:
+        """How many of them are complete; all, where the server has sent its closing download or says there is none."""
+        return self.agreed if self.closed is not None else self.installed
+
+    @property
+    def answered(self) -> int:
+        """How many downloads this silo has answered to."""
+        return self.installed + (self.closed is not None and not self.closed.get("none"))
+
+    @property
+    def closed(self) -> dict[str, Any] | None:
+        """What was done with the closing download and why, ``none`` where there is none; None where that is open."""
+        path = self.state / "closed.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether all rounds are complete and the server was told so."""
+        path = self.state / "confirmed.json"
+        told = int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.exists() else 0
+        return told >= self.agreed
+
+    def confirm(self) -> None:
+        """Remember that the server was told of all rounds that are complete."""
+        told = {"rounds": self.complete, "time": time.time()}
+        write_whole(self.state / "confirmed.json", [json.dumps(told).encode()])
+
+    def nothing_more(self) -> None:
+        """The server says that there is no closing download for this silo."""
+        self._close({"accepted": False, "rows": 0, "none": True})
+
+    def _close(self, decision: Mapping[str, Any]) -> None:
+        kept = {**decision, "rounds": self.installed}
+        write_whole(self.state / "closed.json", [json.dumps(kept, indent=1).encode()])
+        self.now("closed")
+
+    def _complete(self, number: int, decision: Mapping[str, Any]) -> None:
+        write_whole(self.state / f"decision-{number:04}.json", [json.dumps(dict(decision), indent=1).encode()])
+        write_whole(self.state / "installed.json", [json.dumps({"rounds": number + 1, "time": time.time()}).encode()])
+        self.now("complete", number)
+
+    def now(self, what: str, number: int | None = None, why: str = "") -> None:
+        """Remember for ``crosslm status`` what goes on since now: training, waiting, complete or refused."""
+        fields = {"now": what, "round": number, "why": why, "since": time.time(), "pid": os.getpid()}
+        write_whole(self.state / "now.json", [json.dumps(fields).encode()])
+
+    def doing(self) -> dict[str, Any] | None:
+        """What goes on at this silo, as :meth:`now` was told last; None before anything did."""
+        path = self.state / "now.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def decision(self, number: int) -> dict[str, Any]:
+        """What was done with the SLM that a round brought, and why."""
+        path = self.state / f"decision-{number:04}.json"
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def private(self) -> Examples:
+        """The private rows.
+
+        Raises:
+            DataError: the file is not there or cannot be used; names file and row.
+        """
+        data = self.settings.data
+        folder = str((self.kit / data.dir).absolute())
+        config = DataConfig(
+            dir=folder,
+            train=data.train,
+            test=data.train,
+            text_column=data.text_column,
+            label_column=data.label_column,
+            label_names=data.label_names,
+        )
+        if not is_there(data.train, config):
+            raise DataError(
+                f"{Path(folder) / data.train}: no such file; put the labelled text there, "
+                f"or change [data] of {self.kit / SILO_FILE}"
+            )
+        return load_examples(data.train, config, self.settings.labels).examples
+
+    def receipts(self) -> list[dict[str, Any]]:
+        """What left this silo so far, one receipt an upload."""
+        paths = sorted((self.state / "receipts").glob("upload-*.json"))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+    def _keep_receipt(self, kind: str, number: int, receipt: Mapping[str, Any]) -> None:
+        """Keep what leaves, before it does."""
+        kept = {"time": time.time(), "server": self.settings.server, **receipt}
+        path = self.state / "receipts" / f"{kind}-{number:04}.json"
+        write_whole(path, [(json.dumps(kept, indent=1) + "\n").encode()])
