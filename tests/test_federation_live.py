@@ -208,7 +208,7 @@ def answering_twice(folder):
 
 def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
     run = start(["fast", "middle", "slow"], closing=True)
-    run.epochs("slow", 5000)  # longer than the fast one takes to install, on a busy machine too
+    run.epochs("slow", 300)  # so that it can be held in the middle of its training
     run.change("middle", wire_dtype="float16")
 
     stranger, forger = run.folder / "stranger", run.folder / "forger"
@@ -237,10 +237,17 @@ def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
     silos = {"fast": run.start("client", run.kit("fast"), **twice)}
     run.until(lambda spool: spool.of("fast"), "the fast silo's upload")  # a busy machine may be long about it
     silos["slow"] = run.start("client", run.kit("slow"))
+    run.until(lambda _: (run.kit("slow") / "state" / "now.json").exists(), "the slow silo's training")
+    training = [process for process in children_of(silos["slow"]) if "answer" in " ".join(process.cmdline())]
+    assert training
+    for process in training:
+        process.suspend()
     run.until(arrived("fast", "delivered"), "the fast silo's download")
     spool = run.spool()
     assert not spool.of("slow"), "the fast silo is complete before the slow one has sent"
     spool.close()
+    for process in training:
+        process.resume()
 
     # the port that is open answers silos only
     context = ssl.create_default_context(cafile=str(run.server_kit / "ca.crt"))
@@ -317,6 +324,10 @@ def spool_bytes(run, name):
     return (run.server_kit / "spool" / f"{name}-0000-up.safetensors").read_bytes()
 
 
+def children_of(party):
+    return psutil.Process(party.process.pid).children(recursive=True)
+
+
 def child_of(party):
     """The process of Flower's that a command of ours has started, if it runs."""
     for process in psutil.Process(party.process.pid).children():
@@ -337,7 +348,7 @@ def application_of(run):
 
 def test_processes_that_die_and_a_silo_that_never_answers(start, models):
     run = start(["steady", "killed", "silent"], deadline_minutes=60.0)
-    run.epochs("killed", 1500)
+    run.epochs("killed", 600)
     server = run.start("server", run.server_kit)
     silos = {name: run.start("client", run.kit(name)) for name in ("steady", "killed", "silent")}
 
