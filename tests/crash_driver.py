@@ -2,9 +2,9 @@
 
 ``python crash_driver.py FOLDER CONFIG`` reads one JSON object a line, ``{"folder", "point", "count", "after"}``:
 a child runs in that folder and is killed with SIGKILL the ``count``-th time that it comes to ``point``, or
-``after`` so many seconds; then another child goes on with the run. ``{"folder", "whole": true}`` is a run that
-nobody kills. Answers one JSON object a line. No line of the package knows of this: the points are put around its
-functions here.
+``after`` so many seconds; then another child goes on with the run, but with ``"goes_on": false``.
+``{"folder", "whole": true}`` is a run that nobody kills. Answers one JSON object a line. No line of the package knows
+of this: the points are put around its functions here.
 """
 
 import json
@@ -37,7 +37,7 @@ POINTS = {
     "an event": (rundir.RunDir, "event"),
     "folder of a model": (rundir.RunDir, "_write_folder"),
     "keep a blob": (checkpoint.Checkpoints, "put"),
-    "prune": (checkpoint.Checkpoints, "_prune"),
+    "prune": (checkpoint.Checkpoints, "prune"),
     "client trains": (client.Client, "train"),
     "client installs": (client.Client, "install"),
     "epoch of an SLM": (slm.SLM, "_epoch"),
@@ -111,7 +111,7 @@ def main():
             continue
         point = order.get("point")
         killed, seconds = ended(child(order["folder"], config, point, order.get("count", 1)), order.get("after"))
-        gone_on = ended(child(order["folder"], config))[0] if killed else 0
+        gone_on = ended(child(order["folder"], config))[0] if killed and order.get("goes_on", True) else 0
         sys.stdout.write(json.dumps({"killed": killed, "gone_on": gone_on, "seconds": seconds}) + "\n")
         sys.stdout.flush()
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -109,32 +108,38 @@ def driver(small_file):
         process.stdin.close()
 
 
-LATER = {
-    "begin a write": 5, "fsync": 30, "rename": 22, "an event": 12, "keep a blob": 16, "prune": 3, "client trains": 3,
-    "client installs": 2, "epoch of an SLM": 6, "intake": 3, "generation": 7, "update": 3, "journal": 2, "send": 2,
-    "SLM on synthetic text": 2, "folder of a model": 3,
-}  # fmt: skip
-"""The so-many-th time that a point is come to; the first time where none is given."""
+KILLED_AT = (
+    ("begin a write", 5), ("judge", 1), ("client trains", 2), ("update", 3), ("send", 2), ("client's intake", 1),
+    ("final measures", 1),
+), (
+    ("fsync", 1), ("fsync", 30), ("baseline", 1), ("intake", 2), ("selection", 1), ("client installs", 2),
+    ("summary", 1),
+), (
+    ("rename", 1), ("rename", 22), ("epoch of an SLM", 3), ("SLM on synthetic text", 2), ("journal", 2),
+), (
+    ("an event", 12), ("keep a blob", 16), ("generation", 5), ("folder of a model", 3), ("prune", 1),
+)  # fmt: skip
+"""Of each run: where it is killed, again and again; the so-many-th time that it comes there."""
 
 
-def test_killed_at_every_point_and_at_random_times_a_run_ends_the_same(driver, tmp_path):
-    whole = tmp_path / "whole"
-    seconds = driver(whole, whole=True)["seconds"]
-    expected = contents(whole)
+def test_killed_again_and_again_and_at_random_times_a_run_ends_the_same(driver, tmp_path):
+    assert {point for points in KILLED_AT for point, _ in points} == set(POINTS)
+    seconds = driver(tmp_path / "whole", whole=True)["seconds"]
+    expected = contents(tmp_path / "whole")
     assert {"summary.json", "llm/adapter_model.safetensors", "synthetic/final.jsonl"} <= set(expected)
-    orders = [{"point": point, "count": LATER.get(point, 1)} for point in POINTS]
-    orders += [{"point": point, "count": 1} for point in ("fsync", "rename")]  # while the configuration is written
-    orders += [{"after": random.Random(number).uniform(0.1, 0.9) * seconds} for number in range(3)]
-    killed = 0
-    for number, order in enumerate(orders):
-        folder = tmp_path / f"killed-{number}"
-        answer = driver(folder, **order)
-        assert answer["killed"] in ((0, -signal.SIGKILL) if "after" in order else (-signal.SIGKILL,)), order
-        killed += answer["killed"] != 0
-        assert answer["gone_on"] == 0, order
-        assert contents(folder) == expected, order
-        shutil.rmtree(folder)
-    assert killed >= 20
+    for place, points in enumerate(KILLED_AT):
+        folder = tmp_path / f"killed-{place}"
+        for number, (point, count) in enumerate(points, start=1):
+            answer = driver(folder, point=point, count=count, goes_on=number == len(points))
+            assert answer["killed"] == -signal.SIGKILL, point
+        assert answer["gone_on"] == 0
+        assert contents(folder) == expected, points
+    for number in range(3):
+        folder = tmp_path / f"at-random-{number}"
+        answer = driver(folder, after=random.Random(number).uniform(0.1, 0.9) * seconds)
+        assert answer["killed"] in (0, -signal.SIGKILL)
+        assert answer["gone_on"] == 0
+        assert contents(folder) == expected
 
 
 def test_a_client_shut_out_by_a_rollback_leaves_no_trace(small_file, small, tmp_path, monkeypatch, command):

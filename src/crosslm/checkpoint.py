@@ -58,7 +58,7 @@ class Checkpoints:
     def write(self, number: int, cause: dict[str, Any], adapter: str, state: dict[str, Any]) -> None:
         """Keep an arrival, and prune by the rule."""
         self._write(number, {"version": VERSION, "arrival": number, "cause": cause, "adapter": adapter, "state": state})
-        self._prune()
+        self.prune()
 
     def read(self, number: int) -> dict[str, Any]:
         """An arrival.
@@ -91,7 +91,8 @@ class Checkpoints:
                 self.put(other.get(name))
             self._write(record["arrival"], record)
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Of arrivals before the last so many keep the adapter and the cause; delete bytes that nobody names."""
         numbers = self.numbers()
         for number in numbers[1 : -self.keep]:
             record = self.read(number)

@@ -200,6 +200,7 @@ class _Run:
         self._save({"outcome": "beginning"})
 
     def _restore(self, record: dict[str, Any]) -> None:
+        self.checkpoints.prune()  # who was killed may not have come to it
         state, get = record["state"], self.checkpoints.get
         self._kept = state["kept"]
         if self._kept["inputs"] != snapshot.inputs_digest(self.split):

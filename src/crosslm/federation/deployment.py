@@ -103,6 +103,7 @@ class Deployment:
 
     def _go_on(self, record: dict[str, Any]) -> None:
         """Put everything back as it was after the last arrival; what was not sent then is owed now."""
+        self.checkpoints.prune()  # who was killed may not have come to it
         state, get = record["state"], self.checkpoints.get
         self.run.go_back(state["events"])
         self._base_name, self.before = state["base"], state["before"]
