@@ -419,7 +419,10 @@ def test_a_server_that_is_started_again_counts_on(tables, local, tmp_path):
     before = next(server)
     before.spool.note("working on", "")
     config, exchange_refuse = before.config, before._refuse
+    unnamed = kit / "run" / "checkpoints" / "blobs" / "of-a-server-that-was-killed"
+    unnamed.write_bytes(b"")
     again = Deployment.open(kit / "run", config, kit / "cache", exchange_refuse, before.spool)
+    assert not unnamed.exists()
     assert again.server.gate.fixed == before.server.gate.fixed
     assert (again.tokens_generated, again.removed, again.before) == (
         before.tokens_generated,

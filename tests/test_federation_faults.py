@@ -430,7 +430,7 @@ def test_systemd_starts_again_what_died_and_not_what_is_complete_or_wrong(kits, 
 # -- Flower's own commands -------------------------------------------------------------------
 
 
-def test_flowers_own_commands_find_the_server_of_a_kit_wherever_it_is(kits, tmp_path, shell):  # noqa: F811
+def test_flowers_own_commands_find_the_server_of_a_kit_wherever_it_is(kits, tmp_path, shell, monkeypatch):  # noqa: F811
     """With the environment that the documentation says, as a shell takes it; also after the kit was moved."""
     kit = tmp_path / "it is mine"
     (kits / "server").rename(kit)
@@ -452,6 +452,8 @@ def test_flowers_own_commands_find_the_server_of_a_kit_wherever_it_is(kits, tmp_
         "default": "crosslm",
         "crosslm": {"address": "127.0.0.1:9091", "root-certificates": str(kit / "ca.crt")},
     }
-    code, out, _ = shell("client", kits / "silos" / "silo-0", "--environment")
+    monkeypatch.setenv("CROSSLM_CACHE", "elsewhere")
+    code, out, _ = shell("client", kits / "silos" / "silo-0", "--environment", "--cache-dir", tmp_path / "models")
     assert code == 0
+    assert f"export CROSSLM_CACHE={tmp_path / 'models'}" in out
     assert f"export CROSSLM_KIT={kits / 'silos' / 'silo-0'}" in out

@@ -71,15 +71,15 @@ def client(
     """Run the silo of a kit: train when asked, upload, install what returns."""
     from crosslm.federation.silo_state import SiloState
 
+    if cache_dir:
+        os.environ["CROSSLM_CACHE"] = str(expanded(cache_dir).absolute())  # the process that trains is another one
     silo = SiloState(kit)
     if environment:
         _print_environment(kit)
         return
     if dry_run:
-        _dry_run(kit, cache_dir)
+        _dry_run(kit)
         return
-    if cache_dir:
-        os.environ["CROSSLM_CACHE"] = str(expanded(cache_dir).absolute())  # the process that trains is another one
     silo.private()  # a file that cannot be used is found now, and not when the server asks
     from crosslm.federation.flower.processes import end_on_sigterm
     from crosslm.federation.flower.silo_processes import run_silo
@@ -145,14 +145,14 @@ def server_status(kit: Path) -> None:
     console.print(table)
 
 
-def _dry_run(kit: Path, cache_dir: str | None) -> None:
+def _dry_run(kit: Path) -> None:
     """Print every tensor and field that would leave."""
     quiet_libraries()
     from crosslm.federation.leaving import CARRIER
     from crosslm.federation.silo import Silo
     from crosslm.models.sources import cache_folder
 
-    found = Silo(kit, cache_folder(cache_dir)).would_send()
+    found = Silo(kit, cache_folder()).would_send()
     tensors, fields = found["tensors"], found["fields"]
     assert isinstance(tensors, dict)
     assert isinstance(fields, dict)

@@ -176,7 +176,7 @@ def _noise_multiplier(
     low = high / 2
     while spent(low) <= epsilon:
         low, high = low / 2, low
-    noise = high if excess(high) == 0 else float(brentq(excess, low, high, xtol=1e-12))
+    noise = float(brentq(excess, low, high, xtol=1e-12))
     return noise if spent(noise) <= epsilon else high  # never above the budget, wherever the search ends
 
 
