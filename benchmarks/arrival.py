@@ -14,7 +14,6 @@ from measure import arguments, finish, peak_memory
 from sentence_transformers import SentenceTransformer
 
 from crosslm.client import Client
-from crosslm.data import load_split
 from crosslm.models import decoding
 from crosslm.models import llm as llm_module
 from crosslm.models.encoder import SentenceEncoder
@@ -24,6 +23,7 @@ from crosslm.models.sources import cache_folder, model_folder
 from crosslm.preparation import client_specs, original_llm
 from crosslm.seeding import seed_for
 from crosslm.server import Server
+from crosslm.split import load_split
 from crosslm.task import Task
 
 NOT_ARITHMETIC = ("generate: sample",)

@@ -31,7 +31,6 @@ from results import RESULTS, keep, provenance
 from crosslm.client import Client
 from crosslm.config import Config
 from crosslm.config_file import load
-from crosslm.data import load_split
 from crosslm.errors import ConfigError, CrosslmError, ModelError, RunError
 from crosslm.examples import Examples
 from crosslm.experiment import run_local
@@ -42,6 +41,7 @@ from crosslm.models.sources import cache_folder, resolve_device
 from crosslm.records import Upload
 from crosslm.rundir import RunDir
 from crosslm.seeding import seed_for
+from crosslm.split import load_split
 
 ATTACKS = ("flipped", "constant", "random", "trigger", "copy")
 NONE = "none"

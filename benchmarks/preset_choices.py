@@ -33,7 +33,6 @@ from crosslm.classification import class_probabilities
 from crosslm.client import Client
 from crosslm.config import Config
 from crosslm.config_file import load
-from crosslm.data import load_split
 from crosslm.enhancement import select, soft_labels, train_on_synthetic
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
@@ -45,6 +44,7 @@ from crosslm.records import SyntheticSet, SyntheticText, Upload
 from crosslm.rundir import RunDir
 from crosslm.seeding import seed_for
 from crosslm.server import Server, receive_slm
+from crosslm.split import load_split
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 from crosslm.teachers import Teachers

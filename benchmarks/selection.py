@@ -13,9 +13,9 @@ from measure import arguments, finish, in_turn, peak_memory, peak_of, ratio, spr
 from sentence_transformers import util
 
 from crosslm.algorithm.selection import approximate_diversity, diversity
-from crosslm.data import load_split
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.sources import cache_folder, model_folder
+from crosslm.split import load_split
 
 
 def vectors(count: int, device: str) -> torch.Tensor:

@@ -15,10 +15,10 @@ from measure import arguments, finish, in_turn, peak_memory, ratio, spread
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from crosslm.config import FitConfig
-from crosslm.data import load_split
 from crosslm.examples import Examples
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, model_folder
+from crosslm.split import load_split
 
 
 class Rows(torch.utils.data.Dataset):

@@ -21,7 +21,7 @@ LAYERS = [
     {"algorithm.rewards", "algorithm.losses", "algorithm.selection", "algorithm.agreement"}
     | {"algorithm.membership", "algorithm.overlap", "algorithm.soft_labels", "algorithm.verbalizer"},
     {"data", "demo", "models.sources", "models.encoder", "models.head", "models.tokens"},
-    {"models.vocabulary"},
+    {"split", "models.vocabulary"},
     {"models.architecture"},
     {"models.decoding", "models.pooling", "models.rows", "leaks"},
     {"models.causal", "models.pretrained", "models.graph_decoding"},

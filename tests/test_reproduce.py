@@ -18,7 +18,6 @@ from crosslm import provenance
 from crosslm.cli import main as cli
 from crosslm.client import Client
 from crosslm.config import PRESETS
-from crosslm.data import load_split
 from crosslm.errors import ConfigError, DataError, ModelError, RunError
 from crosslm.experiment import run_local
 from crosslm.progress import Silent
@@ -30,6 +29,7 @@ from crosslm.reproduce.scale import Scale, load_scale
 from crosslm.reproduce.store import Store, differences
 from crosslm.reproduce.tables import ALL_ROWS
 from crosslm.reproduce.work import settings_of
+from crosslm.split import load_split
 
 ROOT = Path(__file__).parents[1]
 LABELS = {

@@ -26,7 +26,6 @@ from crosslm.canaries import Canaries, draw_canaries
 from crosslm.client import split_rows
 from crosslm.config import Config
 from crosslm.config_file import load
-from crosslm.data import Split, load_split
 from crosslm.errors import DataError, ModelError, RunError
 from crosslm.examples import Examples
 from crosslm.models.encoder import Encoder, SentenceEncoder
@@ -38,6 +37,7 @@ from crosslm.preparation import client_specs, original_llm
 from crosslm.progress import Display, Progress
 from crosslm.rundir import CONFIG, RunDir
 from crosslm.seeding import seed_for
+from crosslm.split import Split, load_split
 from crosslm.task import Task
 
 FEWEST = 20  # rows on either side; with fewer an interval says nothing

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from crosslm.config import Config, PrivacyConfig
 from crosslm.config_file import load
-from crosslm.data import find_file, load_examples, load_split
+from crosslm.data import find_file, load_examples
 from crosslm.errors import CrosslmError, DataError
 from crosslm.examples import Examples
 from crosslm.memory import Shape, available, estimate, in_gib
@@ -22,6 +22,7 @@ from crosslm.models.accounting import require_opacus
 from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.preparation import check_slm, client_specs, describe_spec, perplexity_text_of, public_texts
+from crosslm.split import load_split
 from crosslm.starter import SAMPLE
 from crosslm.task import Task
 from crosslm.tracking import wanted

@@ -11,7 +11,6 @@ from crosslm.baselines import data_free_kd
 from crosslm.checkpoint import Checkpoints
 from crosslm.client import Client, Decision
 from crosslm.config import Config
-from crosslm.data import Split
 from crosslm.errors import CrosslmError, QuarantineError, UploadError
 from crosslm.federation.exchange import Served
 from crosslm.federation.messages import decode_upload, describe, encode
@@ -22,6 +21,7 @@ from crosslm.records import Download, SyntheticSet, Upload
 from crosslm.rundir import CLOSING_POOL, RunDir
 from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.snapshot import slm_bytes
+from crosslm.split import Split
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from crosslm.config import Config, PrivacyConfig, SLMSpec
 from crosslm.config_file import load
-from crosslm.data import Split, find_file, load_examples, load_split, readable_lines, whole_text
+from crosslm.data import find_file, load_examples, readable_lines, whole_text
 from crosslm.errors import ModelError, RunError
 from crosslm.examples import Examples
 from crosslm.models.architecture import check_travels
@@ -17,6 +17,7 @@ from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.models.vocabulary import cached_trim, tokenizer_words
 from crosslm.rundir import CONFIG
 from crosslm.seeding import seed_for
+from crosslm.split import Split, load_split
 from crosslm.task import Task
 
 

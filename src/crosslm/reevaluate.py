@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from crosslm import evaluate
-from crosslm.data import load_split
 from crosslm.federation.deployment import measured_on
 from crosslm.finished import Run
 from crosslm.preparation import perplexity_text_of
 from crosslm.progress import Display, Progress
 from crosslm.rundir import RunDir
 from crosslm.seeding import seed_for
+from crosslm.split import load_split
 from crosslm.synthesis import synthesize
 
 

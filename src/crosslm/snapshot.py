@@ -11,13 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from crosslm.data import Split
 from crosslm.errors import RunError, UploadError
 from crosslm.examples import Examples
 from crosslm.federation.messages import decode_download, decode_upload, encode
 from crosslm.gate import Gate
 from crosslm.records import Download, SlmState, SyntheticSet, SyntheticText
 from crosslm.server import Server
+from crosslm.split import Split
 
 
 def adapter_bytes(server: Server) -> bytes:

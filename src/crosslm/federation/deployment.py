@@ -10,7 +10,7 @@ from crosslm import arrivals, evaluate, snapshot
 from crosslm.cards import write_cards
 from crosslm.checkpoint import Checkpoints
 from crosslm.config import Config
-from crosslm.data import is_there, test_rows
+from crosslm.data import is_there
 from crosslm.errors import QuarantineError, UploadError
 from crosslm.examples import Examples
 from crosslm.federation.exchange import Served
@@ -30,6 +30,7 @@ from crosslm.records import Download, SyntheticSet, Upload
 from crosslm.rundir import CLOSING_POOL, CONFIG, ENGINE, RunDir, versions
 from crosslm.seeding import seed_for
 from crosslm.server import Server, StepRecord, receive_slm
+from crosslm.split import test_rows
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import get_linear_schedule_with_warmup
 
 from crosslm.config import DataConfig, LLMConfig
-from crosslm.data import load_examples, sample
+from crosslm.data import load_examples
 from crosslm.errors import DataError
 from crosslm.examples import Examples
 from crosslm.models.llm import LLM
@@ -24,6 +24,7 @@ from crosslm.models.rows import batches
 from crosslm.models.tokens import verbalizer_ids
 from crosslm.reproduce.scale import Finetuning
 from crosslm.seeding import seed_for
+from crosslm.split import sample
 from crosslm.task import Task
 
 PREDICTION_BATCH = 32

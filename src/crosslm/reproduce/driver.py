@@ -6,7 +6,6 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from crosslm.data import load_split
 from crosslm.errors import RunError
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
@@ -18,6 +17,7 @@ from crosslm.reproduce.plan import RUN, RUNS_LLM, Cell, Choice, plan
 from crosslm.reproduce.report import write_report
 from crosslm.reproduce.store import Store, differences
 from crosslm.reproduce.work import settings_of
+from crosslm.split import load_split
 
 REPORT_SECONDS = 600.0  # between two writings of the tables, which take a quarter of a minute of two cores
 

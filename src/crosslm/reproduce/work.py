@@ -9,7 +9,6 @@ from typing import Any
 
 from crosslm.checkpoint import Checkpoints
 from crosslm.config import Config
-from crosslm.data import load_split
 from crosslm.errors import RunError, UnservedError
 from crosslm.examples import Examples
 from crosslm.experiment import run_local
@@ -24,6 +23,7 @@ from crosslm.reproduce.plan import CEILING, ORIGINAL, RUN, STANDALONE, Cell, Cho
 from crosslm.reproduce.store import MACHINES_OWN, Store
 from crosslm.rundir import SUMMARY, RunDir
 from crosslm.seeding import seed_for
+from crosslm.split import load_split
 
 KEPT_OF_A_SUMMARY = ("slm", "llm", "judge_accuracy", "reward_hacking", "clients", "test_rows", "tokens_generated")
 
