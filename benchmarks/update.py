@@ -30,11 +30,12 @@ from generation import demo_config, demo_llm
 from measure import arguments, finish, in_turn, peak_memory, peak_of, ratio, spread
 from transformers import AutoModelForCausalLM
 
+from crosslm.llm_update import batches_of_like_length, tokens_stated
 from crosslm.models.llm import LLM
 from crosslm.models.sources import cache_folder
 from crosslm.preparation import original_llm
 from crosslm.records import SyntheticSet, SyntheticText
-from crosslm.server import Server, _batches_of_like_length
+from crosslm.server import Server
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 
@@ -81,9 +82,9 @@ class Plain:
         """One pass over the drafts."""
         server, config = self.server, self.server.config.llm
         parameters = server.llm.trainable_parameters()
-        statements = server._statements(drafts, SEED)
+        statements = tokens_stated(server.llm, server.task, drafts, SEED)
         log = []
-        for batch in _batches_of_like_length(drafts, config.batch_size, SEED):
+        for batch in batches_of_like_length(drafts, config.batch_size, SEED):
             server.optimizer.zero_grad()
             samples = [drafts.samples[row] for row in batch]
             sequences = [[*sample.prompt_ids, *sample.completion_ids] for sample in samples]
@@ -214,7 +215,7 @@ def trl_seconds(python: str, llm: LLM, drafts: SyntheticSet, rewards: torch.Tens
             "completions": [drafts.samples[row].completion_ids for row in rows],
             "rewards": rewards[rows].tolist(),
         }
-        for rows in _batches_of_like_length(drafts, config.batch_size, SEED)
+        for rows in batches_of_like_length(drafts, config.batch_size, SEED)
     ]
     work = {
         "model": folder(False),

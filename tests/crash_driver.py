@@ -21,7 +21,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 import transformers
 
-from crosslm import checkpoint, client, evaluate, experiment, journal, rundir, server
+from crosslm import checkpoint, client, evaluate, experiment, journal, llm_update, rundir, server
 from crosslm.config_file import load
 from crosslm.federation import local
 from crosslm.models import llm, slm
@@ -44,7 +44,7 @@ POINTS = {
     "intake": (experiment.Intake, "upload"),
     "client's intake": (experiment.Intake, "download"),
     "generation": (llm.LLM, "generate"),
-    "update": (server.Server, "_backward"),
+    "update": (llm_update, "backward"),
     "selection": (server, "select"),
     "SLM on synthetic text": (server, "train_on_synthetic"),
     "baseline": (journal, "data_free_kd"),

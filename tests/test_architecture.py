@@ -29,7 +29,7 @@ LAYERS = [
     {"models.private_mean", "models.accounting"},
     {"models.private_layers"},
     {"models.private_fit"},
-    {"synthesis", "classification", "client", "gate"},
+    {"synthesis", "classification", "client", "gate", "llm_update"},
     {"enhancement", "teachers"},
     {"server", "evaluate", "rundir"},
     {

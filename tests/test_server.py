@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import BAD, GOOD, sentences, tiny_llm
 
+from crosslm import llm_update
 from crosslm import server as server_module
 from crosslm.algorithm.losses import token_kl
 from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
@@ -14,6 +15,7 @@ from crosslm.config import Config, SelectionConfig
 from crosslm.enhancement import select
 from crosslm.errors import BrokenLLMError, CollapseError, ModelError, UploadError
 from crosslm.examples import Examples
+from crosslm.llm_update import backward, tokens_stated
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
 from crosslm.records import SyntheticSet
@@ -109,13 +111,13 @@ def test_the_gradient_is_that_of_the_plain_equations(models, config, task, famil
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
     drafts = synthesize(server.llm, task, config.synthesis, 7, 1)
     rewards = torch.linspace(-1, 1, 7)
-    statements = server._statements(drafts, 0)
+    statements = tokens_stated(server.llm, task, drafts, 0)
     plain = plain_objective(server, drafts, rewards, statements)
     expected = torch.autograd.grad(plain, server.llm.trainable_parameters())
     loss = 0.0
     for start in range(0, 7, micro_batch_size):
         rows = list(range(7))[start : start + micro_batch_size]
-        loss += server._backward(drafts, rewards, statements, rows, 7)["loss"]
+        loss += backward(server.llm, server.config.llm, drafts, rewards, statements, rows, 7)["loss"]
     assert loss == pytest.approx(float(plain.detach()), rel=1e-4)
     for parameter, gradient in zip(server.llm.trainable_parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-3)
@@ -245,13 +247,13 @@ def test_an_slm_that_cannot_be_trained_is_refused_and_changes_nothing(models, co
 
 def test_an_update_that_breaks_in_its_second_batch_is_taken_back_too(models, config, task, upload, monkeypatch):
     server = server_for(config, task, models, batch_size=4)
-    before, backward, batches = server.llm.fingerprint(), server._backward, []
+    before, batches = server.llm.fingerprint(), []
 
     def broken(*arguments):
         batches.append(server.llm.fingerprint())
         return {name: value * float("nan" if len(batches) == 2 else 1) for name, value in backward(*arguments).items()}
 
-    monkeypatch.setattr(server, "_backward", broken)
+    monkeypatch.setattr(llm_update, "backward", broken)
     with pytest.raises(BrokenLLMError, match="not finite"):
         server.step(upload)
     assert batches[1] != before == server.llm.fingerprint()
