@@ -27,7 +27,7 @@ Making a run, and using what came of it; ``crosslm.Run.open`` opens one that is 
     (True, True)
 
 One arrival by hand, for a loop of one's own:
-    >>> from crosslm.data import load_split
+    >>> from crosslm.split import load_split
     >>> from crosslm.models.encoder import SentenceEncoder
     >>> rows = load_split(run.config).private["north"]
     >>> client = crosslm.Client("north", rows, run.slm("north"), run.config.slm.private, seed=0)
