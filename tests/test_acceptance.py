@@ -119,6 +119,45 @@ def test_balanced_each_label_counts_alike(models, monkeypatch):
     client._acceptance = AcceptanceConfig(enabled=True, margin=0.0, confidence=0.5, balanced=True)
     decision = client._try(SLM.from_state(upload.slm))
     assert (decision.accepted, decision.before, decision.after) == (True, pytest.approx(0.5), pytest.approx(0.75))
+    assert decision.balanced
+
+
+def test_balanced_a_loss_of_the_few_is_refused(models, monkeypatch):
+    """By hand: gains 4 of 8 and loses both of 2: 4 - 2 rows, but 4 * 0.625 - 2 * 2.5 = -2.5.
+
+    With random signs both of 2.5 are lost in a quarter of the cases; in the half that loses one of them the sum is as
+    low only where all four of 0.625 are lost, one in 16: p = 1/4 + 1/32 = 0.28.
+    """
+    client = client_of(models)
+    upload = client.train()
+    rows = Examples(ROWS.texts[:8] + ROWS.texts[-2:], [0] * 8 + [1] * 2)
+    monkeypatch.setattr(client, "_private", rows)
+    monkeypatch.setattr(client, "_split", lambda number: ([], list(range(10))))
+
+    def opinion(slm, texts):
+        return torch.eye(2)[[0] * 4 + [1] * 6 if slm is client.slm else [0] * 10]
+
+    monkeypatch.setattr(SLM, "predict_proba", opinion)
+    for balanced, confidence, accepted in ((False, 0.71, True), (True, 0.71, False), (True, 0.73, True)):
+        client._acceptance = AcceptanceConfig(enabled=True, margin=0.0, confidence=confidence, balanced=balanced)
+        assert client._try(SLM.from_state(upload.slm)).accepted is accepted
+
+
+def test_a_loss_of_just_the_margin_is_accepted(models, monkeypatch):
+    """4 of 40 rows are lost, none is gained: 0.1, whatever a computer makes of 4 / 40."""
+    client = client_of(models)
+    upload = client.train()
+    monkeypatch.setattr(client, "_private", Examples(ROWS.texts[:1] * 40, [0] * 20 + [1] * 20))
+    monkeypatch.setattr(client, "_split", lambda number: ([], list(range(40))))
+
+    def opinion(slm, texts):
+        return torch.eye(2)[[0] * 20 + [1] * 20 if slm is client.slm else [0] * 24 + [1] * 16]
+
+    monkeypatch.setattr(SLM, "predict_proba", opinion)
+    for margin, accepted in ((0.1, True), (0.09, False)):
+        for balanced in (False, True):
+            client._acceptance = AcceptanceConfig(enabled=True, margin=margin, confidence=0.5, balanced=balanced)
+            assert client._try(SLM.from_state(upload.slm)).accepted is accepted
 
 
 def test_the_margin_and_the_switch_are_fields(models, worse):

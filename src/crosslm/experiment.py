@@ -200,7 +200,6 @@ class _Run:
         self._save({"outcome": "beginning"})
 
     def _restore(self, record: dict[str, Any]) -> None:
-        self.checkpoints.prune()  # who was killed may not have come to it
         state, get = record["state"], self.checkpoints.get
         self._kept = state["kept"]
         if self._kept["inputs"] != snapshot.inputs_digest(self.split):
@@ -231,6 +230,7 @@ class _Run:
         self._saved = record["arrival"]
         self._started -= state["seconds"].pop("total")
         self.progress.seconds.update(state["seconds"])
+        self.checkpoints.prune()  # who was killed may not have come to it
         self.progress.note(f"{self.run.path}: going on after arrival {record['arrival']}")
 
     # -- between arrivals --------------------------------------------------------------------

@@ -228,9 +228,10 @@ class RunJournal:
         if decision.accepted and client.previous is not None:
             self.run.save_slm(client.id, client.previous, "slm-previous")
         if not decision.accepted:
+            alike = ", each label counting alike" if decision.balanced else ""
             self.progress.note(
                 f"client {client.id} keeps the SLM it had: {decision.after:.3f} instead of {decision.before:.3f} "
-                f"on {decision.rows} held-out private rows"
+                f"on {decision.rows} held-out private rows{alike}"
             )
 
     def count(self, texts: SyntheticSet) -> None:

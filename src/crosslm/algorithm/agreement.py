@@ -9,7 +9,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-MOST_COUNTED = 16
+MOST_COUNTED, DRAWN = 2**20, 2**16
 """Changes of which all combinations of signs are looked at."""
 
 
@@ -77,8 +77,9 @@ def sign_test(changes: Tensor) -> float:
     """Probability that chance alone would lose so much or more, one-sided (Fisher's test with random signs, 1935).
 
     Of two classifiers of equal accuracy either is right as often, in the mean, where they differ: each change could as
-    well have had the other sign. Up to 16 of them all combinations of signs are counted, above that 65,536 drawn ones
-    (a standard error below 0.002). Where all changes are of one size it is the exact test of McNemar 1947.
+    well have had the other sign. Changes of one size are alike, so that it matters only how many of each size are
+    gains: where there are up to ``MOST_COUNTED`` combinations of such numbers all are counted, above that
+    ``DRAWN`` are drawn (a standard error below 0.002). With one size it is the exact test of McNemar 1947.
 
     Args:
         changes: ``(rows,)``, what each row gains (above 0) or loses (below 0) by the second classifier; 0: nothing.
@@ -86,15 +87,28 @@ def sign_test(changes: Tensor) -> float:
     Returns:
         In [0, 1]; 1 if nothing is lost.
     """
-    sizes = changes[changes != 0].double()
-    combinations = torch.arange(2 ** min(len(sizes), MOST_COUNTED))[:, None]
-    if len(sizes) > MOST_COUNTED:
-        generator = torch.Generator().manual_seed(0)
-        heads = torch.randint(2, (len(combinations), len(sizes)), generator=generator)
+    changed = changes[changes != 0].double()
+    sizes, counts = torch.unique(changed.abs(), return_counts=True)
+    by_chance, likely = torch.zeros(1).double(), torch.ones(1).double()
+    if math.prod(count + 1 for count in counts.tolist()) <= MOST_COUNTED:
+        for size, count in zip(sizes, counts.tolist(), strict=True):
+            gains = torch.arange(count + 1).double()
+            by_chance = (by_chance[:, None] + size * (2 * gains - count)).flatten()
+            likely = (likely[:, None] * _fair_binomial(count)).flatten()
     else:
-        heads = combinations >> torch.arange(len(sizes)) & 1
-    by_chance = (2.0 * heads - 1).double() @ sizes.abs()
-    return float((by_chance <= sizes.sum() + 1e-9).double().mean())
+        generator, halves = torch.Generator().manual_seed(0), torch.full((DRAWN,), 0.5).double()
+        for size, count in zip(sizes, counts.tolist(), strict=True):
+            gains = torch.binomial(torch.full_like(halves, count), halves, generator)
+            by_chance = by_chance + size * (2 * gains - count)
+        likely = torch.full_like(halves, 1 / DRAWN)
+    return min(1.0, float(likely[by_chance <= changed.sum() + 1e-9].sum()))
+
+
+def _fair_binomial(count: int) -> Tensor:
+    """How likely 0, 1, ..., ``count`` heads of as many tosses are, ``(count + 1,)``."""
+    heads = torch.arange(count + 1).double()
+    ways = math.lgamma(count + 1) - torch.lgamma(heads + 1) - torch.lgamma(count - heads + 1)
+    return (ways - count * math.log(2)).exp()
 
 
 def balancing_weights(labels: Tensor) -> Tensor:

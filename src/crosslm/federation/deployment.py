@@ -104,7 +104,6 @@ class Deployment:
 
     def _go_on(self, record: dict[str, Any]) -> None:
         """Put everything back as it was after the last arrival; what was not sent then is owed now."""
-        self.checkpoints.prune()  # who was killed may not have come to it
         state, get = record["state"], self.checkpoints.get
         self.run.go_back(state["events"])
         self._base_name, self.before = state["base"], state["before"]
@@ -126,6 +125,7 @@ class Deployment:
                 error = UploadError(reason)  # it was known to be no good, and not yet told
                 error.told = told
                 self._refuse(silo, number, error)
+        self.checkpoints.prune()  # who was killed may not have come to it
 
     def _save(self, cause: dict[str, Any], download: bytes | None) -> None:
         put, server = self.checkpoints.put, self.server

@@ -16,11 +16,7 @@ def outcome(decision: Mapping[str, Any]) -> str:
     if decision.get("no_say"):
         taught = "; the gate did not let the classifier that was sent judge what it was taught"
     if not decision["accepted"]:
-        figures = f"{decision['before']:.3f} before, {decision['after']:.3f} with it"
-        return (
-            f"what came back is worse on {decision['rows']} held-out rows ({figures}); the old classifier stays in use"
-            + taught
-        )
+        return f"what came back is {_worse(decision)}; the old classifier stays in use" + taught
     return "the enhanced classifier is installed" + taught
 
 
@@ -31,17 +27,21 @@ def closing_outcome(closed: Mapping[str, Any]) -> str:
     if why := closed.get("refused"):
         return f"the closing download was refused ({why}); the classifier in use is the one of the last round"
     if not closed["accepted"]:
-        figures = f"{closed['before']:.3f} before, {closed['after']:.3f} with it"
-        worse = f"the closing download is worse on {closed['rows']} held-out rows"
-        return f"{worse} ({figures}); the classifier of the last round stays in use"
+        return f"the closing download is {_worse(closed)}; the classifier of the last round stays in use"
     return "the classifier was enhanced once more and is installed"
+
+
+def _worse(decision: Mapping[str, Any]) -> str:
+    alike = ", each label counting alike" if decision.get("balanced") else ""
+    figures = f"{decision['before']:.3f} before, {decision['after']:.3f} with it"
+    return f"worse on {decision['rows']} held-out rows ({figures}{alike})"
 
 
 def doing(now: Mapping[str, Any] | None, ago: str) -> str:
     """What goes on at a silo.
 
     Args:
-        now: as :meth:`crosslm.federation.silo.Silo.doing` gives it.
+        now: as :meth:`crosslm.federation.silo_state.SiloState.doing` gives it.
         ago: for how long, in words.
     """
     if now is None:

@@ -155,6 +155,7 @@ def _relevant(config: Config, cell: Cell) -> dict[str, Any]:
         return {"llm": {name: dump["llm"][name] for name in ORIGINAL_LLM}}
     if cell.stage in (CEILING, STANDALONE):
         slm = {name: dump["slm"][name] for name in SLM_FIELDS}
+        dump["acceptance"] = {"enabled": config.acceptance.enabled}  # it holds rows out; nothing comes back to try
         sections = CEILING_SECTIONS if cell.stage == CEILING else STANDALONE_SECTIONS
         return {name: dump.get(name) for name in sections} | {"slm": slm}
     if cell.stage in (*BENCHMARKS, RUNS_LLM) and config.federation.participations == 1:

@@ -116,7 +116,8 @@ def _descendants(pid: int) -> list[psutil.Process]:
 def environment(kit: Path) -> dict[str, str]:
     """The environment of Flower's processes: nothing is reported anywhere, nothing is asked of the internet."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # they call each other
-    return {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PATH": path, **settings_of(kit)}
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return {**os.environ, **quiet, "PATH": path, **settings_of(kit)}
 
 
 def settings_of(kit: Path) -> dict[str, str]:
