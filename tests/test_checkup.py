@@ -192,6 +192,15 @@ def test_what_a_silo_lacks(kits, shell, damage, message):
     assert message in out
 
 
+def test_a_silo_hears_of_rows_that_cannot_be_used(kits, shell):
+    kit = kits / "silos" / "silo-0"
+    with (kit / "silo-0.csv").open("ab") as file:
+        file.write("grün,good\nschön,bad\n".encode("latin-1"))
+    code, out, _ = shell("doctor", kit)
+    assert code == 0
+    assert any("silo-0.csv: 2 rows (16, 17) left out: not UTF-8" in line for line in lines(out, "warning"))
+
+
 def test_a_silo_without_opacus_is_told_so_beside_all_else(kits, shell, monkeypatch):
     kit = kits / "silos" / "silo-0"
     change(kit, privacy=PrivacyConfig(epsilon=8.0), acceptance=AcceptanceConfig())

@@ -316,6 +316,8 @@ def test_a_closing_download_that_is_refused_is_owed_no_more(exchange, kits, tmp_
     for name, kind in zip(SILOS, ("UploadError", "FederationError"), strict=True):  # the other's kit agrees to none
         assert exchange.spool.fact(f"closed/{name}") == f"the silo did not take it: {kind}, see the silo's own log"
     assert "the closing download was refused (UploadError: " in closing_outcome(one.closed)
+    receipt = json.loads((one.state / "receipts" / "close-0000.json").read_text())
+    assert receipt["answer"]["status"] == "refused"
     assert other.closed is None
     assert not differs(one.slm().model.state_dict(), one._mine(0).slm.weights)
     with pytest.raises(FederationError, match="the closing download was refused"):

@@ -23,6 +23,7 @@ from crosslm.config import Config, PrivacyConfig
 from crosslm.errors import BrokenLLMError, DataError, FederationError, LeakError, QuarantineError
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import split
+from crosslm.federation.leaving import refused
 from crosslm.federation.messages import decode_download, decode_upload, encode
 from crosslm.federation.silo import Silo
 from crosslm.federation.silo_news import doing, outcome
@@ -98,6 +99,8 @@ def test_a_round_whose_return_is_refused_is_complete(silo, federated, models):  
     assert silo.installed == 1
     assert silo.private().texts[0] not in json.dumps(silo.decision(0))
     assert "what came back was refused (LeakError: " in outcome(silo.decision(0))
+    receipt = json.loads((silo.state / "receipts" / "install-0000.json").read_text())
+    assert receipt["answer"] == refused(LeakError())  # of what was found no more than the kind is told
     weights = silo.slm().model.state_dict()
     assert all(weight.equal(upload.slm.weights[name]) for name, weight in weights.items())
     assert (silo.state / "slm" / "model.safetensors").exists()

@@ -52,6 +52,20 @@ def test_a_csv_gets_two_columns_and_its_accuracy_is_told_beside_it(shell, workpl
     assert err == f"accuracy {right:.3f} on 24 rows that have a label\n"
 
 
+def test_it_says_where_the_client_kept_another_one(shell, workplace, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(workplace / "runs" / "tickets-1", run)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["clients"]["north"]["decision"] = {"accepted": False, "rows": 20, "before": 0.9, "after": 0.5}
+    (run / "summary.json").write_text(json.dumps(summary))
+    code, _, err = shell("predict", run, "--client", "north", workplace / "test.csv")
+    assert code == 0, err
+    assert err.startswith(f"north kept the classifier that it had, in {run / 'uploads' / 'north'}: this one, ")
+    assert (run / "uploads" / "north" / "model.safetensors").exists()
+    code, _, err = shell("predict", run, "--client", "south", workplace / "test.csv")
+    assert (code, "kept" in err) == (0, False)
+
+
 def test_labels_under_the_names_of_the_data_count_as_theirs(shell, workplace, tmp_path):
     shutil.copytree(workplace / "runs" / "tickets-1", tmp_path / "run")
     config = tmp_path / "run" / "config.toml"

@@ -111,6 +111,14 @@ class Run:
             ) from error
         return slm
 
+    def kept_its_own(self, client: str) -> bool:
+        """Whether that client did not accept its enhanced SLM (``acceptance``), and goes on with the one it uploaded.
+
+        Not known of a run between machines, where silos decide.
+        """
+        decision = self.summary["clients"].get(client, {}).get("decision") or {}
+        return not decision.get("accepted", True)
+
     @property
     def llm_folder(self) -> Path:
         """Folder of the adapter, for PEFT, or after full fine-tuning of the whole model."""

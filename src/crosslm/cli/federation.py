@@ -80,7 +80,7 @@ def client(
     if dry_run:
         _dry_run(kit)
         return
-    silo.private()  # a file that cannot be used is found now, and not when the server asks
+    silo.private(_say)  # a file that cannot be used is found now, and not when the server asks
     from crosslm.federation.flower.processes import end_on_sigterm
     from crosslm.federation.flower.silo_processes import run_silo
     from crosslm.federation.kits import held
@@ -148,7 +148,7 @@ def server_status(kit: Path) -> None:
 def _dry_run(kit: Path) -> None:
     """Print every tensor and field that would leave."""
     quiet_libraries()
-    from crosslm.federation.leaving import CARRIER
+    from crosslm.federation.leaving import CARRIER, QUESTION
     from crosslm.federation.silo import Silo
     from crosslm.models.sources import cache_folder
 
@@ -169,7 +169,9 @@ def _dry_run(kit: Path) -> None:
         _say(f"answer  {occasion}: {', '.join(parts)}")
     _say("metrics.accepted is 0 if what came back is worse on held-out private rows, and so is a fact about these rows")
     _say(f"carrier {CARRIER}")
-    _say(f"{len(tensors)} tensors of {found['tensor_bytes']} bytes, and these fields and answers. Nothing else leaves.")
+    _say(f"question {QUESTION}")
+    _say(f"{len(tensors)} tensors of {found['tensor_bytes']} bytes, and these fields, answers and questions.")
+    _say("Nothing else leaves.")
     _say("Nothing was sent.")
 
 

@@ -76,6 +76,13 @@ def predict(
     data = run.config.data
     column = text_column or data.text_column
     slm = run.slm(client)
+    if run.kept_its_own(client):
+        errors.print(
+            f"{client} kept the classifier that it had, in {run.path / 'uploads' / client}: this one, which came back, "
+            "is worse on its held-out rows",
+            highlight=False,
+            soft_wrap=True,
+        )
     if file is None or str(file) == "-":
         if sys.stdin.isatty():
             errors.print("Reading texts from the terminal, one a line; Ctrl-D ends.", highlight=False)

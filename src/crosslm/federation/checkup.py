@@ -100,8 +100,10 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
     yield _answers(silo)
     yield _listens(kit, "127.0.0.1", settings.runtime_port, "choose another runtime_port in silo.toml")
     yield doctor.device(settings.device)
+    left_out: list[str] = []
     try:
-        yield doctor.count_rows("data", settings.data.train, silo.private(), settings.labels)
+        yield doctor.count_rows("data", settings.data.train, silo.private(left_out.append), settings.labels)
+        yield from (Finding("warning", "data", line) for line in left_out)
     except CrosslmError as error:
         yield Finding("error", "data", str(error))
     yield from doctor.private(settings.privacy)

@@ -16,6 +16,10 @@ CARRIER = (
     "Flower adds of its own: numbers of message, run and node, the kind of message, its time and how long it is kept, "
     "its own version, a signature by this silo's key, how long the answer took to make, and a sign of life now and then"
 )
+QUESTION = (
+    "crosslm client asks the server, at the beginning and while it waits, by the SHA-256 of this silo's public key, "
+    "how many of its rounds are complete there"
+)
 
 
 def done(number: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import float16, float32
 from crosslm.client import Client, Decision
 from crosslm.errors import FederationError, LeakError, UploadError
 from crosslm.federation.intake import Intake, check_same_model
-from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names
+from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names, refused
 from crosslm.federation.messages import decode_download, decode_upload, encode
 from crosslm.federation.silo_state import SiloState
 from crosslm.files import write_whole
@@ -97,6 +97,7 @@ class Silo(SiloState):
             decision, had_say = self._install(number, data, upload)
         except OF_THE_DOWNLOAD as error:
             SLM.from_state(upload.slm).save(str(self.state / "slm"))
+            self._keep_receipt("install", number, {"answer": refused(error)})
             self._complete(number, {"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
             raise
         told = confirmation(number, decision.accepted)
@@ -156,6 +157,7 @@ class Silo(SiloState):
             try:
                 decision = self._try(number, data, self._mine(number), self.client())
             except OF_THE_DOWNLOAD as error:
+                self._keep_receipt("close", number, {"answer": refused(error)})
                 self._close({"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
                 raise
             if decision.accepted:

@@ -7,7 +7,7 @@ The client application may run in a new process for each message, so everything 
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,8 @@ class SiloState:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
-    def private(self) -> Examples:
-        """The private rows.
+    def private(self, warn: Callable[[str], None] = lambda _: None) -> Examples:
+        """The private rows; ``warn`` is told of rows that were left out.
 
         Raises:
             DataError: the file is not there or cannot be used; names file and row.
@@ -122,7 +122,10 @@ class SiloState:
                 f"{Path(folder) / data.train}: no such file; put the labelled text there, "
                 f"or change [data] of {self.kit / SILO_FILE}"
             )
-        return load_examples(data.train, config, self.settings.labels).examples
+        loaded = load_examples(data.train, config, self.settings.labels)
+        for warning in loaded.warnings():
+            warn(warning)
+        return loaded.examples
 
     def receipts(self) -> list[dict[str, Any]]:
         """What left this silo so far, one receipt an upload."""
