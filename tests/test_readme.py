@@ -82,8 +82,8 @@ LIVE = ["crosslm server kits/server", "crosslm client kits/silos/north"]
 
 PRIVATE = [
     "crosslm audit runs/tickets-1",
-    "crosslm run tickets.toml --set privacy.epsilon=8 --set slm.private.batch_size=200 --set privacy.trained_layers=0"
-    " --set privacy.center=true",
+    "crosslm run tickets.toml --set privacy.epsilon=8 --set slm.private.batch_size=200 --set slm.private.epochs=20"
+    " --set slm.private.learning_rate=0.1 --set privacy.trained_layers=0 --set privacy.center=true",
 ]
 
 
