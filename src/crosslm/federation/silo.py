@@ -108,12 +108,16 @@ class Silo(SiloState):
     def _install(self, number: int, data: bytes, upload: Upload) -> tuple[Decision, bool]:
         client = self.client()
         client.restore(upload.slm, number + 1, upload.class_counts, self._told(number + 1))
-        decision = self._try(number, data, upload, client)
+        decision, had_say = self._try(number, data, upload, client)
         write_whole(self.state / f"download-{number:04}.safetensors", [data])
-        return decision, not decode_download(data).metrics.get("no_say")
+        return decision, had_say
 
-    def _try(self, number: int, data: bytes, upload: Upload, client: Client) -> Decision:
-        """Check a download that answers an upload, and let a client with the SLM in use have it."""
+    def _try(self, number: int, data: bytes, upload: Upload, client: Client) -> tuple[Decision, bool]:
+        """Check a download that answers an upload, and let a client with the SLM in use have it.
+
+        Returns:
+            What the client did with it, and whether the upload had a say in it (``gate.teach_refused``).
+        """
         settings = self.settings
         download = Intake(settings.labels, settings.intake).download(data, settings.id)
         if download.client_round != number:
@@ -124,7 +128,7 @@ class Silo(SiloState):
         check_same_model(upload.slm, download.slm, f"silo {settings.id}")
         decision = client.install(download)
         client.slm.save(str(self.state / "slm"))
-        return decision
+        return decision, not download.metrics.get("no_say")
 
     def close(self, experiment: str, number: int, data: bytes) -> dict[str, float]:
         """Step 5 once more, when no more uploads come: try what came against the SLM in use, and keep the better.
@@ -155,7 +159,7 @@ class Silo(SiloState):
             )
         if self.closed is None:
             try:
-                decision = self._try(number, data, self._mine(number), self.client())
+                decision, _ = self._try(number, data, self._mine(number), self.client())
             except OF_THE_DOWNLOAD as error:
                 self._keep_receipt("close", number, {"answer": refused(error)})
                 self._close({"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
