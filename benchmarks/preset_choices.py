@@ -5,9 +5,9 @@
 
 Step 5's fields are compared on the SLMs that the run's clients uploaded (trained again from the same
 seed) and on the pools that the run kept. Step 4's fields are compared by training the original LLM
-once through all of the run's arrivals, without step 5; under preset recommended step 5's fields alone are there to
-compare. A run of `crosslm reproduce` has no checkpoints any more: variants that ask the LLM of each arrival
-(selection.llm_posterior, slm.llm_judges) need one of `crosslm run`; the others can be named by --variants. Each cell
+once through all of the run's arrivals, without step 5 (`--cells update`: these alone). A run of `crosslm reproduce`
+has no checkpoints any more: variants that ask the LLM of each arrival (selection.llm_posterior, slm.llm_judges) need
+one of `crosslm run`; the others can be named by --variants. Each cell
 is written when it is done to benchmarks/results/preset-choices.json (or preset-choices-NAME.json) and skipped when it
 is there. Test rows are those of the run: for tuning let it have the validation split
 (`crosslm run TASK --set data.test=validation.csv`, or `crosslm reproduce --split validation`, which keeps its runs).
@@ -93,6 +93,10 @@ UPDATES: dict[str, list[dict[str, dict[str, Any]]]] = {
     "correct_prior, leave_one_out": [PRIOR, {"reward": {"baseline": "leave_one_out"}}],
     "correct_prior, leave_one_out, teachers = 4": [PRIOR, TEACHERS, {"reward": {"baseline": "leave_one_out"}}],
 }
+UPDATES_OF_RECOMMENDED: dict[str, list[dict[str, dict[str, Any]]]] = {
+    "recommended": [],
+    "gamma_anchor = 1": [{"llm": {"gamma_anchor": 1.0}}],
+}
 NAME = "preset-choices"
 
 
@@ -130,6 +134,11 @@ def varied(config: Config, fields: list[dict[str, dict[str, Any]]]) -> Config:
         changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
         config = config.model_copy(update=changed)
     return config
+
+
+def updates_of(config: Config) -> dict[str, list[dict[str, dict[str, Any]]]]:
+    """Step 4's variants that there are under a run's preset."""
+    return UPDATES if config.preset == "paper" else UPDATES_OF_RECOMMENDED
 
 
 class Bench:
@@ -221,7 +230,7 @@ class Bench:
 
     def update(self, name: str) -> dict:
         """The original LLM, trained through all arrivals with these fields."""
-        config = varied(self.config, UPDATES[name])
+        config = varied(self.config, updates_of(self.config)[name])
         llm = LLM.load(original_llm(config, self.cache, print), config.llm, seed_for(config.seed, "llm"))
         server = Server(config, self.task, llm, SimpleNamespace())
         arrivals = []
@@ -280,8 +289,7 @@ def main() -> None:
     variants = {name: known[name] for name in names}
     if asking := [name for name in names if varied(bench.config, known[name]).asks_llm and not has_checkpoints]:
         parser.error(f"{arguments.run} has no checkpoints, which {asking} need: give a run of crosslm run")
-    updates = UPDATES if bench.config.preset == "paper" else {}
-    cells = [("selection", client) for client in clients] + [("update", name) for name in updates]
+    cells = [("selection", client) for client in clients] + [("update", name) for name in updates_of(bench.config)]
     for part, name in cells:
         if part not in arguments.cells or name in figures[part]:
             continue

@@ -227,15 +227,19 @@ def choices_section(result: dict) -> list[str]:
         "the judge's agreement with the labels of the selected texts.",
         "",
     ]
-    lines += step_5_table(result, "paper")
+    return [*lines, *step_5_table(result, "paper"), *step_4_table(result, "paper")]
+
+
+def step_4_table(result: dict, preset: str) -> list[str]:
+    """What the LLM comes to by each variant of step 4."""
     if not result["update"]:
-        return lines
+        return []
     arrivals = len(next(iter(result["update"].values()))["arrivals"])
-    lines += [
+    lines = [
         f"**Reward and loss (step 4).** The original LLM trained once through the same {arrivals} arrivals, without "
         "step 5; then what it writes and how it classifies.",
         "",
-        "| what differs from preset paper | NLG (judge), each arrival | distinct-2 | NLU | perplexity |",
+        f"| what differs from preset {preset} | NLG (judge), each arrival | distinct-2 | NLU | perplexity |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, row in result["update"].items():
@@ -249,21 +253,23 @@ def choices_section(result: dict) -> list[str]:
 def recommended_choices_section(results: dict[str, dict]) -> list[str]:
     """Step 5's fields under preset recommended."""
     lines = [
-        "## What step 5's fields do under preset recommended",
+        "## What fields do under preset recommended",
         "",
-        "The same uploaded SLMs and the same pools, from a run with the preset; only step 5 differs. Accuracy of each "
+        "The same uploaded SLMs, from a run with the preset. Of step 5 on the same pools: accuracy of each "
         "client's SLM on the rows that are named.",
         "",
     ]
     for result in results.values():
         file, rows = result["rows"]
-        is_earlier = "llm_judges = false" not in next(iter(result["selection"].values()))["variants"]
+        selection = result["selection"]
+        is_earlier = bool(selection) and "llm_judges = false" not in next(iter(selection.values()))["variants"]
         then = " The preset had `slm.intended_labels` then, in place of `slm.llm_judges`." if is_earlier else ""
         lines += [
             f"**{result['task']}**, {rows} rows of `{file}`. Commit `{result['commit'][:10]}`, {result['date']}, "
             f"{result['machine']}. One seed.{then}",
             "",
-            *step_5_table(result, "recommended"),
+            *(step_5_table(result, "recommended") if selection else []),
+            *step_4_table(result, "recommended"),
         ]
     return lines
 

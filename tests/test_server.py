@@ -15,7 +15,7 @@ from crosslm.config import Config, SelectionConfig
 from crosslm.enhancement import select
 from crosslm.errors import BrokenLLMError, CollapseError, ModelError, UploadError
 from crosslm.examples import Examples
-from crosslm.llm_update import backward, tokens_stated
+from crosslm.llm_update import anchor_texts, backward, hold_to, tokens_stated
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
 from crosslm.records import SyntheticSet
@@ -166,6 +166,63 @@ def test_with_a_floor_punished_texts_fall_so_far_and_no_further(models, config, 
     unbounded, bounded = fall(0.0), fall(2.0)
     assert (bounded < -2).all()
     assert 0 > bounded.sum() > 0.6 * unbounded.sum()  # the others' fall takes a text a little beyond its floor
+
+
+def changed(server):
+    """With an adapter that is not that of the beginning."""
+    with torch.no_grad():
+        for number, parameter in enumerate(server.llm.trainable_parameters()):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    return server
+
+
+def plain_divergence(server, anchors):
+    """The mean over the texts of Eq. 8's sum, one text at a time."""
+    total = torch.tensor(0.0)
+    for text in anchors:
+        ids = torch.tensor([text])
+        logits = server.llm.model(input_ids=ids).logits[0, :-1]
+        with torch.no_grad(), server.llm._reference() as reference:
+            reference_logits = reference(input_ids=ids).logits[0, :-1]
+        total = total + token_kl(logits, reference_logits).sum()
+    return total / len(anchors)
+
+
+def test_what_holds_to_the_anchors_is_the_plain_divergence(models, config, task, family):
+    server = changed(server_for(config, task, models, family, gamma_anchor=0.5))
+    anchors = anchor_texts(server.llm, 3, 0)
+    plain = plain_divergence(server, anchors)
+    expected = torch.autograd.grad(0.5 * plain, server.llm.trainable_parameters())
+    server.optimizer.zero_grad()
+    assert hold_to(server.llm, server.config.llm, anchors) == pytest.approx(float(plain.detach()), rel=1e-4)
+    for parameter, gradient in zip(server.llm.trainable_parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_anchors_are_what_the_original_writes_however_far_the_llm_has_come(models, config, task, adapter):
+    server = server_for(config, task, models, gamma_anchor=1.0, anchors=5, adapter=adapter)
+    before = server._anchors()
+    assert len(before) == 5
+    again = changed(server_for(config, task, models, gamma_anchor=1.0, anchors=5, adapter=adapter))
+    assert again._anchors() == before  # as after a restart
+    assert again.llm.generate([tuple(before[0][:1])] * 5, range(5), config.synthesis) != [
+        text[1 : 1 + config.synthesis.max_new_tokens] for text in before
+    ]
+    assert server_for(config, task, models)._anchors() == []
+
+
+def test_with_anchors_the_llm_stays_nearer_to_the_original_elsewhere(models, config, task):
+    def divergence(gamma):
+        server = server_for(config, task, models, gamma_anchor=gamma, learning_rate=3e-3)
+        drafts = synthesize(server.llm, task, config.synthesis, 8, 1)
+        for _ in range(4):
+            log = server.update_llm(drafts, torch.ones(8), 0)
+        assert ("anchor_loss" in log[0]) == bool(gamma)
+        with torch.no_grad():
+            return float(plain_divergence(server, anchor_texts(server.llm, 16, 1)))  # others than it was held to
+
+    assert divergence(10.0) < 0.7 * divergence(0.0)
 
 
 def test_an_update_that_does_nothing_is_an_error(models, config, task):

@@ -93,9 +93,11 @@ class CachedLLM(LLM):
         seeds: Sequence[int],
         sampling: SynthesisConfig,
         on_step: Callable[[int], None] = lambda _: None,
+        original: bool = False,
     ) -> list[list[int]]:
         """As :meth:`LLM.generate`; of what is known ``on_step`` is told all the same, since it counts tokens."""
-        key = self.key("generate", prompts=prompts, seeds=seeds, sampling=sampling.model_dump(mode="json"))
+        arguments = {"prompts": prompts, "seeds": seeds, "sampling": sampling.model_dump(mode="json")}
+        key = self.key("generate of the original" if original else "generate", **arguments)
         kept = self.cache.get(key)
         if kept is None:
             steps: list[int] = []
@@ -104,7 +106,7 @@ class CachedLLM(LLM):
                 steps.append(tokens)
                 on_step(tokens)
 
-            written = super().generate(prompts, seeds, sampling, step)
+            written = super().generate(prompts, seeds, sampling, step, original)
             self.cache.put(key, {"written": written, "steps": steps})
             return written
         for tokens in kept["steps"]:

@@ -1,17 +1,19 @@
 """Step 4: what the LLM writes and the rewards for it train the LLM (CrossLM, section 4.2, Eq. 5 to 9)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from crosslm.algorithm.losses import generation_loss, kl_loss, language_modeling_loss, objective, sequence_logps
-from crosslm.config import LLMConfig
+from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.errors import CollapseError, ModelError
 from crosslm.models.llm import LLM
 from crosslm.records import SyntheticSet
 from crosslm.seeding import seed_for
 from crosslm.task import Task
+
+ANCHOR_TOKENS, ANCHORS_A_STEP = 48, 8
 
 
 def one_pass(
@@ -23,6 +25,7 @@ def one_pass(
     config: LLMConfig,
     seed: int,
     advance: Callable[[int], None] = lambda _: None,
+    anchors: Sequence[Sequence[int]] = (),
 ) -> list[dict[str, float]]:
     """One pass over the drafts, minimising Eq. 9.
 
@@ -35,6 +38,7 @@ def one_pass(
         config: weights of the losses, sizes of batches, and bounds.
         seed: of the order of the batches and of the paraphrases of M'(y).
         advance: told of each micro-batch's number of texts.
+        anchors: from :func:`anchor_texts`, where ``llm.gamma_anchor`` is above 0.
 
     Returns:
         The parts of the loss and the mean log-ratio for each optimiser step, before it.
@@ -47,7 +51,7 @@ def one_pass(
     parameters = llm.trainable_parameters()
     statements = tokens_stated(llm, task, drafts, seed)
     batches = batches_of_like_length(drafts, config.batch_size, seed)
-    log = []
+    log: list[dict[str, float]] = []
     for batch in batches:
         optimizer.zero_grad()
         parts: dict[str, float] = {}
@@ -56,6 +60,11 @@ def one_pass(
             share = backward(llm, config, drafts, rewards, statements, rows, len(batch))
             parts = {name: parts.get(name, 0.0) + value for name, value in share.items()}
             advance(len(rows))
+        if anchors:
+            first = len(log) * ANCHORS_A_STEP
+            parts["anchor_loss"] = hold_to(
+                llm, config, [anchors[(first + place) % len(anchors)] for place in range(ANCHORS_A_STEP)]
+            )
         if not optimizer.state:  # nothing has been updated yet
             check_first_update(parts, llm)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -106,6 +115,22 @@ def backward(
         "tokens": scores.mask.sum(dim=1).float(),
     }
     return {name: float(values.detach().sum()) / batch_size for name, values in parts.items()}
+
+
+def anchor_texts(llm: LLM, count: int, seed: int) -> list[list[int]]:
+    """What the original LLM writes without a prompt, as tokens: its own language, whatever the task (ours)."""
+    begin = llm.encode("") or [next(end for end in llm.end_ids if end is not None)]
+    seeds = [seed_for(seed, "anchor", place) for place in range(count)]
+    sampling = SynthesisConfig(max_new_tokens=ANCHOR_TOKENS, stop=())
+    return [[*begin, *text] for text in llm.generate([tuple(begin)] * count, seeds, sampling, original=True)]
+
+
+def hold_to(llm: LLM, config: LLMConfig, anchors: Sequence[Sequence[int]]) -> float:
+    """Add the gradients of ``gamma_a`` times the mean divergence (as in Eq. 8) over these anchors; gives that mean."""
+    scores = llm.score(anchors)
+    divergence = kl_loss(scores.kl, scores.mask, config.token_reduction).mean()
+    (config.gamma_anchor * divergence).backward()
+    return float(divergence.detach())
 
 
 def tokens_stated(llm: LLM, task: Task, drafts: SyntheticSet, seed: int) -> list[list[int]]:

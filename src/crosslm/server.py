@@ -14,7 +14,7 @@ from crosslm.config import Config
 from crosslm.enhancement import pool_rewards, select, soft_labels, train_on_synthetic
 from crosslm.errors import BrokenLLMError, CollapseError, QuarantineError, UploadError
 from crosslm.gate import Gate
-from crosslm.llm_update import one_pass
+from crosslm.llm_update import anchor_texts, one_pass
 from crosslm.models.encoder import Encoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
@@ -78,6 +78,7 @@ class Server:
         self.progress = progress or Progress()
         self.gate = gate
         self.teachers = Teachers(config.reward)
+        self.anchors: list[list[int]] = []
         self.steps = 0
         """SLMs served so far."""
         self.taught = 0
@@ -250,8 +251,18 @@ class Server:
 
         The other arguments, what is returned and the errors are those of :func:`crosslm.llm_update.one_pass`.
         """
+        config, anchors = self.config.llm, self._anchors()
         with self.progress.stage("update LLM", who, len(drafts.samples), "texts") as advance:
-            return one_pass(self.llm, self.task, self.optimizer, drafts, rewards, self.config.llm, seed, advance)
+            return one_pass(self.llm, self.task, self.optimizer, drafts, rewards, config, seed, advance, anchors)
+
+    def _anchors(self) -> list[list[int]]:
+        """Texts of the original LLM that an update holds the LLM to; none without ``llm.gamma_anchor``."""
+        count = self.config.llm.anchors
+        if self.config.llm.gamma_anchor and not self.anchors:
+            with self.progress.stage("generate", "original LLM, without a prompt", count, "texts") as advance:
+                self.anchors = anchor_texts(self.llm, count, seed_for(self.config.seed, "anchors"))
+                advance(count)
+        return self.anchors
 
     def advantages(self, drafts: SyntheticSet, rewards: Tensor) -> Tensor:
         """What weighs each text in Eq. 5: its reward, or what it has more than its like."""

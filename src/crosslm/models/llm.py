@@ -133,19 +133,22 @@ class LLM:
         seeds: Sequence[int],
         sampling: SynthesisConfig,
         on_step: Callable[[int], None] = lambda _: None,
+        original: bool = False,
     ) -> list[list[int]]:
         """Sample ``x ~ P(.|M(y))`` (Eq. 3) for each prompt, given as tokens, with a seed of its own.
+
+        With ``original`` the LLM writes as it was before any update.
 
         Returns:
             The sampled tokens of each text, with the token that ended it: the end-of-sequence
             token or the one that completed a stop string.
         """
         has_ended = TextEnd(self.tokenizer, self.end_ids, sampling.stop)
-        with self._merged():
-            backbone, config = self._causal().base_model, self._causal().config
+        with self._reference() if original else self._merged() as model:
             longest = max(map(len, prompts)) + sampling.max_new_tokens
-            how = decode_recorded if can_be_recorded(config, self.device, longest) else decode
-            return how(backbone, self._head(), config, prompts, seeds, sampling, has_ended, on_step)
+            how = decode_recorded if can_be_recorded(model.config, self.device, longest) else decode
+            head = head_weight(model)
+            return how(model.base_model, head, model.config, prompts, seeds, sampling, has_ended, on_step)
 
     # -- step 4 ------------------------------------------------------------------------------
 
@@ -258,7 +261,7 @@ class LLM:
         return head_weight(self._causal())
 
     @contextmanager
-    def _merged(self) -> Iterator[None]:
+    def _merged(self) -> Iterator[Any]:
         """The adapter added into the weights for a while: fewer products, which pays at few tokens a pass.
 
         The weights themselves are kept and put back, since subtracting the adapter again would leave
@@ -267,7 +270,7 @@ class LLM:
         layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         weights = [layer.get_base_layer().weight for layer in layers]
         if not layers or not _has_room(self.device, 2 * sum(weight.nbytes for weight in weights)):
-            yield
+            yield self._causal()
             return
         originals = [weight.data for weight in weights]
         try:
@@ -275,7 +278,7 @@ class LLM:
                 for layer, weight in zip(layers, weights, strict=True):
                     merged = weight.data.float() + layer.get_delta_weight(ADAPTER).float()
                     weight.data = merged.to(weight.dtype)
-                yield
+                yield self._causal()
         finally:
             for weight, original in zip(weights, originals, strict=True):
                 weight.data = original

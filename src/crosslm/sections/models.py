@@ -114,5 +114,10 @@ class LLMConfig(Section):
     """Weight of the language-modelling loss in Eq. 9."""
     gamma_kl: NonNegative = 0.05
     """Weight of the divergence from the original LLM in Eq. 9."""
+    gamma_anchor: NonNegative = 0.0
+    """Weight, beside those of Eq. 9, of the divergence from the original LLM on texts that it writes without a prompt:
+    on all that has nothing to do with the task (ours). 0: the paper's."""
+    anchors: Positive = 64
+    """Texts that the original LLM writes so, once a run; each optimiser step takes the next eight of them."""
     token_reduction: Literal["sum", "mean"] = "sum"
     """Log-likelihoods summed over tokens (Eq. 6) or averaged; the same in Eq. 5, 7 and 8."""
