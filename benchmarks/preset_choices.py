@@ -287,7 +287,8 @@ def main() -> None:
     if unknown := set(names) - set(known):
         parser.error(f"--variants: there is no {sorted(unknown)}, but {list(known)}")
     variants = {name: known[name] for name in names}
-    if asking := [name for name in names if varied(bench.config, known[name]).asks_llm and not has_checkpoints]:
+    asking = [name for name in names if varied(bench.config, known[name]).asks_llm and not has_checkpoints]
+    if asking and "selection" in arguments.cells:
         parser.error(f"{arguments.run} has no checkpoints, which {asking} need: give a run of crosslm run")
     cells = [("selection", client) for client in clients] + [("update", name) for name in updates_of(bench.config)]
     for part, name in cells:

@@ -251,9 +251,9 @@ def step_4_table(result: dict, preset: str) -> list[str]:
 
 
 def recommended_choices_section(results: dict[str, dict]) -> list[str]:
-    """Step 5's fields under preset recommended."""
+    """Fields under preset recommended."""
     lines = [
-        "## What fields do under preset recommended",
+        "## What single fields do under preset recommended",
         "",
         "The same uploaded SLMs, from a run with the preset. Of step 5 on the same pools: accuracy of each "
         "client's SLM on the rows that are named.",

@@ -143,6 +143,26 @@ def test_balanced_a_loss_of_the_few_is_refused(models, monkeypatch):
         assert client._try(SLM.from_state(upload.slm)).accepted is accepted
 
 
+@pytest.mark.parametrize(
+    ("lost", "gained", "confidence"), [(2, 1, 0.5), (3, 2, 0.5), (6, 5, 0.5), (3, 0, 0.875), (4, 0, 0.9375)]
+)
+def test_a_probability_of_just_the_bound_is_sure_enough(models, monkeypatch, lost, gained, confidence):
+    """Of 2 n + 1 tosses n + 1 or more are heads with 1/2, of 3 all with 1/8, of 4 with 1/16."""
+    client = client_of(models)
+    upload = client.train()
+    monkeypatch.setattr(client, "_private", Examples(ROWS.texts[:1] * 40, [0] * 20 + [1] * 20))
+    monkeypatch.setattr(client, "_split", lambda number: ([], list(range(40))))
+
+    def opinion(slm, texts):
+        first, rest = ([1] * gained, [0] * lost) if slm is client.slm else ([0] * gained, [1] * lost)
+        return torch.eye(2)[[*first, *rest, *[0] * (20 - lost - gained), *[1] * 20]]
+
+    monkeypatch.setattr(SLM, "predict_proba", opinion)
+    for sure, accepted in ((confidence, False), (confidence + 0.01, True)):
+        client._acceptance = AcceptanceConfig(enabled=True, margin=0.0, confidence=sure)
+        assert client._try(SLM.from_state(upload.slm)).accepted is accepted
+
+
 def test_a_loss_of_just_the_margin_is_accepted(models, monkeypatch):
     """4 of 40 rows are lost, none is gained: 0.1, whatever a computer makes of 4 / 40."""
     client = client_of(models)

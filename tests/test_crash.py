@@ -68,7 +68,7 @@ def small(settings):
     """Two clients that arrive twice each, with everything that has a state switched on."""
     fit = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "patience": 0}
     settings["slm"] |= {"private": fit, "synthetic": fit}
-    settings["llm"] |= {"samples": 4, "iterations": 2}
+    settings["llm"] |= {"samples": 4, "iterations": 2, "gamma_anchor": 0.5, "anchors": 2}
     settings["selection"] |= {"pool": 6}
     settings["synthesis"] |= {"max_new_tokens": 6}
     settings["evaluation"] |= {"nlu_rows": 4, "nlg_samples": 4, "perplexity_tokens": 50, "judge": fit}
@@ -233,6 +233,10 @@ def test_who_goes_on_deletes_what_a_killed_one_had_not_and_nothing_where_an_arri
     run_local(config, stopped, tmp_path, resume=True)
     assert unnamed.exists()
     assert (stopped / "summary.json").exists()
+    events = map(json.loads, (stopped / "metrics.jsonl").read_text().splitlines())
+    (warning,) = [event["message"] for event in events if event["event"] == "warning"]
+    assert warning.startswith("nothing in checkpoints/ is deleted any more: ")
+    assert "arrival-0000.json: damaged: " in warning
 
 
 def test_another_configuration_or_other_data_are_refused(config, config_file, stopped, data_folder, command):

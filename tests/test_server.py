@@ -188,8 +188,9 @@ def plain_divergence(server, anchors):
     return total / len(anchors)
 
 
-def test_what_holds_to_the_anchors_is_the_plain_divergence(models, config, task, family):
-    server = changed(server_for(config, task, models, family, gamma_anchor=0.5))
+@pytest.mark.parametrize("micro_batch_size", [2, 16])
+def test_what_holds_to_the_anchors_is_the_plain_divergence(models, config, task, family, micro_batch_size):
+    server = changed(server_for(config, task, models, family, gamma_anchor=0.5, micro_batch_size=micro_batch_size))
     anchors = anchor_texts(server.llm, 3, 0)
     plain = plain_divergence(server, anchors)
     expected = torch.autograd.grad(0.5 * plain, server.llm.trainable_parameters())
@@ -200,16 +201,46 @@ def test_what_holds_to_the_anchors_is_the_plain_divergence(models, config, task,
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
-def test_anchors_are_what_the_original_writes_however_far_the_llm_has_come(models, config, task, adapter):
+def test_anchors_are_what_the_original_writes_however_far_the_llm_has_come(models, config, task, adapter, monkeypatch):
     server = server_for(config, task, models, gamma_anchor=1.0, anchors=5, adapter=adapter)
     before = server._anchors()
     assert len(before) == 5
     again = changed(server_for(config, task, models, gamma_anchor=1.0, anchors=5, adapter=adapter))
     assert again._anchors() == before  # as after a restart
-    assert again.llm.generate([tuple(before[0][:1])] * 5, range(5), config.synthesis) != [
-        text[1 : 1 + config.synthesis.max_new_tokens] for text in before
-    ]
+    original = again.llm.generate
+
+    def as_it_is(*arguments, **_):
+        return original(*arguments)
+
+    monkeypatch.setattr(again.llm, "generate", as_it_is)
+    assert anchor_texts(again.llm, 5, seed_for(config.seed, "anchors")) != before
     assert server_for(config, task, models)._anchors() == []
+
+
+def test_a_model_without_a_beginning_token_begins_after_its_end(models, config, task, monkeypatch):
+    llm = server_for(config, task, models).llm
+    end = llm.tokenizer.eos_token_id
+    monkeypatch.setattr(llm, "encode", lambda text: [])
+    assert [text[0] for text in anchor_texts(llm, 2, 0)] == [end, end]
+    monkeypatch.setattr(type(llm), "end_ids", {None})
+    with pytest.raises(ModelError, match="no token to begin a text with"):
+        anchor_texts(llm, 2, 0)
+
+
+def test_all_anchors_have_their_turn(models, config, task, monkeypatch):
+    """An update of one step takes eight of them, and the next one others."""
+    server = server_for(config, task, models, gamma_anchor=1.0, anchors=24)
+    drafts, seen = synthesize(server.llm, task, config.synthesis, 4, 1), set()
+    hold = llm_update.hold_to
+
+    def noted(llm, fields, anchors):
+        seen.update(map(tuple, anchors))
+        return hold(llm, fields, anchors)
+
+    monkeypatch.setattr(llm_update, "hold_to", noted)
+    for seed in range(8):
+        server.update_llm(drafts, torch.ones(4), seed)
+    assert len(seen) > 16
 
 
 def test_with_anchors_the_llm_stays_nearer_to_the_original_elsewhere(models, config, task):

@@ -171,7 +171,7 @@ Labels and the prompts that it was trained on:
 | seed | {config.seed} |
 | learning rate | {config.llm.learning_rate} |
 | gammas of Eq. 9 | {config.llm.gamma_generation}, {config.llm.gamma_language_modeling}, {config.llm.gamma_kl} |
-| weight of the anchors | {config.llm.gamma_anchor} |
+| weight of the divergence on the original LLM's own texts (`llm.gamma_anchor`) | {config.llm.gamma_anchor} |
 | tokens written | {summary["tokens_generated"]:,} |
 | versions | {_versions(summary)} |
 

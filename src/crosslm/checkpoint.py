@@ -91,16 +91,17 @@ class Checkpoints:
                 self.put(other.get(name))
             self._write(record["arrival"], record)
 
-    def prune(self) -> None:
+    def prune(self) -> str:
         """Of arrivals before the last so many keep the adapter and the cause; delete bytes that nobody names.
 
-        Nothing is deleted where an arrival cannot be read, since it may name any of them.
+        Returns:
+            Why nothing was deleted, where an arrival cannot be read, since it may name any of these bytes; else "".
         """
         numbers = self.numbers()
         try:
             records = {number: self.read(number) for number in numbers}
-        except RunError:  # who needs that arrival is told
-            return
+        except RunError as error:
+            return f"nothing in {FOLDER}/ is deleted any more: {error}"
         for number in numbers[1 : -self.keep]:
             if records[number]["state"] is not None:
                 records[number] |= {"state": None}
@@ -109,6 +110,7 @@ class Checkpoints:
         for path in (self.run.path / FOLDER / "blobs").iterdir():
             if path.stem not in wanted:
                 path.unlink()
+        return ""
 
     def _write(self, number: int, record: dict[str, Any]) -> None:
         self.run.write(_file(number), json.dumps({"sha256": _digest(record), "record": record}, indent=1) + "\n")

@@ -18,7 +18,7 @@ from crosslm.records import Download, SlmState, Upload
 from crosslm.sections.privacy import NO_ACCEPTANCE
 from crosslm.seeding import seed_for
 
-ROUNDING = 1e-9  # of a mean over rows: a loss of just ``acceptance.margin`` is not above it
+ROUNDING = 1e-9  # of means and probabilities: what is just ``acceptance.margin`` is not above it
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Client:
             weights * (slm.predict_proba(holdout.texts).argmax(dim=1) == labels) for slm in (self.slm, returned)
         )
         is_worse = float((before - after).mean()) > self._acceptance.margin + ROUNDING
-        is_sure = sign_test(after - before) <= 1 - self._acceptance.confidence
+        is_sure = sign_test(after - before) <= 1 - self._acceptance.confidence + ROUNDING
         accuracies = float(before.mean()), float(after.mean())
         return Decision(not (is_worse and is_sure), len(holdout), *accuracies, balanced)
 

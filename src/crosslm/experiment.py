@@ -230,7 +230,9 @@ class _Run:
         self._saved = record["arrival"]
         self._started -= state["seconds"].pop("total")
         self.progress.seconds.update(state["seconds"])
-        self.checkpoints.prune()  # who was killed may not have come to it
+        if why := self.checkpoints.prune():  # who was killed may not have come to it
+            self.run.event("warning", message=why)
+            self.progress.note(f"warning: {why}")
         self.progress.note(f"{self.run.path}: going on after arrival {record['arrival']}")
 
     # -- between arrivals --------------------------------------------------------------------

@@ -51,6 +51,7 @@ def one_pass(
     parameters = llm.trainable_parameters()
     statements = tokens_stated(llm, task, drafts, seed)
     batches = batches_of_like_length(drafts, config.batch_size, seed)
+    anchors = _shuffled(anchors, seed)
     log: list[dict[str, float]] = []
     for batch in batches:
         optimizer.zero_grad()
@@ -117,20 +118,46 @@ def backward(
     return {name: float(values.detach().sum()) / batch_size for name, values in parts.items()}
 
 
-def anchor_texts(llm: LLM, count: int, seed: int) -> list[list[int]]:
-    """What the original LLM writes without a prompt, as tokens: its own language, whatever the task (ours)."""
-    begin = llm.encode("") or [next(end for end in llm.end_ids if end is not None)]
+def anchor_texts(llm: LLM, count: int, seed: int, at_once: int = 64) -> list[list[int]]:
+    """What the original LLM writes without a prompt, as tokens: its own language, whatever the task (ours).
+
+    A model without a beginning-of-sequence token begins after its end-of-sequence token, as GPT-2 does.
+
+    Args:
+        llm: whatever it has learned since.
+        count: texts wanted.
+        seed: everything random follows from it.
+        at_once: texts in a batch.
+
+    Raises:
+        ModelError: it has neither of these tokens.
+    """
+    begin = tuple(llm.encode("")) or tuple(sorted(end for end in llm.end_ids if end is not None)[:1])
+    if not begin:
+        raise ModelError("llm.gamma_anchor: the LLM's tokenizer has no token to begin a text with; set it to 0")
     seeds = [seed_for(seed, "anchor", place) for place in range(count)]
-    sampling = SynthesisConfig(max_new_tokens=ANCHOR_TOKENS, stop=())
-    return [[*begin, *text] for text in llm.generate([tuple(begin)] * count, seeds, sampling, original=True)]
+    sampling, written = SynthesisConfig(max_new_tokens=ANCHOR_TOKENS, stop=()), list[list[int]]()
+    for start in range(0, count, at_once):
+        some = seeds[start : start + at_once]
+        written += llm.generate([begin] * len(some), some, sampling, original=True)
+    return [[*begin, *text] for text in written]
 
 
 def hold_to(llm: LLM, config: LLMConfig, anchors: Sequence[Sequence[int]]) -> float:
     """Add the gradients of ``gamma_a`` times the mean divergence (as in Eq. 8) over these anchors; gives that mean."""
-    scores = llm.score(anchors)
-    divergence = kl_loss(scores.kl, scores.mask, config.token_reduction).mean()
-    (config.gamma_anchor * divergence).backward()
-    return float(divergence.detach())
+    total = 0.0
+    for start in range(0, len(anchors), config.micro_batch_size):
+        scores = llm.score(anchors[start : start + config.micro_batch_size])
+        share = kl_loss(scores.kl, scores.mask, config.token_reduction).sum() / len(anchors)
+        (config.gamma_anchor * share).backward()
+        total += float(share.detach())
+    return total
+
+
+def _shuffled(anchors: Sequence[Sequence[int]], seed: int) -> list[Sequence[int]]:
+    """In another order in each update, so that all of them have their turn."""
+    order = torch.randperm(len(anchors), generator=torch.Generator().manual_seed(seed))
+    return [anchors[place] for place in order.tolist()]
 
 
 def tokens_stated(llm: LLM, task: Task, drafts: SyntheticSet, seed: int) -> list[list[int]]:

@@ -257,10 +257,10 @@ class Server:
 
     def _anchors(self) -> list[list[int]]:
         """Texts of the original LLM that an update holds the LLM to; none without ``llm.gamma_anchor``."""
-        count = self.config.llm.anchors
+        count, seed = self.config.llm.anchors, seed_for(self.config.seed, "anchors")
         if self.config.llm.gamma_anchor and not self.anchors:
             with self.progress.stage("generate", "original LLM, without a prompt", count, "texts") as advance:
-                self.anchors = anchor_texts(self.llm, count, seed_for(self.config.seed, "anchors"))
+                self.anchors = anchor_texts(self.llm, count, seed, self.config.synthesis.batch_size)
                 advance(count)
         return self.anchors
 

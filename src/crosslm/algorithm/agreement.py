@@ -9,8 +9,10 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-MOST_COUNTED, DRAWN = 2**20, 2**16
-"""Changes of which all combinations of signs are looked at."""
+MOST_COUNTED = 2**20
+"""Combinations of how many changes of each size are gains, up to which all are counted."""
+DRAWN = 2**16
+"""Combinations that are drawn where there are more."""
 
 
 def label_auc(probabilities: Tensor, labels: Tensor) -> tuple[float, float]:

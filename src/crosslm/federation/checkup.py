@@ -33,7 +33,7 @@ News = Callable[[str], None]
 def examine_kit(kit: Path, cache: Path, on_news: News = lambda _: None) -> Iterator[Finding]:
     """Look at the machine, and at what a kit needs of it: settings, certificates, ports, data, models.
 
-    Nothing is started, and nothing is sent but a TLS greeting from a silo to its server.
+    Nothing is started. A silo greets its server by TLS, and asks it whether it knows its key; nothing else is sent.
 
     Args:
         kit: of the server or of a silo.

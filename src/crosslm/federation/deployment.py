@@ -125,7 +125,8 @@ class Deployment:
                 error = UploadError(reason)  # it was known to be no good, and not yet told
                 error.told = told
                 self._refuse(silo, number, error)
-        self.checkpoints.prune()  # who was killed may not have come to it
+        if why := self.checkpoints.prune():  # who was killed may not have come to it
+            self._warn(why)
 
     def _save(self, cause: dict[str, Any], download: bytes | None) -> None:
         put, server = self.checkpoints.put, self.server

@@ -1,6 +1,7 @@
 """All that leaves a silo between machines: the message with the upload, and the short answers around it.
 
-The client application sends what is made here and nothing else, the dry run prints it, and the receipts keep it.
+The client application sends what is made here and nothing else, the dry run prints it, and receipts keep uploads and
+the answers to what came back.
 """
 
 from typing import Any
@@ -17,8 +18,8 @@ CARRIER = (
     "its own version, a signature by this silo's key, how long the answer took to make, and a sign of life now and then"
 )
 QUESTION = (
-    "crosslm client asks the server, at the beginning and while it waits, by the SHA-256 of this silo's public key, "
-    "how many of its rounds are complete there"
+    "crosslm client, while it is connected, and crosslm doctor ask the server, by the SHA-256 of this silo's public "
+    "key, how many of its rounds are complete there"
 )
 
 

@@ -118,6 +118,7 @@ class LLMConfig(Section):
     """Weight, beside those of Eq. 9, of the divergence from the original LLM on texts that it writes without a prompt:
     on all that has nothing to do with the task (ours). 0: the paper's."""
     anchors: Positive = 64
-    """Texts that the original LLM writes so, once a run; each optimiser step takes the next eight of them."""
+    """Texts that the original LLM writes so, once a run; each optimiser step takes the next eight of them, in an order
+    of the update's own."""
     token_reduction: Literal["sum", "mean"] = "sum"
     """Log-likelihoods summed over tokens (Eq. 6) or averaged; the same in Eq. 5, 7 and 8."""
