@@ -101,13 +101,17 @@ def test_few_rows_lost_by_chance_are_no_reason(models, monkeypatch, lost, gained
     assert client._try(SLM.from_state(upload.slm)).accepted is (lost <= gained)
 
 
+def holding_out(client, labels, monkeypatch):
+    """Rows of these labels are what the client tries on."""
+    monkeypatch.setattr(client, "_private", Examples(ROWS.texts[:1] * len(labels), labels))
+    monkeypatch.setattr(client, "_split", lambda number: ([], list(range(len(labels)))))
+
+
 def test_balanced_each_label_counts_alike(models, monkeypatch):
     """By hand: of 8 + 2 rows the new one loses 4 of the many and gains both of the few: -4 + 2 rows, but -1/2 + 1."""
     client = client_of(models)
     upload = client.train()
-    rows = Examples(ROWS.texts[:8] + ROWS.texts[-2:], [0] * 8 + [1] * 2)
-    monkeypatch.setattr(client, "_private", rows)
-    monkeypatch.setattr(client, "_split", lambda number: ([], list(range(10))))
+    holding_out(client, [0] * 8 + [1] * 2, monkeypatch)
 
     def opinion(slm, texts):
         return torch.eye(2)[[0] * 10 if slm is client.slm else [1] * 4 + [0] * 4 + [1] * 2]
@@ -130,9 +134,7 @@ def test_balanced_a_loss_of_the_few_is_refused(models, monkeypatch):
     """
     client = client_of(models)
     upload = client.train()
-    rows = Examples(ROWS.texts[:8] + ROWS.texts[-2:], [0] * 8 + [1] * 2)
-    monkeypatch.setattr(client, "_private", rows)
-    monkeypatch.setattr(client, "_split", lambda number: ([], list(range(10))))
+    holding_out(client, [0] * 8 + [1] * 2, monkeypatch)
 
     def opinion(slm, texts):
         return torch.eye(2)[[0] * 4 + [1] * 6 if slm is client.slm else [0] * 10]
@@ -150,8 +152,7 @@ def test_a_probability_of_just_the_bound_is_sure_enough(models, monkeypatch, los
     """Of 2 n + 1 tosses n + 1 or more are heads with 1/2, of 3 all with 1/8, of 4 with 1/16."""
     client = client_of(models)
     upload = client.train()
-    monkeypatch.setattr(client, "_private", Examples(ROWS.texts[:1] * 40, [0] * 20 + [1] * 20))
-    monkeypatch.setattr(client, "_split", lambda number: ([], list(range(40))))
+    holding_out(client, [0] * 20 + [1] * 20, monkeypatch)
 
     def opinion(slm, texts):
         first, rest = ([1] * gained, [0] * lost) if slm is client.slm else ([0] * gained, [1] * lost)
@@ -167,8 +168,7 @@ def test_a_loss_of_just_the_margin_is_accepted(models, monkeypatch):
     """4 of 40 rows are lost, none is gained: 0.1, whatever a computer makes of 4 / 40."""
     client = client_of(models)
     upload = client.train()
-    monkeypatch.setattr(client, "_private", Examples(ROWS.texts[:1] * 40, [0] * 20 + [1] * 20))
-    monkeypatch.setattr(client, "_split", lambda number: ([], list(range(40))))
+    holding_out(client, [0] * 20 + [1] * 20, monkeypatch)
 
     def opinion(slm, texts):
         return torch.eye(2)[[0] * 20 + [1] * 20 if slm is client.slm else [0] * 24 + [1] * 16]
