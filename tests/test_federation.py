@@ -1023,6 +1023,7 @@ def test_a_leak_stops_the_return_at_the_silo(silo, federated, models):
 def test_flower_builds_the_app_and_there_is_no_code_in_it(kits, tmp_path, monkeypatch):
     app = kits / "server" / "app"
     environment = processes.environment(kits / "server")
+    assert environment["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"  # a bar would be in the logs
     done = subprocess.run(
         [processes.program("flwr"), "build", "--app", str(app)],
         cwd=tmp_path,

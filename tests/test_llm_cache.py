@@ -67,6 +67,7 @@ def test_a_run_that_differs_in_step_5_alone_is_the_same_with_it_and_asks_the_llm
     [
         {"llm": {"gamma_kl": 0.5}},
         {"llm": {"lora_alpha": 64}},
+        {"llm": {"gamma_anchor": 0.5, "anchors": 2}},
         {"slm": {"private": {"epochs": 3}}},
         {"task": {"statement": {"good": "So this one is good.", "bad": "So this one is bad."}}},
         {"synthesis": {"temperature": 0.5}},

@@ -156,6 +156,7 @@ def test_kits_from_the_same_configuration(settings, tmp_path, monkeypatch, capsy
     call(monkeypatch, FEDERATED[2])
     out = capsys.readouterr().out
     assert "tensor  classifier.weight  2x32  torch.float32  256 bytes" in out
+    assert "question crosslm client, while it is connected, and crosslm doctor ask the server, " in out
     assert "Nothing was sent." in out
     assert "not uploaded" in out
 

@@ -557,6 +557,17 @@ def test_each_table_has_a_standalone_to_compare_with(scale, data, table):
     assert not [cell for cell in plan(both) if cell.stage == "standalone"]
 
 
+def test_standalone_does_not_depend_on_how_what_comes_back_is_tried(scale, data):
+    settings = []
+    for acceptance in ({"balanced": False}, {"balanced": True, "margin": 0.1}, {"enabled": False}):
+        scale["run"]["acceptance"] = {"enabled": True, **acceptance}
+        choice = chosen(scale, data, "4", presets=["recommended"])
+        cell = next(cell for cell in plan(choice) if cell.stage == "standalone")
+        settings.append(settings_of(cell, choice))
+    assert differences(cell, settings[0], settings[1]) == []
+    assert differences(cell, settings[0], settings[2]) == ["acceptance.enabled"]  # which holds rows out
+
+
 def test_of_a_run_with_another_step_5_the_llm_counts_and_the_slms_do_not(scale, data, tmp_path, quick, monkeypatch):
     output, said = tmp_path / "out", []
     monkeypatch.setattr(Silent, "note", lambda _, message: said.append(message))
