@@ -61,7 +61,7 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 2) + 1
 
 
-LONGEST = ("test_real.py", "test_federation_live.py", "test_crash.py")
+LONGEST = ("test_real.py", "test_federation_live.py", "test_crash.py", "test_attacks.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -210,7 +210,8 @@ def settings(models: Path, data_folder: Path) -> dict:
             "synthetic": fit,
         },
         "llm": {"model": str(models / "gpt2"), "samples": 8, "batch_size": 4, "learning_rate": 1e-3, "lora_rank": 4},
-        "synthesis": {"max_new_tokens": 12, "max_attempts": 100},
+        # models this small seldom end a text by themselves
+        "synthesis": {"max_new_tokens": 12, "max_attempts": 100, "stop": ["e", "o"]},
         "selection": {"pool": 12, "fraction": 0.5, "encoder": str(models / "encoder")},
         "gate": {"enabled": False},  # models this small write nothing that a label could be read from
         "evaluation": {"nlu_rows": 10, "nlg_samples": 6, "perplexity_text": "plain.txt", "perplexity_tokens": 200},
@@ -243,6 +244,7 @@ TINY = {
     "slm.synthetic": "{ epochs = 1, batch_size = 8, learning_rate = 1e-3 }",
     "synthesis.max_new_tokens": 12,
     "synthesis.max_attempts": 100,
+    "synthesis.stop": ["e", "o"],
     "evaluation.nlu_rows": 8,
     "evaluation.nlg_samples": 4,
 }

@@ -1,6 +1,7 @@
 """What the LLM did is kept and not done twice (``--llm-cache``)."""
 
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -62,6 +63,20 @@ def test_a_run_that_differs_in_step_5_alone_is_the_same_with_it_and_asks_the_llm
         assert (tmp_path / "again" / "llm" / name).read_bytes() == (tmp_path / "whole" / "llm" / name).read_bytes()
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture
+def first(settings, shared, tmp_path):
+    """The summary of a run with these settings, made once, and a copy of the cache that it filled."""
+    if not (shared / "first").exists():
+        run(settings, shared, "first", llm_cache=shared / "llm")
+    summary = json.loads((shared / "first" / "summary.json").read_text())
+    return summary, shutil.copytree(shared / "llm", tmp_path / "llm")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -73,23 +88,23 @@ def test_a_run_that_differs_in_step_5_alone_is_the_same_with_it_and_asks_the_llm
         {"synthesis": {"temperature": 0.5}},
     ],
 )
-def test_what_the_llm_would_do_otherwise_is_done(settings, tmp_path, change):
-    run(settings, tmp_path, "first", llm_cache=tmp_path / "llm")
+def test_what_the_llm_would_do_otherwise_is_done(settings, tmp_path, first, change):
     other = merged(settings, change)
-    found = run(other, tmp_path, "other", llm_cache=tmp_path / "llm")
+    found = run(other, tmp_path, "other", llm_cache=first[1])
     assert found["llm_cache"]["made"] > 0
+    # what does not depend on it is found, but that each word of the LLM does on its adapter's size
+    assert (found["llm_cache"]["found"] > 0) == ("lora_alpha" not in change.get("llm", {}))
     assert figures(found) == figures(run(other, tmp_path, "without"))
 
 
-def test_with_another_library_all_is_done_anew(settings, tmp_path, monkeypatch):
-    first = run(settings, tmp_path, "first", llm_cache=tmp_path / "llm")["llm_cache"]
+def test_with_another_library_all_is_done_anew(settings, tmp_path, first, monkeypatch):
+    summary, cache = first
     monkeypatch.setattr(llm_cache, "versions", lambda: {"transformers": "6.0"})
-    assert run(settings, tmp_path, "second", llm_cache=tmp_path / "llm")["llm_cache"] == first
+    assert run(settings, tmp_path, "second", llm_cache=cache)["llm_cache"] == summary["llm_cache"]
 
 
-def test_a_damaged_result_is_named(settings, tmp_path):
-    cache = tmp_path / "llm"
-    run(settings, tmp_path, "first", llm_cache=cache)
+def test_a_damaged_result_is_named(settings, tmp_path, first):
+    cache = first[1]
     adapter = next(cache.glob("*.adapter"))
     adapter.unlink()
     with pytest.raises(RunError, match=f"delete {adapter.stem}.json to have it done again"):

@@ -26,10 +26,10 @@ SMALLEST = {
     "selection.pool": 8,
     "slm.private.epochs": 1,
     "data.rows_per_client": 48,
-    "data.test_rows": 40,
-    "data.judge_rows": 64,
-    "evaluation.nlg_samples": 8,
-    "evaluation.nlu_rows": 20,
+    "data.test_rows": 16,
+    "data.judge_rows": 32,
+    "evaluation.nlg_samples": 4,
+    "evaluation.nlu_rows": 8,
     "evaluation.perplexity_tokens": 128,
     "evaluation.judge.epochs": 1,
     "synthesis.max_new_tokens": 12,
@@ -49,7 +49,6 @@ def all_threads():
 
 
 @pytest.mark.real
-@pytest.mark.usefixtures("all_threads")
 def test_demo_quick_with_real_weights(tmp_path, monkeypatch, capsys):
     # a second run converts and fetches nothing, so the cache is shared with `make demo`
     more = [part for key, value in SMALLEST.items() for part in ("--set", f"{key}={value}")]

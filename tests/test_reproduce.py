@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import tomli_w
 from conftest import PATIENCE
+from moments import BOTH, THREE, Dying, Failing, Recording, Sleeping
 
-from crosslm import provenance
 from crosslm.cli import main as cli
 from crosslm.client import Client
 from crosslm.config import PRESETS
@@ -24,7 +24,7 @@ from crosslm.progress import Silent
 from crosslm.reproduce import benchmarks, driver, jobs, report, work
 from crosslm.reproduce.driver import reproduce
 from crosslm.reproduce.jobs import Work, side_by_side
-from crosslm.reproduce.plan import TABLES, Cell, Variation, choose, plan
+from crosslm.reproduce.plan import TABLES, choose, plan
 from crosslm.reproduce.scale import Scale, load_scale
 from crosslm.reproduce.store import Store, differences
 from crosslm.reproduce.tables import ALL_ROWS
@@ -93,8 +93,7 @@ def scale(settings):
         "data": {"num_clients": 2, "alpha": 100.0, "judge_rows": 10, "test_rows": 16, "rows_per_client": 10},
         "slm": {**settings["slm"], "private": fit, "synthetic": fit},
         "llm": {**settings["llm"], "vocabulary_texts": [], "samples": 4},
-        # such a model seldom ends a text by itself
-        "synthesis": {**settings["synthesis"], "stop": ["e", "o", " "]},
+        "synthesis": settings["synthesis"],
         "selection": {**settings["selection"], "pool": 6},
         "evaluation": {
             "nlu_rows": 8,
@@ -403,53 +402,6 @@ def test_several_cells_at_a_time_are_what_one_at_a_time_makes(scale, data, tmp_p
     assert not (tmp_path / "two/test/runs/sst2/paper/base/seed-0/checkpoints").exists()
 
 
-BASE = Variation("base")
-BOTH = [Cell("sst2", "paper", BASE, 0, "run"), Cell("sst2", "ceiling", BASE, 0, "ceiling")]
-THREE = [Cell("sst2", "paper", BASE, 0, stage) for stage in ("run", "cola", "rte")]
-
-
-class Dying(Work):
-    """Stands in for a process that is killed for its memory."""
-
-    def do(self, cell, display):
-        if cell.stage == "run":
-            os._exit(9)
-        return [f"{cell.path}: as usual"]
-
-
-class Recording(Work):
-    """Cells of a moment, each longer than the next."""
-
-    def do(self, cell, display):
-        time.sleep({"run": 1.0, "cola": 0.5}.get(cell.stage, 0))
-        with (self.output / "order").open("a") as file:
-            file.write(f"{cell.method} {cell.stage} {os.getpid()} {self.commit == provenance.commit()}\n")
-        return []
-
-
-class Failing(Work):
-    """As with a disk that is full."""
-
-    def do(self, cell, display):
-        raise RunError("cannot be written; choose another --output")
-
-
-class Sleeping(Work):
-    """A run that would take an hour."""
-
-    def do(self, cell, display):
-        if cell.stage == "run":
-            (self.output / "pid.partial").write_text(str(os.getpid()))
-            (self.output / "pid.partial").rename(self.output / "pid")
-            time.sleep(3600)
-        return []
-
-
-def sleep_side_by_side(folder):
-    """In another process, which is killed."""
-    list(side_by_side(BOTH, Sleeping(None, Path(folder), None), Silent(), 2))
-
-
 def has_ended(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -479,8 +431,7 @@ def test_what_begins_with_a_runs_llm_comes_after_it_in_the_same_process(tmp_path
 
 def test_a_process_that_dies_takes_no_other_cell_with_it(tmp_path):
     died = "its process ended with code 9; what it printed says why; if memory was short, try fewer --jobs"
-    assert lines_of([*THREE, BOTH[1]], Dying(None, tmp_path, None)) == [
-        "sst2/ceiling/base/seed-0/ceiling: as usual",
+    assert lines_of(THREE, Dying(None, tmp_path, None)) == [
         "sst2/paper/base/seed-0/cola: as usual",
         "sst2/paper/base/seed-0/rte: as usual",
         f"sst2/paper/base/seed-0/run: {died}",
@@ -489,7 +440,8 @@ def test_a_process_that_dies_takes_no_other_cell_with_it(tmp_path):
 
 def test_what_no_cell_can_be_done_with_ends_all(tmp_path):
     with pytest.raises(RunError, match="choose another --output"):
-        lines_of(BOTH, Failing(None, tmp_path, None))
+        lines_of(BOTH, Failing(None, tmp_path, None), jobs=1)
+    assert (tmp_path / "begun").read_text() == "paper\n"
 
 
 def test_what_ends_the_command_ends_its_processes(tmp_path):
@@ -501,7 +453,7 @@ def test_what_ends_the_command_ends_its_processes(tmp_path):
 
 
 def test_a_command_that_is_killed_leaves_no_process_behind(tmp_path):
-    code = "import sys, test_reproduce; test_reproduce.sleep_side_by_side(sys.argv[1])"
+    code = "import sys, moments; moments.sleep_side_by_side(sys.argv[1])"
     search = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": search})
