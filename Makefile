@@ -73,6 +73,10 @@ $(VENV)/.browser: pyproject.toml constraints.txt $(VENV)/.dev
 	$(PIP) --editable '.[browser]'
 	touch $@
 
+$(VENV)/.ci: pyproject.toml constraints.txt | $(BIN)/python # all of the above at once, which takes less time
+	$(PIP) --editable '.[dev,docs,browser]'
+	touch $@ $(VENV)/.dev $(VENV)/.demo $(VENV)/.docs $(VENV)/.browser
+
 $(VENV)/.audit: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[audit]'
 	touch $@

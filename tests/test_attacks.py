@@ -73,7 +73,7 @@ def four(models, writer, tmp_path_factory):
     draw.shuffle(rows)
     for name, part in (("train", rows[:440]), ("test", rows[440:])):
         (folder / f"{name}.csv").write_text("\n".join(["text,label", *part]) + "\n")
-    fit = {"epochs": 10, "batch_size": 8, "learning_rate": 3e-3, "patience": 0}
+    fit = {"epochs": 5, "batch_size": 8, "learning_rate": 4e-3, "patience": 0}
     return Config.model_validate(
         {
             "name": "four",
