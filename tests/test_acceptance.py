@@ -104,7 +104,7 @@ def test_few_rows_lost_by_chance_are_no_reason(models, monkeypatch, lost, gained
 def holding_out(client, labels, monkeypatch):
     """Rows of these labels are what the client tries on."""
     monkeypatch.setattr(client, "_private", Examples(ROWS.texts[:1] * len(labels), labels))
-    monkeypatch.setattr(client, "_split", lambda number: ([], list(range(len(labels)))))
+    monkeypatch.setattr(client, "_split", lambda: ([], list(range(len(labels)))))
 
 
 def test_balanced_each_label_counts_alike(models, monkeypatch):
@@ -189,7 +189,7 @@ def test_the_margin_and_the_switch_are_fields(models, worse):
 
 
 def holdout(client):
-    return ROWS.take(client._split(0)[1])
+    return ROWS.take(client._split()[1])
 
 
 @pytest.mark.parametrize("patience", [0, 2])
@@ -201,9 +201,9 @@ def test_the_held_out_rows_are_those_that_the_training_did_not_see(models, monke
         seen.append(len(rows))
         return epoch(slm, rows, labels, *arguments)
 
-    def spied_holdout(slm, examples):
+    def spied_holdout(slm, examples, targets):
         tried.append(examples.texts)
-        return held(slm, examples)
+        return held(slm, examples, targets)
 
     monkeypatch.setattr(SLM, "_epoch", spied)
     monkeypatch.setattr(SLM, "_holdout", spied_holdout)
@@ -211,9 +211,14 @@ def test_the_held_out_rows_are_those_that_the_training_did_not_see(models, monke
     client = client_of(models, fit)
     upload = client.train()
     assert set(seen) == {30}
-    assert upload.num_examples == 40
+    assert sum(upload.class_counts) == 40
     if patience:
         assert tried[0] == holdout(client).texts
+    first = holdout(client).texts
+    client.train()  # and they are none of the training in a later round either
+    assert set(seen) == {30}
+    assert holdout(client).texts == first
+    assert all(texts == first for texts in tried)
 
 
 def test_a_download_that_is_no_download_leaves_the_client_as_it_was(models, task, config, worse):

@@ -1,5 +1,6 @@
 """Temperature, top-k and nucleus sampling; the step that a GPU records against the plain one."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_llm
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from crosslm.config import SynthesisConfig
-from crosslm.models.decoding import decode, sample_tokens
+from crosslm.models import decoding
+from crosslm.models.decoding import BELOW_ONE, decode, sample_tokens
 from crosslm.models.graph_decoding import can_be_recorded, decode_recorded
 
 LOGITS = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
@@ -38,14 +40,29 @@ def test_temperature_by_hand():
     assert drawn([0.72, 0.73], temperature=0.5) == [0, 1]
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.floats(0.01, 1))
-def test_only_the_top_k_are_ever_drawn(seed, top_k, top_p):
+@given(st.integers(0, 2**32 - 1), st.integers(1, 50), st.floats(0.01, 1))
+def test_nothing_outside_the_nucleus_is_ever_drawn(seed, top_k, top_p):
     generator = torch.Generator().manual_seed(seed)
     logits, uniforms = torch.randn(5, 50, generator=generator), torch.rand(5, generator=generator)
-    how = SynthesisConfig(top_k=top_k, top_p=top_p)
-    tokens = sample_tokens(*torch.topk(logits, min(top_k, 50)), uniforms, how)
-    ranks = (logits > logits.gather(1, tokens.unsqueeze(1))).sum(dim=1)
-    assert (ranks < top_k).all()
+    uniforms[0], uniforms[1] = 0.0, BELOW_ONE
+    top, tokens = torch.topk(logits, top_k)
+    drawn = sample_tokens(top, tokens, uniforms, SynthesisConfig(top_k=top_k, top_p=top_p))
+    likelier = logits > logits.gather(1, drawn.unsqueeze(1))
+    mass = (logits.exp() * likelier).sum(dim=1) / top.exp().sum(dim=1)  # of those of the top k that come before it
+    assert (mass < top_p + 1e-5).all()
+
+
+def test_a_random_number_that_float32_would_round_up_to_1_stays_below_it(models, monkeypatch):
+    class Highest:
+        def random(self, count):
+            return np.full(count, np.nextafter(1.0, 0.0))
+
+    llm, sampling = tiny_llm(models, "gpt2"), SynthesisConfig(max_new_tokens=3)
+    monkeypatch.setattr(decoding.np.random, "default_rng", lambda seed: Highest())
+    causal = llm.model.get_base_model()
+    read = decoding.read_prompts(causal.base_model, causal.config, PROMPTS[:1], [0], sampling, torch.device("cpu"))
+    assert (read.uniforms == BELOW_ONE).all()
+    assert (read.uniforms < 1).all()
 
 
 PROMPTS = [(3, 4, 5, 6, 7, 8, 9), (10, 11), (3, 4, 5, 6, 7, 8, 9), (12,), (10, 11), (13, 14, 15)] * 2

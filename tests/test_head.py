@@ -151,6 +151,17 @@ def test_a_frozen_head_beside_another_one_is_scored_in_the_plain_way(tensors):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
 
 
-def test_no_gradient_is_kept_without_need(tensors):
-    with torch.no_grad():
-        assert not any(values.requires_grad for values in head.head_scores(*tensors))
+def test_no_gradient_is_computed_without_need(tensors, monkeypatch):
+    """Its product with the head takes as long as the rest; counted by the blocks that are multiplied."""
+    hidden, products, multiply = tensors[0].detach(), [], torch.Tensor.__matmul__
+
+    def counted(one, other):
+        products.append(one.shape)
+        return multiply(one, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
+    for with_gradient in (False, True):
+        products.clear()
+        rest = tensors[1:]
+        head.head_scores(hidden.clone().requires_grad_(with_gradient), *rest)
+        assert bool(products) == with_gradient

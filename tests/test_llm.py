@@ -212,6 +212,9 @@ def test_perplexity_by_the_definition(models, family):
     assert llm.perplexity(text, 1000) == pytest.approx(float(expected), rel=1e-3)
     with pytest.raises(ValueError, match="no token"):
         llm.perplexity("", 10)
+    llm.tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="no token that could be predicted"):
+        llm.perplexity("a", 1)
 
 
 def test_the_name_of_a_special_token_in_a_text_is_characters_to_perplexity(models, family):

@@ -358,6 +358,30 @@ def test_a_break_that_is_nobodys_or_cannot_be_taken_back_is_an_error(
     assert (wrote[0] != wrote[-1]) == (call == 2)
 
 
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_after_full_fine_tuning_an_slm_that_fails_is_refused_before_the_update_and_ends_the_run_after_it(
+    models, config, task, upload, monkeypatch, fails_at
+):
+    server, calls, predict = server_for(config, task, models, adapter="full"), [], SLM.predict_proba
+
+    def fails(slm, texts):
+        calls.append(server.llm.fingerprint())
+        if len(calls) == fails_at:  # the first is for the drafts, the second for the pool
+            raise IndexError("index out of range in self")
+        return predict(slm, texts)
+
+    monkeypatch.setattr(SLM, "predict_proba", fails)
+    if fails_at == 1:
+        with pytest.raises(UploadError, match="cannot classify"):
+            server.step(upload)
+        assert server.llm.fingerprint() == calls[0]
+    else:
+        with pytest.raises(ModelError, match=r"client \S+: its SLM failed after .* cannot be taken back"):
+            server.step(upload)
+        assert calls[0] != calls[1]
+    assert server.steps == 0
+
+
 def test_the_baseline_takes_the_place_of_the_reward_in_eq_5(models, config, task, upload):
     """The recorded rewards stay those of Eq. 4; the loss sees the advantages."""
     updates = {}

@@ -8,10 +8,12 @@ import torch
 from conftest import BAD, GOOD, sentences
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, MPNetConfig, RobertaConfig
 
+from crosslm.client import Client
 from crosslm.config import FitConfig
 from crosslm.errors import ModelError, UploadError
 from crosslm.examples import Examples
 from crosslm.models.rows import batches as row_batches
+from crosslm.models.rows import hold_out
 from crosslm.models.slm import SLM, _longest
 
 LABELS = ("bad", "good")
@@ -166,8 +168,13 @@ def test_a_classifier_of_the_tasks_labels_keeps_what_each_output_means(models, t
     other = SLM.load(str(tmp_path), ("bad", "good"), 32, 1)
     assert other.labels == ("bad", "good")
     assert other.to_state().labels == ("good", "bad")
+    assert other.by_output((10, 30)) == (30, 10)
     torch.testing.assert_close(other.predict_proba(["a good film"])[:, [1, 0]], one.predict_proba(["a good film"]))
     assert not caplog.records
+    # and a silo's counts go by the same order
+    three = Examples(["a bad film", "a good film", "a fine film"], [0, 1, 1])
+    upload = Client("north", three, other, FitConfig(epochs=1), 0).train()
+    assert dict(zip(upload.slm.labels, upload.class_counts, strict=True)) == {"bad": 1, "good": 2}
     SLM.load(str(tmp_path), ("cold", "warm"), 32, 1)
     assert "calls its labels ['good', 'Bad'], which are taken for ['cold', 'warm'], in this order" in caplog.text
 
@@ -186,3 +193,18 @@ def test_a_new_head_follows_the_seed_and_a_body_that_does_not_fit_is_refused(mod
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
     with pytest.raises(ModelError, match=r"bert\.\S+ is not as its config.json says"):
         SLM.load(str(tmp_path), LABELS, 32, 0)
+
+
+def test_one_row_at_least_is_trained_on():
+    trained, held = hold_out(4, 0.9, torch.Generator().manual_seed(0))
+    assert (len(trained), len(held)) == (1, 3)
+
+
+def test_the_loss_on_held_out_rows_is_of_what_is_learned_by_hand(models, monkeypatch):
+    slm = SLM.load(str(models / "bert"), ("bad", "good"), 32, 0)
+    monkeypatch.setattr(slm, "predict_proba", lambda texts: torch.tensor([[0.5, 0.5], [0.2, 0.8]]))
+    rows = Examples(["a", "b"], [0, 1])
+    loss, accuracy = slm._holdout(rows, None)  # (ln 2 - ln .8) / 2
+    assert (loss, accuracy) == (pytest.approx(0.458145), 1.0)
+    loss, accuracy = slm._holdout(rows, torch.tensor([[0.5, 0.5], [1.0, 0.0]]))  # (ln 2 - ln .2) / 2
+    assert (loss, accuracy) == (pytest.approx(1.151293), 1.0)

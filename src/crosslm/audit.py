@@ -128,7 +128,7 @@ class _Audit:
         return slm
 
     def _trained_on(self, client: str) -> Examples:
-        """The private rows, canaries aside, that the last upload's weights were fitted to, in any of its rounds.
+        """The private rows, canaries aside, that the last upload's weights were fitted to.
 
         Those that the client held out are left out; under DP it holds out none.
         """
@@ -136,9 +136,7 @@ class _Audit:
         fit, canaries = config.slm.private, config.privacy.canaries
         if config.privacy.epsilon is not None or not (fit.patience or config.acceptance.enabled):
             return private
-        trained: set[int] = set()
-        for number in range(config.federation.participations):
-            trained |= set(split_rows(len(private) + canaries, fit, config.seed, client, number, canaries)[0])
+        trained, _ = split_rows(len(private) + canaries, fit, config.seed, client, canaries)
         return private.take([place for place in sorted(trained) if place < len(private)])
 
     def _held_out(self, client: str) -> Examples:

@@ -37,14 +37,14 @@ class Decision:
 
 
 def split_rows(
-    rows: int, fit: FitConfig, run_seed: int, client_id: str, client_round: int, canaries: int = 0
+    rows: int, fit: FitConfig, run_seed: int, client_id: str, canaries: int = 0
 ) -> tuple[list[int], list[int]]:
-    """The places of the rows that a client trains on in a round, and of those that it holds out, if it holds out any.
+    """The places of the rows that a client trains on, and of those that it holds out, if it holds out any.
 
-    They are those that :meth:`SLM.fit` draws where it holds rows out itself. Canaries are the last rows, and trained
-    on in every round.
+    The same in every round, or its SLM would be tried on rows that it has learned in an earlier one. In the first one
+    they are those that :meth:`SLM.fit` draws itself. Canaries are the last rows, and always trained on.
     """
-    generator = torch.Generator().manual_seed(seed_for(run_seed, "client", client_id, client_round))
+    generator = torch.Generator().manual_seed(seed_for(run_seed, "client", client_id, 0))
     return hold_out(rows, fit.holdout_fraction, generator, canaries)
 
 
@@ -89,7 +89,7 @@ class Client:
         """The SLM that the last accepted one took the place of."""
         self.rounds = 0
         self.told_counts: tuple[int, ...] | None = None
-        """Rows of each label as the last upload told them."""
+        """Rows of each of ``slm.labels`` as the last upload told them."""
         self.told_metrics: tuple[Mapping[str, float], ...] = ()
         """Of each upload so far."""
         self._private = private
@@ -102,22 +102,27 @@ class Client:
         self._canaries = canaries
 
     def train(self) -> Upload:
-        """Step 1: train the SLM on the private text, and pack it for upload."""
+        """Step 1: train the SLM on the private text, and pack it for upload.
+
+        Raises:
+            ConfigError: under DP, the budget is spent.
+            ModelError: under DP, gradients of single rows cannot be had of this model.
+        """
         seed = seed_for(self._seed, "client", self.id, self.rounds)
-        training = self._private
-        if self._acceptance.enabled and not self._fit.patience:  # with patience SLM.fit holds them out
-            training = self._private.take(self._split(self.rounds)[0])
+        training, split = self._private, self._split() if self._fit.patience else None  # SLM.fit holds them out
+        if self._acceptance.enabled and split is None:
+            training = self._private.take(self._split()[0])
         rows = len(training) * self._fit.epochs
         with self._progress.stage("train SLM on private text", self.id, rows, "rows") as advance:
             if self._privacy:
                 metrics = self._privacy.fit(self.slm, training, self._fit, seed, advance)
             else:
-                metrics = self.slm.fit(training, self._fit, seed, advance, canaries=self._canaries)
+                metrics = self.slm.fit(training, self._fit, seed, advance, canaries=self._canaries, split=split)
         counts = tuple(self._private.class_counts(len(self.slm.labels)))
         if self._privacy:
             counts = self._privacy.class_counts(counts)
         self.told_counts = counts
-        upload = Upload(self.id, self.rounds, counts, metrics, self.slm.to_state())
+        upload = Upload(self.id, self.rounds, self.slm.by_output(counts), metrics, self.slm.to_state())
         self.rounds += 1
         self.told_metrics += (metrics,)
         return upload
@@ -174,7 +179,7 @@ class Client:
             self._privacy.go_on(told_metrics, told_counts)
 
     def _try(self, returned: SLM) -> Decision:
-        held = self._split(self.rounds - 1)[1] if self._acceptance.enabled and self.rounds else []
+        held = self._split()[1] if self._acceptance.enabled and self.rounds else []
         if not held:
             return Decision(accepted=True, rows=0)
         holdout = self._private.take(held)
@@ -190,5 +195,5 @@ class Client:
         accuracies = float(before.mean()), float(after.mean())
         return Decision(not (is_worse and is_sure), len(holdout), *accuracies, balanced)
 
-    def _split(self, client_round: int) -> tuple[list[int], list[int]]:
-        return split_rows(len(self._private), self._fit, self._seed, self.id, client_round, self._canaries)
+    def _split(self) -> tuple[list[int], list[int]]:
+        return split_rows(len(self._private), self._fit, self._seed, self.id, self._canaries)

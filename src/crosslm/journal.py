@@ -74,9 +74,13 @@ class RunJournal:
         pool, said = SyntheticSet(self.base_pool.samples[:size]), None if known is None else tensor(known[:size])
         if may_judge is None:
             may_judge = server.gate is None or not self.config.gate.teaches or server.gate.lets_in(slm, upload)
-        return data_free_kd(
-            upload, pool, self.config, self.task, server.encoder, self.progress, server.teachers, said, may_judge
-        )
+        judges = dict(server.teachers.members)
+        try:
+            return data_free_kd(
+                upload, pool, self.config, self.task, server.encoder, self.progress, server.teachers, said, may_judge
+            )
+        finally:
+            server.teachers.members = judges  # a judge that fails on a text of the baseline's is none of its business
 
     def served(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """Keep what the step wrote, and measure the SLM that goes back."""

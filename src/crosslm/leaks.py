@@ -27,8 +27,8 @@ class LeakCheck:
         """
         if not texts:
             raise LeakError(
-                "no texts came with the SLM, so privacy.max_shared_words and max_similarity cannot be kept; the server "
-                "must send them: privacy must be set there too"
+                "no texts came with the SLM, so privacy.max_shared_words and max_similarity cannot be kept; either the "
+                "server chose none, and the SLM has learned nothing, or privacy must be set there too, to send them"
             )
         words, similarity = self._limits.max_shared_words, self._limits.max_similarity
         if words is not None:

@@ -93,14 +93,9 @@ class Upload:
     client_round: int
     """0 for the client's first upload."""
     class_counts: tuple[int, ...]
-    """Private training rows of each label, in the order of ``slm.labels``."""
+    """Private rows of each label, in the order of ``slm.labels``: those held out and canaries too."""
     metrics: dict[str, float]
     slm: SlmState
-
-    @property
-    def num_examples(self) -> int:
-        """Private training rows."""
-        return sum(self.class_counts)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
 from crosslm.classification import class_probabilities
 from crosslm.config import Config
 from crosslm.enhancement import pool_rewards, select, soft_labels, train_on_synthetic
-from crosslm.errors import BrokenLLMError, CollapseError, QuarantineError, UploadError
+from crosslm.errors import BrokenLLMError, CollapseError, ModelError, QuarantineError, UploadError
 from crosslm.gate import Gate
 from crosslm.llm_update import anchor_texts, one_pass
 from crosslm.models.encoder import Encoder
@@ -69,14 +69,14 @@ class Server:
         llm: LLM,
         encoder: Encoder,
         progress: Progress | None = None,
-        gate: Gate | None = None,
     ) -> None:
         self.config = config
         self.task = task
         self.llm = llm
         self.encoder = encoder
         self.progress = progress or Progress()
-        self.gate = gate
+        self.gate: Gate | None = None
+        """Set before the first step where there is one: it needs texts that the LLM has written."""
         self.teachers = Teachers(config.reward)
         self.anchors: list[list[int]] = []
         self.steps = 0
@@ -94,7 +94,7 @@ class Server:
             UploadError: the SLM's labels are not the task's, it cannot be rebuilt, it fails on a text, it may not
                 reward the LLM (without ``gate.teach_refused``), or its rewards broke the LLM; nothing has changed then.
             ModelError: the LLM could not write texts before it had learned anything of this SLM, the update changed
-                nothing, or it broke the LLM after full fine-tuning, which cannot be taken back.
+                nothing, or it broke the LLM or the SLM failed after full fine-tuning, which cannot be taken back.
         """
         slm = receive_slm(upload, self.task, self.config)  # step 2: it arrived
         try:
@@ -103,11 +103,16 @@ class Server:
             if not self.config.gate.teach_refused:
                 raise
             return self._teach(slm, upload, StepRecord(gate=error.figures, refusal=str(error)))
-        before, judges = self._snapshot(), dict(self.teachers.members)
+        before, judges, record = self._snapshot(), dict(self.teachers.members), StepRecord()
         try:
-            record = self._learn(slm, upload)
+            self._learn(slm, upload, record)
             download = self._enhance(slm, upload, record)
-        except UploadError:  # the SLM failed on a text that only the updated LLM wrote
+        except UploadError as error:  # the SLM failed on a text that only the updated LLM wrote
+            if before is None and record.updates:
+                raise ModelError(
+                    f"client {upload.client_id}: its SLM failed after the LLM had learned of it, which cannot be taken "
+                    f"back after full fine-tuning; go on from before it, without that client: {error}"
+                ) from error
             self._restore(before, judges)
             raise
         except CollapseError as error:
@@ -137,9 +142,9 @@ class Server:
         if self.config.reward.teachers > 1:
             self.teachers.accepted(upload, receive_slm(upload, self.task, self.config))
 
-    def _learn(self, slm: SLM, upload: Upload) -> StepRecord:
+    def _learn(self, slm: SLM, upload: Upload, record: StepRecord) -> None:
         """Steps 3 and 4 with an SLM that may reward the LLM."""
-        config, record, who = self.config, StepRecord(), upload.client_id
+        config, who = self.config, upload.client_id
         for iteration in range(config.llm.iterations):
             seed = seed_for(config.seed, "server", self._learned, iteration)
             drafts = self._synthesize(f"{who}: texts to learn from", config.llm.samples, seed)  # step 3: Eq. 2-3
@@ -148,7 +153,6 @@ class Server:
             advantages = self.advantages(drafts, rewards)
             record.updates += self.update_llm(drafts, advantages, seed, who)  # step 4: Eq. 5-9
             record.drafts.append((drafts, rewards))
-        return record
 
     def _enhance(self, slm: SLM, upload: Upload, record: StepRecord) -> Download:
         """Step 5: the best of what the LLM writes now trains the SLM; one that was refused has no say in it."""

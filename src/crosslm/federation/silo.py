@@ -286,7 +286,7 @@ class Silo(SiloState):
         private, slm = self.private(), self.slm()
         slm.predict_proba(private.texts[:1])  # a tokenizer that was used once has its truncation written in it
         counts = tuple(private.class_counts(len(self.settings.labels)))
-        upload = Upload(self.settings.id, self.installed, counts, {}, slm.to_state())
+        upload = Upload(self.settings.id, self.installed, slm.by_output(counts), {}, slm.to_state())
         found, privacy = contents(self._as_sent(upload)), self.settings.privacy
         if privacy.epsilon and privacy.class_counts != "exact":
             hidden = privacy.class_counts == "hidden"

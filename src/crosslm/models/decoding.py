@@ -19,6 +19,9 @@ from transformers import DynamicCache
 from crosslm.config import SynthesisConfig
 from crosslm.models.head import top_logits
 
+BELOW_ONE = 1 - 2.0**-24
+"""The largest number below 1 in float32: one that was rounded up to 1 would draw from outside the nucleus."""
+
 
 def sample_tokens(logits: Tensor, tokens: Tensor, uniforms: Tensor, sampling: SynthesisConfig) -> Tensor:
     """One token a row by temperature and nucleus sampling from the ``top_k`` most likely (Fan et al. 2018).
@@ -123,7 +126,7 @@ def read_prompts(
 ) -> ReadPrompts:
     """Read each different prompt once and repeat what came of it; arguments as in :func:`decode`."""
     numbers = np.stack([np.random.default_rng(seed).random(sampling.max_new_tokens) for seed in seeds])
-    uniforms = torch.from_numpy(numbers).to(device=device, dtype=torch.float32)
+    uniforms = torch.from_numpy(numbers).to(device=device, dtype=torch.float32).clamp_max_(BELOW_ONE)
     different = list(dict.fromkeys(prompts))
     ids, mask = _pad_left(different, device)
     cache = DynamicCache(config=config)

@@ -235,16 +235,16 @@ class LLM:
         characters that it is written with: such a token has never been trained.
 
         Raises:
-            ValueError: the text has no token.
+            ValueError: the text has no token that anything comes before.
         """
         ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)[:max_tokens]
         bos = self.tokenizer.bos_token_id
         size = min(PERPLEXITY_WINDOW, self._causal().config.max_position_embeddings - 1)
         windows = [ids[start : start + size] for start in range(0, len(ids), size)]
-        if not windows:
-            raise ValueError("the text has no token")
-        if bos is None and len(windows[-1]) == 1:
+        if windows and bos is None and len(windows[-1]) == 1:
             windows.pop()  # nothing comes before its only token
+        if not windows:
+            raise ValueError("the text has no token that could be predicted")
         total, count = 0.0, 0
         for start in range(0, len(windows), 4):
             batch = [window if bos is None else [bos, *window] for window in windows[start : start + 4]]

@@ -10,12 +10,12 @@ def hold_out(rows: int, share: float, generator: torch.Generator, canaries: int 
 
     Args:
         rows: how many there are.
-        share: of them that is held out.
+        share: of them that is held out; one at least is trained on.
         generator: draws both.
         canaries: the last so many rows are planted to be learned, and never held out.
     """
     order: list[int] = torch.randperm(rows, generator=generator).tolist()
-    held = [place for place in order if place < rows - canaries][: round(share * rows)]
+    held = [place for place in order if place < rows - canaries][: min(round(share * rows), rows - 1)]
     out = set(held)
     return [place for place in order if place not in out], held
 

@@ -3,12 +3,12 @@
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -27,6 +27,7 @@ from crosslm.models.rows import batches, hold_out
 from crosslm.records import SlmState
 
 PREDICTION_BATCH = 64
+Of = TypeVar("Of")
 
 
 class SLM:
@@ -54,8 +55,8 @@ class SLM:
     ) -> "SLM":
         """A pretrained body with a new head whose first values come from the seed.
 
-        A folder that is a classifier already keeps its head if that has as many outputs as there are labels, in the
-        order of ``labels``; otherwise it gets a new one, which is logged once.
+        A folder that is a classifier already keeps its head if that has as many outputs as there are labels; otherwise
+        it gets a new one, which is logged once.
 
         Args:
             folder: model folder or hub id.
@@ -64,7 +65,7 @@ class SLM:
             max_length: tokens of a text that are read.
             seed: of the new head.
             num_hidden_layers: keep only the lowest layers.
-            freeze_embeddings: do not train the embedding tables.
+            freeze_embeddings: do not train the word embeddings.
             device: where the weights go.
             pooling: ``mean`` puts a layer on top that takes the mean of the tokens.
 
@@ -96,7 +97,7 @@ class SLM:
         self.labels = tuple(labels)
 
     def freeze_embeddings(self, frozen: bool) -> None:
-        """Whether training leaves the embedding table as it is."""
+        """Whether training leaves the word embeddings as they are."""
         self.model.get_input_embeddings().requires_grad_(not frozen)
 
     def fit(
@@ -107,6 +108,7 @@ class SLM:
         on_rows: Callable[[float], None] = lambda _: None,
         targets: Tensor | None = None,
         canaries: int = 0,
+        split: tuple[list[int], list[int]] | None = None,
     ) -> dict[str, float]:
         """Train by cross-entropy (step 1 on private text, step 5 on synthetic text).
 
@@ -120,6 +122,7 @@ class SLM:
             on_rows: told how many rows were trained on.
             targets: ``(rows, labels)``, probabilities to learn instead of the labels.
             canaries: the last so many rows are never held out.
+            split: places of the rows to train on and of those that are held out, where they are not to be drawn.
 
         Returns:
             ``loss`` of the last epoch, ``epochs`` run and, with patience, ``holdout_loss`` and
@@ -127,7 +130,8 @@ class SLM:
         """
         generator = torch.Generator().manual_seed(seed)
         share = config.holdout_fraction if config.patience else 0.0
-        trained, held_out = hold_out(len(examples), share, generator, canaries)
+        drawn = hold_out(len(examples), share, generator, canaries)
+        trained, held_out = split or drawn
         training, holdout = examples.take(trained), examples.take(held_out)
         rows = self.encode(training.texts)
         wanted = torch.tensor(training.labels) if targets is None else targets[trained]
@@ -142,7 +146,7 @@ class SLM:
                 metrics |= {"loss": loss, "epochs": float(epoch + 1)}
                 if not held_out:
                     continue
-                holdout_loss, accuracy = self._holdout(holdout)
+                holdout_loss, accuracy = self._holdout(holdout, None if targets is None else targets[held_out])
                 if holdout_loss < metrics.get("holdout_loss", torch.inf):
                     metrics |= {"holdout_loss": holdout_loss, "holdout_accuracy": accuracy}
                     best, waited = copy.deepcopy(self.model.state_dict()), 0
@@ -217,6 +221,10 @@ class SLM:
 
     # -- as a value that travels, and as a folder --------------------------------------------
 
+    def by_output(self, of_labels: Sequence[Of]) -> tuple[Of, ...]:
+        """What belongs to each of ``labels``, in the order of the model's outputs, which :meth:`to_state` has."""
+        return tuple(of_labels[self._outputs.index(output)] for output in range(len(self.labels)))
+
     def to_state(self) -> SlmState:
         """Everything another process needs to use it: architecture, tokenizer, labels, weights."""
         tokenizer = {
@@ -230,7 +238,7 @@ class SLM:
             ),
         }
         weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.model.state_dict().items()}
-        labels = tuple(self.labels[self._outputs.index(output)] for output in range(len(self.labels)))
+        labels = self.by_output(self.labels)
         architecture = travelling(json.loads(self.model.config.to_json_string()), labels)
         return SlmState(architecture, tokenizer, labels, self.max_length, weights)
 
@@ -313,10 +321,12 @@ class SLM:
         self.model.eval()
         return total / len(rows)
 
-    def _holdout(self, examples: Examples) -> tuple[float, float]:
+    def _holdout(self, examples: Examples, targets: Tensor | None) -> tuple[float, float]:
+        """Cross-entropy with what is learned, the labels or probabilities, and the share whose label is found."""
         probabilities = self.predict_proba(examples.texts)
         labels = torch.tensor(examples.labels)
-        loss = float(-probabilities[torch.arange(len(labels)), labels].clamp_min(1e-9).log().mean())
+        wanted = one_hot(labels, len(self.labels)).float() if targets is None else targets
+        loss = float(-(wanted * probabilities.clamp_min(1e-9).log()).sum(dim=1).mean())
         return loss, float((probabilities.argmax(dim=1) == labels).float().mean())
 
 
