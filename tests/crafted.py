@@ -1,5 +1,6 @@
 """Hostile uploads: a good one, changed in one way each. Every entry is (name, bytes, part of the refusal)."""
 
+import base64
 import copy
 import json
 import pickle
@@ -10,6 +11,8 @@ from io import BytesIO
 import numpy as np
 
 CANARY = "canary-was-here"
+CHARSMAP = struct.pack("<II", 4, 0) + b"a"
+"""Of a Precompiled normalizer: a trie of one unit, and the begin of what may take a character's place."""
 
 
 HEADERS = {
@@ -325,6 +328,15 @@ def _tokenizers(good):
     long = {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 100}
     yield tokenizer("a hundred parts", "at most 16 parts", lambda t: t.update(normalizer=long))
     yield tokenizer("long prefix", "puts", lambda t: t.update(normalizer={"type": "Prepend", "prepend": "x" * 10**6}))
+    for name, message, data in (
+        ("a replacement of a kilobyte", "puts 1000 bytes", CHARSMAP + b"\0" + b"x" * 1000 + b"\0"),
+        ("replacements beyond the end", "charsmap that is none", b"\xff\xff\xff\xff" + b"a\0"),
+        ("no replacements", "charsmap that is none", b""),
+    ):
+        part = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+        yield tokenizer(name, message, lambda t, p=part: t.update(normalizer=p))
+    no_map = {"type": "Precompiled", "precompiled_charsmap": "no base64!"}
+    yield tokenizer("no base64", "charsmap that is none", lambda t: t.update(normalizer=no_map))
     split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
     yield tokenizer("endless split", "regular expression", lambda t: t.update(pre_tokenizer=split))
     for kind in ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model"):

@@ -16,7 +16,7 @@ from crosslm.federation.kits import SiloSettings
 from crosslm.models.accounting import Mechanism, Spent, plan
 from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
-from crosslm.privacy import privacy_summary
+from crosslm.privacy import privacy_line, privacy_summary
 from crosslm.records import Download
 from crosslm.rundir import RunDir
 
@@ -99,13 +99,16 @@ def test_an_upload_without_dp_before_leaves_no_bound(slm):
     events = [
         {"event": "upload", "client_id": client, "metrics": metrics}
         for client, metrics in (
-            ("a", {"dp/epsilon": 1.0}),
+            ("a", {"dp/epsilon": 1.0, "dp/delta": 0.1}),
             ("a", {"loss": 1.0}),
-            ("b", {"dp/epsilon": 1.0}),
-            ("b", {"dp/epsilon": 2.0}),
+            ("b", {"dp/epsilon": 1.0, "dp/delta": 0.1}),
+            ("b", {"dp/epsilon": 2.0, "dp/delta": 0.1}),
+            ("c", {"dp/x": 1.0}),  # a silo may send what names it likes
         )
     ]
-    assert privacy_summary(events) == {"b": {"epsilon": 2.0}}
+    bounds = privacy_summary(events)
+    assert bounds == {"b": {"epsilon": 2.0, "delta": 0.1}}
+    assert "b 2.00 (delta 0.1); no bound for c." in privacy_line({"privacy": bounds, "clients": {"b": {}, "c": {}}})
 
 
 def test_counts_that_were_told_stay_paid_for(slm):

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -43,7 +44,7 @@ from crosslm.federation.kits import KIT, SILO_FILE, dump, read_server, read_silo
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
 from crosslm.federation.silo import Silo
-from crosslm.federation.spool import Spool
+from crosslm.federation.spool import OVER, Spool
 from crosslm.files import PART, parts_of, write_whole
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.records import Download
@@ -342,10 +343,11 @@ def test_a_silo_decides_what_it_answers(silo):
     assert not (silo.state / "receipts").exists()
 
 
-@pytest.mark.parametrize("what", ["other tensors", "not finite", "other labels", "another silo"])
+@pytest.mark.parametrize("what", ["other tensors", "not finite", "other labels", "another length", "another silo"])
 def test_what_comes_back_is_checked(silo, federated, models, what):
     upload, download = answer(silo, Config.model_validate(federated), models)
     weights, labels, client = dict(download.slm.weights), download.slm.labels, "silo-0"
+    length = upload.slm.max_length
     name = "classifier.weight"
     if what == "other tensors":
         weights[name] = weights[name][:, :8].clone()
@@ -353,9 +355,11 @@ def test_what_comes_back_is_checked(silo, federated, models, what):
         weights[name] = weights[name] * float("nan")
     elif what == "other labels":
         labels = tuple(reversed(labels))
+    elif what == "another length":
+        length -= 1
     else:
         client = "silo-1"
-    state = type(upload.slm)(upload.slm.architecture, upload.slm.tokenizer, labels, upload.slm.max_length, weights)
+    state = type(upload.slm)(upload.slm.architecture, upload.slm.tokenizer, labels, length, weights)
     with pytest.raises((FederationError, UploadError), match="silo-0"):
         silo.install(silo.settings.experiment, 0, encode(Download(client, 0, 1, {}, state)))
     assert silo.installed == 1  # the round is complete, with the SLM that was trained here
@@ -529,6 +533,50 @@ def test_a_silo_that_is_gone_before_it_has_sent_is_no_error_of_the_gateway(monke
 
     asyncio.run(outer(scope, gone, send))
     assert sent[0]["status"] == 499
+
+
+def test_many_silos_that_stop_in_the_midst_of_a_request_shut_nobody_out(monkeypatch, kits):
+    """Over real sockets, without TLS: more than the connections that httpx has by default."""
+    import httpx
+    import uvicorn
+
+    async def superlink(request):
+        await request.body()
+        return PlainTextResponse("inner answer")
+
+    def serving(app):
+        listening = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none"))
+        return server, listening, listening.getsockname()[1]
+
+    async def asked():
+        inner, inner_socket, port = serving(Starlette(routes=[Route("/{path:path}", superlink, methods=["POST"])]))
+        outer, outer_socket, open_port = serving(gateway.gateway(f"http://127.0.0.1:{port}", kits / "server"))
+        tasks = [asyncio.create_task(each.serve([at])) for each, at in ((inner, inner_socket), (outer, outer_socket))]
+        head = b"POST /v1/fleet/push-object HTTP/1.1\r\nHost: server\r\nContent-Length: 10\r\n\r\nhalf"
+        lines = []
+        while not (inner.started and outer.started):
+            await asyncio.wait(tasks, timeout=0.05, return_when=asyncio.FIRST_EXCEPTION)
+            assert not any(task.done() for task in tasks)
+        for _ in range(110):
+            reader, writer = await asyncio.open_connection("127.0.0.1", open_port)
+            writer.write(head)
+            lines.append((reader, writer))
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{open_port}", trust_env=False) as client:
+            told = asyncio.create_task(lines[0][0].readline())
+            answer = await client.post("/v1/fleet/pull-messages", content=b"body", timeout=60)
+        assert not told.done()  # it did not have to wait for one of them to be given up
+        stalled = await told
+        for _, writer in lines:
+            writer.close()
+        inner.should_exit = outer.should_exit = True
+        await asyncio.gather(*tasks)
+        return answer.text, stalled
+
+    monkeypatch.setattr(gateway, "PART_TIME", 5.0)
+    answered, stalled = asyncio.run(asked())
+    assert answered == "inner answer"
+    assert b" 408 " in stalled
 
 
 # -- the exchange over a grid ----------------------------------------------------------------
@@ -706,6 +754,16 @@ def test_the_processes_of_a_kit_look_for_models_where_its_command_does(tmp_path,
     assert "CROSSLM_CACHE" not in processes.settings_of(tmp_path)
     monkeypatch.setenv("CROSSLM_CACHE", str(tmp_path / "models"))
     assert processes.settings_of(tmp_path)["CROSSLM_CACHE"] == str(tmp_path / "models")
+
+
+def test_what_is_on_this_machine_is_not_asked_of_a_proxy(tmp_path, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("NO_PROXY", "intern.example")
+    own = processes.settings_of(tmp_path)
+    assert own["no_proxy"] == own["NO_PROXY"] == "intern.example,127.0.0.1,localhost"
+    monkeypatch.delenv("NO_PROXY")
+    assert processes.settings_of(tmp_path)["no_proxy"] == "127.0.0.1,localhost"
 
 
 def test_a_silo_that_refuses_is_not_asked_again_and_the_server_learns_no_more(exchange, kits, caplog):
@@ -976,6 +1034,45 @@ def test_a_superlink_that_dies_while_it_is_told_of_keys_is_started_again(kits, m
     finally:
         server.superlink.stop()
         server.spool.close()
+
+
+def test_a_superlink_that_dies_at_its_start_is_started_again_but_not_for_ever(kits, monkeypatch):
+    code = [sys.executable, "-c", "raise SystemExit(1)"]
+    monkeypatch.setattr(server_processes, "superlink_command", lambda _: code)
+    monkeypatch.setattr(server_processes, "RESTART", 0.0)
+    server = server_processes.ServerProcesses(kits / "server", lambda _: None)
+    try:
+        for _ in range(server_processes.STARTS - 1):
+            server._keep_up()
+        with pytest.raises(FederationError, match="superlink ended at its start"):
+            server._keep_up()
+    finally:
+        server.superlink.stop()
+        server.spool.close()
+
+
+def test_status_of_a_server_shows_what_a_silo_said_as_it_is(kits, shell):
+    spool = Spool(kits / "server" / "spool")
+    spool.put("silo-0", 0, [b"an upload"])
+    spool.note("silo/silo-1", f"{time.time()} failed there: [/] or set [gate] otherwise\x1b[2J")
+    spool.note("working on", "silo-0, round 0")
+    spool.close()
+    code, out, err = shell("status", kits / "server")
+    assert (code, err) == (0, "")
+    assert "at work on: silo-0, round 0" in out
+    assert "[/]" in out
+    assert "[gate]" in "".join(out.split())
+    assert "\x1b[2J" not in out
+
+
+def test_it_is_not_over_for_a_silo_whose_upload_has_no_answer_yet(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    spool.put("late", 0, [b"an upload"])
+    spool.note(OVER, "1")
+    assert not spool.is_over_for("late")
+    spool.delivered("late", 0)
+    assert spool.is_over_for("late")
+    spool.close()
 
 
 def test_the_silos_budget_holds_over_processes(silo, federated, models):

@@ -279,6 +279,16 @@ def test_an_slm_that_breaks_on_a_text_is_an_upload_that_is_refused(settings, hon
     with pytest.raises(UploadError, match="cannot classify: IndexError"):
         gate_for(settings).judge(slm, honest["north"])
 
+    class PanicException(BaseException):
+        """As the tokenizers' Rust library raises it."""
+
+    def panics(texts):
+        raise PanicException("range end index 9 out of range")
+
+    monkeypatch.setattr(slm, "predict_proba", panics)
+    with pytest.raises(UploadError, match="cannot classify: PanicException"):
+        gate_for(settings).judge(slm, honest["north"])
+
 
 @pytest.mark.parametrize("min_texts", [1, 10_000])
 def test_one_that_knows_one_label_cannot_judge(settings, honest, min_texts):

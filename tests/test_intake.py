@@ -1,5 +1,6 @@
 """Intake: crafted uploads, each refused with a reason, none of them doing anything else."""
 
+import base64
 import dataclasses
 import resource
 import struct
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TASK
-from crafted import crafted, joined, parts
+from crafted import CHARSMAP, crafted, joined, parts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ from crosslm.errors import UploadError
 from crosslm.federation import intake
 from crosslm.federation.intake import UNFORESEEN, check_download, check_upload
 from crosslm.federation.messages import encode
+from crosslm.federation.tokenizer_rules import _check_part
 from crosslm.models.architecture import MODEL_TYPES, check_architecture, on_meta, travelling
 from crosslm.models.slm import SLM
 from crosslm.records import Download, Upload
@@ -223,3 +225,9 @@ def test_a_dropout_that_would_fail_in_training_is_refused(model_type, key, value
     architecture = travelling({"model_type": model_type, key: value, "transformers_version": "1"}, ("a", "b"))
     with pytest.raises(UploadError, match=rf"its architecture has {key} = {value}; 0 to 1 is allowed"):
         check_architecture(architecture)
+
+
+def test_a_charsmap_of_replacements_as_long_as_unicodes_passes():
+    data = CHARSMAP + b"\0" + "صلى الله عليه وسلم".encode() + b"\0"
+    part = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+    _check_part("normalizer", part, 10)

@@ -174,7 +174,9 @@ def stranger_proba(slm: SLM, texts: list[str]) -> Tensor:
     """
     try:
         probabilities = slm.predict_proba(texts)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers' Rust library is no Exception
         raise UploadError(f"the SLM cannot classify: {type(error).__name__}: {str(error)[:120]}") from error
     if not probabilities.isfinite().all():
         raise UploadError("the SLM gives probabilities that are not finite")

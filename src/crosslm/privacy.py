@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 PREFIX = "dp/"
+BOUND = {"epsilon", "delta"}
 
 
 def privacy_summary(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -15,7 +16,7 @@ def privacy_summary(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, 
             told = {
                 name.removeprefix(PREFIX): value for name, value in event["metrics"].items() if name.startswith(PREFIX)
             }
-            if told:
+            if told.keys() >= BOUND:  # a silo may send what names it likes
                 bounds[event["client_id"]] = told
             else:
                 unbounded.add(event["client_id"])

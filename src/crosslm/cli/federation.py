@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from crosslm.cli.app import CacheOption, ConfigArgument, DataDirOption, SetOption, app, console
 from crosslm.config_file import load
@@ -17,6 +18,8 @@ from crosslm.quiet import quiet_libraries
 EnvironmentOption = Annotated[
     bool, typer.Option("--environment", help="Print the environment of Flower's own commands; start nothing.")
 ]
+OWN = 0o077
+"""What these commands and all that they start write (classifiers, uploads, logs) is for their own user to read."""
 KitArgument = Annotated[Path, typer.Argument(metavar="KIT", help="Folder that crosslm provision made.")]
 
 
@@ -53,6 +56,7 @@ def server(kit: KitArgument, environment: EnvironmentOption = False) -> None:
         _print_environment(kit)
         return
     end_on_sigterm()
+    os.umask(OWN)
     with held(kit):
         waiting = ServerProcesses(kit, _say).run()
     _say("complete" + (f"; not delivered to: {', '.join(waiting)}" if waiting else ""))
@@ -86,6 +90,7 @@ def client(
     from crosslm.federation.kits import held
 
     end_on_sigterm()
+    os.umask(OWN)
     with held(kit):
         run_silo(silo, _say)
 
@@ -128,21 +133,27 @@ def server_status(kit: Path) -> None:
         else "not started"
     )
     _say(f"{settings.experiment} at {settings.address}: {state}")
+    if doing := spool.fact("working on"):
+        _say(f"at work on: {doing}")
     table = Table("silo", "round", "state", "since", "bytes", "note", box=None)
     for silo in silo_names(kit):
         moment, _, line = (spool.fact(f"silo/{silo}") or " ").partition(" ")
         mine, since = spool.of(silo), _ago(float(moment)) if moment else "-"
         if not mine:
-            table.add_row(silo, "-", "not uploaded", since, "-", line)
+            table.add_row(silo, "-", "not uploaded", since, "-", _plain(line))
         line = f"{line}, {since} ago" if line else ""
         for arrival in mine:
-            table.add_row(
-                silo, str(arrival.round), arrival.state, _ago(arrival.since), f"{arrival.bytes:,}", arrival.note or line
-            )
+            note = _plain(arrival.note or line)
+            table.add_row(silo, str(arrival.round), arrival.state, _ago(arrival.since), f"{arrival.bytes:,}", note)
         if spool.closing_of(silo) is not None:
             taken = "served" if spool.owes_closing(silo) else "delivered"
-            table.add_row(silo, "in the end", taken, "-", "-", spool.fact(f"{CLOSED}{silo}") or line)
+            table.add_row(silo, "in the end", taken, "-", "-", _plain(spool.fact(f"{CLOSED}{silo}") or line))
     console.print(table)
+
+
+def _plain(words: str) -> Text:
+    """Words that may be another machine's: no markup, and nothing that a terminal would obey."""
+    return Text("".join(letter if letter.isprintable() else " " for letter in words))
 
 
 def _dry_run(kit: Path) -> None:

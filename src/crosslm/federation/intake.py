@@ -92,9 +92,11 @@ def check_same_model(mine: SlmState, returned: SlmState, who: str) -> None:
     Raises:
         FederationError: it is another one.
     """
-    if (mine.architecture, mine.tokenizer, mine.labels) != (returned.architecture, returned.tokenizer, returned.labels):
+    parts = [(slm.architecture, slm.tokenizer, slm.labels, slm.max_length) for slm in (mine, returned)]
+    if parts[0] != parts[1]:
         raise FederationError(
-            f"{who}: the SLM that came back has another architecture, tokenizer or label order, and is not installed; "
+            f"{who}: the SLM that came back has another architecture, tokenizer, label order or maximum length, and is "
+            "not installed; "
             "ask whoever runs the server why, before this silo agrees to more (max_participations)"
         )
     if _shapes(mine.weights) != _shapes(returned.weights):

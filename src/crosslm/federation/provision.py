@@ -48,13 +48,16 @@ clientapp = "crosslm.federation.flower.client_app:app"
 """
 UNIT = """\
 # systemd unit: copy to /etc/systemd/system, set WorkingDirectory to this kit and, if crosslm is in a virtual
-# environment, ExecStart to the whole path of that crosslm; then: systemctl enable --now {name}
+# environment, ExecStart to the whole path of that crosslm; make a user crosslm that the kit belongs to, or name
+# another one under User; then: systemctl enable --now {name}
 [Unit]
 Description=crosslm {what}
 After=network-online.target
 Wants=network-online.target
 
 [Service]
+User=crosslm
+UMask=0077
 WorkingDirectory=/srv/crosslm/{folder}
 ExecStart=/usr/bin/env crosslm {command} .
 # a run that is complete (0), a setting that is wrong (2) or Ctrl-C (130): starting again does not help

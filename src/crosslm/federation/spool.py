@@ -242,8 +242,7 @@ class Spool:
 
     def is_over_for(self, silo: str) -> bool:
         """Whether nothing more will be sent to a silo."""
-        answers = [arrival for arrival in self.of(silo) if arrival.state in ("served", "refused")]
-        is_owed = any(arrival.delivered_at is None for arrival in answers) or self.owes_closing(silo)
+        is_owed = any(arrival.delivered_at is None for arrival in self.of(silo)) or self.owes_closing(silo)
         return self.fact(OVER) is not None and not is_owed
 
     def closing_download(self, silo: str, digest: str) -> Iterator[bytes]:

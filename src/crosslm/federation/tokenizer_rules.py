@@ -5,6 +5,7 @@ multiply a text, templates of a million tokens. Each part is therefore held agai
 every token id against the model's vocabulary.
 """
 
+import base64
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from crosslm.federation import strict_json
 FILES = {"tokenizer.json", "tokenizer_config.json"}
 MAX_VALUES = 2_000_000
 MAX_PARTS, MAX_PIECES, MAX_WORD_CHARACTERS = 16, 16, 1000
+MAX_REPLACEMENT = 64
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {
@@ -145,6 +147,8 @@ def _check_part(kind: str, part: Any, vocab_size: int) -> None:
             _check_part(kind, entry, vocab_size)
     elif name in ("Replace", "Split"):
         _check_pattern(kind, part)
+    elif name == "Precompiled":
+        _check_charsmap(part.get("precompiled_charsmap"))
     elif name in ("Prepend", "Metaspace"):
         value = part.get("prepend", part.get("replacement"))
         if not isinstance(value, str) or len(value) > 4:
@@ -153,6 +157,26 @@ def _check_part(kind: str, part: Any, vocab_size: int) -> None:
             )
     elif kind == "post_processor":
         _check_template(name, part, vocab_size)
+
+
+def _check_charsmap(value: Any) -> None:
+    """A map of characters to what takes their place: its trie's size in 4 bytes, the trie, and then the replacements.
+
+    Each of these ends with a zero byte. The longest in Unicode's own (NFKC) has 33 bytes.
+    """
+    try:
+        data = base64.b64decode(value, validate=True) if isinstance(value, str) else b""
+    except ValueError:
+        data = b""
+    begin = 4 + int.from_bytes(data[:4], "little")
+    if not 4 < begin < len(data):
+        raise UploadError("its tokenizer's Precompiled has a precompiled_charsmap that is none")
+    longest = max(map(len, data[begin:].split(b"\0")))
+    if longest > MAX_REPLACEMENT:
+        raise UploadError(
+            f"its tokenizer's Precompiled puts {longest} bytes in the place of a character; at most {MAX_REPLACEMENT} "
+            "may be"
+        )
 
 
 def _is_sequence(part: Any) -> bool:

@@ -6,6 +6,7 @@ interface, and this gateway in front of it lets ``/v1/fleet/`` through and answe
 it answers itself: which silo the server's kit knows by a key, and how many of its rounds are complete.
 """
 
+import asyncio
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -27,6 +28,8 @@ from crosslm.federation.spool import TOLD, Spool
 PASSED = "/v1/fleet/"
 MOST = 16 * 2**20
 """Bytes of one request: Flower cuts what it sends into objects of 5 MiB, and sends each in a request of its own."""
+PART_TIME = 120.0
+"""Seconds in which some part of a request must come."""
 NOT_PASSED_ON = {"connection", "keep-alive", "transfer-encoding", "upgrade", "te", "trailer", "proxy-authorization"}
 
 
@@ -38,7 +41,13 @@ def gateway(superlink: str, kit: Path) -> Starlette:
         kit: the server's, with the certificate of the authority that signed the SuperLink's and with the silos' keys.
     """
     tls = ssl.create_default_context(cafile=str(kit / "ca.crt"))
-    client = httpx.AsyncClient(base_url=superlink, verify=tls, timeout=httpx.Timeout(300, connect=10))
+    client = httpx.AsyncClient(
+        base_url=superlink,
+        verify=tls,
+        timeout=httpx.Timeout(300, connect=10),
+        limits=httpx.Limits(max_connections=None),  # or a hundred slow silos would shut all others out
+        trust_env=False,  # a proxy is not asked for this machine
+    )
 
     def known(request: Request) -> Response:
         silo = _known(kit).get(request.path_params["fingerprint"])
@@ -62,6 +71,8 @@ def gateway(superlink: str, kit: Path) -> Starlette:
             return PlainTextResponse("the SuperLink is not running\n", status_code=503)
         except _TooLargeError:  # it had not said so
             return _too_large()
+        except TimeoutError:
+            return PlainTextResponse(f"nothing came for {PART_TIME:.0f} s\n", status_code=408)
         except ClientDisconnect:  # the silo is gone; nobody reads this
             return PlainTextResponse("", status_code=499)
         kept = {name: value for name, value in answer.headers.items() if name.lower() not in NOT_PASSED_ON}
@@ -113,9 +124,17 @@ def _claimed(request: Request) -> int:
 
 
 async def _counted(request: Request) -> AsyncIterator[bytes]:
-    """The body of a request, part by part, as long as it is not too large."""
-    size = 0
-    async for part in request.stream():
+    """The body of a request, part by part, as long as it is not too large and comes at all.
+
+    Raises:
+        TimeoutError: no part came for :data:`PART_TIME`; a silo may have lost its line without a word.
+    """
+    size, parts = 0, request.stream()
+    while True:
+        try:
+            part = await asyncio.wait_for(anext(parts), PART_TIME)
+        except StopAsyncIteration:
+            return
         size += len(part)
         if size > MOST:
             raise _TooLargeError
@@ -143,6 +162,7 @@ def listen(kit: Path, settings: ServerSettings) -> socket.socket:
     port = int(settings.address.rpartition(":")[2])
     listening = socket.socket(socket.AF_INET6 if ":" in settings.bind else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the connections of an earlier server linger
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # those of a silo that is gone do not
     try:
         listening.bind((settings.bind, port))
         listening.listen(128)

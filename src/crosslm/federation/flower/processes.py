@@ -121,8 +121,10 @@ def environment(kit: Path) -> dict[str, str]:
 
 
 def settings_of(kit: Path) -> dict[str, str]:
-    """What in that environment is of this kit, and what keeps Flower quiet."""
-    own = {**QUIET, "FLWR_HOME": str(kit.absolute() / "flower"), KIT: str(kit.absolute())}
+    """What in that environment is of this kit, what keeps Flower quiet, and that no proxy is asked for this machine."""
+    told = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]
+    direct = dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(filter(None, told)))
+    own = {**QUIET, **direct, "FLWR_HOME": str(kit.absolute() / "flower"), KIT: str(kit.absolute())}
     return own | ({CACHE: str(Path(os.environ[CACHE]).absolute())} if CACHE in os.environ else {})
 
 

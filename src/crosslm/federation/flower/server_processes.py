@@ -27,6 +27,8 @@ from crosslm.federation.flower.processes import (
 from crosslm.federation.kits import read_server, server_config, silo_names
 from crosslm.federation.spool import TOLD, Spool
 
+STARTS = 3
+"""Starts of the SuperLink in a row that may fail."""
 TELL_TIME = 20.0  # seconds that a server with nothing left to do stays for silos to ask
 
 
@@ -44,6 +46,8 @@ class ServerProcesses:
         self.registered: set[str] = set()
         self.gateway: threading.Thread | None = None
         self.run_asked_at = 0.0
+        self.starts = 0
+        """Of the SuperLink in a row that failed."""
 
     def run(self) -> list[str]:
         """Keep everything running until the run is complete.
@@ -93,9 +97,16 @@ class ServerProcesses:
                 last = self.superlink.last_words(5)
                 self.note(f"the SuperLink ended and is started again; {self.superlink.log} ends with:\n{last}")
                 time.sleep(RESTART)
-            self.superlink.start()
-            wait_for_port("127.0.0.1", self.settings.superlink_port, self.superlink)
             self.registered, self.run_asked_at = set(), 0.0
+            self.superlink.start()
+            try:
+                wait_for_port("127.0.0.1", self.settings.superlink_port, self.superlink)
+            except FederationError:
+                self.starts += 1
+                if self.starts == STARTS or not self.superlink.died():
+                    raise
+                return  # the next turn starts it again
+            self.starts = 0
         try:
             self._register_and_run()
         except FederationError:
