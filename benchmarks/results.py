@@ -59,7 +59,11 @@ def collect(folder: Path, results: Path = RESULTS, plots: Path = PLOTS) -> None:
     for name, kept in (("tables.json", "reproduce.json"), ("headline.json", "headline.json")):
         results.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, results / kept)
-    for plot in sorted(folder.glob("plots/*.svg")):
+    made = sorted(folder.glob("plots/*.svg"))
+    if made:  # of an earlier preset or scale, say
+        for old in plots.glob("*.svg"):
+            old.unlink()
+    for plot in made:
         plots.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plot, plots / plot.name)
 

@@ -21,13 +21,25 @@ from crosslm.records import SyntheticText
 from crosslm.reproduce import benchmarks
 from crosslm.reproduce.benchmarks import BENCHMARKS, label_logits, load_benchmark, matthews, queries_of, start_llm
 from crosslm.reproduce.bootstrap import average, bootstrap, estimate, worst
-from crosslm.reproduce.figures import Figures
+from crosslm.reproduce.figures import AFTER, BEFORE, Figures
 from crosslm.reproduce.headline import headline
 from crosslm.reproduce.markdown import figure, headline_table, markdown_table, short
 from crosslm.reproduce.notes import notes
 from crosslm.reproduce.plan import BASE, RUN, Cell, Variation, choose, slug
+from crosslm.reproduce.report import other_starts
 from crosslm.reproduce.scale import Finetuning, load_scale
-from crosslm.reproduce.tables import ALL_ROWS, all_tables, change, growth, paper_tables, ratio, table_4, table_7
+from crosslm.reproduce.tables import (
+    ALL_ROWS,
+    all_tables,
+    cell,
+    change,
+    column,
+    growth,
+    paper_tables,
+    ratio,
+    table_4,
+    table_7,
+)
 from crosslm.reproduce.work import digits
 from crosslm.task import Task
 
@@ -376,3 +388,38 @@ def test_the_commit_is_that_of_this_source(monkeypatch, tmp_path):
     assert json.dumps(provenance.provenance())
     assert "no GPU used" in provenance.machine()
     assert "on cuda" in provenance.machine("cuda")
+
+
+def test_changes_on_the_same_rows_are_drawn_together():
+    """By hand: where two tasks' LLMs are right on the same rows, the mean of both varies as much as each of them."""
+    original, enhanced = "10" * 50, "11" * 50
+    kept = {
+        Cell(task, preset, Variation(BASE), 0, "rte"): {"figures": {"correct": digits, "matthews": 0.0}}
+        for task, preset, digits in (
+            ("original", "original", original),
+            ("sst2", "recommended", enhanced),
+            ("imdb", "recommended", enhanced),
+        )
+    }
+    figures = Figures(kept)
+    both = [figures.benchmark("rte", task, "recommended") for task in ("sst2", "imdb")]
+    changes = [part.statistic(change(AFTER, BEFORE)) for part in both]
+    assert (changes[0].draws == changes[1].draws).all()
+    assert average(changes).draws.std() == pytest.approx(changes[0].draws.std())
+
+
+def test_one_seed_of_a_text_has_no_interval_and_two_have():
+    one, two = (bootstrap([[np.array([[50.0], [value]])] for value in values]) for values in ((55.0,), (55.0, 60.0)))
+    assert set(cell(one, column(1), "perplexity")) == {"value", "seeds", "unit"}
+    assert {"low", "high"} <= set(cell(two, column(1), "perplexity"))
+    assert {"low", "high"} <= set(cell(one, column(1), "share"))
+
+
+def test_a_benchmark_of_an_llm_that_was_made_again_is_named():
+    cells = {stage: Cell("sst2", "recommended", Variation(BASE), 0, stage) for stage in ("run", "rte")}
+    kept = {cells[stage]: {"commit": "a" * 40, "machine": "a GPU", "figures": {}} for stage in cells}
+    assert other_starts(kept) == []
+    kept[cells["run"]] = {"commit": "b" * 40, "machine": "two cores", "figures": {}}
+    (said,) = other_starts(kept)
+    assert "sst2/recommended/base/seed-0 are those of earlier runs" in said
+    assert "aaaaaaaaaa" in said

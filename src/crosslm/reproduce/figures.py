@@ -95,6 +95,27 @@ class Figures:
 
         return self._bootstrap(("ceiling", task, preset, variation), pairs, groups)
 
+    def seeds_of_classifiers(self, tasks: Sequence[str]) -> list[str]:
+        """For each task which seeds there are of Standalone on all rows, of the presets and of the ceiling."""
+        found = []
+        for task in tasks:
+            kinds: dict[str, Seeds] = {
+                "Standalone": self._standalone(task, BASE),
+                **{preset: self.runs(task, preset) for preset in plan.PRESET_NAMES},
+                "ceiling": self._kept.get((task, CEILING, BASE, CEILING), {}),
+            }
+            said = [f"{name} {' '.join(map(str, sorted(seeds)))}" for name, seeds in kinds.items() if seeds]
+            found += [f"{task} ({'; '.join(said)})"] if said else []
+        return found
+
+    def ceiling_alone(self, task: str) -> Means | None:
+        """One column: the ceiling, of all seeds that have one."""
+
+        def groups(ceiling: dict[str, Any]) -> list[Group] | None:
+            return clients_group([[digits] for digits in ceiling["correct"].values()])
+
+        return self._bootstrap(("ceiling alone", task), self._kept.get((task, CEILING, BASE, CEILING), {}), groups)
+
     def nlu(self, task: str, preset: str, variation: str = BASE) -> Means | None:
         """Columns before and after: accuracy of the LLM by Eq. 1, on the same rows."""
 
@@ -140,8 +161,12 @@ class Figures:
             for seed, figures in enhanced.items()
             if seed in original
         }
+        # the same rows after every task: drawn alike, for what is made of several tasks' changes
         return self._bootstrap(
-            ("benchmark", name, task, preset), pairs, lambda pair: [np.stack([rows(text) for text in pair["both"]])]
+            ("benchmark", name, task, preset),
+            pairs,
+            lambda pair: [np.stack([rows(text) for text in pair["both"]])],
+            drawn_as=("benchmark", name),
         )
 
     def matthews(self, name: str, task: str = ORIGINAL, preset: str = ORIGINAL) -> Means | None:
@@ -193,11 +218,15 @@ class Figures:
         return self._bootstrap((what, task, preset, variation), self.llms(task, preset, variation), groups)
 
     def _bootstrap(
-        self, key: tuple[str, ...], seeds: Seeds, groups: Callable[[Any], list[Group] | None]
+        self,
+        key: tuple[str, ...],
+        seeds: Seeds,
+        groups: Callable[[Any], list[Group] | None],
+        drawn_as: tuple[str, ...] | None = None,
     ) -> Means | None:
         if key not in self._means:
             found = [found for _, figures in sorted(seeds.items()) if (found := groups(figures)) is not None]
-            self._means[key] = bootstrap(found, seed_for(0, *key)) if found else None
+            self._means[key] = bootstrap(found, seed_for(0, *(drawn_as or key))) if found else None
         return self._means[key]
 
 

@@ -25,10 +25,14 @@ UNITS = {
 }
 
 
+OF_SEEDS = ("ptb_growth_percent",)
+"""Of these no rows are drawn, seeds alone."""
+
+
 def headline(figures: Figures, choice: Choice) -> dict[str, Any]:
     """For each preset every figure whose cells are all there; the others are named under ``missing``.
 
-    ``intervals`` and ``seeds`` have the same keys.
+    ``seeds`` has the same keys, ``intervals`` those of which anything is known of how much they vary.
     """
     result: dict[str, Any] = {"units": UNITS, "tasks": list(choice.scale.tasks), "split": choice.split}
     for preset in PRESET_NAMES:
@@ -36,7 +40,11 @@ def headline(figures: Figures, choice: Choice) -> dict[str, Any]:
         estimates = {name: found for name, found in there.items() if math.isfinite(found.value)}
         result[preset] = {
             **{name: found.value for name, found in estimates.items()},
-            "intervals": {name: [found.low, found.high] for name, found in estimates.items()},
+            "intervals": {
+                name: [found.low, found.high]
+                for name, found in estimates.items()
+                if name not in OF_SEEDS or found.seeds > 1
+            },
             "seeds": {name: found.seeds for name, found in estimates.items()},
             "missing": [name for name in UNITS if name not in estimates],
         }

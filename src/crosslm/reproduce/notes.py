@@ -8,6 +8,7 @@ from crosslm.reproduce.plan import Choice, tasks_of, variations
 
 LLMS = ("5", "6", "8", "ablation")
 OTHER_STEP_5 = "Seeds count here whose runs had another step 5 too: the LLM of a one-shot run does not depend on it."
+WHOLE_LLMS = ("5", "6", "8")
 CLASSIFIERS = ("4", "skew", "clients", "rows", "ablation")
 ENDS_UP = (
     "CrossLM is the SLM that a client ends up with: the one that it had where the server refused its upload, and where "
@@ -18,6 +19,7 @@ SAME_STANDALONE = (
     "own Standalone has learned from fewer. Gains of both presets are against a Standalone that has learned from "
     "all, as under preset paper."
 )
+SEEDS = "A difference or ratio is of the seeds that both have, and so not that of the means above it. Seeds: {}."
 SLM_JUDGES = "By the SLMs: those of clients whose upload was refused or had no say are left out."
 
 NOISY_LEAST = (
@@ -31,7 +33,10 @@ def notes(key: str, figures: Figures, choice: Choice) -> list[str]:
     """The notes of a table, by its key."""
     said = {"6": [SLM_JUDGES], "7": [MAJORITY, NOISY_LEAST]}.get(key, [])
     if key in CLASSIFIERS:
-        said = [ENDS_UP, SAME_STANDALONE, *kept_their_own(key, figures, choice)]
+        seeds = [SEEDS.format(", ".join(figures.seeds_of_classifiers(choice.tasks)))] if key == "4" else []
+        said = [ENDS_UP, SAME_STANDALONE, *seeds, *kept_their_own(key, figures, choice)]
+    if key in WHOLE_LLMS:
+        said = [*said, *dict.fromkeys(line for run in _runs(key, choice) for line in _of_llms(*run, figures))]
     others = key in LLMS and any(figures.has_other_llms(*run) for run in _runs(key, choice))
     return [*said, OTHER_STEP_5] if others else said
 
@@ -57,6 +62,20 @@ def _of_runs(task: str, preset: Preset, variation: str, figures: Figures) -> lis
         for seed, run in sorted(figures.runs(task, preset, variation).items())
         if (said := _said(run))
     ]
+
+
+def _of_llms(task: str, preset: Preset, variation: str, figures: Figures) -> list[str]:
+    """Of how few of its clients an LLM has learned, where some were refused."""
+    lines = []
+    for seed, run in sorted(figures.llms(task, preset, variation).items()):
+        clients = outcomes(run)
+        refused = sum(is_refused(run, who) for who in clients)
+        if refused:
+            learned = (
+                f"the LLM has learned of {len(clients) - refused} of {len(clients)} clients, the others were refused"
+            )
+            lines.append(f"{task}/{preset}/{variation}/seed-{seed}: {learned}.")
+    return lines
 
 
 def _said(run: dict[str, Any]) -> list[str]:

@@ -3,13 +3,15 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from crosslm.classification import MAX_TOKENS
 from crosslm.errors import RunError
+from crosslm.reproduce.benchmarks import BENCHMARKS
 from crosslm.reproduce.figures import Figures
 from crosslm.reproduce.headline import headline
-from crosslm.reproduce.markdown import markdown
+from crosslm.reproduce.markdown import markdown, short
 from crosslm.reproduce.plan import PRESET_NAMES, RUN, RUNS_LLM, TABLES, Cell, Choice, may_be_kept
 from crosslm.reproduce.plots import arrivals_plot, can_plot, varied_plot
 from crosslm.reproduce.store import Store, differences
@@ -35,11 +37,14 @@ def write_report(store: Store, choice: Choice, on_news: Callable[[str], None], p
     everything = replace(choice, tables=TABLES, tasks=tasks, presets=PRESET_NAMES, seeds=store.largest_seed() + 1)
     kept = kept_cells(store, everything, on_news)
     figures = Figures(kept)
+    tables = all_tables(figures, everything)
+    if "7" in tables:
+        tables["7"]["notes"] += other_starts(kept)
     report: dict[str, Any] = {
         "split": choice.split,
         "origin": origin(kept),
         "headline": headline(figures, everything),
-        "tables": all_tables(figures, everything),
+        "tables": tables,
         "differs": differs(kept, everything),
         "flagged": flagged(kept),
         "scale": choice.scale.model_dump(mode="json"),
@@ -89,6 +94,22 @@ def origin(kept: Kept) -> dict[str, Any]:
     }
 
 
+def other_starts(kept: Kept) -> list[str]:
+    """A note where a run was made again after its LLM had been fine-tuned on the benchmarks; nothing where none was."""
+    runs = {replace(cell, stage=RUN): content for cell, content in kept.items() if cell.stage in (RUN, RUNS_LLM)}
+    others: dict[str, list[str]] = {}
+    for cell, content in kept.items():
+        run = runs.get(replace(cell, stage=RUN)) if cell.stage in BENCHMARKS else None
+        if run and (run["commit"], run["machine"]) != (content["commit"], content["machine"]):
+            made = f"{short(content['commit'])}, {content['machine']}"
+            others.setdefault(made, []).append(str(Path(cell.path).parent))
+    return [
+        f"The LLMs of {', '.join(dict.fromkeys(names))} are those of earlier runs with the same settings ({made}): "
+        "these have been made again since, and Tables 5, 6 and 8 are of the new ones."
+        for made, names in others.items()
+    ]
+
+
 def flagged(kept: Kept) -> list[str]:
     """Runs in which the reward rose while the judge's agreement fell."""
     found = []
@@ -113,15 +134,12 @@ def differs(kept: Kept, choice: Choice) -> list[str]:
         + (", mean of its tokens" if "pooling" in spec else "")
         for spec in config["slm"]["models"]
     ]
-    rows = config["data"].get("rows_per_client", "all")
     trained = "a LoRA adapter" if config["llm"]["adapter"] == "lora" else "all weights"
     return [
         f"LLM: {config['llm']['model']} ({trained}) for GPT2-Large and Llama-7B; "
         f"SLMs: {' and '.join(slms)} for BERT-base and DistilBERT.",
         f"Label skew: Dirichlet with alpha {config['data'].get('alpha')}; the paper does not say which it has.",
-        f"Data: samples of the datasets, of a client at most {rows} rows and {config['data'].get('test_rows', 'all')} "
-        f"test rows ({NAMES.get(config['name'], config['name'])}). Long texts are cut: an SLM reads "
-        f"{config['slm']['max_length']} tokens (other tasks: `slm.max_length`), the LLM {MAX_TOKENS}.",
+        "Data: samples of the datasets, and long texts are cut. " + sizes(kept),
         f"{config['llm']['samples']} texts to learn from an arrival and a pool of {config['selection']['pool']}; "
         "the paper does not say how many.",
         "The judge (Table 6) and the ceiling (Table 4) are not in the paper.",
@@ -136,6 +154,21 @@ def differs(kept: Kept, choice: Choice) -> list[str]:
     ]
 
 
+def sizes(kept: Kept) -> str:
+    """How much of the data each task's runs have, and how much of a text is read."""
+    runs = {cell.task: content for cell, content in kept.items() if cell.stage in (RUN, RUNS_LLM)}
+    said = []
+    for task, content in runs.items():
+        data, measures, slm = (content["settings"]["config"][name] for name in ("data", "evaluation", "slm"))
+        said.append(
+            f"{NAMES.get(task, task)}: at most {data.get('rows_per_client', 'all')} rows a client, "
+            f"{data.get('test_rows', 'all')} test rows, {measures.get('nlu_rows', 'all')} of them for Eq. 1, "
+            f"{measures['nlg_samples']} texts for Table 6, {measures['perplexity_tokens']} tokens for Table 8; "
+            f"an SLM reads {slm['max_length']} tokens of a text, the LLM {MAX_TOKENS}"
+        )
+    return ". ".join(said) + "."
+
+
 def write_plots(
     store: Store, figures: Figures, tables: Mapping[str, Any], choice: Choice, on_news: Callable[[str], None]
 ) -> None:
@@ -144,7 +177,7 @@ def write_plots(
         on_news("no plots: they need matplotlib; run: pip install 'crosslm[report]'")
         return
     for task in choice.tasks:
-        runs = {str(preset): figures.runs(task, preset) for preset in PRESET_NAMES}
+        runs = {str(preset): figures.llms(task, preset) for preset in PRESET_NAMES}  # arrivals are before step 5
         if any(runs.values()):
             store.write(f"plots/{task}.svg", arrivals_plot(f"{NAMES.get(task, task)}: each arrival", runs))
     for key in ("skew", "clients", "rows"):

@@ -50,6 +50,8 @@ NAMES = {
     "average": "Average",
 }
 SHARE, POINTS, PERCENT, PERPLEXITY, CORRELATION = "share", "points", "percent", "perplexity", "correlation"
+OF_SEEDS = (PERCENT, PERPLEXITY, CORRELATION)
+"""Of these no rows are drawn, seeds alone."""
 ALL_ROWS = "Standalone (on all private rows, as under preset paper)"
 Part = Means | None
 Statistic = Callable[[Array], Array]
@@ -83,7 +85,12 @@ def cell(part: Part, statistic: Statistic, unit: str) -> dict[str, Any] | None:
     if part is None:
         return None
     found = estimate(part.statistic(statistic))
-    return {**asdict(found), "unit": unit} if math.isfinite(found.value) else None
+    if not math.isfinite(found.value):
+        return None
+    shown = {**asdict(found), "unit": unit}
+    if unit in OF_SEEDS and found.seeds == 1:  # no rows to draw: nothing is known of how much it varies
+        del shown["low"], shown["high"]
+    return shown
 
 
 def row(name: str, parts: Sequence[Part], statistic: Statistic, unit: str) -> dict[str, Any]:
@@ -155,8 +162,8 @@ def table_4(figures: Figures, tasks: Sequence[str], presets: Sequence[Preset]) -
             row(f"preset {preset}: CrossLM - Data-free KD, points", slm, change(CROSSLM, DATA_FREE_KD), POINTS),
             row(f"preset {preset}: CrossLM / ceiling", ceiling, ratio, SHARE),
         ]
-    ceilings = [next((part for preset in presets if (part := figures.ceiling(task, preset))), None) for task in tasks]
-    rows.append(row("ceiling: one SLM on all clients' text", ceilings, column(1), SHARE))
+    ceilings = [figures.ceiling_alone(task) for task in tasks]
+    rows.append(row("ceiling: one SLM on all clients' text", ceilings, column(0), SHARE))
     if "recommended" in presets:
         rows += _of_recommended_alone([figures.slm(task, "recommended") for task in tasks])
     return table("4", [*tasks, "average"], rows)
@@ -168,6 +175,7 @@ def _of_recommended_alone(slm: Sequence[Part]) -> list[dict[str, Any]]:
         row("apart, preset recommended: its own Standalone", slm, column(OWN_STANDALONE), SHARE),
         row("apart, preset recommended: CrossLM - that, points", slm, change(CROSSLM, OWN_STANDALONE), POINTS),
         row("apart, preset recommended: every SLM that came back, accepted or not", slm, column(RETURNED), SHARE),
+        row("apart, preset recommended: that - Data-free KD, points", slm, change(RETURNED, DATA_FREE_KD), POINTS),
     ]
 
 
