@@ -488,11 +488,35 @@ def test_a_silo_takes_only_a_clear_no_of_its_server(silo, monkeypatch, status):
             raise urllib.error.URLError("nobody there")
         if status != 200:
             raise urllib.error.HTTPError(url, status, "", {}, io.BytesIO())
-        return io.BytesIO(b"3 silo-0")
+        found = io.BytesIO(b"3 silo-0")
+        found.headers = {}
+        return found
 
     monkeypatch.setattr("urllib.request.urlopen", answer)
     with nullcontext() if status != 403 else pytest.raises(FederationError, match="the server does not know the key"):
         assert silo_processes.rounds_complete(silo) == (3 if status == 200 else None)
+
+
+NOON = "Fri, 27 Nov 2026 12:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    ("date", "ahead", "said"),
+    [
+        (NOON, 0.0, ""),
+        (NOON, 5.9, ""),  # the date is in whole seconds, so that this may be 5
+        (NOON, 7.0, "7 s ahead of the server's, 5 s may be"),
+        (NOON, -300.0, ""),
+        (NOON, -400.0, "400 s behind the server's, 305 s may be"),
+        (None, 400.0, ""),
+        ("no date", 400.0, ""),
+    ],
+)
+def test_clocks_that_flower_takes_for_too_far_apart(date, ahead, said):
+    now = 1795780800.0 + ahead  # noon, in seconds since 1970
+    told = silo_processes.clocks_apart(date, now, now)
+    assert said in told
+    assert bool(said) == bool(told)
 
 
 @pytest.mark.parametrize("error", ["ConnectError", "RemoteProtocolError", "ReadError", "ReadTimeout"])

@@ -326,7 +326,9 @@ def test_a_gateway_that_ends_is_opened_again(kits, monkeypatch):  # noqa: F811
 
 
 def test_a_silo_with_another_silos_key_is_told_whose_it_is(kits, silo, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(b"0 silo-1"))
+    answer = io.BytesIO(b"0 silo-1")
+    answer.headers = {}
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: answer)
     with pytest.raises(
         FederationError, match=r"silo silo-0: the server knows the key .*silo.key as that of silo silo-1"
     ):

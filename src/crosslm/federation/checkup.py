@@ -12,7 +12,7 @@ from crosslm.data import is_there, load_examples
 from crosslm.doctor import Finding
 from crosslm.errors import CrosslmError, DataError, FederationError
 from crosslm.federation.flower.processes import program
-from crosslm.federation.flower.silo_processes import greet, rounds_complete
+from crosslm.federation.flower.silo_processes import ask, greet
 from crosslm.federation.kits import (
     SERVER_FILE,
     ServerSettings,
@@ -230,10 +230,12 @@ def _answers(silo: Silo) -> Finding:
     server = silo.settings.server
     try:
         greet(server, silo.kit / "ca.crt")
-        rounds_complete(silo)
+        said = ask(silo)
     except FederationError as error:
         return Finding("error", "server", str(error))
     except OSError as error:
         what = "is crosslm server running, and may this machine connect to it? crosslm client waits until it answers"
         return Finding("warning", "server", f"{server} does not answer ({error}); {what}")
+    if said and said.clock:
+        return Finding("error", "server", f"{server}: {said.clock}")
     return Finding("ok", "server", f"{server} answers with a certificate of this federation")

@@ -9,6 +9,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from crosslm.errors import FederationError
@@ -161,24 +163,57 @@ def rounds_complete(silo: SiloState) -> int | None:
     """Ask the server how many of this silo's rounds are complete. None where it does not answer, or not this.
 
     Raises:
-        FederationError: as :func:`_ask`.
+        FederationError: as :func:`ask`.
     """
-    answer = _ask(silo)
-    return None if answer is None else answer[0]
+    answer = ask(silo)
+    return None if answer is None else answer.complete
 
 
 def is_over(silo: SiloState) -> bool:
     """Ask the server whether nothing more comes to this silo.
 
     Raises:
-        FederationError: as :func:`_ask`.
+        FederationError: as :func:`ask`.
     """
-    answer = _ask(silo)
-    return answer is not None and answer[1]
+    answer = ask(silo)
+    return answer is not None and answer.is_over
 
 
-def _ask(silo: SiloState) -> tuple[int, bool] | None:
-    """Ask the server about this silo: rounds that are complete, and whether all is over.
+@dataclass(frozen=True)
+class Answer:
+    """What a server says of a silo."""
+
+    complete: int
+    """Rounds that are complete."""
+    is_over: bool
+    """Whether nothing more comes."""
+    clock: str
+    """Why the two clocks are too far apart, in words; empty where they are not."""
+
+
+def clocks_apart(server: str | None, before: float, after: float) -> str:
+    """Why Flower refuses a silo for its clock, in words; empty where it does not, or where nothing is known.
+
+    Flower lets in messages that are at most 5 seconds from the future or 305 old.
+
+    Args:
+        server: the ``Date`` of the server's answer, in whole seconds.
+        before: this machine's time when the question was sent, in seconds since 1970.
+        after: the same when the answer had come.
+    """
+    try:
+        said = parsedate_to_datetime(server or "").timestamp()
+    except ValueError:
+        return ""
+    if before - said - 1 > 5:
+        return f"this machine's clock is {before - said:.0f} s ahead of the server's, 5 s may be; set it right"
+    if said - after > 305:
+        return f"this machine's clock is {said - after:.0f} s behind the server's, 305 s may be; set it right"
+    return ""
+
+
+def ask(silo: SiloState) -> Answer | None:
+    """Ask the server about this silo. None where it does not answer, or not this.
 
     Raises:
         FederationError: the server does not know this silo's key, or knows it as another's, or there is no key.
@@ -186,10 +221,11 @@ def _ask(silo: SiloState) -> tuple[int, bool] | None:
     server, key = silo.settings.server, silo.kit / "silo.key"
     context = ssl.create_default_context(cafile=str(silo.kit / "ca.crt"))
     address = f"https://{server}{ASKED_AT}{fingerprint(key)}"
+    before = time.time()
     try:
         with urllib.request.urlopen(address, context=context, timeout=10) as answer:
             complete, known_as, *over = answer.read(100).decode().split(" ")
-            number = int(complete)
+            number, date = int(complete), answer.headers.get("Date")
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 403:
@@ -205,7 +241,7 @@ def _ask(silo: SiloState) -> tuple[int, bool] | None:
             f"silo {silo.settings.id}: the server knows the key {key} as that of silo {known_as}; put the key of this "
             f"silo's own kit there, or the id of {silo.kit / SILO_FILE} back to {known_as} if it was changed"
         )
-    return number, over == ["over"]
+    return Answer(number, over == ["over"], clocks_apart(date, before, time.time()))
 
 
 def _look_into_end(node: Child, silo: SiloState, refused: bool, note: Note) -> bool:
@@ -218,9 +254,11 @@ def _look_into_end(node: Child, silo: SiloState, refused: bool, note: Note) -> b
         FederationError: the server does not know this silo's key.
     """
     if REFUSED not in node.last_words():
-        note(f"the SuperNode ended and is started again; its log is {node.log}")
+        answer = ask(silo)
+        why = f": {answer.clock}" if answer and answer.clock else ""
+        note(f"the SuperNode ended and is started again{why}; its log is {node.log}")
         return False
-    rounds_complete(silo)
+    ask(silo)
     if not refused:
         note("the server does not accept this silo yet; trying again")
     return True
