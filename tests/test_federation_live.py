@@ -318,6 +318,9 @@ def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
     assert set(summary["llm"]["nlu_accuracy"]) == {"before", "after"}
     assert (summary["not_delivered"], summary["not_uploaded"]) == ([], {})
     assert (run.server_kit / "run" / "llm" / "adapter_model.safetensors").exists()
+    # and nobody else on a machine can read what is made of private text
+    for path in (run.kit("fast") / "state" / "slm" / "model.safetensors", run.server_kit / "run" / "summary.json"):
+        assert not path.stat().st_mode & 0o077
 
 
 def spool_bytes(run, name):

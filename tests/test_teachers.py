@@ -2,12 +2,13 @@
 
 import dataclasses
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import BAD, GOOD, sentences, tiny_llm
 
-from crosslm import snapshot
+from crosslm import journal, snapshot
 from crosslm.algorithm.rewards import correct_prior, label_rewards
 from crosslm.algorithm.soft_labels import without_preference
 from crosslm.classification import class_probabilities
@@ -95,6 +96,27 @@ def server_of(models, config, task, **slm):
     reward = config.reward.model_copy(update={"teachers": 2})
     config = config.model_copy(update={"reward": reward, "slm": config.slm.model_copy(update=slm)})
     return Server(config, task, tiny_llm(models, "gpt2"), SentenceEncoder(str(models / "encoder")))
+
+
+def test_one_that_fails_on_a_text_of_the_baseline_judges_on(monkeypatch):
+    teachers = SimpleNamespace(members={"north": "a judge"})
+
+    def baseline(*_):
+        del teachers.members["north"]
+        raise UploadError("the arriving one fails too")
+
+    monkeypatch.setattr(journal, "data_free_kd", baseline)
+    run = SimpleNamespace(
+        server=SimpleNamespace(teachers=teachers, encoder=None),
+        config=SimpleNamespace(selection=SimpleNamespace(pool=1)),
+        base_pool=SimpleNamespace(samples=[]),
+        base_said=None,
+        task=None,
+        progress=None,
+    )
+    with pytest.raises(UploadError):
+        journal.RunJournal._data_free_kd(run, None, None, may_judge=True)
+    assert teachers.members == {"north": "a judge"}
 
 
 def test_a_served_slm_rewards_the_next_ones_texts_too(models, config, task, uploads, received):
