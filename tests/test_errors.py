@@ -19,6 +19,7 @@ from rich.console import Console
 from crosslm import errors
 from crosslm.cli import main as cli
 from crosslm.cli.stopping import StopRequest
+from crosslm.config_file import load
 from crosslm.errors import (
     BrokenLLMError,
     CollapseError,
@@ -28,12 +29,14 @@ from crosslm.errors import (
     FederationError,
     LeakError,
     ModelError,
+    PassingError,
     QuarantineError,
     RunError,
     StoppedError,
     UnservedError,
     UploadError,
 )
+from crosslm.federation.provision import provision
 
 SOURCE = Path(__file__).parents[1] / "src" / "crosslm"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
@@ -112,6 +115,15 @@ def ctrl_c_while_a_client_trains(monkeypatch):
     monkeypatch.setattr(experiment.Client, "train", pressed)
 
 
+def flwr_fails(monkeypatch):
+    from crosslm.federation.flower import processes, server_processes
+
+    provision(load("tickets.toml"), "localhost:1", Path("kits"))
+    monkeypatch.setattr(processes, "program", lambda name: "false")
+    monkeypatch.setattr(processes, "RESTART", 0.0)
+    monkeypatch.setattr(server_processes.ServerProcesses, "run", lambda server: processes.flwr(server.kit, "run"))
+
+
 # for each class: what is typed in a folder with tickets.toml, what is done to the program, what is said
 CASES = {
     ConfigError: (
@@ -156,6 +168,7 @@ CASES = {
         r"client north failed: .*\(privacy.max_similarity\); the SLM is not taken back; look at",
     ),
     FederationError: (("server", "nowhere"), None, r"nowhere: has no server.toml.* crosslm provision made"),
+    PassingError: (("server", "kits/server"), flwr_fails, r"flwr run failed 3 times, start it again"),
     StoppedError: (
         ("run", "tickets.toml", "--output", "run", *OVERRIDES),
         ctrl_c_while_a_client_trains,
@@ -168,6 +181,7 @@ ENDS = {
     QuarantineError: (2, [UnservedError]),
     LeakError: (0, []),
     StoppedError: (130, None),
+    PassingError: (75, None),
 }
 """Exit code, and the class that the command line catches, where they are not 2 and the class itself.
 
@@ -194,7 +208,7 @@ def test_every_class_reaches_the_user_as_words_and_a_code(kind, shell, caught, w
     assert signal.getsignal(signal.SIGINT) == before  # whoever heard Ctrl-C before hears it again
     expected, classes = ENDS.get(kind, (2, None))
     assert code == expected, err
-    assert err.startswith("error: ") == (code == 2)
+    assert err.startswith("error: ") == (code in (2, 75))
     assert "Traceback" not in err
     assert re.search(message, out + err, re.S), out + err
     assert [type(error) for error in caught] == ([kind] if classes is None else classes)

@@ -62,3 +62,7 @@ class UnservedError(RunError):
 
 class FederationError(CrosslmError):
     """A kit, a key, a request or the state of a federation is not as it must be."""
+
+
+class PassingError(FederationError):
+    """Something failed that may go well when the same command is given again (exit code 75)."""

@@ -23,7 +23,7 @@ from crosslm.cli import (  # noqa: F401  their commands join the application
     use,
 )
 from crosslm.cli.app import app, console, errors
-from crosslm.errors import CrosslmError, StoppedError
+from crosslm.errors import CrosslmError, PassingError, StoppedError
 
 EXTRAS = {
     "cryptography": "federation",
@@ -59,7 +59,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def main() -> None:
     """Run a command; a :class:`CrosslmError` is printed and ends with exit code 2, a stop with 130.
 
-    So is a package that is not there, if one of the extras brings it.
+    So is a package that is not there, if one of the extras brings it. A :class:`PassingError` ends with 75.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -73,7 +73,7 @@ def main() -> None:
         sys.exit(130)
     except (CrosslmError, OSError) as error:  # an OSError names its file: a full disk, a folder that is not ours
         errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(75 if isinstance(error, PassingError) else 2)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:

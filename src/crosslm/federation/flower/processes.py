@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from crosslm.errors import FederationError
+from crosslm.errors import FederationError, PassingError
 from crosslm.federation.kits import KIT, QUIET
 
 RESTART = 5.0  # seconds before a process that died is started again
@@ -145,7 +145,7 @@ def flwr(kit: Path, *arguments: str) -> None:
     """Run a command of ``flwr`` to its end.
 
     Raises:
-        FederationError: it failed.
+        PassingError: it failed.
     """
     command = [program("flwr"), *arguments]
     said = ""
@@ -161,14 +161,15 @@ def flwr(kit: Path, *arguments: str) -> None:
         if not done.returncode:
             return
         said = (done.stdout + done.stderr).strip()[-800:]
-    raise FederationError(f"flwr {' '.join(arguments)} failed {FLWR_TRIES} times, start it again:\n{said}")
+    raise PassingError(f"flwr {' '.join(arguments)} failed {FLWR_TRIES} times, start it again:\n{said}")
 
 
 def wait_for_port(host: str, port: int, child: Child) -> None:
     """Wait until a process listens.
 
     Raises:
-        FederationError: it ended, or takes too long.
+        FederationError: it ended.
+        PassingError: it takes too long.
     """
     end = time.time() + START_TIME
     while time.time() < end:
@@ -179,9 +180,7 @@ def wait_for_port(host: str, port: int, child: Child) -> None:
                 return
         except OSError:
             time.sleep(0.2)
-    raise FederationError(
-        f"{child.name} does not listen on {host}:{port} after {START_TIME:.0f} s; look at {child.log}"
-    )
+    raise PassingError(f"{child.name} does not listen on {host}:{port} after {START_TIME:.0f} s; look at {child.log}")
 
 
 def is_alive(pid: int) -> bool:
