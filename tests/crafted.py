@@ -335,6 +335,9 @@ def _tokenizers(good):
     ):
         part = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
         yield tokenizer(name, message, lambda t, p=part: t.update(normalizer=p))
+    short = base64.b64encode(CHARSMAP + b"\0").decode()
+    twice = {"type": "Sequence", "normalizers": [{"type": "Precompiled", "precompiled_charsmap": short}] * 2}
+    yield tokenizer("two charsmaps in a row", "two Precompiled", lambda t: t.update(normalizer=twice))
     no_map = {"type": "Precompiled", "precompiled_charsmap": "no base64!"}
     yield tokenizer("no base64", "charsmap that is none", lambda t: t.update(normalizer=no_map))
     split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}

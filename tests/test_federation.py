@@ -47,6 +47,7 @@ from crosslm.federation.silo import Silo
 from crosslm.federation.spool import OVER, Spool
 from crosslm.files import PART, parts_of, write_whole
 from crosslm.models.encoder import SentenceEncoder
+from crosslm.models.slm import SLM
 from crosslm.records import Download
 from crosslm.rundir import RunDir
 from crosslm.server import Server
@@ -368,6 +369,24 @@ def test_what_comes_back_is_checked(silo, federated, models, what):
     assert not silo.decision(0)["accepted"]
 
 
+def test_counts_go_out_in_the_order_of_the_outputs_and_come_back_in_the_silos_own(silo, federated, models, tmp_path):
+    labels = silo.settings.labels
+    SLM.load(str(models / "bert"), tuple(reversed(labels)), 32, 0).save(str(tmp_path / "reversed"))
+    settings = read_silo(silo.kit)
+    spec = settings.slm.model_copy(update={"model": str(tmp_path / "reversed")})
+    (silo.kit / SILO_FILE).write_text(dump(settings.model_copy(update={"slm": spec})))
+    rows = (silo.kit / silo.settings.data.train).read_text().splitlines()
+    (silo.kit / silo.settings.data.train).write_text("\n".join(rows[:20]) + "\n")  # the labels are not equally many
+    silo = Silo(silo.kit, tmp_path)
+    counts = tuple(silo.private().class_counts(2))
+    assert counts[0] != counts[1]
+    upload, download = answer(silo, Config.model_validate(federated), models)
+    assert upload.slm.labels == tuple(reversed(labels))
+    assert upload.class_counts == counts[::-1]
+    silo.install(silo.settings.experiment, 0, encode(download))
+    assert Silo(silo.kit, tmp_path).client().told_counts == counts
+
+
 @pytest.mark.parametrize("private", [False, True])
 def test_the_dry_run_names_all_that_the_upload_then_holds(silo, private):
     if private:
@@ -597,7 +616,7 @@ def test_many_silos_that_stop_in_the_midst_of_a_request_shut_nobody_out(monkeypa
         await asyncio.gather(*tasks)
         return answer.text, stalled
 
-    monkeypatch.setattr(gateway, "PART_TIME", 5.0)
+    monkeypatch.setattr(gateway, "PART_TIME", 20.0)
     answered, stalled = asyncio.run(asked())
     assert answered == "inner answer"
     assert b" 408 " in stalled

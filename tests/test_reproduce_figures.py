@@ -421,5 +421,5 @@ def test_a_benchmark_of_an_llm_that_was_made_again_is_named():
     assert other_starts(kept) == []
     kept[cells["run"]] = {"commit": "b" * 40, "machine": "two cores", "figures": {}}
     (said,) = other_starts(kept)
-    assert "sst2/recommended/base/seed-0 are those of earlier runs" in said
+    assert said.startswith("sst2/recommended/base/seed-0: fine-tuned at")
     assert "aaaaaaaaaa" in said

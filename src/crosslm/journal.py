@@ -59,7 +59,7 @@ class RunJournal:
         """Measure Standalone and Data-free KD when a client comes for the first time."""
         who = upload.client_id
         self.cause = {"client": who, "round": upload.client_round, "outcome": "refused"}
-        self.run.event("upload", **describe(upload))
+        self.run.event("upload", **describe(upload) | {"class_counts": list(upload.counts_of(self.task.labels))})
         self.run.save_upload(upload)
         if who in self.accuracy["standalone"]:
             return

@@ -97,6 +97,11 @@ class Upload:
     metrics: dict[str, float]
     slm: SlmState
 
+    def counts_of(self, labels: Sequence[str]) -> tuple[int, ...]:
+        """``class_counts`` in the order of these labels; one that the SLM does not have is left out."""
+        told = dict(zip(self.slm.labels, self.class_counts, strict=False))
+        return tuple(told[label] for label in labels if label in told)
+
 
 @dataclass(frozen=True)
 class Download:

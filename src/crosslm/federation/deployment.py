@@ -155,8 +155,7 @@ class Deployment:
         """An upload's turn has come; with test rows, what the silo's SLM can do before the LLM helps it is measured."""
         who = upload.client_id
         self.spool.note("working on", f"{who}, round {upload.client_round}")
-        told = dict(zip(upload.slm.labels, upload.class_counts, strict=False))  # in the silo's order of the labels
-        counts = [told[label] for label in self.task.labels if label in told]
+        counts = list(upload.counts_of(self.task.labels))
         described = describe(upload) | {"class_counts": counts, "model_type": upload.slm.architecture.get("model_type")}
         self.run.event("upload", **described)
         if self.test is not None and upload.client_round == 0:

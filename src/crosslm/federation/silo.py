@@ -107,7 +107,8 @@ class Silo(SiloState):
 
     def _install(self, number: int, data: bytes, upload: Upload) -> tuple[Decision, bool]:
         client = self.client()
-        client.restore(upload.slm, number + 1, upload.class_counts, self._told(number + 1))
+        told = upload.counts_of(self.settings.labels)
+        client.restore(upload.slm, number + 1, told, self._told(number + 1))
         decision, had_say = self._try(number, data, upload, client)
         write_whole(self.state / f"download-{number:04}.safetensors", [data])
         return decision, had_say
@@ -214,7 +215,7 @@ class Silo(SiloState):
         accept = settings.acceptance
         client = Client(settings.id, private, slm, settings.fit, settings.seed, None, accept, privacy, leaks)
         if self.installed:
-            counts = self._uploaded(self.installed - 1).class_counts
+            counts = self._uploaded(self.installed - 1).counts_of(settings.labels)
             client.restore(slm.to_state(), self.installed, counts, self._told(self.installed))
         return client
 

@@ -143,6 +143,8 @@ def _check_part(kind: str, part: Any, vocab_size: int) -> None:
         (inner,) = (value for key, value in part.items() if key != "type") if len(part) == 2 else ([],)
         if not isinstance(inner, list) or len(inner) > MAX_PARTS or any(_is_sequence(entry) for entry in inner):
             raise UploadError(f"its tokenizer's {kind} must be at most {MAX_PARTS} parts, not nested")
+        if sum(entry.get("type") == "Precompiled" for entry in inner if isinstance(entry, dict)) > 1:
+            raise UploadError("its tokenizer has two Precompiled in a row; one may be, or a text could grow and grow")
         for entry in inner:
             _check_part(kind, entry, vocab_size)
     elif name in ("Replace", "Split"):

@@ -12,7 +12,7 @@ from crosslm.reproduce.benchmarks import BENCHMARKS
 from crosslm.reproduce.figures import Figures
 from crosslm.reproduce.headline import headline
 from crosslm.reproduce.markdown import markdown, short
-from crosslm.reproduce.plan import PRESET_NAMES, RUN, RUNS_LLM, TABLES, Cell, Choice, may_be_kept
+from crosslm.reproduce.plan import BASE, PRESET_NAMES, RUN, RUNS_LLM, TABLES, Cell, Choice, may_be_kept
 from crosslm.reproduce.plots import arrivals_plot, can_plot, varied_plot
 from crosslm.reproduce.store import Store, differences
 from crosslm.reproduce.tables import NAMES, all_tables
@@ -95,7 +95,7 @@ def origin(kept: Kept) -> dict[str, Any]:
 
 
 def other_starts(kept: Kept) -> list[str]:
-    """A note where a run was made again after its LLM had been fine-tuned on the benchmarks; nothing where none was."""
+    """A note where a run and what its LLM was fine-tuned on are of different commits or machines."""
     runs = {replace(cell, stage=RUN): content for cell, content in kept.items() if cell.stage in (RUN, RUNS_LLM)}
     others: dict[str, list[str]] = {}
     for cell, content in kept.items():
@@ -104,8 +104,8 @@ def other_starts(kept: Kept) -> list[str]:
             made = f"{short(content['commit'])}, {content['machine']}"
             others.setdefault(made, []).append(str(Path(cell.path).parent))
     return [
-        f"The LLMs of {', '.join(dict.fromkeys(names))} are those of earlier runs with the same settings ({made}): "
-        "these have been made again since, and Tables 5, 6 and 8 are of the new ones."
+        f"{', '.join(dict.fromkeys(names))}: fine-tuned at {made}, and the run that is kept is of another commit or "
+        "machine: where it was made again in between, Tables 5, 6 and 8 are of the new LLM and this one of the earlier."
         for made, names in others.items()
     ]
 
@@ -156,7 +156,8 @@ def differs(kept: Kept, choice: Choice) -> list[str]:
 
 def sizes(kept: Kept) -> str:
     """How much of the data each task's runs have, and how much of a text is read."""
-    runs = {cell.task: content for cell, content in kept.items() if cell.stage in (RUN, RUNS_LLM)}
+    base = [(cell, content) for cell, content in kept.items() if cell.variation.name == BASE]
+    runs = {cell.task: content for cell, content in base if cell.stage in (RUN, RUNS_LLM)}
     said = []
     for task, content in runs.items():
         data, measures, slm = (content["settings"]["config"][name] for name in ("data", "evaluation", "slm"))
