@@ -403,9 +403,9 @@ def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, m
 
     def ask(_):
         asked.append(1)
-        return 1, len(asked) > 3
+        return silo_processes.Answer(1, len(asked) > 3, "")
 
-    monkeypatch.setattr(silo_processes, "_ask", ask)
+    monkeypatch.setattr(silo_processes, "ask", ask)
     write_whole(silo.state / "installed.json", [b'{"rounds": 1}'])
     write_whole(silo.state / "decision-0000.json", [b'{"accepted": true, "rows": 0}'])
     _, out, _ = shell("status", str(silo.kit))
