@@ -431,7 +431,8 @@ def test_what_begins_with_a_runs_llm_comes_after_it_in_the_same_process(tmp_path
 
 def test_a_process_that_dies_takes_no_other_cell_with_it(tmp_path):
     died = "its process ended with code 9; what it printed says why; if memory was short, try fewer --jobs"
-    assert lines_of(THREE, Dying(None, tmp_path, None)) == [
+    assert lines_of([*THREE, BOTH[1]], Dying(None, tmp_path, None)) == [
+        "sst2/ceiling/base/seed-0/ceiling: as usual",
         "sst2/paper/base/seed-0/cola: as usual",
         "sst2/paper/base/seed-0/rte: as usual",
         f"sst2/paper/base/seed-0/run: {died}",

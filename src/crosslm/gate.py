@@ -187,5 +187,4 @@ def as_rewarding(slm: SLM, probabilities: Tensor, upload: Upload, config: Reward
     """The probabilities that rewards are made of: with ``reward.correct_prior`` freed of the training shares."""
     if not config.correct_prior:
         return probabilities
-    counts = dict(zip(upload.slm.labels, upload.class_counts, strict=True))
-    return correct_prior(probabilities, torch.tensor([counts[label] for label in slm.labels]))
+    return correct_prior(probabilities, torch.tensor(upload.counts_of(slm.labels)))

@@ -194,7 +194,7 @@ class Answer:
 def clocks_apart(server: str | None, before: float, after: float) -> str:
     """Why Flower refuses a silo for its clock, in words; empty where it does not, or where nothing is known.
 
-    Flower lets in messages that are at most 5 seconds from the future or 305 old.
+    Flower lets in messages that are at most 5 seconds from the future or 305 old (``flwr.common.constant``, 1.41).
 
     Args:
         server: the ``Date`` of the server's answer, in whole seconds.
@@ -253,12 +253,11 @@ def _look_into_end(node: Child, silo: SiloState, refused: bool, note: Note) -> b
     Raises:
         FederationError: the server does not know this silo's key.
     """
+    answer = ask(silo)
     if REFUSED not in node.last_words():
-        answer = ask(silo)
         why = f": {answer.clock}" if answer and answer.clock else ""
         note(f"the SuperNode ended and is started again{why}; its log is {node.log}")
         return False
-    ask(silo)
     if not refused:
         note("the server does not accept this silo yet; trying again")
     return True
