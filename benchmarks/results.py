@@ -2,7 +2,7 @@
 
 python benchmarks/results.py record RUN NAME   # benchmarks/results/NAME.json
 python benchmarks/results.py collect FOLDER    # the tables of `crosslm reproduce`; FOLDER is its OUTPUT/test
-python benchmarks/results.py render            # docs/results.md and the table in README.md
+python benchmarks/results.py render            # docs/results.md, docs/earlier_results.md, the table in README.md
 """
 
 import argparse
@@ -97,11 +97,11 @@ def as_text(result: dict) -> str:
 
 
 def run_section(name: str, result: dict) -> list[str]:
-    """One run in results.md."""
+    """One run."""
     summary = result["summary"]
     minutes, peak = summary["seconds"]["total"] / 60, summary["peak_memory_bytes"] / 2**30
     lines = [
-        f"## {name}",
+        f"### {name}",
         "",
         f"One seed ({summary['seed']}), {max(summary['test_rows'].values())} test rows a client; "
         f"the judge is right on {summary['judge_accuracy']:.3f} of them. Commit `{result['commit'][:10]}`, "
@@ -129,7 +129,7 @@ CLOSING = {"closing-yahoo_answers": "Yahoo! Answers"}
 def closing_section(runs: dict[str, dict]) -> list[str]:
     """What all were taught once more in the end, beside what each had got at once."""
     lines = [
-        "## Once more in the end (`federation.closing`)",
+        "### Once more in the end (`federation.closing`)",
         "",
         "Preset recommended with a pool of 256 texts and `federation.closing`, on validation rows; one run each "
         "(`crosslm run TASK --set data.test=validation.csv --set selection.pool=256 --set federation.closing=true "
@@ -168,7 +168,7 @@ def closing_section(runs: dict[str, dict]) -> list[str]:
 def texts_section(results: list[dict]) -> list[str]:
     """What benchmarks/step_5_texts.py measured."""
     lines = [
-        "## Which texts step 5 learns from, and how long",
+        "### Which texts step 5 learns from, and how long",
         "",
         "In the end of a run under preset recommended, on validation rows; each upload is trained once on each kind of "
         "texts, in each way that is named (`benchmarks/step_5_texts.py`). All classifiers judge, with the LLM that is "
@@ -221,7 +221,7 @@ def step_5_table(result: dict, preset: str) -> list[str]:
 def choices_section(result: dict) -> list[str]:
     """The measurements behind the presets."""
     lines = [
-        "## What each field of the presets does (SST-2)",
+        "### What each field of the presets does (SST-2)",
         "",
         f"Commit `{result['commit'][:10]}`, {result['date']}, {result['machine']}. One seed.",
         "",
@@ -257,7 +257,7 @@ def step_4_table(result: dict, preset: str) -> list[str]:
 def recommended_choices_section(results: dict[str, dict]) -> list[str]:
     """Fields under preset recommended."""
     lines = [
-        "## What single fields do under preset recommended",
+        "### What single fields do under preset recommended",
         "",
         "The same uploaded SLMs, from a run with the preset. Of step 5 on the same pools: accuracy of each "
         "client's SLM on the rows that are named.",
@@ -281,7 +281,7 @@ def recommended_choices_section(results: dict[str, dict]) -> list[str]:
 def teacher_section(result: dict) -> list[str]:
     """What benchmarks/llm_teacher.py measured."""
     lines = [
-        "## The demo's LLM as a classifier and as a teacher",
+        "### The demo's LLM as a classifier and as a teacher",
         "",
         f"Accuracy on {result['rows']} sentences that are in no file of the demo. `benchmarks/llm_teacher.py` on a "
         f"demo of commit `{result['run_commit'][:10]}`, seed {result['seed']}; commit `{result['commit'][:10]}`, "
@@ -305,8 +305,9 @@ def teacher_section(result: dict) -> list[str]:
     return [*lines, ""]
 
 
-NAMES = {
-    "demo": "The demo, preset recommended",
+NAMES = {"demo": "The demo", "sst2-paper": "SST-2, preset paper"}
+EARLIER_NAMES = {
+    "demo-llm-judges": "The demo with `slm.llm_judges`, as preset recommended has it",
     "demo-intended-labels": "The demo with `slm.intended_labels` in the preset, in place of `slm.llm_judges`",
     "demo-judges-alone": "The demo before `slm.intended_labels` was in the preset, and with `slm.interpolation = 0.7`",
     "demo-before-anchors": "The same with the same seed and another rounding in the LLM's update (the version before)",
@@ -316,7 +317,6 @@ NAMES = {
     "demo-one-teacher": "The demo before `reward.teachers` and `slm.soft_labels` were in the preset, on 400 test rows",
     "demo-100-rows": "The same with half as many rows a silo (rows_per_client = 100, 16 epochs on them)",
     "demo-other-wording": "The same with M(x) and M'(y) as the text, a line break and `Sentiment: ...`",
-    "sst2-paper": "SST-2, preset paper",
     "sst2-recommended": "SST-2, preset recommended before `slm.intended_labels` was in it",
     "sst2-no-floor": "SST-2, preset recommended before `llm.generation_floor` was in it",
     "sst2-one-teacher": "SST-2, preset recommended before `reward.teachers` and `slm.soft_labels` were in it",
@@ -445,46 +445,76 @@ def between(text: str, start: str, table: str, end: str) -> str:
     return before + start + "\n" + table + end + rest.split(end)[1]
 
 
-def documents() -> dict[Path, str]:
-    """What results.md, performance.md, privacy.md, robustness.md and README.md must hold."""
+ONE_SEED = (
+    "One seed each, unless something else is said, and a few hundred test rows, so that differences of a few points "
+    "are noise. The settings are those of the packaged configurations."
+)
+
+
+def results_page(loaded: dict[str, dict]) -> str:
+    """What results.md must hold: figures of the presets as they are."""
     lines = [
         "# Results",
         "",
         "Written by `python benchmarks/results.py render` from `benchmarks/results/`; not edited by hand.",
-        "Gemma 3 270M as the LLM, MiniLM with 6 and 3 layers as SLMs.",
+        "Gemma 3 270M as the LLM, MiniLM with 6 and 3 layers as SLMs. What presets and the demo were before is in "
+        "[earlier results](earlier_results.md).",
         "",
     ]
-    loaded = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     if "reproduce" in loaded:
         lines += reproduction_section(loaded["reproduce"], sorted(path.stem for path in PLOTS.glob("*.svg")))
-    for name in EARLIER:
-        if name in loaded:
-            lines += earlier_section(loaded[name])
-    lines += [
-        "From here on: one seed each, unless something else is said, and a few hundred test rows, so that differences "
-        "of a few points are noise. The settings are those of the packaged configurations.",
-        "",
-    ]
+    remarks = RESULTS / "remarks.md"
+    if remarks.exists():
+        lines += [remarks.read_text().rstrip(), ""]
+    lines += ["## Single runs and fields", "", ONE_SEED, ""]
     for name, title in NAMES.items():
         if name in loaded:
             lines += run_section(title, loaded[name])
-    if closed := {name: loaded[name] for name in CLOSING if name in loaded}:
-        lines += closing_section(closed)
     if found := [loaded[name] for name in sorted(loaded) if name.startswith("step-5-texts-")]:
         lines += texts_section(found)
-    if "llm-teacher" in loaded:
-        lines += teacher_section(loaded["llm-teacher"])
     if "preset-choices" in loaded:
         lines += choices_section(loaded["preset-choices"])
     if under := {name: loaded[name] for name in sorted(loaded) if name.startswith("preset-choices-")}:
         lines += recommended_choices_section(under)
-    remarks = RESULTS / "remarks.md"
-    if remarks.exists():
-        lines.append(remarks.read_text().rstrip())
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def earlier_page(loaded: dict[str, dict]) -> str:
+    """What earlier_results.md must hold: figures of presets as they were, and of variations of their runs."""
+    lines = [
+        "# Earlier results",
+        "",
+        "Written by `python benchmarks/results.py render` from `benchmarks/results/`; not edited by hand.",
+        "Measured under presets as they were before, and kept because [results](results.md) draws on them.",
+        "",
+        "## The paper's tables",
+        "",
+    ]
+    for name in EARLIER:
+        if name in loaded:
+            lines += earlier_section(loaded[name])
+    lines += ["## Single runs", "", ONE_SEED, ""]
+    for name, title in EARLIER_NAMES.items():
+        if name in loaded:
+            lines += run_section(title, loaded[name])
+    if closed := {name: loaded[name] for name in CLOSING if name in loaded}:
+        lines += closing_section(closed)
+    if "llm-teacher" in loaded:
+        lines += teacher_section(loaded["llm-teacher"])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def documents() -> dict[Path, str]:
+    """What the documents that have figures must hold."""
+    loaded = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     readme = (ROOT / "README.md").read_text()
     table = f"\n```text\n{as_text(loaded['demo'])}\n```\n" if "demo" in loaded else ""
     readme = between(readme, START, table, END)
-    written = {ROOT / "docs" / "results.md": "\n".join(lines).rstrip() + "\n", ROOT / "README.md": readme}
+    written = {
+        ROOT / "docs" / "results.md": results_page(loaded),
+        ROOT / "docs" / "earlier_results.md": earlier_page(loaded),
+        ROOT / "README.md": readme,
+    }
     if "privacy-sst2" in loaded:
         privacy = ROOT / "docs" / "privacy.md"
         table = f"\n{privacy_table(loaded['privacy-sst2']['cells'])}\n\n"

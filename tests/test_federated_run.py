@@ -33,6 +33,7 @@ from crosslm.html_report.collect import RunView
 from crosslm.html_report.findings import findings
 from crosslm.html_report.page import render
 from crosslm.rundir import RunDir
+from crosslm.snapshot import slm_bytes
 from crosslm.tracking import figures_of
 from crosslm.watch import watch
 
@@ -375,6 +376,35 @@ def test_who_has_no_say_is_served_and_is_no_measure_of_the_llm(tables, local, tm
     assert (gate["passed"], gate["step"], step["no_say"]) == (False, 1, 1.0)
     assert "all its rows are" in gate["reason"]
     assert json.loads((tmp_path / "kit" / "run" / "summary.json").read_text())["no_say"] == [upload.client_id]
+
+
+def test_who_is_refused_first_and_served_later_is_measured_as_it_was_when_it_was_served(tables, local, tmp_path):
+    """As in one process: Standalone, and who judges the LLM in the end, are of the upload that was served first."""
+    good = dataclasses.replace(decode_upload(local[1][0]), client_round=1)
+    turned = {name: -weight if "classifier" in name else weight for name, weight in good.slm.weights.items()}
+    bad = dataclasses.replace(good, client_round=0, slm=dataclasses.replace(good.slm, weights=turned))
+    for deployment in federation(tmp_path / "kit", tables, []):
+        spool = deployment.spool
+        deployment._refuse = lambda silo, number, error, spool=spool: spool.refuse(silo, number, str(error))
+        for upload in (bad, good):
+            spool.put(upload.client_id, upload.client_round, [encode(upload)])
+            spool.next()
+            deployment.uploaded(upload)
+            if upload is bad:
+                deployment.refused(upload, QuarantineError("quarantined: no good", {"auc": 0.4}))
+        download, record = deployment.server.step(good)
+        deployment.served(good, download, record)
+        spool.serve(good.client_id, 1, encode(download))
+        ((silo, judge),) = deployment._first_uploads()
+        assert (silo, slm_bytes(judge.to_state())) == (good.client_id, slm_bytes(good.slm))
+    run = RunDir.open(tmp_path / "kit" / "run")
+    refused, served = (right.count("1") / len(right) for right in standalone_of(run))
+    assert run.summary()["slm"]["standalone"][good.client_id] == served != refused
+
+
+def standalone_of(run):
+    """Which test rows the uploads got right before the LLM helped them."""
+    return [event["right"] for event in run.events() if event.get("method") == "standalone"]
 
 
 def test_verbalizers_that_cannot_be_told_apart_are_found_before_anybody_is_asked(tables, tmp_path):

@@ -13,11 +13,43 @@ from typing import Any
 from crosslm.config import Config
 from crosslm.evaluate import distinct_ngrams, label_agreement
 from crosslm.models.slm import SLM
-from crosslm.records import SyntheticText
+from crosslm.records import Download, SyntheticText
+from crosslm.rundir import RunDir
 from crosslm.server import StepRecord
 from crosslm.task import Task
 
 STANDARD_ERRORS = 2.0
+
+
+def write_step(
+    run: RunDir, task: Task, download: Download, record: StepRecord, measured: Mapping[str, float]
+) -> dict[str, float]:
+    """Write what a step was to the run folder: its texts, what the gate let in, every update, its measures.
+
+    Args:
+        run: the run folder.
+        task: whose labels the texts have.
+        download: what goes back.
+        record: what happened.
+        measured: what the caller has measured of the client's SLM and of the texts.
+
+    Returns:
+        ``measured`` and :func:`text_measures`.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    who, step = download.client_id, download.step
+    for iteration, (drafts, rewards) in enumerate(record.drafts):
+        run.save_synthetic(f"step-{step:04}-drafts-{iteration}", task.labels, drafts, rewards)
+    run.save_synthetic(f"step-{step:04}-pool", task.labels, record.pool, receipts=record.receipts)
+    if record.gate and not record.refusal:
+        run.event("gate", step=step, client=who, passed=True, **record.gate)
+    for number, parts in enumerate(record.updates):
+        run.event("update", step=step, client=who, number=number, **parts)
+    measures = {**measured, **text_measures(record, task)}
+    run.event("step", step=step, client=who, round=download.client_round, **measures, **download.metrics)
+    return measures
 
 
 def text_measures(record: StepRecord, task: Task) -> dict[str, float]:

@@ -153,16 +153,7 @@ class _Audit:
         """A classifier of the client's architecture, trained as it trains but without noise: the attacker's own."""
         config, spec = self.config, self.specs[client]
         seed = seed_for(config.seed, "audit", client, purpose)
-        slm = SLM.load(
-            self._folder(spec.model),
-            self.task.labels,
-            config.slm.max_length,
-            seed,
-            spec.num_hidden_layers,
-            config.slm.freeze_embeddings,
-            config.device,
-            spec.pooling,
-        )
+        slm = SLM.of_spec(self._folder(spec.model), spec, config, seed)
         fit, private = config.slm.private, config.privacy.epsilon is not None
         if private:
             patience = 0  # DP-SGD heeds none

@@ -81,17 +81,7 @@ def load_judge(folder: str, config: Config) -> SLM:
     Raises:
         ModelError: it cannot be loaded.
     """
-    spec = config.slm.models[0]
-    return SLM.load(
-        folder,
-        config.task.labels,
-        config.slm.max_length,
-        seed_for(config.seed, "judge"),
-        spec.num_hidden_layers,
-        config.slm.freeze_embeddings,
-        config.device,
-        spec.pooling,
-    )
+    return SLM.of_spec(folder, config.slm.models[0], config, seed_for(config.seed, "judge"))
 
 
 def train_judge(judge: SLM, config: Config, held_out: Examples, progress: Progress) -> SLM:

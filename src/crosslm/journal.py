@@ -93,20 +93,20 @@ class RunJournal:
         slm = SLM.from_state(download.slm, self.config.device)
         slm.order_labels(self.task.labels)
         self._test("crosslm", who, slm)
-        for iteration, (drafts, rewards) in enumerate(record.drafts):
-            self.run.save_synthetic(f"step-{step:04}-drafts-{iteration}", self.task.labels, drafts, rewards)
-            self.count(drafts)
-        self.run.save_synthetic(f"step-{step:04}-pool", self.task.labels, record.pool, receipts=record.receipts)
-        self.count(record.pool)
         self.run.save_slm(who, slm)
         self._returned[who] = self.checkpoints.put(slm_bytes(download.slm))
         if self.config.federation.closing:
             self._last[who] = (self.checkpoints.put(encode(upload)), record.refusal)
-        if record.gate and not record.refusal:
-            self.run.event("gate", step=step, client=who, passed=True, **record.gate)
-        for number, parts in enumerate(record.updates):
-            self.run.event("update", step=step, client=who, number=number, **parts)
-        self._measure(who, step, download, record)
+        for texts in record.written:
+            self.count(texts)
+        measures = arrivals.write_step(self.run, self.task, download, record, self._measures(who, record))
+        if message := arrivals.few_selected(who, record, self.config):
+            self.run.event("warning", message=message)
+            self.progress.note(f"warning: {message}")
+        self.progress.note(
+            f"step {step}: {who} {measures['slm/standalone']:.3f} -> {measures['slm/accuracy']:.3f} "
+            f"(data-free KD {measures['slm/data_free_kd']:.3f}), mean reward of its pool {measures['reward/pool']:+.2f}"
+        )
 
     def last_served(self) -> list[Served]:
         """The last upload of each client that was served; of nobody where it is one client."""
@@ -166,26 +166,19 @@ class RunJournal:
             self.run, method, who, slm, test, tests.index(test)
         )
 
-    def _measure(self, who: str, step: int, download: Download, record: StepRecord) -> None:
+    def _measures(self, who: str, record: StepRecord) -> dict[str, float]:
+        """A client's SLM by three methods, and what the judge finds of the step's texts."""
         kept = [sample for sample, receipt in zip(record.pool.samples, record.receipts, strict=True) if receipt.kept]
         measures = {
             "slm/standalone": self.accuracy["standalone"][who],
             "slm/data_free_kd": self.accuracy["data_free_kd"][who],
             "slm/accuracy": self.accuracy["crosslm"][who],
-            **arrivals.text_measures(record, self.task),
         }
         if self.judge:
             measures |= arrivals.judge_measures(self.judge, record)
         if self.judge and kept:
             measures["judge/selected"] = evaluate.label_agreement(self.judge, SyntheticSet(kept))
-        self.run.event("step", step=step, client=who, **measures, **download.metrics)
-        if message := arrivals.few_selected(who, record, self.config):
-            self.run.event("warning", message=message)
-            self.progress.note(f"warning: {message}")
-        self.progress.note(
-            f"step {step}: {who} {measures['slm/standalone']:.3f} -> {measures['slm/accuracy']:.3f} "
-            f"(data-free KD {measures['slm/data_free_kd']:.3f}), mean reward of its pool {measures['reward/pool']:+.2f}"
-        )
+        return measures
 
     def refused(self, upload: Upload, error: UploadError) -> None:
         """An upload could not be used; what the gate has stopped is kept in ``quarantine/`` with its figures."""

@@ -101,16 +101,7 @@ def load_client(
     Raises:
         ModelError: the SLM cannot be loaded.
     """
-    slm = SLM.load(
-        folder,
-        config.task.labels,
-        config.slm.max_length,
-        seed_for(config.seed, "head", name),
-        spec.num_hidden_layers,
-        config.slm.freeze_embeddings,
-        config.device,
-        spec.pooling,
-    )
+    slm = SLM.of_spec(folder, spec, config, seed_for(config.seed, "head", name))
     privacy = config.privacy
     private = plant(rows, slm.tokenizer, len(config.task.labels), privacy.canaries, config.seed, name)
     training = PrivateTraining(privacy, config.federation.participations) if privacy.epsilon else None

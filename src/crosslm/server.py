@@ -45,9 +45,14 @@ class StepRecord:
     """Why the SLM had no say: it was taught (``gate.teach_refused``), and the LLM is as it was."""
 
     @property
+    def written(self) -> list[SyntheticSet]:
+        """All that the LLM wrote: the drafts of each iteration, then the pool."""
+        return [*(drafts for drafts, _ in self.drafts), self.pool]
+
+    @property
     def tokens_generated(self) -> int:
         """Tokens that the LLM sampled, those of removed texts included."""
-        return sum(drafts.tokens_generated for drafts, _ in self.drafts) + self.pool.tokens_generated
+        return sum(texts.tokens_generated for texts in self.written)
 
 
 @dataclass(frozen=True)

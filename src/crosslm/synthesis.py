@@ -142,9 +142,6 @@ def synthesize(
     removed: Counter[str] = Counter()
     progress = _Written(on_text)
 
-    def decode(tokens: Sequence[int]) -> str:
-        return str(llm.tokenizer.decode(tokens, skip_special_tokens=True))
-
     labels = draw_labels(count, len(task.labels), seed_for(seed, "labels"))
     samples: list[SyntheticText | None] = [None] * count
     for attempt in range(sampling.max_attempts):
@@ -154,26 +151,13 @@ def synthesize(
         for start in range(0, len(wanted), sampling.batch_size):
             batch = wanted[start : start + sampling.batch_size]
             seeds = [seed_for(seed, "text", place, attempt, start + row) for row, place in enumerate(batch)]
-            prompts = [
-                _draw_prompt(task, labels[place], text_seed) for place, text_seed in zip(batch, seeds, strict=True)
-            ]
-            encoded = [tuple(llm.encode(prompt)) for prompt in prompts]
             progress.begin(len(batch), candidates)
-            written = llm.generate(encoded, seeds, sampling, progress.step)
-            for place, text_seed, prompt, prompt_ids, tokens in zip(
-                batch, seeds, prompts, encoded, written, strict=True
-            ):
-                if samples[place] is not None:
-                    continue
-                raw = decode(tokens)
-                finished = tokens[-1] in llm.end_ids or any(stop in raw for stop in sampling.stop)
-                text = clean(raw, finished, sampling.stop)
-                reason = removal_reason(text, raw, prompt, finished)
-                if reason:
-                    removed[reason] += 1
-                    continue
-                ids = tuple(tokens) if finished else tokens_of(text, tokens, decode)
-                samples[place] = SyntheticText(text, labels[place], prompt, prompt_ids, ids, text_seed)
+            texts = _write(llm, task, sampling, [labels[place] for place in batch], seeds, progress.step)
+            for place, text in zip(batch, texts, strict=True):
+                if samples[place] is None and isinstance(text, SyntheticText):
+                    samples[place] = text
+                elif samples[place] is None:
+                    removed[text] += 1
             progress.finished(sum(sample is not None for sample in samples))
         missing, useless = sum(sample is None for sample in samples), removed.total() - removed_before
         found = len(wanted) // candidates - missing
@@ -187,6 +171,34 @@ def synthesize(
             f"(removed: {dict(removed)}); look at task.prompt and synthesis.stop, or raise synthesis.max_new_tokens"
         )
     return SyntheticSet(complete, dict(removed), progress.tokens)
+
+
+def _write(
+    llm: LLM,
+    task: Task,
+    sampling: SynthesisConfig,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    on_tokens: Callable[[int], None],
+) -> list[SyntheticText | str]:
+    """One batch: for each label and seed a text, or why it cannot be used."""
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(llm.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    prompts = [_draw_prompt(task, label, seed) for label, seed in zip(labels, seeds, strict=True)]
+    encoded = [tuple(llm.encode(prompt)) for prompt in prompts]
+    written: list[SyntheticText | str] = []
+    for row, tokens in enumerate(llm.generate(encoded, seeds, sampling, on_tokens)):
+        raw, prompt = decode(tokens), prompts[row]
+        finished = tokens[-1] in llm.end_ids or any(stop in raw for stop in sampling.stop)
+        text = clean(raw, finished, sampling.stop)
+        if reason := removal_reason(text, raw, prompt, finished):
+            written.append(reason)
+            continue
+        ids = tuple(tokens) if finished else tokens_of(text, tokens, decode)
+        written.append(SyntheticText(text, labels[row], prompt, encoded[row], ids, seeds[row]))
+    return written
 
 
 def _draw_prompt(task: Task, label: int, text_seed: int) -> str:

@@ -158,36 +158,29 @@ class Deployment:
         counts = list(upload.counts_of(self.task.labels))
         described = describe(upload) | {"class_counts": counts, "model_type": upload.slm.architecture.get("model_type")}
         self.run.event("upload", **described)
-        if self.test is not None and upload.client_round == 0:
+        if self.test is not None and who not in {event["client"] for event in self._events_of("step")}:
             measure_slm(self.run, "standalone", who, receive_slm(upload, self.task, self.config), self.test, 0)
 
     def served(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """Keep what the step wrote and trained."""
-        who, step, labels = upload.client_id, download.step, self.task.labels
-        for iteration, (drafts, rewards) in enumerate(record.drafts):
-            self.run.save_synthetic(f"step-{step:04}-drafts-{iteration}", labels, drafts, rewards)
-            self._count(drafts)
-        self.run.save_synthetic(f"step-{step:04}-pool", labels, record.pool, receipts=record.receipts)
-        self._count(record.pool)
+        who, step = upload.client_id, download.step
+        for texts in record.written:
+            self._count(texts)
         slm = SLM.from_state(download.slm, self.config.device)
-        slm.order_labels(labels)
+        slm.order_labels(self.task.labels)
         self.run.save_slm(who, slm)
         self.run.save_llm(self.server.llm)
         if self.test is not None:
             measure_slm(self.run, "crosslm", who, slm, self.test, 0)
         if record.refusal:
             self.run.event("gate", step=step, client=who, passed=False, reason=record.refusal, **record.gate)
-        elif record.gate:
-            self.run.event("gate", step=step, client=who, passed=True, **record.gate)
-        for number, parts in enumerate(record.updates):
-            self.run.event("update", step=step, client=who, number=number, **parts)
         accuracy = accuracies(self.run.events())
-        measures = {
+        measured = {
             name: accuracy[method][who]
             for name, method in (("slm/standalone", "standalone"), ("slm/accuracy", "crosslm"))
             if who in accuracy.get(method, {})
-        } | arrivals.text_measures(record, self.task)
-        self.run.event("step", step=step, client=who, round=upload.client_round, **measures, **download.metrics)
+        }
+        arrivals.write_step(self.run, self.task, download, record, measured)
         if message := arrivals.few_selected(who, record, self.config):
             self.run.event("warning", message=message)
         outcome = "taught" if record.refusal else "served"
@@ -299,13 +292,14 @@ class Deployment:
         return summary_of(self.run, self.config, self.spool, silos, self.test, self._counted() | {"llm_dtype": dtype})
 
     def _first_uploads(self) -> Iterator[tuple[str, SLM]]:
-        """The SLM of each silo that was served, as it came first, but for those that have no say."""
-        steps = [event for event in self.run.events() if event["event"] == "step"]
-        taught = {event["client"] for event in steps if event.get("no_say") and event["round"] == 0}
+        """The SLM of each silo as it was when it was served first, but for those that had no say then."""
+        first: dict[str, Arrival] = {}
         for arrival in self.spool.arrivals():
-            if arrival.round == 0 and arrival.state in ("served", "delivered") and arrival.silo not in taught:
-                upload = decode_upload(self.spool.upload(arrival))
-                yield arrival.silo, receive_slm(upload, self.task, self.config)
+            if arrival.state in ("served", "delivered"):
+                first.setdefault(arrival.silo, arrival)
+        for silo, arrival in first.items():
+            if not self.spool.has_no_say(silo, arrival.round):
+                yield silo, receive_slm(decode_upload(self.spool.upload(arrival)), self.task, self.config)
 
     def _synthesize(self, detail: str, count: int, purpose: str) -> SyntheticSet:
         seed = seed_for(self.config.seed, purpose)

@@ -18,7 +18,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from crosslm.config import FitConfig
+from crosslm.config import Config, FitConfig, SLMSpec
 from crosslm.errors import UploadError
 from crosslm.examples import Examples
 from crosslm.models.architecture import SPECIAL_TOKENS, special_tokens, travelling
@@ -78,6 +78,24 @@ class SLM:
         slm.order_labels(labels)
         slm.freeze_embeddings(freeze_embeddings)
         return slm
+
+    @classmethod
+    def of_spec(cls, folder: str, spec: SLMSpec, config: Config, seed: int) -> "SLM":
+        """The classifier that a run's configuration describes, before any training.
+
+        Args:
+            folder: where the weights of ``spec.model`` are.
+            spec: its architecture.
+            config: of the run: labels, ``slm.max_length``, ``slm.freeze_embeddings``, device.
+            seed: of the new head.
+
+        Raises:
+            ModelError: as :meth:`load` does.
+        """
+        layers, frozen = spec.num_hidden_layers, config.slm.freeze_embeddings
+        return cls.load(
+            folder, config.task.labels, config.slm.max_length, seed, layers, frozen, config.device, spec.pooling
+        )
 
     @property
     def device(self) -> torch.device:

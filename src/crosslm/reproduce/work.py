@@ -136,16 +136,8 @@ def ceiling(config: Config, cache: Path, progress: Progress) -> dict[str, Any]:
     for client, spec in specs.items():
         name = f"{spec.model}, {spec.num_hidden_layers}, {spec.pooling}"
         if name not in trained:
-            slm = SLM.load(
-                model_folder(spec.model, cache, progress.note),
-                config.task.labels,
-                config.slm.max_length,
-                seed_for(config.seed, CEILING, name),
-                spec.num_hidden_layers,
-                config.slm.freeze_embeddings,
-                config.device,
-                spec.pooling,
-            )
+            folder = model_folder(spec.model, cache, progress.note)
+            slm = SLM.of_spec(folder, spec, config, seed_for(config.seed, CEILING, name))
             rows = len(pooled) * config.slm.private.epochs
             with progress.stage("train SLM on pooled text", name, rows, "rows") as advance:
                 slm.fit(pooled, config.slm.private, seed_for(config.seed, CEILING, name, "order"), advance)
