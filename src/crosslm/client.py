@@ -63,6 +63,7 @@ class Client:
         privacy: PrivateTraining | None = None,
         leaks: LeakCheck | None = None,
         canaries: int = 0,
+        hides_counts: bool = False,
     ) -> None:
         """Set up.
 
@@ -77,6 +78,7 @@ class Client:
             privacy: trains within its budget.
             leaks: looks at the texts that trained a returned SLM.
             canaries: how many rows are planted.
+            hides_counts: tell zeros in the place of the rows of each label; with ``privacy``, that decides.
 
         Raises:
             ConfigError: acceptance is on under DP.
@@ -100,6 +102,7 @@ class Client:
         self._privacy = privacy
         self._leaks = leaks
         self._canaries = canaries
+        self._hides_counts = hides_counts
 
     def train(self) -> Upload:
         """Step 1: train the SLM on the private text, and pack it for upload.
@@ -121,6 +124,8 @@ class Client:
         counts = tuple(self._private.class_counts(len(self.slm.labels)))
         if self._privacy:
             counts = self._privacy.class_counts(counts)
+        elif self._hides_counts:
+            counts = (0,) * len(counts)
         self.told_counts = counts
         upload = Upload(self.id, self.rounds, self.slm.by_output(counts), metrics, self.slm.to_state())
         self.rounds += 1

@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def machine(device: str = "cpu") -> str:
-    """What the figures were taken on, in words."""
+    """What the figures were taken on, in words; with the vector instructions that torch uses there."""
     info = Path("/proc/cpuinfo")
     names = (
         [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
@@ -20,7 +20,8 @@ def machine(device: str = "cpu") -> str:
         else []
     )
     used = "no GPU used" if device == "cpu" else _gpu(device)
-    return f"{os.cpu_count()} cores ({names[0] if names else platform.processor()}), {platform.system()}, {used}"
+    processor = f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{os.cpu_count()} cores ({processor}), {platform.system()}, {used}"
 
 
 def _gpu(device: str) -> str:

@@ -85,6 +85,7 @@ def client(
         _dry_run(kit)
         return
     silo.private(_say)  # a file that cannot be used is found now, and not when the server asks
+    silo.test(_say)
     from crosslm.federation.flower.processes import end_on_sigterm
     from crosslm.federation.flower.silo_processes import run_silo
     from crosslm.federation.kits import held

@@ -3,13 +3,18 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from crosslm.cli.app import CacheOption, RunArgument, app, console, errors
 from crosslm.quiet import quiet_libraries
 from crosslm.rows import Row, RowFormat, check_output, format_of, rows_of, rows_of_file, write_rows
+
+if TYPE_CHECKING:
+    from crosslm.config import DataConfig
+    from crosslm.federation.kits import SiloData
+    from crosslm.models.slm import SLM
 
 
 @app.command()
@@ -42,12 +47,12 @@ def generate(
 
 @app.command()
 def predict(
-    run_folder: RunArgument,
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or a silo's kit.", show_default=False)],
     file: Annotated[
         Path | None,
         typer.Argument(metavar="[FILE]", help="CSV, JSONL or text file, or any with .gz. [default: standard input]"),
     ] = None,
-    client: Annotated[str, typer.Option("--client", help="Whose classifier.")] = "",
+    client: Annotated[str, typer.Option("--client", help="Whose classifier of the run.")] = "",
     given: Annotated[
         RowFormat | None,
         typer.Option("--format", help="Of the input. [default: by the file's name; text, one a line, without a file]"),
@@ -60,29 +65,17 @@ def predict(
     ] = False,
     output: Annotated[Path | None, typer.Option("--output", help="New file. [default: standard output]")] = None,
 ) -> None:
-    """Classify texts with a client's enhanced classifier.
+    """Classify texts with a client's enhanced classifier, or with the one in use at a silo.
 
     Each row is written with what is predicted and how probable that is. Where the rows have labels, the accuracy is
     told on standard error.
     """
     quiet_libraries()
-    from crosslm.errors import ConfigError
-    from crosslm.finished import Run, classified
+    from crosslm.finished import classified
 
     check_output(output)
-    run = Run.open(run_folder)
-    if not client:
-        raise ConfigError(f"say whose classifier: --client NAME with one of {', '.join(run.clients)}")
-    data = run.config.data
+    slm, data = _classifier(run_folder, client)
     column = text_column or data.text_column
-    slm = run.slm(client)
-    if run.kept_its_own(client):
-        errors.print(
-            f"{client} kept the classifier that it had, in {run.path / 'uploads' / client}: this one, which came back, "
-            "is worse on its held-out rows",
-            highlight=False,
-            soft_wrap=True,
-        )
     if file is None or str(file) == "-":
         if sys.stdin.isatty():
             errors.print("Reading texts from the terminal, one a line; Ctrl-D ends.", highlight=False)
@@ -107,6 +100,34 @@ def predict(
     write_rows(counted(), RowFormat.jsonl if keeps_all else RowFormat.csv, output)
     if labelled:
         errors.print(f"accuracy {right / labelled:.3f} on {labelled} rows that have a label", highlight=False)
+
+
+def _classifier(folder: Path, client: str) -> "tuple[SLM, DataConfig | SiloData]":
+    """A client's enhanced classifier of a run, or the one in use at a silo; and what columns its rows have."""
+    from crosslm.errors import ConfigError
+    from crosslm.federation.kits import SILO_FILE
+    from crosslm.finished import Run
+
+    if (folder / SILO_FILE).is_file():
+        from crosslm.federation.silo import Silo
+        from crosslm.models.sources import cache_folder
+
+        silo = Silo(folder, cache_folder())
+        if client not in ("", silo.settings.id):
+            raise ConfigError(f"{folder}: is the kit of {silo.settings.id}; leave --client out")
+        return silo.trained(), silo.settings.data
+    run = Run.open(folder)
+    if not client:
+        raise ConfigError(f"say whose classifier: --client NAME with one of {', '.join(run.clients)}")
+    slm = run.slm(client)
+    if run.kept_its_own(client):
+        errors.print(
+            f"{client} kept the classifier that it had, in {run.path / 'uploads' / client}: this one, which came back, "
+            "is worse on its held-out rows",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return slm, run.config.data
 
 
 @app.command()

@@ -64,6 +64,9 @@ class SiloData(Section):
     """Relative to the kit."""
     train: str
     """CSV, CSV.gz or JSONL file in ``dir``."""
+    test: str | None = None
+    """File of other labelled rows, of which nothing is learned: ``crosslm status`` says what the classifier makes of
+    them before and after each round. Told to nobody else. Not set, or not there: not measured."""
     text_column: str = "text"
     label_column: str = "label"
     label_names: dict[str, str] = Field(default={})
@@ -167,8 +170,11 @@ def held(kit: Path) -> Iterator[None]:
 
 
 def dump(settings: Section) -> str:
-    """Settings as TOML."""
-    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
+    """Settings as TOML; of ``privacy`` what is not as it is by itself, so that nothing looks as if it were in force."""
+    fields = settings.model_dump(mode="json", exclude_none=True)
+    if isinstance(settings, SiloSettings):
+        fields["privacy"] = settings.privacy.model_dump(mode="json", exclude_defaults=True)
+    return tomli_w.dumps(fields)
 
 
 def _read(kit: Path, name: str, kind: type[Kit]) -> Kit:

@@ -257,6 +257,7 @@ def _silo_settings(config: Config, client: ClientConfig, server: ServerSettings,
         closing=config.federation.closing,
         data=SiloData(
             train=client.train,
+            test=client.test,
             text_column=config.data.text_column,
             label_column=config.data.label_column,
             label_names=config.data.label_names,

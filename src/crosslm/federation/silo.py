@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import float16, float32
 
-from crosslm.client import Client, Decision
+from crosslm.client import Client
 from crosslm.errors import FederationError, LeakError, UploadError
 from crosslm.federation.intake import Intake, check_same_model
 from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names, refused
@@ -100,12 +100,12 @@ class Silo(SiloState):
             self._keep_receipt("install", number, {"answer": refused(error)})
             self._complete(number, {"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
             raise
-        told = confirmation(number, decision.accepted)
+        told = confirmation(number, decision["accepted"])
         self._keep_receipt("install", number, {"answer": done(number), "metrics": told})
-        self._complete(number, vars(decision) | ({} if had_say else {"no_say": True}))
+        self._complete(number, decision | ({} if had_say else {"no_say": True}))
         return told
 
-    def _install(self, number: int, data: bytes, upload: Upload) -> tuple[Decision, bool]:
+    def _install(self, number: int, data: bytes, upload: Upload) -> tuple[dict[str, Any], bool]:
         client = self.client()
         told = upload.counts_of(self.settings.labels)
         client.restore(upload.slm, number + 1, told, self._told(number + 1))
@@ -113,11 +113,12 @@ class Silo(SiloState):
         write_whole(self.state / f"download-{number:04}.safetensors", [data])
         return decision, had_say
 
-    def _try(self, number: int, data: bytes, upload: Upload, client: Client) -> tuple[Decision, bool]:
+    def _try(self, number: int, data: bytes, upload: Upload, client: Client) -> tuple[dict[str, Any], bool]:
         """Check a download that answers an upload, and let a client with the SLM in use have it.
 
         Returns:
-            What the client did with it, and whether the upload had a say in it (``gate.teach_refused``).
+            What the client did with it, with ``test`` where this silo has test rows, and whether the upload had a say
+            in it (``gate.teach_refused``).
         """
         settings = self.settings
         download = Intake(settings.labels, settings.intake).download(data, settings.id)
@@ -127,8 +128,14 @@ class Silo(SiloState):
                 f"{download.client_round}; look at the server's spool"
             )
         check_same_model(upload.slm, download.slm, f"silo {settings.id}")
-        decision = client.install(download)
+        before = client.slm
+        decision = dict(vars(client.install(download)))
         client.slm.save(str(self.state / "slm"))
+        if test := self.test():
+            returned = SLM.from_state(download.slm, str(before.device))
+            returned.order_labels(before.labels)
+            accuracies = {"before": before.accuracy(test), "after": returned.accuracy(test)}
+            decision |= {"test": {"rows": len(test)} | accuracies}
         return decision, not download.metrics.get("no_say")
 
     def close(self, experiment: str, number: int, data: bytes) -> dict[str, float]:
@@ -165,11 +172,11 @@ class Silo(SiloState):
                 self._keep_receipt("close", number, {"answer": refused(error)})
                 self._close({"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
                 raise
-            if decision.accepted:
+            if decision["accepted"]:
                 write_whole(self.state / CLOSING, [data])
-            told = confirmation(number, decision.accepted)
+            told = confirmation(number, decision["accepted"])
             self._keep_receipt("close", number, {"answer": done(number), "metrics": told})
-            self._close(vars(decision))
+            self._close(decision)
         closed = self.closed or {}
         if why := closed.get("refused"):
             raise FederationError(f"silo {self.settings.id}: the closing download was refused: {why}; look at its log")
@@ -213,7 +220,8 @@ class Silo(SiloState):
             encoder = SentenceEncoder(model_folder(settings.encoder, self.cache), resolve_device(settings.device))
             leaks = LeakCheck(private.texts, settings.privacy, encoder)
         accept = settings.acceptance
-        client = Client(settings.id, private, slm, settings.fit, settings.seed, None, accept, privacy, leaks)
+        hides = settings.privacy.told_counts == "hidden"
+        client = Client(settings.id, private, slm, settings.fit, settings.seed, None, accept, privacy, leaks, 0, hides)
         if self.installed:
             counts = self._uploaded(self.installed - 1).counts_of(settings.labels)
             client.restore(slm.to_state(), self.installed, counts, self._told(self.installed))
@@ -265,6 +273,23 @@ class Silo(SiloState):
         slm.freeze_embeddings(settings.freeze_embeddings)
         return slm
 
+    def trained(self) -> SLM:
+        """The SLM in use: as it was trained here last, or as it came back and was installed.
+
+        Raises:
+            FederationError: nothing has been trained yet.
+        """
+        if self.installed or not self._sent(0).exists():
+            if not self.installed:
+                raise FederationError(
+                    f"silo {self.settings.id}: has no classifier yet; it is trained when the server asks for it "
+                    f"(crosslm client {self.kit})"
+                )
+            return self.slm()
+        slm = SLM.from_state(self._uploaded(0).slm, resolve_device(self.settings.device))
+        slm.order_labels(self.settings.labels)
+        return slm
+
     def _pretrained(self, device: str) -> SLM:
         settings = self.settings
         return SLM.load(
@@ -289,8 +314,8 @@ class Silo(SiloState):
         counts = tuple(private.class_counts(len(self.settings.labels)))
         upload = Upload(self.settings.id, self.installed, slm.by_output(counts), {}, slm.to_state())
         found, privacy = contents(self._as_sent(upload)), self.settings.privacy
-        if privacy.epsilon and privacy.class_counts != "exact":
-            hidden = privacy.class_counts == "hidden"
+        if privacy.told_counts != "exact":
+            hidden = privacy.told_counts == "hidden"
             found["fields"]["class_counts"] = [0] * len(counts) if hidden else "the counts, with noise"
         names = metric_names(self.settings.fit, privacy)
         return {**found, "metrics_after_training": names, "answers": answers()}

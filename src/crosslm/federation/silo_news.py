@@ -16,8 +16,8 @@ def outcome(decision: Mapping[str, Any]) -> str:
     if decision.get("no_say"):
         taught = "; the gate did not let the classifier that was sent judge what it was taught"
     if not decision["accepted"]:
-        return f"what came back is {_worse(decision)}; the old classifier stays in use" + taught
-    return "the enhanced classifier is installed" + taught
+        return f"what came back is worse{_figures(decision)}; the old classifier stays in use" + taught
+    return f"the enhanced classifier is installed{_figures(decision)}" + taught
 
 
 def closing_outcome(closed: Mapping[str, Any]) -> str:
@@ -27,14 +27,21 @@ def closing_outcome(closed: Mapping[str, Any]) -> str:
     if why := closed.get("refused"):
         return f"the closing download was refused ({why}); the classifier in use is the one of the last round"
     if not closed["accepted"]:
-        return f"the closing download is {_worse(closed)}; the classifier of the last round stays in use"
-    return "the classifier was enhanced once more and is installed"
+        return f"the closing download is worse{_figures(closed)}; the classifier of the last round stays in use"
+    return f"the classifier was enhanced once more and is installed{_figures(closed)}"
 
 
-def _worse(decision: Mapping[str, Any]) -> str:
+def _figures(decision: Mapping[str, Any]) -> str:
+    """What the classifier in use and the one that came make of rows that neither has learned."""
     alike = ", each label counting alike" if decision.get("balanced") else ""
-    figures = f"{decision['before']:.3f} before, {decision['after']:.3f} with it"
-    return f"worse on {decision['rows']} held-out rows ({figures}{alike})"
+    parts = [_of_rows(decision, "held-out rows", alike)] if decision["rows"] else []
+    parts += [_of_rows(test, "test rows")] if (test := decision.get("test")) else []
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _of_rows(figures: Mapping[str, Any], which: str, alike: str = "") -> str:
+    rows, before, after = figures["rows"], figures["before"], figures["after"]
+    return f"{before:.3f} before, {after:.3f} with it, on {rows} {which}{alike}"
 
 
 def doing(now: Mapping[str, Any] | None, ago: str) -> str:

@@ -107,22 +107,38 @@ class SiloState:
         Raises:
             DataError: the file is not there or cannot be used; names file and row.
         """
+        data, name = self._data(), self.settings.data.train
+        if not is_there(name, data):
+            raise DataError(
+                f"{Path(data.dir) / name}: no such file; put the labelled text there, "
+                f"or change [data] of {self.kit / SILO_FILE}"
+            )
+        return self._rows(name, warn)
+
+    def test(self, warn: Callable[[str], None] = lambda _: None) -> Examples | None:
+        """The rows of ``data.test``; None where it is not set or not there, or has no rows.
+
+        Raises:
+            DataError: the file cannot be used; names file and row.
+        """
+        name = self.settings.data.test
+        if name is None or not is_there(name, self._data()):
+            return None
+        return self._rows(name, warn) or None
+
+    def _data(self) -> DataConfig:
         data = self.settings.data
-        folder = str((self.kit / data.dir).absolute())
-        config = DataConfig(
-            dir=folder,
+        return DataConfig(
+            dir=str((self.kit / data.dir).absolute()),
             train=data.train,
-            test=data.train,
+            test=data.test or data.train,
             text_column=data.text_column,
             label_column=data.label_column,
             label_names=data.label_names,
         )
-        if not is_there(data.train, config):
-            raise DataError(
-                f"{Path(folder) / data.train}: no such file; put the labelled text there, "
-                f"or change [data] of {self.kit / SILO_FILE}"
-            )
-        loaded = load_examples(data.train, config, self.settings.labels)
+
+    def _rows(self, name: str, warn: Callable[[str], None]) -> Examples:
+        loaded = load_examples(name, self._data(), self.settings.labels)
         for warning in loaded.warnings():
             warn(warning)
         return loaded.examples

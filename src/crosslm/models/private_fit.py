@@ -128,9 +128,9 @@ class PrivateTraining:
         Noisy numbers carry discrete Laplace noise (Ghosh et al. 2009) of ``privacy.count_epsilon``; one row is in one
         count, so all of them cost that once. They are drawn once and told again at each upload.
         """
-        if self.privacy.class_counts == "hidden":
+        if self.privacy.told_counts == "hidden":
             return (0,) * len(counts)
-        if self.privacy.class_counts == "noisy":
+        if self.privacy.told_counts == "noisy":
             if self._counts is None:
                 noise = discrete_laplace(len(counts), self.privacy.epsilon_of_counts, self._secret)
                 self._counts = tuple(max(0, count + shift) for count, shift in zip(counts, noise, strict=True))

@@ -29,8 +29,9 @@ class PrivacyConfig(Section):
     center: bool = False
     """Under DP centre what the head reads by the mean over the private rows, told with noise within the budget (ours).
     Worth it where few rows train the head alone."""
-    class_counts: Literal["hidden", "noisy", "exact"] = "hidden"
-    """Under DP, what the upload tells of the rows of each label. ``exact`` is outside the bound."""
+    class_counts: Literal["hidden", "noisy", "exact"] | None = None
+    """What the upload tells of the rows of each label. Not set: ``hidden`` (zeros) with ``epsilon``, else ``exact``.
+    ``noisy`` needs ``epsilon``, and ``exact`` is outside its bound."""
     count_epsilon: Annotated[float, Field(gt=0)] = 0.5
     """Part of ``epsilon`` that noisy class counts take."""
     canaries: Annotated[int, Field(ge=0)] = 0
@@ -47,6 +48,11 @@ class PrivacyConfig(Section):
         return self.max_shared_words is not None or self.max_similarity is not None
 
     @property
+    def told_counts(self) -> Literal["hidden", "noisy", "exact"]:
+        """``class_counts``, or what holds where it is not set."""
+        return self.class_counts or ("exact" if self.epsilon is None else "hidden")
+
+    @property
     def epsilon_of_counts(self) -> float:
         """What the class counts cost."""
         return self.count_epsilon if self.class_counts == "noisy" else 0.0
@@ -55,6 +61,12 @@ class PrivacyConfig(Section):
     def epsilon_of_training(self) -> float:
         """What is left for training."""
         return (self.epsilon or 0.0) - self.epsilon_of_counts
+
+    @model_validator(mode="after")
+    def _noise_needs_a_bound(self) -> Self:
+        if self.class_counts == "noisy" and self.epsilon is None:
+            raise ValueError('class_counts = "noisy" needs epsilon; set it, or choose "hidden" or "exact"')
+        return self
 
     @model_validator(mode="after")
     def _a_budget_for_training(self) -> Self:
