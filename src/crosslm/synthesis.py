@@ -154,9 +154,11 @@ def synthesize(
             progress.begin(len(batch), candidates)
             texts = _write(llm, task, sampling, [labels[place] for place in batch], seeds, progress.step)
             for place, text in zip(batch, texts, strict=True):
-                if samples[place] is None and isinstance(text, SyntheticText):
+                if samples[place] is not None:
+                    continue
+                if isinstance(text, SyntheticText):
                     samples[place] = text
-                elif samples[place] is None:
+                else:
                     removed[text] += 1
             progress.finished(sum(sample is not None for sample in samples))
         missing, useless = sum(sample is None for sample in samples), removed.total() - removed_before
