@@ -63,7 +63,47 @@ def test_rows_without_text_or_not_utf8_are_left_out_counted_and_named(tmp_path, 
     assert loaded.examples == Examples(["fine", "poor"], [1, 0])
     empty, broken = loaded.warnings()
     assert empty.endswith("x.csv: 2 rows (2, 4) left out: no text")
-    assert broken.endswith("x.csv: 1 row (3) left out: not UTF-8")
+    assert broken.endswith("x.csv: 1 row (3) left out: not UTF-8; save the file as UTF-8")
+
+
+def test_a_file_of_another_encoding_is_named_as_such(tmp_path, data):
+    (tmp_path / "x.csv").write_bytes("text,label\ncafé,bad\nüber,good\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"x\.csv: 2 rows \(1, 2\) left out: not UTF-8; save the .*; no row is left"):
+        load_examples("x.csv", data, LABELS)
+    (tmp_path / "x.csv").write_bytes("text,label\ncafé,bad\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"x\.csv: is UTF-16; save it as UTF-8"):
+        load_examples("x.csv", data, LABELS)
+
+
+def test_spaces_around_names_of_columns_and_labels_do_not_count(tmp_path, data):
+    (tmp_path / "x.csv").write_text("text, label \nfine, good\n")
+    assert load_examples("x.csv", data, LABELS).examples == Examples(["fine"], [1])
+
+
+def test_all_labels_that_are_unknown_are_named_with_what_they_may_mean(tmp_path, data):
+    (tmp_path / "x.csv").write_text("text,label\na,Good\nb,good\nc,gud\nd,Good\n")
+    told = r"row 1 \(and 1 more\) has the label 'Good'; did you mean 'good'\?, row 3 has the label 'gud'"
+    with pytest.raises(DataError, match=told):
+        load_examples("x.csv", data, LABELS)
+
+
+SECRET = "Patient Jane Roe was seen on Monday and was told of it"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.csv", f"{SECRET},bad\nanother,good\n"),
+        ("x.csv", f"text,label\nbad,{SECRET}\n"),
+        ("x.jsonl", json.dumps([SECRET]) + "\n"),
+        ("x.jsonl", f"{SECRET}\n"),
+    ],
+)
+def test_an_error_quotes_no_private_text(tmp_path, data, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError) as caught:
+        load_examples(name, data, LABELS)
+    assert "Jane" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +285,8 @@ def test_rows_and_lines_that_are_left_out_are_told_of_every_file(settings, data_
     settings["data"]["test"] = "some.csv"
     config = Config.model_validate(settings)
     assert len(public_texts(config, told.append)) == len(rows_to_test(config, told.append)) == 1
-    assert [line.split("/")[-1] for line in told] == ["some.csv: 1 row (2) left out: not UTF-8"] * 2
+    left_out = "some.csv: 1 row (2) left out: not UTF-8; save the file as UTF-8"
+    assert [line.split("/")[-1] for line in told] == [left_out] * 2
     assert readable_lines(data_folder / "some.csv", told.append) == ["text,label", "fine,good"]
     assert told[-1].endswith("some.csv: 1 of 3 lines left out: not UTF-8")
 

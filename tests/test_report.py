@@ -1,5 +1,6 @@
 """The HTML report: its intervals, its warnings, and that untrusted text stays text."""
 
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from made_run import HOSTILE, write_run
+from rich.console import Console
 
 from crosslm.cli import main as cli
 from crosslm.errors import RunError
@@ -17,6 +19,7 @@ from crosslm.html_report.collect import Arrival, RunView, Sample, representative
 from crosslm.html_report.findings import findings
 from crosslm.html_report.intervals import binomial_interval, difference_is_noise, paired_gain_interval
 from crosslm.html_report.page import differences, gain_interval, number, render
+from crosslm.report import closing
 from crosslm.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -145,17 +148,24 @@ def test_failures_one_class_and_lost_accuracy_are_told(tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     summary["clients"]["north"]["rows"]["urgent"] = 0
     summary["llm"]["distinct_2"]["after"] = 0.3
+    summary["clients"]["north"]["decision"] = {"accepted": False, "rows": 20, "before": 0.9, "after": 0.5}
+    summary["clients"]["south"]["decision"] = {"accepted": True, "rows": 20, "before": 0.5, "after": 0.9}
     (folder / "summary.json").write_text(json.dumps(summary))
     found = findings(view_of(folder))
     assert [finding.title for finding in found] == [
         "client west failed",
         "the upload of client east was quarantined",
         "client north has one class only",
+        "client north did not accept what came back",
         "client south lost accuracy",
         "the LLM repeats itself more",
         "noted during the run",
     ]
     assert found[0].text == "MemoryError: full"
+    console = Console(file=io.StringIO(), width=200)
+    console.print(closing(summary))
+    (told,) = [line for line in console.file.getvalue().splitlines() if "did not accept" in line]
+    assert told.startswith("north did not accept what came back. It was right on 0.500 of 20 held-out private rows")
 
 
 def test_a_classifier_with_one_answer_and_few_test_rows_are_told(tmp_path):

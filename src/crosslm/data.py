@@ -1,11 +1,13 @@
 """Texts from files: labelled ones in CSV or JSONL, and plain ones."""
 
+import codecs
 import csv
+import difflib
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from crosslm.files import expanded
 from crosslm.hub import HUB, hub_rows
 
 NAMED_ROWS = 5
+SHOWN = 40  # letters of a label or column that an error shows
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Loaded:
 
     def warnings(self) -> list[str]:
         """A line for each kind of row that was left out."""
-        kinds = (("no text", self.empty), ("not UTF-8", self.not_utf8))
+        kinds = (("no text", self.empty), ("not UTF-8; save the file as UTF-8", self.not_utf8))
         return [f"{self.source}: {_counted(rows)} left out: {why}" for why, rows in kinds if rows]
 
 
@@ -46,11 +49,12 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
         labels: the task's label names; a hub dataset's numbered labels are named by its features.
 
     Raises:
-        DataError: not found, a column is missing, or a label is not the task's.
+        DataError: not found, a column is missing, a label is not the task's, or rows are there and none can be used.
     """
     source, rows = hub_rows(name, data) if name.startswith(HUB) else _file_rows(name, data)
     loaded = Loaded(Examples([], []), source)
     index = {label: place for place, label in enumerate(labels)}
+    unknown: dict[str, list[int]] = {}
     for number, row in rows:
         for column in (data.text_column, data.label_column):
             if column not in row:
@@ -64,25 +68,52 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
         if not isinstance(text, str) or not text.strip():
             loaded.empty.append(number)
             continue
-        if label is None:
+        if label is None or not str(label).strip():
             raise DataError(
                 f"{source}: row {number} has a text and no label: are there too few fields, or an unclosed quote in it "
                 "or above it? Give each row both"
             )
-        known = data.label_names.get(str(label), str(label))
+        name = str(label).strip()
+        known = data.label_names.get(name, name)
         if known not in index:
-            raise DataError(
-                f"{source}: row {number} has the label {label!r}; the task's labels are {list(labels)}; "
-                "say in data.label_names which of them it is"
-            )
+            unknown.setdefault(name, []).append(number)
+            continue
         loaded.examples.texts.append(" ".join(text.split()))
         loaded.examples.labels.append(index[known])
+    if unknown:
+        raise DataError(f"{source}: {_of_labels(unknown, labels)}")
+    if not loaded.examples and (why := loaded.warnings()):
+        raise DataError(f"{'; '.join(why)}; no row is left")
     return loaded
+
+
+def _of_labels(unknown: Mapping[str, list[int]], labels: Sequence[str]) -> str:
+    """Which labels the task does not know, where they stand, and what they may have been meant to be."""
+    told = []
+    for name, rows in list(unknown.items())[:NAMED_ROWS]:
+        near = difflib.get_close_matches(name.casefold(), labels, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        others = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
+        told.append(f"row {rows[0]}{others} has {_shown(name)}{meant}")
+    more = f", and {len(unknown) - NAMED_ROWS} labels more" if len(unknown) > NAMED_ROWS else ""
+    return (
+        f"{', '.join(told)}{more}; the task's labels are {list(labels)}; correct the file, or say in data.label_names "
+        "which of them it is"
+    )
+
+
+def _shown(label: str) -> str:
+    """A label in words; not one so long that it must be a private text, where columns were taken for each other."""
+    if len(label) > SHOWN:
+        return f"a label of {len(label)} letters (is data.label_column the right column?)"
+    return f"the label {label!r}"
 
 
 def _columns(found: Iterable[str], wanted: str, data: DataConfig) -> str:
     """What columns there are, and how to have them read."""
     names = list(map(str, found))
+    if any(len(name) > SHOWN or len(name.split()) > 2 for name in names):  # a private text, then
+        return "its first line does not look like names of columns; put them there"
     told = ", ".join(names)
     if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
         return f"{told}; separate fields by commas"
@@ -96,6 +127,7 @@ def _file_rows(name: str, data: DataConfig) -> tuple[str, Iterator[tuple[int, di
     if kind == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
         header = _csv_header(path, reader)
+        reader.fieldnames = header
         for column in (data.text_column, data.label_column):
             if column not in header:
                 raise DataError(f"{path}: no column {column!r}; its columns are: {_columns(header, column, data)}")
@@ -109,10 +141,12 @@ def read_text(path: Path) -> str:
     """A file's text, unpacked if it is gzipped; bytes that are not UTF-8 become lone surrogates.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: it cannot be read, or is UTF-16.
     """
     try:
         content = path.read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{path}: is UTF-16; save it as UTF-8 (in a spreadsheet: CSV UTF-8)")
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig", "surrogateescape")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; name one that is there") from error
@@ -151,7 +185,7 @@ def whole_text(path: Path) -> str:
 
 def _csv_header(path: Path, reader: "csv.DictReader[str]") -> list[str]:
     try:
-        return list(reader.fieldnames or [])
+        return [name.strip() for name in reader.fieldnames or []]
     except csv.Error as error:
         raise DataError(f"{path}: line 1 is not CSV; it must name the columns: {error}") from error
 
@@ -177,7 +211,8 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}: line {number} is not JSON; each line must be an object: {error}") from error
         if not isinstance(row, dict):
-            raise DataError(f"{path}: line {number} must be an object with the columns as keys, found {line[:60]!r}")
+            kind = type(row).__name__
+            raise DataError(f"{path}: line {number} must be an object with the columns as keys, found a {kind}")
         yield number, row
 
 

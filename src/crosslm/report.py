@@ -109,6 +109,20 @@ def about_no_say(taught: Sequence[str], served: Sequence[str]) -> str:
     return f"Taught, without a say in what the LLM learns (see gate in metrics.jsonl): {', '.join(taught)}."
 
 
+def declined(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Who did not accept what came back (``acceptance``), and why, in words."""
+    told = {}
+    for client, facts in summary["clients"].items():
+        decision = facts.get("decision")
+        if decision and not decision["accepted"]:
+            told[client] = (
+                f"It was right on {decision['after']:.3f} of {decision['rows']} held-out private rows, and the "
+                f"classifier that {client} had on {decision['before']:.3f}: that one stays in use. CrossLM's "
+                "figure is of the one that came back."
+            )
+    return told
+
+
 def closing(summary: Mapping[str, Any]) -> Group:
     """Everything that a run ends with."""
     seconds = summary["seconds"]
@@ -128,6 +142,7 @@ def closing(summary: Mapping[str, Any]) -> Group:
             "Each client keeps some rows to decide by on what comes back, so Standalone learned from fewer: a part "
             "of the gain can be that."
         )
+    lines += [f"{client} did not accept what came back. {why}" for client, why in declined(summary).items()]
     if taught := summary.get("no_say"):
         lines.append(about_no_say(taught, [name for name in summary["slm"]["crosslm"] if name != "mean"]))
     hacking = summary.get("reward_hacking") or {}

@@ -15,6 +15,8 @@ from typing import BinaryIO, TextIO
 from crosslm.errors import DataError, RunError
 
 Row = dict[str, object]
+NOT_UTF8 = "\ufffd"
+"""What stands in the place of bytes that are not UTF-8."""
 
 
 class RowFormat(StrEnum):
@@ -141,7 +143,8 @@ def _jsonl(lines: Iterable[str], source: str) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             raise DataError(f"{source}: line {number} is not JSON; each line must be an object: {error}") from error
         if not isinstance(row, dict):
-            raise DataError(f"{source}: line {number} must be an object with a text in it, found {line.strip()[:60]!r}")
+            kind = type(row).__name__
+            raise DataError(f"{source}: line {number} must be an object with a text in it, found a {kind}")
         yield row
 
 

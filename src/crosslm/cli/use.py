@@ -9,7 +9,7 @@ import typer
 
 from crosslm.cli.app import CacheOption, RunArgument, app, console, errors
 from crosslm.quiet import quiet_libraries
-from crosslm.rows import Row, RowFormat, check_output, format_of, rows_of, rows_of_file, write_rows
+from crosslm.rows import NOT_UTF8, Row, RowFormat, check_output, format_of, rows_of, rows_of_file, write_rows
 
 if TYPE_CHECKING:
     from crosslm.config import DataConfig
@@ -84,13 +84,14 @@ def predict(
     else:
         kind = given or format_of(file)
         rows = rows_of_file(file, column, kind)
-    right, labelled = 0, 0
+    right, labelled, broken = 0, 0, 0
 
     def counted() -> Iterator[Row]:
-        nonlocal right, labelled
+        nonlocal right, labelled, broken
         for row in classified(slm, rows, column):
             label = str(row.get(data.label_column))
             label = data.label_names.get(label, label)
+            broken += NOT_UTF8 in str(row[column])
             if row["predicted"] is not None and label in slm.labels:
                 labelled += 1
                 right += row["predicted"] == label
@@ -98,6 +99,9 @@ def predict(
 
     keeps_all = as_jsonl or kind is RowFormat.jsonl  # the rows of JSONL need not have the same columns
     write_rows(counted(), RowFormat.jsonl if keeps_all else RowFormat.csv, output)
+    if broken:
+        told = f"warning: {broken} texts are not UTF-8 and were read with {NOT_UTF8} in them; save the file as UTF-8"
+        errors.print(told, highlight=False, soft_wrap=True)
     if labelled:
         errors.print(f"accuracy {right / labelled:.3f} on {labelled} rows that have a label", highlight=False)
 

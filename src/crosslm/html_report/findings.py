@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from crosslm.html_report.collect import RunView
 from crosslm.html_report.intervals import difference_is_noise
-from crosslm.report import waited_for
+from crosslm.report import declined, waited_for
 
 COLLAPSE = 0.75  # of the different word pairs before
 FEW_TEST_ROWS = 50  # of which each is two points of accuracy
@@ -93,6 +93,8 @@ def _silos(view: RunView) -> Iterator[Finding]:
                 "that label in every text, and what it is without the others says little.",
             )
     yield from _answers(view)
+    for client, why in declined(view.summary).items():
+        yield Finding("warning", f"client {client} did not accept what came back", why)
     for client, (_, high) in view.gains.items():
         if client != "mean" and high < 0:
             yield Finding(
