@@ -71,7 +71,7 @@ def test_a_file_of_another_encoding_is_named_as_such(tmp_path, data):
     with pytest.raises(DataError, match=r"x\.csv: 2 rows \(1, 2\) left out: not UTF-8; save the .*; no row is left"):
         load_examples("x.csv", data, LABELS)
     (tmp_path / "x.csv").write_bytes("text,label\ncafé,bad\n".encode("utf-16"))
-    with pytest.raises(DataError, match=r"x\.csv: is UTF-16; save it as UTF-8"):
+    with pytest.raises(DataError, match=r"x\.csv: is UTF-16 and must be UTF-8"):
         load_examples("x.csv", data, LABELS)
 
 

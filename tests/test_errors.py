@@ -138,7 +138,7 @@ CASES = {
         None,
         r"texts could not be written in 2 attempts each .*look at task.prompt and synthesis.stop",
     ),
-    RunError: (("evaluate", "nowhere"), None, r"nowhere: not a run folder .*crosslm run"),
+    RunError: (("evaluate", "nowhere"), None, r"nowhere: is not there; give a run folder that crosslm run"),
     # a client's upload does not end a run of others; the run ends when nobody is left, and says what each said
     UploadError: (
         ("run", "tickets.toml", "--output", "run", *OVERRIDES),
@@ -167,7 +167,7 @@ CASES = {
         None,
         r"client north failed: .*\(privacy.max_similarity\); the SLM is not taken back; look at",
     ),
-    FederationError: (("server", "nowhere"), None, r"nowhere: has no server.toml.* crosslm provision made"),
+    FederationError: (("server", "nowhere"), None, r"nowhere: is not there; name a folder that crosslm provision made"),
     PassingError: (("server", "kits/server"), flwr_fails, r"flwr run failed 3 times, start it again"),
     StoppedError: (
         ("run", "tickets.toml", "--output", "run", *OVERRIDES),
@@ -272,6 +272,27 @@ def test_a_message_names_what_it_is_about_and_what_to_do(message):
     )
     assert NEXT.search(words), f"says neither what is allowed nor what to do: {words!r}"
     assert not words.rstrip().endswith("!"), words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("doctor", "kits/nroth"), "kits/nroth: is not there; did you mean kits/north?"),
+        (("status", "kits/nroth"), "kits/nroth: is not there; did you mean kits/north?"),
+        (("client", "kits/nroth"), "kits/nroth: is not there; did you mean kits/north?"),
+        (("run", "tikets.toml"), "tikets.toml: is not there; did you mean tickets.toml?"),
+        (("run", "mine"), "mine: is a folder; name the configuration in it: mine/mine.toml"),
+    ],
+)
+def test_a_path_that_is_mistyped_is_told_with_what_stands_beside_it(shell, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("kits/north", "mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("tickets.toml", "mine/mine.toml"):
+        (tmp_path / file).write_text("")
+    code, out, err = shell(*arguments)
+    assert code == 2
+    assert message in (out + err).replace("\n", " ")
 
 
 # -- what a terminal shows -----------------------------------------------------------------------

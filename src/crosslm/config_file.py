@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from crosslm.config import Config, merged
 from crosslm.errors import ConfigError
-from crosslm.files import expanded
+from crosslm.files import expanded, missing
 
 
 def packaged() -> dict[str, Path]:
@@ -40,6 +40,10 @@ def load(
             what would be allowed.
     """
     path = packaged().get(str(source), Path(source))
+    if path.is_dir() and (inside := sorted(path.glob("*.toml"))):
+        raise ConfigError(f"{path}: is a folder; name the configuration in it: {' or '.join(map(str, inside))}")
+    if not path.exists() and (path.suffix == ".toml" or len(path.parts) > 1):
+        raise ConfigError(f"{missing(path)}; name a configuration file, or a packaged one: {', '.join(packaged())}")
     if not path.is_file():
         raise ConfigError(
             f"no configuration {str(source)!r}: not a file, and the packaged ones are {', '.join(packaged())}"

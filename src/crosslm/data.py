@@ -81,9 +81,12 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
         loaded.examples.texts.append(" ".join(text.split()))
         loaded.examples.labels.append(index[known])
     if unknown:
-        raise DataError(f"{source}: {_of_labels(unknown, labels)}")
+        raise DataError(
+            f"{source}: {_of_labels(unknown, labels)}; the task's labels are {list(labels)}; correct the file, or say "
+            "in data.label_names which of them it is"
+        )
     if not loaded.examples and (why := loaded.warnings()):
-        raise DataError(f"{'; '.join(why)}; no row is left")
+        raise DataError(f"{'; '.join(why)}; no row is left, and it must have some")
     return loaded
 
 
@@ -96,10 +99,7 @@ def _of_labels(unknown: Mapping[str, list[int]], labels: Sequence[str]) -> str:
         others = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
         told.append(f"row {rows[0]}{others} has {_shown(name)}{meant}")
     more = f", and {len(unknown) - NAMED_ROWS} labels more" if len(unknown) > NAMED_ROWS else ""
-    return (
-        f"{', '.join(told)}{more}; the task's labels are {list(labels)}; correct the file, or say in data.label_names "
-        "which of them it is"
-    )
+    return ", ".join(told) + more
 
 
 def _shown(label: str) -> str:
@@ -146,7 +146,7 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise DataError(f"{path}: is UTF-16; save it as UTF-8 (in a spreadsheet: CSV UTF-8)")
+            raise DataError(f"{path}: is UTF-16 and must be UTF-8; save it so (in a spreadsheet: CSV UTF-8)")
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig", "surrogateescape")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; name one that is there") from error

@@ -1,5 +1,6 @@
 """Writing a file whole or not at all, for everything that must survive a crash; and working in a folder alone."""
 
+import difflib
 import fcntl
 import os
 from collections.abc import Iterable, Iterator
@@ -80,6 +81,13 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def missing(path: Path) -> str:
+    """That a path is not there, with what stands beside it under a similar name."""
+    beside = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return f"{path}: is not there" + (f"; did you mean {path.parent / near[0]}?" if near else "")
 
 
 def is_running(pid: int) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from crosslm import __version__
 from crosslm.config import Config
 from crosslm.errors import RunError
-from crosslm.files import PARTIAL, alone, write_whole
+from crosslm.files import PARTIAL, alone, missing, write_whole
 
 if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
     from torch import Tensor
@@ -86,6 +86,8 @@ class RunDir:
             raise RunError(f"{path}: is a server's kit; its run folder is {path / 'run'}: give that")
         if not (path / CONFIG).is_file() and cls(path).is_locked():
             raise RunError(f"{path}: its run has not begun yet, models are being loaded; try again in a minute")
+        if not path.exists():
+            raise RunError(f"{missing(path)}; give a run folder that crosslm run has made")
         if not (path / CONFIG).is_file():
             raise RunError(f"{path}: not a run folder (it has no {CONFIG}); give one that crosslm run has made")
         return cls(path)

