@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -268,6 +269,40 @@ def test_a_silo_says_what_it_does_and_why_it_refused(silo, federated, models, fl
     with pytest.raises(DataError):
         Silo(silo.kit, silo.cache).private()
     assert "round 0: complete" in said()
+
+
+def test_a_silo_measures_on_its_own_test_rows_and_tells_nobody(silo, federated, models, shell):  # noqa: F811
+    """What the classifier is worth is known where its user is: before and after, and by a prediction."""
+    (silo.kit / "other.csv").write_text('text,label\n"good day",good\n"bad day",bad\n"good good",good\n')
+    change(silo.kit, data=silo.settings.data.model_copy(update={"test": "other.csv"}))
+    silo = Silo(silo.kit, silo.cache)
+    code, _, err = shell("predict", str(silo.kit), str(silo.kit / "other.csv"))
+    assert (code, "has no classifier yet" in err) == (2, True)
+    _, download = answer(silo, Config.model_validate(federated), models)
+    code, out, err = shell("predict", str(silo.kit), str(silo.kit / "other.csv"))
+    before = float(re.search(r"accuracy (\S+) on 3 rows", err)[1])
+    told = silo.install(silo.settings.experiment, 0, encode(download))
+    assert set(told) == {"round", "accepted"}
+    figures = silo.decision(0)["test"]
+    assert (figures["rows"], round(figures["before"], 3)) == (3, before)
+    returned = silo.slm()
+    assert figures["after"] == returned.accuracy(silo.test())
+    assert f"{figures['before']:.3f} before, {figures['after']:.3f} with it, on 3 test rows" in shell(
+        "status", str(silo.kit)
+    )[1].replace("\n", " ")
+    receipts = " ".join(path.read_text() for path in (silo.state / "receipts").iterdir())
+    assert '"test"' not in receipts
+    code, out, err = shell("predict", str(silo.kit), str(silo.kit / "other.csv"))
+    assert f"accuracy {figures['after']:.3f} on 3 rows" in err
+    assert out.splitlines()[0].startswith("text,label,predicted")
+
+
+def test_test_rows_that_are_not_there_are_not_measured_and_wrong_ones_stop_the_start(silo, shell):  # noqa: F811
+    change(silo.kit, data=silo.settings.data.model_copy(update={"test": "other.csv"}))
+    assert Silo(silo.kit, silo.cache).test() is None
+    (silo.kit / "other.csv").write_text("text,label\nday,grand\n")
+    code, _, err = shell("client", str(silo.kit))
+    assert (code, "other.csv: row 1 has the label 'grand'" in err) == (2, True)
 
 
 def test_a_training_that_was_killed_is_not_said_to_go_on():
