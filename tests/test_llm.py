@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from crosslm.config import LLMConfig, SynthesisConfig
+from crosslm.config_file import load, packaged
 from crosslm.errors import ConfigError, ModelError
 from crosslm.models.causal import weight_dtype
 from crosslm.models.llm import LLM
@@ -97,10 +98,30 @@ def test_in_bfloat16_the_merged_adapter_writes_what_the_adapter_would(models, fa
 def test_auto_is_bfloat16_where_the_processor_multiplies_in_it(models, monkeypatch):
     for capabilities, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
-        assert weight_dtype("auto") == expected
+        assert weight_dtype(LLMConfig(model="x", dtype="auto")) == expected
         assert tiny_llm(models, "gpt2", dtype="auto").model.dtype == expected
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch cannot tell
-    assert weight_dtype("auto") == torch.float32
+    assert weight_dtype(LLMConfig(model="x", dtype="auto")) == torch.float32
+
+
+@pytest.mark.parametrize("name", packaged())
+def test_weights_that_are_trained_themselves_are_in_float32(models, monkeypatch, name):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    config = load(name, ("llm.adapter=full",)).llm
+    assert {weight_dtype(config, device) for device in ("cpu", "cuda")} == {torch.float32}
+    llm = LLM.load(str(models / "gpt2"), config, 0)
+    assert {parameter.dtype for parameter in llm.model.parameters()} == {torch.float32}
+
+
+def test_a_step_of_full_fine_tuning_moves_nearly_every_weight(models, monkeypatch):
+    """In bfloat16 AdamW with this rate moves hardly any: it is less than half of the distance to the next number."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    llm = tiny_llm(models, "gpt2", adapter="full", dtype="auto")
+    before = llm.model.base_model.h[0].mlp.c_fc.weight.clone()
+    optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=1e-5, weight_decay=0.0)
+    (-llm.logps([llm.encode(text) for text in TEXTS])[0].sum()).backward()
+    optimizer.step()
+    assert (llm.model.base_model.h[0].mlp.c_fc.weight != before).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])

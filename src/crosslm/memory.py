@@ -95,7 +95,7 @@ def estimate(config: Config, llm: Shape, slms: Sequence[Shape], encoder: Shape) 
         slms: shape of each client's classifier.
         encoder: shape of the sentence encoder.
     """
-    size = weight_dtype(config.llm.dtype, config.device).itemsize
+    size = weight_dtype(config.llm, config.device).itemsize
     tokens = TEXT_TOKENS + config.synthesis.max_new_tokens
     # full: weights, frozen copy, gradients, two moments; LoRA: weights, and merged ones while it writes
     copies = 5 * llm.parameters if config.llm.adapter == "full" else 2 * llm.parameters - llm.embedding
