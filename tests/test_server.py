@@ -168,11 +168,11 @@ def test_with_a_floor_punished_texts_fall_so_far_and_no_further(models, config, 
     assert 0 > bounded.sum() > 0.6 * unbounded.sum()  # the others' fall takes a text a little beyond its floor
 
 
-def changed(server):
+def changed(server, by=0.05):
     """With an adapter that is not that of the beginning."""
     with torch.no_grad():
         for number, parameter in enumerate(server.llm.trainable_parameters()):
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+            parameter.add_(by * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
     return server
 
 
@@ -537,14 +537,15 @@ def test_selection_can_be_balanced_over_the_labels_and_without_bad_texts(models,
     assert select(pool, rewards.neg(), encoder, both)[1] == []
 
 
-def test_an_llm_that_is_not_its_original_at_the_first_update_is_an_error(models, task, config):
-    server = server_for(config, task, models)
-    with torch.no_grad():
-        for parameter in server.llm.trainable_parameters():
-            parameter.add_(0.1)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_llm_that_is_not_its_original_at_the_first_update_is_an_error(models, task, config, family, dtype):
+    server = server_for(config, task, models, family, dtype=dtype)
     drafts = synthesize(server.llm, task, config.synthesis, 4, 1)
+    assert changed(server, 0.02).llm.model.dtype == getattr(torch, dtype)
     with pytest.raises(ModelError, match="before the first update the LLM differs from its original"):
         server.update_llm(drafts, torch.ones(4), 0)
+    as_it_is = server_for(config, task, models, family, dtype=dtype).update_llm(drafts, torch.ones(4), 0)[0]
+    assert max(abs(as_it_is["log_ratio"]), abs(as_it_is["kl_loss"])) < 1e-4
 
 
 def test_a_parameter_that_gradients_do_not_reach_is_an_error(models, task, config):
