@@ -1,6 +1,7 @@
 """One step of the server: Eq. 4 to 10 put together."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from conftest import BAD, GOOD, sentences, tiny_llm
 
 from crosslm import llm_update
 from crosslm import server as server_module
-from crosslm.algorithm.losses import token_kl
+from crosslm.algorithm.losses import generation_loss, kl_loss, objective, token_kl
 from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
 from crosslm.client import Client
 from crosslm.config import Config, SelectionConfig
@@ -121,6 +122,58 @@ def test_the_gradient_is_that_of_the_plain_equations(models, config, task, famil
     assert loss == pytest.approx(float(plain.detach()), rel=1e-4)
     for parameter, gradient in zip(server.llm.trainable_parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_the_gradient_is_that_of_one_backward_pass_of_the_objective(models, config, task, family, adapter):
+    gammas = {"gamma_generation": 0.7, "gamma_language_modeling": 0.2, "gamma_kl": 0.3}
+    server = changed(server_for(config, task, models, family, adapter=adapter, **gammas))
+    drafts, rewards = synthesize(server.llm, task, config.synthesis, 4, 1), torch.tensor([1.0, -0.5, 0.3, -1.0])
+    statements = tokens_stated(server.llm, task, drafts, 0)
+    parameters = server.llm.trainable_parameters()
+    scores = server.llm.score([[*sample.prompt_ids, *sample.completion_ids] for sample in drafts.samples])
+    stated, _ = server.llm.logps(statements)
+    is_x = torch.zeros_like(scores.mask)
+    for row, sample in enumerate(drafts.samples):
+        start = len(sample.prompt_ids) - 1
+        is_x[row, start : start + len(sample.completion_ids)] = True
+    generation = generation_loss(scores.logps.sum(1), scores.reference_logps.sum(1), rewards)
+    whole = objective(generation, -stated.sum(1), kl_loss(scores.kl, is_x), *gammas.values())
+    expected = torch.autograd.grad(whole.mean(), parameters)
+    parts = backward(server.llm, server.config.llm, drafts, rewards, statements, [0, 1, 2, 3], 4)
+    assert parts["loss"] == pytest.approx(float(whole.detach().mean()), rel=1e-5)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+class Held:
+    """Counts the bytes that autograd keeps for backward passes."""
+
+    def __init__(self):
+        self.now = self.most = self.all = 0
+
+    def keep(self, tensor):
+        self.now, self.all = self.now + tensor.nbytes, self.all + tensor.nbytes
+        self.most = max(self.most, self.now)
+        weakref.finalize(kept := Kept(tensor), self.drop, tensor.nbytes)
+        return kept
+
+    def drop(self, size):
+        self.now -= size
+
+
+class Kept:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_the_activations_of_one_sequence_of_a_text_are_held_at_a_time(models, config, task):
+    server, held = server_for(config, task, models), Held()
+    drafts = synthesize(server.llm, task, config.synthesis, 4, 1)
+    statements = tokens_stated(server.llm, task, drafts, 0)
+    with torch.autograd.graph.saved_tensors_hooks(held.keep, lambda kept: kept.tensor):
+        backward(server.llm, server.config.llm, drafts, torch.ones(4), statements, [0, 1, 2, 3], 4)
+    assert held.most < 0.7 * held.all
 
 
 def test_mean_over_tokens_is_a_different_update(models, config, task, upload):

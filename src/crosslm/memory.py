@@ -100,9 +100,9 @@ def estimate(config: Config, llm: Shape, slms: Sequence[Shape], encoder: Shape) 
     # full: weights, frozen copy, gradients, two moments; LoRA: weights, and merged ones while it writes
     copies = 5 * llm.parameters if config.llm.adapter == "full" else 2 * llm.parameters - llm.embedding
     writing = config.synthesis.batch_size * (tokens * llm.layers * llm.key_value * size + 2 * llm.vocabulary * 4)
-    # [M(y), x] and [x, M'(y)] at once, and an anchor, which is shorter, by itself; an adapter keeps what it reads in
-    # float32, whatever the model's dtype
-    update = 2 * config.llm.micro_batch_size * activations(llm, tokens) * 4
+    # [M(y), x], [x, M'(y)] and an anchor each by itself; an adapter keeps what it reads in float32, whatever the
+    # model's dtype
+    update = config.llm.micro_batch_size * activations(llm, tokens) * 4
     largest = max(slms, key=lambda shape: shape.parameters)
     judging = min(config.reward.teachers - 1, len(slms))  # beside the one that arrives
     # of each client: its own, the one that it uploaded; and one in training: gradients, two moments, an upload; a judge
