@@ -442,6 +442,21 @@ def test_activations_by_hand():
     assert memory.activations(shape, 4) == 4 * 2 * (42 + 20 + 8)
 
 
+def test_writing_in_bfloat16_gathers_rows_of_the_head(config):
+    shape = memory.Shape(0, 0, vocabulary=1000, layers=2, hidden=30, inner=5, heads=1, key_value=6)
+    assert [memory.candidates(shape, top_k) for top_k in (1, 50, 900)] == [33 * 180, 100 * 180, 1000 * 180]
+
+    def writing(dtype):
+        sampling = config.synthesis.model_copy(update={"batch_size": 100, "max_new_tokens": 8, "top_k": 50})
+        llm = config.llm.model_copy(update={"dtype": dtype, "micro_batch_size": 1})
+        changed = config.model_copy(update={"llm": llm, "synthesis": sampling})
+        return memory.estimate(changed, shape, [shape], shape).parts["writing texts"]
+
+    tokens = memory.TEXT_TOKENS + 8
+    assert writing("float32") == 100 * (tokens * 2 * 6 * 4 + 2 * 1000 * 4)
+    assert writing("bfloat16") == 100 * (tokens * 2 * 6 * 2 + 2 * 1000 * 4 + 100 * 180)
+
+
 def test_full_fine_tuning_needs_more(config):
     shape = memory.Shape.of_config(MINILM, AutoModel)
     full = config.model_copy(update={"llm": config.llm.model_copy(update={"adapter": "full"})})
