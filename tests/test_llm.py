@@ -13,7 +13,7 @@ from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.config_file import load, packaged
 from crosslm.errors import ConfigError, ModelError
 from crosslm.models.causal import weight_dtype
-from crosslm.models.llm import LLM
+from crosslm.models.llm import LLM, _has_room
 from crosslm.models.tokens import TextEnd, distinct_tokens, verbalizer_ids
 
 FAMILIES = ("gpt2", "llama", "gemma3")
@@ -96,6 +96,14 @@ def test_in_bfloat16_the_merged_adapter_writes_what_the_adapter_would(models, fa
 
 
 def test_auto_is_bfloat16_where_the_processor_multiplies_in_it(models, monkeypatch):
+def test_what_pytorch_keeps_for_itself_is_room_for_a_merged_adapter(monkeypatch):
+    for name, found in (("mem_get_info", (100, 1000)), ("memory_reserved", 700), ("memory_allocated", 400)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert [_has_room(torch.device("cuda"), size) for size in (100, 400, 401)] == [True, True, False]
+    assert _has_room(torch.device("cpu"), 10**15)
+    assert not _has_room(torch.device("mps"), 1)
+
+
     for capabilities, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
         assert weight_dtype(LLMConfig(model="x", dtype="auto")) == expected

@@ -310,8 +310,14 @@ class LLM:
 
 
 def _has_room(device: torch.device, size: int) -> bool:
-    """Whether so many more bytes are sure to fit; on the CPU they were counted before the run began."""
-    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= size)
+    """Whether so many more bytes are sure to fit; on the CPU they were counted before the run began.
+
+    What PyTorch keeps for itself counts as free, or what was done before would decide how texts are rounded.
+    """
+    if device.type != "cuda":
+        return device.type == "cpu"
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept >= size
 
 
 def _unflatten(values: Tensor, mask: Tensor) -> Tensor:
