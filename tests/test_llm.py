@@ -234,6 +234,23 @@ def test_eq_1_multi_token_verbalizers_by_the_definition(models, family):
 
 
 def test_perplexity_by_the_definition(models, family):
+def test_verbalizers_of_several_tokens_score_their_own_tokens_alone(models, family, monkeypatch):
+    llm = tiny_llm(models, family)
+    disturb(llm)
+    verbalizers = [llm.encode(" bad one")[1:], llm.encode(" good")[1:]]
+    assert len(verbalizers[0]) == 2
+    queries = [llm.encode(f"{text} This is") for text in TEXTS]
+    scored, scoring = [], llm_module.head_logps
+    monkeypatch.setattr(llm_module, "head_logps", lambda h, w, t: (scored.append(len(t)), scoring(h, w, t))[1])
+    actual = llm._verbalizer_logps(queries, verbalizers)
+    assert scored == [len(TEXTS) * len(words) for words in verbalizers]
+    for column, words in enumerate(verbalizers):
+        logps, _ = llm.logps([[*query, *words] for query in queries])
+        for row, query in enumerate(queries):
+            expected = logps[row, len(query) - 1 : len(query) - 1 + len(words)].sum()
+            torch.testing.assert_close(actual[row, column], expected, atol=1e-5, rtol=1e-5)
+
+
     llm = tiny_llm(models, family)
     text = "a good film and a bad day. " * 4
     with torch.no_grad():

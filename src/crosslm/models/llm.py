@@ -217,12 +217,16 @@ class LLM:
         return text if len(ids) <= tokens else str(self.tokenizer.decode(ids[:tokens]))
 
     def _verbalizer_logps(self, queries: list[list[int]], verbalizer_ids: Sequence[Sequence[int]]) -> Tensor:
-        """``log P(V(y)|M(x))``, ``(texts, labels)``."""
+        """``log P(V(y)|M(x))``, ``(texts, labels)``; the head meets the verbalizer's tokens and not the query's."""
         columns = []
         for verbalizer in verbalizer_ids:
-            logps, _ = self.logps([[*query, *verbalizer] for query in queries])
-            places = [slice(len(query) - 1, len(query) - 1 + len(verbalizer)) for query in queries]
-            columns.append(torch.stack([row[place].sum() for row, place in zip(logps, places, strict=True)]))
+            ids, attention = self._pad([[*query, *verbalizer] for query in queries])
+            hidden = self._hidden(self._causal().base_model, ids, attention)
+            first = torch.tensor([len(query) - 1 for query in queries], device=self.device)
+            places = first.unsqueeze(1) + torch.arange(len(verbalizer), device=self.device)
+            asked = hidden[torch.arange(len(queries), device=self.device).unsqueeze(1), places].flatten(0, 1)
+            targets = torch.tensor(verbalizer, device=self.device).repeat(len(queries))
+            columns.append(head_logps(asked, self._head(), targets).view(len(queries), -1).sum(dim=1))
         return torch.stack(columns, dim=1).cpu()
 
     @torch.inference_mode()
