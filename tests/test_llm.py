@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.config_file import load, packaged
 from crosslm.errors import ConfigError, ModelError
+from crosslm.models import llm as llm_module
 from crosslm.models.causal import weight_dtype
 from crosslm.models.llm import LLM, _has_room
 from crosslm.models.tokens import TextEnd, distinct_tokens, verbalizer_ids
@@ -95,7 +96,6 @@ def test_in_bfloat16_the_merged_adapter_writes_what_the_adapter_would(models, fa
         assert logps.max() - logps[written[place]] < 0.25  # the likeliest token, or one as likely but for rounding
 
 
-def test_auto_is_bfloat16_where_the_processor_multiplies_in_it(models, monkeypatch):
 def test_what_pytorch_keeps_for_itself_is_room_for_a_merged_adapter(monkeypatch):
     for name, found in (("mem_get_info", (100, 1000)), ("memory_reserved", 700), ("memory_allocated", 400)):
         monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
@@ -104,6 +104,7 @@ def test_what_pytorch_keeps_for_itself_is_room_for_a_merged_adapter(monkeypatch)
     assert not _has_room(torch.device("mps"), 1)
 
 
+def test_auto_is_bfloat16_where_the_processor_multiplies_in_it(models, monkeypatch):
     for capabilities, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
         assert weight_dtype(LLMConfig(model="x", dtype="auto")) == expected
@@ -233,7 +234,6 @@ def test_eq_1_multi_token_verbalizers_by_the_definition(models, family):
     torch.testing.assert_close(actual, likelihood / likelihood.sum(), atol=1e-5, rtol=1e-4)
 
 
-def test_perplexity_by_the_definition(models, family):
 def test_verbalizers_of_several_tokens_score_their_own_tokens_alone(models, family, monkeypatch):
     llm = tiny_llm(models, family)
     disturb(llm)
@@ -251,6 +251,7 @@ def test_verbalizers_of_several_tokens_score_their_own_tokens_alone(models, fami
             torch.testing.assert_close(actual[row, column], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_perplexity_by_the_definition(models, family):
     llm = tiny_llm(models, family)
     text = "a good film and a bad day. " * 4
     with torch.no_grad():
@@ -337,11 +338,14 @@ def test_the_adapter_loads_with_peft_and_gives_the_same_scores(models, family, t
     assert again.fingerprint() == llm.fingerprint()
 
 
-def test_a_fully_trained_model_loads_again_with_its_original(models, family, tmp_path):
+def test_a_fully_trained_model_loads_again_with_its_original(models, family, tmp_path, monkeypatch):
     llm = tiny_llm(models, family, adapter="full")
     disturb(llm)
     llm.save(str(tmp_path))
-    again = LLM.load_trained(str(models / family), str(tmp_path), llm.config)
+    with monkeypatch.context() as patched:  # a third copy
+        patched.setattr(llm_module, "copy", None)
+        again = LLM.load_trained(str(models / family), str(tmp_path), llm.config)
+    assert not any(parameter.requires_grad for parameter in again._frozen.parameters())
     ids = [llm.encode(TEXTS[0])]
     torch.testing.assert_close(again.score(ids).kl, llm.score(ids).kl)
 

@@ -50,14 +50,17 @@ class TokenScores:
 class LLM:
     """A causal language model with its tokenizer and, for ``adapter = "lora"``, its adapter."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: LLMConfig) -> None:
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, config: LLMConfig, original: Any = None
+    ) -> None:
+        """Wrap a loaded model; ``original`` is theta_old of full fine-tuning, by default a copy of the model."""
         self.tokenizer = tokenizer
         self.config = config
         self.model = model
         self._frozen: Any = None
         check_head(model)
         if config.adapter == "full":
-            self._frozen = copy.deepcopy(model).eval().requires_grad_(False)
+            self._frozen = (copy.deepcopy(model) if original is None else original).eval().requires_grad_(False)
         elif not isinstance(model, PeftModel):
             self.model = get_peft_model(model, lora_config(model, config))
         self.model.eval()
@@ -82,9 +85,7 @@ class LLM:
             model, trained_tokenizer = load_causal(trained, config, device)
             if tokenizer.get_vocab() != trained_tokenizer.get_vocab():
                 raise ModelError(f"{trained}: has another vocabulary than {folder}; have llm.vocabulary_texts changed?")
-            llm = cls(model, tokenizer, config)
-            llm._frozen = original.eval().requires_grad_(False)
-            return llm
+            return cls(model, tokenizer, config, original)
         model, tokenizer = load_causal(folder, config, device)
         try:
             adapted = PeftModel.from_pretrained(model, trained, is_trainable=True)
