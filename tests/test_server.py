@@ -2,12 +2,13 @@
 
 import dataclasses
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import BAD, GOOD, sentences, tiny_llm
 
-from crosslm import llm_update
+from crosslm import enhancement, llm_update
 from crosslm import server as server_module
 from crosslm.algorithm.losses import generation_loss, kl_loss, objective, token_kl
 from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
@@ -529,6 +530,21 @@ def test_receipts_say_why(models, task, config):
     assert [receipt.rank for receipt in receipts] == [2, 3, 1, 4]
     assert receipts[0].diversity == pytest.approx(0, abs=1e-6)
     assert receipts[2].score == pytest.approx(0.5 * (1 - 0.5**0.5), abs=1e-6)
+
+
+def test_vectors_stay_where_they_were_made_and_diversities_come_back(models, task, config, monkeypatch):
+    class Elsewhere:
+        def cpu(self):
+            return torch.ones(4)
+
+    encoder = SentenceEncoder(str(models / "encoder"))
+    monkeypatch.setattr(encoder, "_model", SimpleNamespace(encode=lambda texts, **_: torch.ones(4, 2, device="meta")))
+    assert encoder.encode(["a"] * 4).device.type == "meta"
+    pool, met = synthesize(tiny_llm(models, "gpt2"), task, config.synthesis, 4, 1), []
+    monkeypatch.setattr(enhancement, "diversity", lambda vectors: (met.append(vectors.device.type), Elsewhere())[1])
+    receipts, _ = select(SyntheticSet(pool.samples), torch.ones(4), encoder, SelectionConfig(fraction=0.5))
+    assert met == ["meta"]
+    assert [receipt.diversity for receipt in receipts] == [1.0] * 4
 
 
 def test_the_llm_has_a_say_in_what_is_kept(models, task, config):
