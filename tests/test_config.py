@@ -120,7 +120,8 @@ def test_the_preset_holds_for_a_configuration_made_in_python_too(settings):
 def test_full_fine_tuning_in_bfloat16_is_refused(write):
     for overrides in (("llm.adapter=full", "llm.dtype=bfloat16"), ("llm.dtype=bfloat16", "llm.adapter=full")):
         with pytest.raises(
-            ConfigError, match=r'own.toml with --set llm\.\S+: llm: llm.adapter = "full" .*; found llm.dtype = "bfloat16"'
+            ConfigError,
+            match=r'own.toml with --set llm\.\S+: llm: llm.adapter = "full" .*; found llm.dtype = "bfloat16"',
         ):
             load(write(), overrides)
     assert load(write(), ("llm.adapter=full", "llm.dtype=auto")).llm.dtype == "auto"

@@ -15,8 +15,8 @@ from crosslm.task import Task
 
 ANCHOR_TOKENS, ANCHORS_A_STEP = 48, 8
 AT_FIRST = 1e-2
-"""Nats of a text between the LLM and its original before the first update, at most: the same kernels on the same numbers
-give 0, in bfloat16 as well."""
+"""Nats of a text between the LLM and its original before the first update, at most: the same kernels on the same
+numbers give 0, in bfloat16 as well."""
 
 
 def one_pass(
@@ -95,8 +95,8 @@ def backward(
 ) -> dict[str, float]:
     """Add the gradients of these rows' share of the batch's mean loss; gives its parts.
 
-    Eq. 9 is a sum: what it says of ``[M(y), x]`` goes backward before ``[x, M'(y)]`` is read, so that the activations of
-    one of them are held at a time.
+    Eq. 9 is a sum: what it says of ``[M(y), x]`` goes backward before ``[x, M'(y)]`` is read, so that the activations
+    of one of them are held at a time.
     """
     gammas = config.gamma_generation, config.gamma_language_modeling, config.gamma_kl
     samples = [drafts.samples[row] for row in rows]

@@ -50,9 +50,7 @@ class TokenScores:
 class LLM:
     """A causal language model with its tokenizer and, for ``adapter = "lora"``, its adapter."""
 
-    def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, config: LLMConfig, original: Any = None
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: LLMConfig, original: Any = None) -> None:
         """Wrap a loaded model; ``original`` is theta_old of full fine-tuning, by default a copy of the model."""
         self.tokenizer = tokenizer
         self.config = config

@@ -128,7 +128,7 @@ class LLMConfig(Section):
     def _no_training_of_bfloat16(self) -> Self:
         if self.adapter == "full" and self.dtype == "bfloat16":
             raise ValueError(
-                'llm.adapter = "full" trains the weights themselves, and in bfloat16 most of them are too coarse to move; '
+                'llm.adapter = "full" trains the weights themselves, and in bfloat16 most are too coarse to move; '
                 'found llm.dtype = "bfloat16", allowed are "float32" and "auto" (which is float32 here)'
             )
         return self
