@@ -8,8 +8,9 @@ would not help it, since it samples on until the last of its rows has ended. Wha
 Ours runs with the dtype of the demo's configuration (``auto``: bfloat16 where the processor multiplies in it) and in
 float32; transformers in float32, as it loads the model, and, for comparison, in the same dtype as ours.
 
-Checked: with top-k 1 both write the same tokens in float32; with top-k 50 the kept tokens are equally likely under the
-model in float32, whatever wrote them.
+Checked: with top-k 1 both write the same tokens in float32, in 95 of 100 texts at least (a tie may be rounded either
+way); with top-k 50 the kept tokens are equally likely under the model in float32, whatever wrote them: their mean
+log-probabilities differ by half a nat at most, most of it chance.
 """
 
 import statistics
@@ -17,7 +18,7 @@ import time
 from typing import Any
 
 import torch
-from measure import arguments, finish, in_turn, matrix_rate, peak_memory, ratio, spread
+from measure import agree, arguments, finish, in_turn, matrix_rate, peak_memory, ratio, spread
 from transformers import AutoModelForCausalLM
 
 from crosslm.config import Config, SynthesisConfig
@@ -198,6 +199,9 @@ def main() -> None:
         "new_tokens": NEW_TOKENS,
         "peak_bytes": peak_memory(),
     }
+    others = {name: abs(figures["mean_logp"]["hf"] - value) for name, value in figures["mean_logp"].items()}
+    unlike = {"share of texts that differ with top-k 1 in float32": (1 - same["float32"], 0.05)}
+    agree(unlike | {f"mean log-probability, {name}": (found, 0.5) for name, found in others.items()})
     finish("generation", figures, options)
 
 

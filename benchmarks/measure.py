@@ -1,7 +1,8 @@
 """What the benchmarks share: timing two sides in turn, memory of a process of its own, and the last line.
 
-A time here is a ratio's half: both sides run in the same process group on the same machine, in turn, so that a machine
-that is slow for a while is slow for both. Memory is the largest resident size of a separate process.
+A time here is a ratio's half: both sides run in one process, in turn (TRL in its own, between two blocks of ours), so
+that a machine that is slow for a while is slow for both. Memory is the largest resident size of a process: of another
+one that does one thing (:func:`peak_of`), or of the script's own with all that it did (:func:`peak_memory`).
 """
 
 import argparse
@@ -51,6 +52,24 @@ def in_turn(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, l
             if repeat >= 0:
                 seconds[name].append(own if isinstance(own, float) else time.perf_counter() - started)
     return seconds
+
+
+def agree(differences: dict[str, tuple[float, float]]) -> None:
+    """Find out that the sides did the same work, or their times mean nothing; to be asked before :func:`finish`.
+
+    Args:
+        differences: by what differs: by how much, and how much is allowed.
+
+    Raises:
+        SystemExit: something differs by more.
+    """
+    wrong = [
+        f"{what}: {found:.3g}, at most {allowed:g} is allowed"
+        for what, (found, allowed) in differences.items()
+        if not found <= allowed  # so that nan is wrong too
+    ]
+    if wrong:
+        raise SystemExit(f"the sides do not agree, so no figures are given: {'; '.join(wrong)}")
 
 
 def spread(values: list[float]) -> dict[str, float]:

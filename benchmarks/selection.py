@@ -1,15 +1,15 @@
 """Diversity (Eq. 10): ours against sentence-transformers' mining, and alone on large pools.
 
 The vectors are those of the demo's real sentences and, to make more of them, of mixtures of two sentences and noise.
-Checked: on the same vectors both find the same nearest neighbour similarity; for a million vectors, which are searched
-approximately, recall is measured on a thousand of them against the exact answer.
+Checked: on the same vectors both find the same nearest neighbour similarity, to 1e-5; for a million vectors, which are
+searched approximately, recall is measured on a thousand of them against the exact answer, and is 0.99 at least.
 """
 
 import time
 
 import torch
 from generation import demo_config
-from measure import arguments, finish, in_turn, peak_memory, peak_of, ratio, spread
+from measure import agree, arguments, finish, in_turn, peak_memory, peak_of, ratio, spread
 from sentence_transformers import util
 
 from crosslm.algorithm.selection import approximate_diversity, diversity
@@ -96,6 +96,7 @@ def main() -> None:
     if options.device == "cpu":
         sizes = (small, 2 * small) if options.quick else (50_000, 100_000, 500_000, 1_000_000)
         figures["peak_bytes"] = {str(size): peak_of(__file__, "--memory", str(size)) for size in sizes}
+    agree({"diversity": (difference, 1e-5), "share of neighbours not found": (1 - figures["recall_1m"], 0.01)})
     finish("selection", figures, options)
 
 

@@ -5,11 +5,18 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import BAD, GOOD, sentences, tiny_llm
 
-from crosslm.config import Config
+from crosslm.config import Config, SynthesisConfig
+from crosslm.examples import Examples
 from crosslm.experiment import run_local
+from crosslm.models import graph_decoding
+from crosslm.models import llm as llm_module
+from crosslm.models.slm import SLM
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -84,6 +91,157 @@ def test_kept_figures_are_not_overwritten_by_fewer(monkeypatch, tmp_path, capsys
     assert json.loads((tmp_path / "performance-update.json").read_text())["ratio"] == 1.0
     measure.finish("update", {"ratio": 3.0, "ratio_vs_trl": 4.0, "more": 5.0}, options)
     assert json.loads((tmp_path / "performance-update.json").read_text())["more"] == 5.0
+
+
+@pytest.fixture
+def quick(models, config, monkeypatch, tmp_path):
+    """Run a benchmark's main on tiny models, with ``--quick``; gives its figures, and may change its modules first."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # no bfloat16, whatever this processor has
+    rows = Examples(sentences(GOOD, 40) + sentences(BAD, 40), [1] * 40 + [0] * 40)
+    llm = config.llm.model_copy(update={"model": str(models / "gemma3")})
+    tiny = config.model_copy(update={"llm": llm})
+    places = {
+        "demo_config": lambda vocabulary: tiny,
+        "original_llm": lambda *_: str(models / "gemma3"),
+        "load_split": lambda _: SimpleNamespace(private={"north": rows}, test=rows, judge=rows),
+        "matrix_rate": lambda *_: 1e9,
+        "peak_of": lambda *_: 100,
+    }
+
+    def run(name, change=lambda module: None):
+        for module in (importlib.import_module("generation"), importlib.import_module(name)):
+            for place, stand_in in places.items():
+                if hasattr(module, place):
+                    monkeypatch.setattr(module, place, stand_in)
+        change(module)
+        path = tmp_path / f"{name}.json"
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", "--json", str(path)])
+        module.main()
+        return json.loads(path.read_text())
+
+    return run
+
+
+def test_generation_is_measured_and_checked(quick, monkeypatch):
+    figures = quick("generation")
+    assert figures["same_greedy_texts"]["float32"] == 1.0
+    assert set(figures["mean_logp"]) == {"hf", "ours", "ours_float32", "hf_same_dtype"}
+
+    def spoil(module):
+        monkeypatch.setattr(module.Generate, "keep", lambda side, rows: module.Side.keep(side, [[0], *rows[1:]]))
+
+    with pytest.raises(SystemExit, match=r"do not agree.*: share of texts that differ with top-k 1 in float32: 0\.06"):
+        quick("generation", spoil)
+
+
+def test_the_update_is_measured_and_checked(quick, monkeypatch):
+    figures = quick("update")
+    assert figures["whole"]["largest_relative_difference"]["ours_float32"] < 1e-3
+    assert len(figures["whole"]["losses"]["plain"]) == 4
+    assert figures["trimmed"]["ratio_float32"] > 0
+
+    def spoil(module):
+        drafted = module.tokens_stated  # the plain way alone asks for it there
+        monkeypatch.setattr(module, "tokens_stated", lambda *given: [row[:-1] for row in drafted(*given)])
+
+    with pytest.raises(SystemExit, match=r"do not agree.*: losses, whole vocabulary, ours_float32"):
+        quick("update", spoil)
+
+
+def test_selection_is_measured_and_checked(quick, monkeypatch):
+    def smaller(module):
+        vectors, sizes = module.vectors, {2_000: 300, 5_000: 500, 20_000: 2_000}
+        monkeypatch.setattr(module, "vectors", lambda count, device: vectors(sizes[count], device))
+
+    assert quick("selection", smaller)["largest_difference"] < 1e-5
+
+    def spoil(module):
+        mined = module.mined
+        monkeypatch.setattr(module, "mined", lambda points: mined(points) + 1e-3)
+
+    with pytest.raises(SystemExit, match=r"do not agree.*: diversity: 0\.001, at most 1e-05 is allowed"):
+        quick("selection", spoil)
+
+
+def test_the_slms_training_is_measured_and_checked(quick, monkeypatch):
+    figures = quick("slm")
+    assert set(figures["accuracy"]) == {"ours", "trainer"}
+
+    def spoil(module):
+        monkeypatch.setattr(module.SLM, "accuracy", lambda slm, _: float(slm is trained[-1]))
+        fit = module.SLM.fit
+        monkeypatch.setattr(module.SLM, "fit", lambda slm, *given: (trained.append(slm), fit(slm, *given))[1])
+
+    trained = [None]
+    with pytest.raises(SystemExit, match=r"do not agree.*: mean accuracy: 1, at most 0.2 is allowed"):
+        quick("slm", spoil)
+
+
+def test_an_arrival_is_measured_in_all_its_parts(quick, models, config, monkeypatch):
+    gate = config.gate.model_copy(update={"enabled": True, "margin": 0.0, "min_texts": 1000})
+    changed = config.model_copy(update={"gate": gate, "llm": config.llm.model_copy(update={"model": "gemma3"})})
+
+    def tiny(module):
+        monkeypatch.setattr(module, "demo_config", lambda _: changed)
+        monkeypatch.setattr(module, "model_folder", lambda name, _: name)
+        monkeypatch.setattr(module, "client_specs", lambda config, names: dict.fromkeys(names, config.slm.models[0]))
+
+    before = torch.Tensor.backward, llm_module.head_scores, graph_decoding.recorded
+    found = quick("arrival", tiny)
+    assert before == (torch.Tensor.backward, llm_module.head_scores, graph_decoding.recorded)  # all is put back
+    assert "Clock" not in torch.optim.AdamW.step.__qualname__
+    assert set(found["shares"]) == {
+        "backward of LLM and SLM",
+        "generate: backbone",
+        "generate: head",
+        "generate: sample",
+        "optimizer",
+        "select: encode",
+        "slm: forward",
+        "slm: predict",
+        "update: forward",
+        "update: head",
+        "update: reference",
+    }
+    assert 0 < sum(found["shares"].values()) < 1.05
+
+
+def test_a_recorded_step_is_timed_as_one_and_never_while_it_is_recorded(models, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    arrival = importlib.import_module("arrival")
+    llm = tiny_llm(models, "llama")
+    slm = SLM.load(str(models / "bert"), ("bad", "good"), 32, 0)
+    monkeypatch.setattr(llm_module, "can_be_recorded", lambda *_: True)
+    monkeypatch.setattr(graph_decoding, "recorded", lambda step: lambda: step())  # as on a GPU, another function
+    clock = arrival.Clock("cpu")
+    arrival.watch_models(clock, SimpleNamespace(llm=llm), slm)
+    llm.generate([(3, 4)], [0], SynthesisConfig(max_new_tokens=5, stop=()))
+    clock.stop()
+    assert set(clock.seconds) == {
+        "generate: backbone",
+        "generate: head",
+        "generate: sample",
+        "generate: recorded step",
+    }
+    gpu, waited = arrival.Clock("cuda"), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    for is_recording in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=is_recording: now)
+        assert gpu.timed(lambda: "done", "step")() == "done"
+        assert (bool(waited), bool(gpu.seconds)) == (not is_recording, not is_recording)
+
+
+def test_a_figure_inside_another_has_a_row(monkeypatch):
+    results = loaded("results", monkeypatch)
+    assert results.figure_at({"a": {"b": 1.5}}, "a.b") == 1.5
+    assert results.figure_at({"a": {"b": 0}}, "a.b") == 0
+    for lacking in ({}, {"a": 3}, {"a": {}}):
+        assert results.figure_at(lacking, "a.b") is None
+    kept = {path.stem: json.loads(path.read_text()) for path in results.RESULTS.glob("performance-*.json")}
+    page = results.performance(kept)
+    ratio = kept["performance-update"]["trimmed"]["ratio_float32"]
+    assert f"| `trimmed.ratio_float32` | **{ratio}** |" in page
 
 
 def test_which_texts_step_5_learns_from_is_measured_and_gone_on_with(settings, tmp_path, monkeypatch):

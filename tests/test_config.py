@@ -117,6 +117,17 @@ def test_the_preset_holds_for_a_configuration_made_in_python_too(settings):
     assert not Config.model_validate({**settings, "preset": "paper"}).reward.correct_prior
 
 
+def test_full_fine_tuning_in_bfloat16_is_refused(write):
+    for overrides in (("llm.adapter=full", "llm.dtype=bfloat16"), ("llm.dtype=bfloat16", "llm.adapter=full")):
+        with pytest.raises(
+            ConfigError,
+            match=r'own.toml with --set llm\.\S+: llm: llm.adapter = "full" .*; found llm.dtype = "bfloat16"',
+        ):
+            load(write(), overrides)
+    assert load(write(), ("llm.adapter=full", "llm.dtype=auto")).llm.dtype == "auto"
+    assert load(write(), ("llm.adapter=lora", "llm.dtype=bfloat16")).llm.dtype == "bfloat16"
+
+
 def test_overrides_are_toml_or_else_text(write):
     config = load(
         write(), ("llm.samples=3", "synthesis.stop=['x']", "name=other", "selection.nonpositive_rewards=drop")

@@ -87,6 +87,21 @@ def test_top_logits_are_those_of_float32(dtype):
     assert dtype == torch.float32 or len((hidden @ weight.T).topk(50).values[0].unique()) < 50
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("tied", [3, 30])
+def test_the_likeliest_of_tokens_that_are_alike_in_bfloat16_are_found(count, tied):
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.01 * torch.randn(5000, 64, generator=generator)
+    places = torch.randperm(5000, generator=generator)[:tied]
+    weight[places] = 0.3125  # 64 of them are 20, where numbers in bfloat16 are 1/8 apart
+    weight[places, 0] += torch.arange(tied) / 512
+    hidden, weight = torch.ones(1, 64).bfloat16(), weight.bfloat16()
+    assert (hidden @ weight[places].T).unique().tolist() == [20]
+    top, tokens = head.top_logits(hidden, weight, count)
+    assert tokens[0].tolist() == places.flip(0)[:count].tolist()
+    assert top[0].tolist() == [20 + (tied - 1 - place) / 512 for place in range(count)]
+
+
 def test_more_logits_than_the_vocabulary_has():
     top, tokens = head.top_logits(torch.ones(1, 2).bfloat16(), torch.tensor([[1.0, 0], [2, 0]]).bfloat16(), 50)
     assert top.tolist() == [[2, 1]]

@@ -10,9 +10,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from crosslm.config import LLMConfig, SynthesisConfig
+from crosslm.config_file import load, packaged
 from crosslm.errors import ConfigError, ModelError
+from crosslm.models import llm as llm_module
 from crosslm.models.causal import weight_dtype
-from crosslm.models.llm import LLM
+from crosslm.models.llm import LLM, _has_room
 from crosslm.models.tokens import TextEnd, distinct_tokens, verbalizer_ids
 
 FAMILIES = ("gpt2", "llama", "gemma3")
@@ -94,13 +96,41 @@ def test_in_bfloat16_the_merged_adapter_writes_what_the_adapter_would(models, fa
         assert logps.max() - logps[written[place]] < 0.25  # the likeliest token, or one as likely but for rounding
 
 
+def test_what_pytorch_keeps_for_itself_is_room_for_a_merged_adapter(monkeypatch):
+    for name, found in (("mem_get_info", (100, 1000)), ("memory_reserved", 700), ("memory_allocated", 400)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert [_has_room(torch.device("cuda"), size) for size in (100, 400, 401)] == [True, True, False]
+    assert _has_room(torch.device("cpu"), 10**15)
+    assert not _has_room(torch.device("mps"), 1)
+
+
 def test_auto_is_bfloat16_where_the_processor_multiplies_in_it(models, monkeypatch):
     for capabilities, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
-        assert weight_dtype("auto") == expected
+        assert weight_dtype(LLMConfig(model="x", dtype="auto")) == expected
         assert tiny_llm(models, "gpt2", dtype="auto").model.dtype == expected
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch cannot tell
-    assert weight_dtype("auto") == torch.float32
+    assert weight_dtype(LLMConfig(model="x", dtype="auto")) == torch.float32
+
+
+@pytest.mark.parametrize("name", packaged())
+def test_weights_that_are_trained_themselves_are_in_float32(models, monkeypatch, name):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    config = load(name, ("llm.adapter=full",)).llm
+    assert {weight_dtype(config, device) for device in ("cpu", "cuda")} == {torch.float32}
+    llm = LLM.load(str(models / "gpt2"), config, 0)
+    assert {parameter.dtype for parameter in llm.model.parameters()} == {torch.float32}
+
+
+def test_a_step_of_full_fine_tuning_moves_nearly_every_weight(models, monkeypatch):
+    """In bfloat16 AdamW with this rate moves hardly any: it is less than half of the distance to the next number."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    llm = tiny_llm(models, "gpt2", adapter="full", dtype="auto")
+    before = llm.model.base_model.h[0].mlp.c_fc.weight.clone()
+    optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=1e-5, weight_decay=0.0)
+    (-llm.logps([llm.encode(text) for text in TEXTS])[0].sum()).backward()
+    optimizer.step()
+    assert (llm.model.base_model.h[0].mlp.c_fc.weight != before).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
@@ -204,6 +234,23 @@ def test_eq_1_multi_token_verbalizers_by_the_definition(models, family):
     torch.testing.assert_close(actual, likelihood / likelihood.sum(), atol=1e-5, rtol=1e-4)
 
 
+def test_verbalizers_of_several_tokens_score_their_own_tokens_alone(models, family, monkeypatch):
+    llm = tiny_llm(models, family)
+    disturb(llm)
+    verbalizers = [llm.encode(" bad one")[1:], llm.encode(" good")[1:]]
+    assert len(verbalizers[0]) == 2
+    queries = [llm.encode(f"{text} This is") for text in TEXTS]
+    scored, scoring = [], llm_module.head_logps
+    monkeypatch.setattr(llm_module, "head_logps", lambda h, w, t: (scored.append(len(t)), scoring(h, w, t))[1])
+    actual = llm._verbalizer_logps(queries, verbalizers)
+    assert scored == [len(TEXTS) * len(words) for words in verbalizers]
+    for column, words in enumerate(verbalizers):
+        logps, _ = llm.logps([[*query, *words] for query in queries])
+        for row, query in enumerate(queries):
+            expected = logps[row, len(query) - 1 : len(query) - 1 + len(words)].sum()
+            torch.testing.assert_close(actual[row, column], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_perplexity_by_the_definition(models, family):
     llm = tiny_llm(models, family)
     text = "a good film and a bad day. " * 4
@@ -291,11 +338,14 @@ def test_the_adapter_loads_with_peft_and_gives_the_same_scores(models, family, t
     assert again.fingerprint() == llm.fingerprint()
 
 
-def test_a_fully_trained_model_loads_again_with_its_original(models, family, tmp_path):
+def test_a_fully_trained_model_loads_again_with_its_original(models, family, tmp_path, monkeypatch):
     llm = tiny_llm(models, family, adapter="full")
     disturb(llm)
     llm.save(str(tmp_path))
-    again = LLM.load_trained(str(models / family), str(tmp_path), llm.config)
+    with monkeypatch.context() as patched:  # a third copy
+        patched.setattr(llm_module, "copy", None)
+        again = LLM.load_trained(str(models / family), str(tmp_path), llm.config)
+    assert not any(parameter.requires_grad for parameter in again._frozen.parameters())
     ids = [llm.encode(TEXTS[0])]
     torch.testing.assert_close(again.score(ids).kl, llm.score(ids).kl)
 

@@ -1,14 +1,16 @@
 """One step of the server: Eq. 4 to 10 put together."""
 
 import dataclasses
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import BAD, GOOD, sentences, tiny_llm
 
-from crosslm import llm_update
+from crosslm import enhancement, llm_update
 from crosslm import server as server_module
-from crosslm.algorithm.losses import token_kl
+from crosslm.algorithm.losses import generation_loss, kl_loss, objective, token_kl
 from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
 from crosslm.client import Client
 from crosslm.config import Config, SelectionConfig
@@ -123,6 +125,58 @@ def test_the_gradient_is_that_of_the_plain_equations(models, config, task, famil
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_the_gradient_is_that_of_one_backward_pass_of_the_objective(models, config, task, family, adapter):
+    gammas = {"gamma_generation": 0.7, "gamma_language_modeling": 0.2, "gamma_kl": 0.3}
+    server = changed(server_for(config, task, models, family, adapter=adapter, **gammas))
+    drafts, rewards = synthesize(server.llm, task, config.synthesis, 4, 1), torch.tensor([1.0, -0.5, 0.3, -1.0])
+    statements = tokens_stated(server.llm, task, drafts, 0)
+    parameters = server.llm.trainable_parameters()
+    scores = server.llm.score([[*sample.prompt_ids, *sample.completion_ids] for sample in drafts.samples])
+    stated, _ = server.llm.logps(statements)
+    is_x = torch.zeros_like(scores.mask)
+    for row, sample in enumerate(drafts.samples):
+        start = len(sample.prompt_ids) - 1
+        is_x[row, start : start + len(sample.completion_ids)] = True
+    generation = generation_loss(scores.logps.sum(1), scores.reference_logps.sum(1), rewards)
+    whole = objective(generation, -stated.sum(1), kl_loss(scores.kl, is_x), *gammas.values())
+    expected = torch.autograd.grad(whole.mean(), parameters)
+    parts = backward(server.llm, server.config.llm, drafts, rewards, statements, [0, 1, 2, 3], 4)
+    assert parts["loss"] == pytest.approx(float(whole.detach().mean()), rel=1e-5)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+class Held:
+    """Counts the bytes that autograd keeps for backward passes."""
+
+    def __init__(self):
+        self.now = self.most = self.all = 0
+
+    def keep(self, tensor):
+        self.now, self.all = self.now + tensor.nbytes, self.all + tensor.nbytes
+        self.most = max(self.most, self.now)
+        weakref.finalize(kept := Kept(tensor), self.drop, tensor.nbytes)
+        return kept
+
+    def drop(self, size):
+        self.now -= size
+
+
+class Kept:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_the_activations_of_one_sequence_of_a_text_are_held_at_a_time(models, config, task):
+    server, held = server_for(config, task, models), Held()
+    drafts = synthesize(server.llm, task, config.synthesis, 4, 1)
+    statements = tokens_stated(server.llm, task, drafts, 0)
+    with torch.autograd.graph.saved_tensors_hooks(held.keep, lambda kept: kept.tensor):
+        backward(server.llm, server.config.llm, drafts, torch.ones(4), statements, [0, 1, 2, 3], 4)
+    assert held.most < 0.7 * held.all
+
+
 def test_mean_over_tokens_is_a_different_update(models, config, task, upload):
     by_sum, _ = server_for(config, task, models).step(upload)
     server = server_for(config, task, models, token_reduction="mean")
@@ -168,11 +222,11 @@ def test_with_a_floor_punished_texts_fall_so_far_and_no_further(models, config, 
     assert 0 > bounded.sum() > 0.6 * unbounded.sum()  # the others' fall takes a text a little beyond its floor
 
 
-def changed(server):
+def changed(server, by=0.05):
     """With an adapter that is not that of the beginning."""
     with torch.no_grad():
         for number, parameter in enumerate(server.llm.trainable_parameters()):
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+            parameter.add_(by * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
     return server
 
 
@@ -478,6 +532,21 @@ def test_receipts_say_why(models, task, config):
     assert receipts[2].score == pytest.approx(0.5 * (1 - 0.5**0.5), abs=1e-6)
 
 
+def test_vectors_stay_where_they_were_made_and_diversities_come_back(models, task, config, monkeypatch):
+    class Elsewhere:
+        def cpu(self):
+            return torch.ones(4)
+
+    encoder = SentenceEncoder(str(models / "encoder"))
+    monkeypatch.setattr(encoder, "_model", SimpleNamespace(encode=lambda texts, **_: torch.ones(4, 2, device="meta")))
+    assert encoder.encode(["a"] * 4).device.type == "meta"
+    pool, met = synthesize(tiny_llm(models, "gpt2"), task, config.synthesis, 4, 1), []
+    monkeypatch.setattr(enhancement, "diversity", lambda vectors: (met.append(vectors.device.type), Elsewhere())[1])
+    receipts, _ = select(SyntheticSet(pool.samples), torch.ones(4), encoder, SelectionConfig(fraction=0.5))
+    assert met == ["meta"]
+    assert [receipt.diversity for receipt in receipts] == [1.0] * 4
+
+
 def test_the_llm_has_a_say_in_what_is_kept(models, task, config):
     pool = SyntheticSet(synthesize(tiny_llm(models, "gpt2"), task, config.synthesis, 4, 1).samples)
     rewards, own = torch.tensor([0.9, 0.1, 0.5, 0.4]), torch.tensor([1.0, 1.0, 0.2, 0.9])
@@ -537,14 +606,15 @@ def test_selection_can_be_balanced_over_the_labels_and_without_bad_texts(models,
     assert select(pool, rewards.neg(), encoder, both)[1] == []
 
 
-def test_an_llm_that_is_not_its_original_at_the_first_update_is_an_error(models, task, config):
-    server = server_for(config, task, models)
-    with torch.no_grad():
-        for parameter in server.llm.trainable_parameters():
-            parameter.add_(0.1)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_llm_that_is_not_its_original_at_the_first_update_is_an_error(models, task, config, family, dtype):
+    server = server_for(config, task, models, family, dtype=dtype)
     drafts = synthesize(server.llm, task, config.synthesis, 4, 1)
+    assert changed(server, 0.02).llm.model.dtype == getattr(torch, dtype)
     with pytest.raises(ModelError, match="before the first update the LLM differs from its original"):
         server.update_llm(drafts, torch.ones(4), 0)
+    as_it_is = server_for(config, task, models, family, dtype=dtype).update_llm(drafts, torch.ones(4), 0)[0]
+    assert max(abs(as_it_is["log_ratio"]), abs(as_it_is["kl_loss"])) < 1e-4
 
 
 def test_a_parameter_that_gradients_do_not_reach_is_an_error(models, task, config):

@@ -2,16 +2,25 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import BAD, GOOD, sentences
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, MPNetConfig, RobertaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    MPNetConfig,
+    RobertaConfig,
+)
 
 from crosslm.client import Client
 from crosslm.config import FitConfig
 from crosslm.errors import ModelError, UploadError
 from crosslm.examples import Examples
+from crosslm.models.architecture import MODEL_TYPES
 from crosslm.models.rows import batches as row_batches
 from crosslm.models.rows import hold_out
 from crosslm.models.slm import SLM, _longest
@@ -84,6 +93,44 @@ def test_probabilities_do_not_depend_on_the_batch(slm):
     torch.testing.assert_close(together.sum(1), torch.ones(3))
     alone = torch.cat([slm.predict_proba([text]) for text in texts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def pads_otherwise(slm):
+    """Whether probabilities depend on the batch."""
+    texts = ["a good film.", "a bad day and a cold room and a poor book.", "x"]
+    alone = torch.cat([slm.predict_proba([text]) for text in texts])
+    return not torch.allclose(slm.predict_proba(texts), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+@pytest.mark.parametrize(("pad_id", "expected"), [(5, 5), (-1, 1), (None, 1)], ids=["known", "unknown", "none"])
+def test_a_causal_classifier_and_its_tokenizer_pad_alike(models, tmp_path, family, pad_id, expected):
+    """The tokenizer has no padding token, and the configuration has one, or an id that no token has."""
+    folder = tmp_path / "other"
+    shutil.copytree(models / family, folder)
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | {"pad_token_id": pad_id}))
+    slm = SLM.load(str(folder), LABELS, 32, 0)
+    slm.save(str(tmp_path / "saved"))
+    state = slm.to_state()
+    for each in (slm, SLM.from_state(state), SLM.load_trained(str(tmp_path / "saved"))):
+        assert (each.model.config.pad_token_id, each.tokenizer.pad_token_id) == (expected, expected)
+        assert not pads_otherwise(each)
+    # and one that was sent away, or kept, with two of them
+    torn = dataclasses.replace(state, architecture=state.architecture | {"pad_token_id": 7})
+    described = json.loads((tmp_path / "saved" / "config.json").read_text())
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(described | {"pad_token_id": 7}))
+    for again in (SLM.from_state(torn), SLM.load_trained(str(tmp_path / "saved"))):
+        assert not pads_otherwise(again)
+        again.model.config.pad_token_id = 7
+        assert pads_otherwise(again)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_causal_classifiers_are_known_by_their_head(model_type):
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, num_hidden_layers=1))
+    assert hasattr(model, "score") == (model_type in {"gemma3_text", "gpt2", "llama", "qwen2", "qwen3"})
 
 
 def test_patience_takes_the_best_epoch_back(slm):

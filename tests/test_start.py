@@ -418,22 +418,43 @@ MINILM = BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6
 @pytest.mark.parametrize("name", ["demo", "sst2-one-client-recommended", "sst2-one-client-paper"])
 def test_the_estimate_of_memory_is_near_what_was_measured(name):
     summary = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["summary"]
-    small = memory.Shape.of_config(MINILM, AutoModel)
+    small, gemma = memory.Shape.of_config(MINILM, AutoModel), memory.Shape.of_config(GEMMA)
     # a result from before the dtype was kept has float32
-    dtype = f"llm.dtype={summary.get('llm_dtype', 'float32')}"
-    need = memory.estimate(
-        load("demo" if name == "demo" else "sst2", [dtype]),
-        memory.Shape.of_config(GEMMA),
-        [small] * len(summary["clients"]),
-        small,
-    )
-    assert 1 <= need.total / summary["peak_memory_bytes"] <= 1.5
+    config = load("demo" if name == "demo" else "sst2", [f"llm.dtype={summary.get('llm_dtype', 'float32')}"])
+    need = memory.estimate(config, gemma, [small] * len(summary["clients"]), small).total
+    # these runs held the activations of both sequences of a text at once
+    tokens = memory.TEXT_TOKENS + config.synthesis.max_new_tokens
+    second = config.llm.micro_batch_size * memory.activations(gemma, tokens) * 4
+    assert 1 <= (need + (1 + memory.FREED) * second) / summary["peak_memory_bytes"] <= 1.5
+
+
+def test_the_activations_of_one_sequence_of_a_text_count(config):
+    shape = memory.Shape.of_config(MINILM, AutoModel)
+    config = config.model_copy(update={"synthesis": config.synthesis.model_copy(update={"batch_size": 1})})
+    tokens = memory.TEXT_TOKENS + config.synthesis.max_new_tokens
+    parts = memory.estimate(config, shape, [shape], shape).parts
+    assert parts["updating the LLM"] == config.llm.micro_batch_size * memory.activations(shape, tokens) * 4
 
 
 def test_activations_by_hand():
     shape = memory.Shape(0, 0, 0, layers=2, hidden=3, inner=5, heads=1, key_value=6)
     # 4 tokens x 2 layers x (14 x 3 + 4 x 5 + 2 x 1 x 4)
     assert memory.activations(shape, 4) == 4 * 2 * (42 + 20 + 8)
+
+
+def test_writing_in_bfloat16_gathers_rows_of_the_head(config):
+    shape = memory.Shape(0, 0, vocabulary=1000, layers=2, hidden=30, inner=5, heads=1, key_value=6)
+    assert [memory.candidates(shape, top_k) for top_k in (1, 50, 900)] == [33 * 180, 100 * 180, 1000 * 180]
+
+    def writing(dtype):
+        sampling = config.synthesis.model_copy(update={"batch_size": 100, "max_new_tokens": 8, "top_k": 50})
+        llm = config.llm.model_copy(update={"dtype": dtype, "micro_batch_size": 1})
+        changed = config.model_copy(update={"llm": llm, "synthesis": sampling})
+        return memory.estimate(changed, shape, [shape], shape).parts["writing texts"]
+
+    tokens = memory.TEXT_TOKENS + 8
+    assert writing("float32") == 100 * (tokens * 2 * 6 * 4 + 2 * 1000 * 4)
+    assert writing("bfloat16") == 100 * (tokens * 2 * 6 * 2 + 2 * 1000 * 4 + 100 * 180)
 
 
 def test_full_fine_tuning_needs_more(config):

@@ -204,7 +204,7 @@ class _Audit:
         figures: dict[str, Any] = {"texts": len(texts), "rows": count}
         for name, real in (("private", rows.members), ("held out", rows.others)):
             shared = torch.tensor(longest_shared(texts, real.texts[:count]), dtype=torch.float64)
-            near = nearest_similarity(vectors, encoder.encode(real.texts[:count])).double()
+            near = nearest_similarity(vectors, encoder.encode(real.texts[:count])).cpu().double()
             figures[name] = {
                 "longest_shared_words": int(shared.max()),
                 "mean_shared_words": float(shared.mean()),

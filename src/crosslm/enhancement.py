@@ -61,7 +61,8 @@ def select(
         A receipt for each text, and the places of those kept, best first.
     """
     vectors = encoder.encode(pool.texts)
-    diversities = diversity(vectors) if len(vectors) <= EXACT_TEXTS else approximate_diversity(vectors)
+    measure = diversity if len(vectors) <= EXACT_TEXTS else approximate_diversity
+    diversities = measure(vectors).cpu()  # of each text one number; the vectors stay where they were made
     quality = rewards
     if config.llm_posterior and said is not None:
         quality = agreed_rewards(rewards, said.gather(1, pool.labels.unsqueeze(1)).squeeze(1))

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from crosslm.config import Config
 from crosslm.models.causal import weight_dtype
+from crosslm.models.head import candidate_count
 
 PROCESS = int(0.75 * 2**30)
 """Python with torch, transformers and sentence-transformers imported, before any model."""
@@ -95,14 +96,18 @@ def estimate(config: Config, llm: Shape, slms: Sequence[Shape], encoder: Shape) 
         slms: shape of each client's classifier.
         encoder: shape of the sentence encoder.
     """
-    size = weight_dtype(config.llm.dtype, config.device).itemsize
+    size = weight_dtype(config.llm, config.device).itemsize
     tokens = TEXT_TOKENS + config.synthesis.max_new_tokens
     # full: weights, frozen copy, gradients, two moments; LoRA: weights, and merged ones while it writes
     copies = 5 * llm.parameters if config.llm.adapter == "full" else 2 * llm.parameters - llm.embedding
-    writing = config.synthesis.batch_size * (tokens * llm.layers * llm.key_value * size + 2 * llm.vocabulary * 4)
-    # [M(y), x] and [x, M'(y)] at once, and an anchor, which is shorter, by itself; an adapter keeps what it reads in
-    # float32, whatever the model's dtype
-    update = 2 * config.llm.micro_batch_size * activations(llm, tokens) * 4
+    writing = config.synthesis.batch_size * (
+        tokens * llm.layers * llm.key_value * size
+        + 2 * llm.vocabulary * 4
+        + (candidates(llm, config.synthesis.top_k) if size == 2 else 0)
+    )
+    # [M(y), x], [x, M'(y)] and an anchor each by itself; an adapter keeps what it reads in float32, whatever the
+    # model's dtype
+    update = config.llm.micro_batch_size * activations(llm, tokens) * 4
     largest = max(slms, key=lambda shape: shape.parameters)
     judging = min(config.reward.teachers - 1, len(slms))  # beside the one that arrives
     # of each client: its own, the one that it uploaded; and one in training: gradients, two moments, an upload; a judge
@@ -117,6 +122,11 @@ def estimate(config: Config, llm: Shape, slms: Sequence[Shape], encoder: Shape) 
         "encoder": encoder.parameters * 4,
     }
     return Estimate(parts | {"freed and kept by the allocator": int(FREED * sum(parts.values()))})
+
+
+def candidates(shape: Shape, top_k: int) -> int:
+    """Bytes of the head's rows for one draw of a model in bfloat16, as they are and in float32 (``models/head.py``)."""
+    return candidate_count(top_k, shape.vocabulary) * shape.hidden * (2 + 4)
 
 
 def activations(shape: Shape, tokens: int) -> int:

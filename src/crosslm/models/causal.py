@@ -29,7 +29,7 @@ def load_causal(folder: str, config: LLMConfig, device: str) -> tuple[Any, PreTr
             "alone (of Gemma 3 those of 270M and 1B)"
         )
     with loading(f"llm.model {config.model!r}{place} cannot be loaded"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype(config.dtype, device))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype(config, device))
     # for the whole process: the head needs sums in fp32 that are rounded once (models/head.py), and cuDNN's attention
     # plans anew for every shape, of which nearly every batch and step has its own
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -37,10 +37,12 @@ def load_causal(folder: str, config: LLMConfig, device: str) -> tuple[Any, PreTr
     return model.to(device), load_tokenizer(folder, config.model)
 
 
-def weight_dtype(name: str, device: str = "cpu") -> torch.dtype:
-    """The dtype that ``llm.dtype`` means on a device."""
-    if name != "auto":
-        return cast(torch.dtype, getattr(torch, name))
+def weight_dtype(config: LLMConfig, device: str = "cpu") -> torch.dtype:
+    """The dtype that ``llm.dtype`` means on a device; weights that are themselves trained are in float32."""
+    if config.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, config.dtype))
+    if config.adapter == "full":
+        return torch.float32
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     if device.startswith("mps"):  # whose sums have not been looked at

@@ -13,7 +13,7 @@ class Encoder(Protocol):
     """Turns texts into sentence vectors."""
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """``(texts, dimensions)``, on the CPU."""
+        """``(texts, dimensions)``, on a device of its own."""
 
 
 class SentenceEncoder:
@@ -28,6 +28,6 @@ class SentenceEncoder:
             self._model = SentenceTransformer(folder, device=device)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """``(texts, dimensions)``, in fp32."""
+        """``(texts, dimensions)``, in fp32, where the model is."""
         vectors = self._model.encode(list(texts), batch_size=64, convert_to_tensor=True, show_progress_bar=False)
-        return torch.as_tensor(vectors).float().cpu()
+        return torch.as_tensor(vectors).float()

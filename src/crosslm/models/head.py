@@ -31,6 +31,7 @@ from crosslm.algorithm.losses import token_kl
 VOCABULARY_BLOCK = 2048  # of 1024 to 32768 the fastest or within 2 %: 600 x 2048 fp32 is 5 MB
 GPU_BLOCK = 2**15  # a GPU has no such cache, and each block costs it a dozen launches
 RISE = 0.25  # above its anchor a logit in bf16 is off by less than 0.001
+TIES = 32  # candidates beyond those that are wanted, at least
 CHUNK_ELEMENTS = 2**24  # logits that the plain way holds at a time: 64 MiB in fp32
 
 
@@ -82,8 +83,8 @@ def _blocks(weight: Tensor) -> list[slice]:
 def top_logits(hidden: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest next-token logits in fp32, and their tokens, both ``(batch, count)``, largest first.
 
-    In bf16 logits are too coarse to choose by, but good enough to find twice as many candidates,
-    whose logits are then computed again.
+    In bf16 logits are too coarse to choose by, but good enough to find more candidates than are
+    wanted (:func:`candidate_count`), whose logits are then computed again.
 
     Args:
         hidden: ``(batch, hidden)``.
@@ -94,11 +95,16 @@ def top_logits(hidden: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tens
     if weight.dtype == torch.float32:
         top, tokens = torch.topk(head_logits(hidden, weight), count, dim=-1)
         return top, tokens
-    candidates = torch.topk(linear(hidden, weight), min(2 * count, len(weight)), dim=-1, sorted=False).indices
+    candidates = torch.topk(linear(hidden, weight), candidate_count(count, len(weight)), dim=-1, sorted=False).indices
     rows = weight.index_select(0, candidates.flatten()).view(*candidates.shape, -1).float()
     logits = torch.bmm(rows, hidden.float().unsqueeze(2)).squeeze(2)
     top, places = torch.topk(logits, count, dim=-1)
     return top, candidates.gather(1, places)
+
+
+def candidate_count(count: int, vocabulary: int) -> int:
+    """Of how many tokens :func:`top_logits` computes the logits again: dozens may have the same one in bf16."""
+    return min(max(2 * count, count + TIES), vocabulary)
 
 
 class _OnlineSoftmax:

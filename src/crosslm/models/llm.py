@@ -50,14 +50,15 @@ class TokenScores:
 class LLM:
     """A causal language model with its tokenizer and, for ``adapter = "lora"``, its adapter."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: LLMConfig) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: LLMConfig, original: Any = None) -> None:
+        """Wrap a loaded model; ``original`` is theta_old of full fine-tuning, by default a copy of the model."""
         self.tokenizer = tokenizer
         self.config = config
         self.model = model
         self._frozen: Any = None
         check_head(model)
         if config.adapter == "full":
-            self._frozen = copy.deepcopy(model).eval().requires_grad_(False)
+            self._frozen = (copy.deepcopy(model) if original is None else original).eval().requires_grad_(False)
         elif not isinstance(model, PeftModel):
             self.model = get_peft_model(model, lora_config(model, config))
         self.model.eval()
@@ -82,9 +83,7 @@ class LLM:
             model, trained_tokenizer = load_causal(trained, config, device)
             if tokenizer.get_vocab() != trained_tokenizer.get_vocab():
                 raise ModelError(f"{trained}: has another vocabulary than {folder}; have llm.vocabulary_texts changed?")
-            llm = cls(model, tokenizer, config)
-            llm._frozen = original.eval().requires_grad_(False)
-            return llm
+            return cls(model, tokenizer, config, original)
         model, tokenizer = load_causal(folder, config, device)
         try:
             adapted = PeftModel.from_pretrained(model, trained, is_trainable=True)
@@ -217,12 +216,16 @@ class LLM:
         return text if len(ids) <= tokens else str(self.tokenizer.decode(ids[:tokens]))
 
     def _verbalizer_logps(self, queries: list[list[int]], verbalizer_ids: Sequence[Sequence[int]]) -> Tensor:
-        """``log P(V(y)|M(x))``, ``(texts, labels)``."""
+        """``log P(V(y)|M(x))``, ``(texts, labels)``; the head meets the verbalizer's tokens and not the query's."""
         columns = []
         for verbalizer in verbalizer_ids:
-            logps, _ = self.logps([[*query, *verbalizer] for query in queries])
-            places = [slice(len(query) - 1, len(query) - 1 + len(verbalizer)) for query in queries]
-            columns.append(torch.stack([row[place].sum() for row, place in zip(logps, places, strict=True)]))
+            ids, attention = self._pad([[*query, *verbalizer] for query in queries])
+            hidden = self._hidden(self._causal().base_model, ids, attention)
+            first = torch.tensor([len(query) - 1 for query in queries], device=self.device)
+            places = first.unsqueeze(1) + torch.arange(len(verbalizer), device=self.device)
+            asked = hidden[torch.arange(len(queries), device=self.device).unsqueeze(1), places].flatten(0, 1)
+            targets = torch.tensor(verbalizer, device=self.device).repeat(len(queries))
+            columns.append(head_logps(asked, self._head(), targets).view(len(queries), -1).sum(dim=1))
         return torch.stack(columns, dim=1).cpu()
 
     @torch.inference_mode()
@@ -310,8 +313,14 @@ class LLM:
 
 
 def _has_room(device: torch.device, size: int) -> bool:
-    """Whether so many more bytes are sure to fit; on the CPU they were counted before the run began."""
-    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= size)
+    """Whether so many more bytes are sure to fit; on the CPU they were counted before the run began.
+
+    What PyTorch keeps for itself counts as free, or what was done before would decide how texts are rounded.
+    """
+    if device.type != "cuda":
+        return device.type == "cpu"
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept >= size
 
 
 def _unflatten(values: Tensor, mask: Tensor) -> Tensor:

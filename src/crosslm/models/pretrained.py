@@ -48,7 +48,7 @@ def pretrained_classifier(
             if pooling == "mean":
                 pool_by_mean(model)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    _set_padding(model, tokenizer)
+    agree_on_padding(model, tokenizer)
     return model, tokenizer
 
 
@@ -103,9 +103,17 @@ def _keep_layers(config: Any, layers: int, folder: str) -> None:
     config.num_hidden_layers = layers
 
 
-def _set_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Causal models that classify need to know which token is padding."""
+def agree_on_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """One padding token for a classifier and its tokenizer.
+
+    A causal classifier reads a text's last token, which is the last one that is not its configuration's padding. Where
+    the tokenizer pads with another one that takes padding for the end of the text. Other types keep an id of their own:
+    RoBERTa's says where positions begin.
+    """
+    own = model.config.pad_token_id
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
+        is_known = own is not None and 0 <= own < len(tokenizer)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own) if is_known else tokenizer.eos_token
+    reads_last_token = hasattr(model, "score")  # the head's name in these, and in no other
+    if own is None or reads_last_token:
         model.config.pad_token_id = tokenizer.pad_token_id

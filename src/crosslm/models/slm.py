@@ -22,7 +22,7 @@ from crosslm.config import Config, FitConfig, SLMSpec
 from crosslm.errors import UploadError
 from crosslm.examples import Examples
 from crosslm.models.architecture import SPECIAL_TOKENS, special_tokens, travelling
-from crosslm.models.pretrained import pretrained_classifier
+from crosslm.models.pretrained import agree_on_padding, pretrained_classifier
 from crosslm.models.rows import batches, hold_out
 from crosslm.records import SlmState
 
@@ -288,6 +288,7 @@ class SLM:
             )
         model.config.id2label = dict(enumerate(state.labels))
         model.config.label2id = {label: index for index, label in enumerate(state.labels)}
+        agree_on_padding(model, tokenizer)
         return cls(model.to(device), tokenizer, state.labels, state.max_length)
 
     def save(self, folder: str) -> None:
@@ -301,6 +302,7 @@ class SLM:
         """Load what :meth:`save` wrote."""
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        agree_on_padding(model, tokenizer)
         labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
         return cls(model.to(device), tokenizer, labels, tokenizer.model_max_length)
 

@@ -1,9 +1,9 @@
 """The models and how they are trained: ``[slm]`` and ``[llm]``."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from crosslm.sections.section import Fraction, NonNegative, Positive, Section
 
@@ -86,7 +86,8 @@ class LLMConfig(Section):
     They must be texts that the server may see."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """What the weights are loaded as; an adapter and the logits are in float32 in any case. ``auto``: bfloat16 where
-    the processor or GPU multiplies in it, which is about twice as fast there, and float32 elsewhere."""
+    the processor or GPU multiplies in it, which is about twice as fast there, and float32 elsewhere and with
+    ``adapter = "full"``."""
     adapter: Literal["lora", "full"] = "lora"
     """``lora``: theta_old is the adapter switched off. ``full``: theta_old is a frozen copy."""
     lora_rank: Positive = 16
@@ -122,3 +123,12 @@ class LLMConfig(Section):
     of the update's own."""
     token_reduction: Literal["sum", "mean"] = "sum"
     """Log-likelihoods summed over tokens (Eq. 6) or averaged; the same in Eq. 5, 7 and 8."""
+
+    @model_validator(mode="after")
+    def _no_training_of_bfloat16(self) -> Self:
+        if self.adapter == "full" and self.dtype == "bfloat16":
+            raise ValueError(
+                'llm.adapter = "full" trains the weights themselves, and in bfloat16 most are too coarse to move; '
+                'found llm.dtype = "bfloat16", allowed are "float32" and "auto" (which is float32 here)'
+            )
+        return self
