@@ -15,8 +15,8 @@ from crosslm.task import Task
 
 ANCHOR_TOKENS, ANCHORS_A_STEP = 48, 8
 AT_FIRST, AT_FIRST_ON_A_GPU = 1e-2, 2.0
-"""Nats of a text between the LLM and its original before the first update, at most. The same kernels on the same numbers
-give 0, in bfloat16 as well; a GPU may take others where no gradient is kept, whose rounding in bfloat16 is not known."""
+"""Nats of a text between the LLM and its original before the first update, at most. The same kernels on the same
+numbers give 0, in bfloat16 as well; a GPU may take others where no gradient is kept, whose rounding is not known."""
 
 
 def one_pass(
