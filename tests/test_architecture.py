@@ -25,7 +25,7 @@ LAYERS = [
     {"models.architecture"},
     {"models.decoding", "models.pooling", "models.rows", "leaks"},
     {"models.causal", "models.pretrained", "models.graph_decoding"},
-    {"models.llm", "models.slm", "canaries", "privacy"},
+    {"models.llm", "models.slm", "canaries", "privacy", "models.private_noise"},
     {"models.private_mean", "models.accounting"},
     {"models.private_layers"},
     {"models.private_fit"},
