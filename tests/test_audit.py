@@ -17,6 +17,8 @@ from crosslm.config import Config, FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError, DataError, RunError
 from crosslm.examples import Examples
 from crosslm.experiment import run_local
+from crosslm.html_report import page
+from crosslm.html_report.collect import RunView
 from crosslm.models.rows import hold_out
 from crosslm.models.slm import SLM
 from crosslm.privacy import privacy_line
@@ -55,7 +57,12 @@ def test_a_private_run_tells_its_bound_and_is_audited(private_run, tmp_path, mon
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     uploads = {event["client_id"]: event["metrics"] for event in events if event["event"] == "upload"}
     assert set(summary["privacy"]) == set(uploads) == {name for name in summary["slm"]["crosslm"] if name != "mean"}
+    noisy = {event["client_id"]: event["class_counts"] for event in events if event["event"] == "upload"}
+    assert {client: list(facts["rows"].values()) for client, facts in summary["clients"].items()} == noisy
     for client, bound in summary["privacy"].items():
+        card = " ".join((run / "slm" / client / "README.md").read_text().split())
+        assert "the rows of each label with noise, and training metrics) left the silo" in card
+        assert "exact counts" not in card
         assert 7.9 < bound["epsilon"] == uploads[client]["dp/epsilon"] <= 8
         assert "loss" not in uploads[client]
         assert f"{client} {bound['epsilon']:.2f}" in privacy_line(summary)
@@ -84,6 +91,31 @@ def test_a_private_run_tells_its_bound_and_is_audited(private_run, tmp_path, mon
         audit_run(RunDir.open(run), tmp_path)
     with pytest.raises(RunError, match="must be an even number, found 3"):
         audit_run(RunDir.open(run), tmp_path, shadows=3)
+
+
+@pytest.mark.parametrize("how", ["hidden", "exact"])
+@pytest.mark.parametrize("bounded", [{"epsilon": 8.0, "trained_layers": 0}, {}], ids=["DP", "no DP"])
+def test_hidden_counts_are_in_no_file_of_the_run(settings, data_folder, tmp_path, how, bounded):
+    """Nor that a client has rows of one label only, which its classifier may or may not show."""
+    settings["data"].pop("train")
+    one = [f"a {good} {thing},good" for good in GOOD for thing in THINGS][:37]
+    (data_folder / "one.csv").write_text("\n".join(["text,label", *one]) + "\n")
+    settings["clients"] = [{"id": "a", "train": "one.csv"}]
+    settings["privacy"] = bounded | {"class_counts": how}
+    summary = run_local(Config.model_validate(settings), tmp_path / "run", tmp_path / "cache")
+    run, told = RunDir.open(tmp_path / "run"), how == "exact"
+    (upload,) = [event for event in run.events() if event["event"] == "upload"]
+    assert list(summary["clients"]["a"]["rows"].values()) == upload["class_counts"] == ([0, 37] if told else [0, 0])
+    card = " ".join((run.path / "slm" / "a" / "README.md").read_text().split())
+    assert ("| private training rows | bad 0, good 37 |" in card) == told
+    assert ("the rows of each label stand above" in card) == told
+    assert ("how many rows there are of each label did not" in card) != told
+    assert ("exact counts of rows of each label are not covered by it" in card) == (told and bool(bounded))
+    kept = [page.render([RunView.read(run)])]
+    kept += [path.read_text() for path in run.path.rglob("*") if path.suffix in (".json", ".jsonl", ".md", ".toml")]
+    assert any("all 37 rows are 'good'" in text for text in kept) == told
+    assert any("All 37 private rows are" in text for text in kept) == told
+    assert any("good 37" in text for text in kept) == told
 
 
 def test_a_leak_stops_the_return_in_a_run(settings, tmp_path, monkeypatch):
@@ -155,6 +187,7 @@ def test_the_held_out_rows_are_no_members(models, monkeypatch):
         ({"delta": 1}, "less than 1"),
         ({"epsilon": 0.4, "class_counts": "noisy"}, r"count_epsilon = 0\.5 leaves nothing of epsilon = 0\.4"),
         ({"eps": 1}, "Extra inputs"),
+        ({"class_counts": "noisy"}, 'class_counts = "noisy" needs epsilon; set it, or choose "hidden" or "exact"'),
     ],
 )
 def test_an_impossible_budget_is_refused(given, message):

@@ -156,6 +156,9 @@ def test_failures_one_class_and_lost_accuracy_are_told(tmp_path):
         "noted during the run",
     ]
     assert found[0].text == "MemoryError: full"
+    summary["privacy"] = {"north": {"epsilon": 8.0, "delta": 1e-5, "count_epsilon": 0.5}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert not any("one class" in finding.title for finding in findings(view_of(folder)))  # the 0 may be noise
 
 
 def test_a_classifier_with_one_answer_and_few_test_rows_are_told(tmp_path):

@@ -1,7 +1,7 @@
 """What a run says of the bounds that its uploads kept to."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 PREFIX = "dp/"
 BOUND = {"epsilon", "delta"}
@@ -36,6 +36,18 @@ def privacy_line(summary: Mapping[str, Any]) -> str:
     return f"Private rows: DP-SGD, epsilon of all uploads together {told} (delta {', '.join(sorted(deltas))})" + (
         f"; no bound for {', '.join(others)}." if others else "."
     )
+
+
+def told_counts(events: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """For each client that uploaded what its last upload told of the rows of each label, in the task's order."""
+    return {event["client_id"]: list(event["class_counts"]) for event in events if event["event"] == "upload"}
+
+
+def how_told(summary: Mapping[str, Any], client: str) -> Literal["hidden", "noisy", "exact"]:
+    """How the rows of each label stand in a summary: as zeros, with noise, or as they are."""
+    if hidden(summary["clients"][client]["rows"].values()):
+        return "hidden"
+    return "noisy" if (summary.get("privacy") or {}).get(client, {}).get("count_epsilon") else "exact"
 
 
 def hidden(counts: Iterable[int]) -> bool:
