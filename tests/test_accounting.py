@@ -1,4 +1,4 @@
-"""The privacy budget over uploads whose settings or rows differ, in one process and at a silo; and no acceptance."""
+"""The privacy budget over uploads whose settings or rows differ, in one process and at a silo; what is off under DP."""
 
 import dataclasses
 import random
@@ -13,6 +13,7 @@ from crosslm.errors import ConfigError, StoppedError
 from crosslm.examples import Examples
 from crosslm.experiment import run_local
 from crosslm.federation.kits import SiloSettings
+from crosslm.leaks import LeakCheck
 from crosslm.models.accounting import Mechanism, Spent, plan
 from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
@@ -164,6 +165,18 @@ def test_there_is_no_acceptance_under_dp(settings, slm):
         SiloSettings.model_validate(kit | both)
     with pytest.raises(ConfigError, match=r"client a: .*acceptance\.enabled = true cannot be"):
         Client("a", EXAMPLES, slm, FIT, 0, acceptance=AcceptanceConfig(enabled=True), privacy=training())
+
+
+def test_there_is_no_leak_check_under_dp(settings, slm):
+    """A server could choose the texts, and would hear whether they are like private ones."""
+    for check in ({"max_shared_words": 8}, {"max_similarity": 0.9}):
+        assert Config.model_validate(settings | {"privacy": check}).privacy.checks_leaks
+        with pytest.raises(ValueError, match="max_shared_words and max_similarity cannot be with epsilon"):
+            Config.model_validate(settings | {"privacy": {"epsilon": 8.0} | check})
+    leaks = LeakCheck(EXAMPLES.texts, PrivacyConfig(max_shared_words=8), None)
+    with pytest.raises(ConfigError, match=r"client a: give it no leak check; .*cannot be with epsilon"):
+        Client("a", EXAMPLES, slm, FIT, 0, privacy=training(), leaks=leaks)
+    Client("a", EXAMPLES, slm, FIT, 0, leaks=leaks)
 
 
 def test_under_dp_whatever_comes_back_is_installed_and_the_next_upload_starts_there(settings, slm):

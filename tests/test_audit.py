@@ -38,7 +38,7 @@ def rows(count, seed):
 
 @pytest.fixture
 def private_run(settings, data_folder, tmp_path):
-    """A run with everything of ``[privacy]`` switched on."""
+    """A run with all of ``[privacy]`` that can be together."""
     everything = rows(260, 0)
     random.Random(1).shuffle(everything)
     for name, part in (("train", everything[:120]), ("test", everything[120:])):
@@ -46,7 +46,7 @@ def private_run(settings, data_folder, tmp_path):
     settings["data"]["judge_rows"] = 20
     fit = {"epochs": 2, "batch_size": 20, "learning_rate": 1e-3, "patience": 1}
     settings["slm"] |= {"private": fit, "models": settings["slm"]["models"][:1]}
-    settings["privacy"] = {"epsilon": 8.0, "canaries": 2, "max_shared_words": 40, "class_counts": "noisy"}
+    settings["privacy"] = {"epsilon": 8.0, "canaries": 2, "class_counts": "noisy"}
     run = tmp_path / "run"
     summary = run_local(Config.model_validate(settings), run, tmp_path / "cache")
     return run, summary

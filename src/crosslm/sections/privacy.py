@@ -12,6 +12,12 @@ NO_ACCEPTANCE = (
     "out, or set it to false"
 )
 
+NO_LEAK_CHECK = (
+    "max_shared_words and max_similarity cannot be with epsilon: whether a client refuses texts depends on its private "
+    "rows and is told to the server, which may have chosen the texts to find that out, outside the bound; leave them "
+    "out, or leave epsilon out"
+)
+
 
 class PrivacyConfig(Section):
     """Bounds on what an upload tells of single private rows, and the means to look for what it does tell."""
@@ -38,7 +44,7 @@ class PrivacyConfig(Section):
     """Plant so many sentences of random words in each client's rows, for ``crosslm audit``."""
     max_shared_words: Annotated[int, Field(gt=0)] | None = None
     """A client takes no SLM back that was trained on a text that has more words in a row from one of its private
-    texts. Not set: any."""
+    texts. Not set: any. Not with ``epsilon``."""
     max_similarity: Annotated[float, Field(gt=-1, le=1)] | None = None
     """The same for the cosine of the sentence vectors of such a text and a private one."""
 
@@ -66,6 +72,12 @@ class PrivacyConfig(Section):
     def _noise_needs_a_bound(self) -> Self:
         if self.class_counts == "noisy" and self.epsilon is None:
             raise ValueError('class_counts = "noisy" needs epsilon; set it, or choose "hidden" or "exact"')
+        return self
+
+    @model_validator(mode="after")
+    def _no_leak_check_under_dp(self) -> Self:
+        if self.epsilon is not None and self.checks_leaks:
+            raise ValueError(NO_LEAK_CHECK)
         return self
 
     @model_validator(mode="after")
