@@ -118,6 +118,7 @@ def test_imports_point_downwards(path):
 
 def test_the_algorithm_is_pure():
     allowed = {"torch", "torch.nn.functional", "math", "statistics", "typing", "itertools", "collections.abc"}
+    allowed |= {"unicodedata"}  # a table of characters: what is a letter, and in which forms one is written
     for path in (SOURCE / "algorithm").glob("*.py"):
         assert set(imports(path)) <= allowed, path
 

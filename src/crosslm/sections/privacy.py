@@ -44,7 +44,8 @@ class PrivacyConfig(Section):
     """Plant so many sentences of random words in each client's rows, for ``crosslm audit``."""
     max_shared_words: Annotated[int, Field(gt=0)] | None = None
     """A client takes no SLM back that was trained on a text that has more words in a row from one of its private
-    texts. Not set: any. Not with ``epsilon``."""
+    texts (characters, of a script without spaces: Chinese, Japanese, Thai, Lao, Khmer, Burmese). Not set: any. Not with
+    ``epsilon``."""
     max_similarity: Annotated[float, Field(gt=-1, le=1)] | None = None
     """The same for the cosine of the sentence vectors of such a text and a private one."""
 
