@@ -1,17 +1,21 @@
 """A whole run with DP, canaries and the leak check, and its audit."""
 
+import io
 import json
 import random
+import re
 import tomllib
 
 import pytest
 import tomli_w
 import torch
 from conftest import BAD, GOOD, THINGS
+from rich.console import Console
 
-from crosslm.audit import _Audit, attack_rows, audit_run, figures_of
+from crosslm.audit import Rows, _Audit, attack_rows, audit_run, figures_of
 from crosslm.canaries import draw_canaries
 from crosslm.cli import main as cli
+from crosslm.cli.audit import overlap_table
 from crosslm.client import Client
 from crosslm.config import Config, FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError, DataError, RunError
@@ -245,6 +249,44 @@ def test_the_members_are_the_rows_that_were_trained_on(settings, tmp_path, monke
         assert texts == set(expected)
         if not (patience or accept):
             assert len(members) == len(private)
+
+
+class Same:
+    """Two texts are near if they are the same."""
+
+    def __init__(self):
+        self.places = {}
+
+    def encode(self, texts):
+        places = [self.places.setdefault(text, len(self.places)) for text in texts]
+        return torch.eye(1000)[places]
+
+
+def test_a_copy_of_any_private_row_is_overlap(private_run, tmp_path, monkeypatch):
+    """Of the last one too, however few rows there are to compare with."""
+    audit = _Audit(RunDir.open(private_run[0]), tmp_path, 0, None)
+    client, private = next(iter(audit.split.private.items()))
+    few = Rows(private, audit.split.test.take(range(20)), audit.split.judge)
+    encoder = Same()
+    for place in (0, len(private) - 1):
+        row = private.texts[place]
+        monkeypatch.setattr(audit, "_synthetic", lambda row=row: [("x", "quite another text", True), ("x", row, True)])
+        found = audit._overlap(client, few, encoder)
+        assert {name: part["rows"] for name, part in found.items() if name != "texts"} == {
+            "private": len(private),
+            "private sample": 20,
+            "held out": 20,
+        }
+        assert found["private"]["nearest_similarity"] == 1
+        assert found["private"]["longest_shared_words"] == 7
+        assert found["held out"]["nearest_similarity"] == 0
+    assert len(private) > 40
+    monkeypatch.setattr(audit, "_synthetic", lambda: [("x", row, True) for row in private.texts])
+    sample = audit._overlap(client, few, encoder)["private sample"]
+    assert sample["mean_similarity"] == pytest.approx(20 / len(private))
+    out = Console(file=io.StringIO(), width=200)
+    out.print(overlap_table({"clients": {client: {"overlap": audit._overlap(client, few, encoder)}}}))
+    assert re.search(rf"private +│ {len(private)} ", out.file.getvalue())
 
 
 def test_the_attackers_models_are_trained_like_a_private_slm(private_run, tmp_path, monkeypatch):
