@@ -9,11 +9,11 @@ import tomllib
 import pytest
 import tomli_w
 import torch
-from conftest import BAD, GOOD, THINGS
+from conftest import BAD, GOOD, THINGS, tiny_llm
 from rich.console import Console
 
-from crosslm.audit import Rows, _Audit, attack_rows, audit_run, figures_of
-from crosslm.canaries import draw_canaries
+from crosslm.audit import Rows, _Audit, attack_rows, audit_run, figures_of, llm_exposures, slm_exposures
+from crosslm.canaries import Canaries, draw_canaries
 from crosslm.cli import main as cli
 from crosslm.cli.audit import overlap_table
 from crosslm.client import Client
@@ -25,7 +25,9 @@ from crosslm.html_report import page
 from crosslm.html_report.collect import RunView
 from crosslm.models.rows import hold_out
 from crosslm.models.slm import SLM
+from crosslm.preparation import client_specs
 from crosslm.privacy import privacy_line
+from crosslm.progress import Progress
 from crosslm.rundir import RunDir
 from crosslm.seeding import seed_for
 
@@ -168,6 +170,68 @@ def test_an_overfitted_classifier_is_found_out_and_a_fresh_one_is_not(models):
         found.append(figures_of(-loss[:60], -loss[60:], 0))
     assert found[0]["auc_interval"][0] < 0.5 < found[0]["auc_interval"][1]
     assert found[1]["auc_interval"][0] > 0.6
+
+
+def at_random(count, seed):
+    """Texts whose labels nobody can know but by having seen them."""
+    draw = random.Random(seed)
+    texts = list({" ".join(draw.choices(GOOD + BAD + THINGS, k=6)): None for _ in range(count)})
+    return Examples(texts, [draw.randrange(2) for _ in texts])
+
+
+def test_every_attack_finds_the_members_of_an_overfitted_upload(settings, tmp_path):
+    """Each points the right way: what it gives a high score was trained on."""
+    settings["slm"] |= {"models": settings["slm"]["models"][:1]}
+    settings["slm"]["private"] = {"epochs": 20, "batch_size": 10, "learning_rate": 3e-3, "patience": 0}
+    config, rows = Config.model_validate(settings), at_random(90, 1)
+    audit = object.__new__(_Audit)  # without a run
+    audit.config, audit.shadows, audit.cache, audit.progress = config, 2, tmp_path, Progress()
+    audit.specs = client_specs(config, ["client-0"])
+    members, others = rows.take(range(30)), rows.take(range(30, 60))
+    reference = rows.take(range(60, 70))  # of more rows with labels at random it would learn more that means nothing
+    slm = SLM.of_spec(config.slm.models[0].model, config.slm.models[0], config, 0)
+    slm.fit(members, config.slm.private, 7)
+    found = audit._membership("client-0", slm, Rows(members, others, reference))
+    assert found["train_accuracy"] > 0.9
+    assert set(found["attacks"]) == {"loss", "calibrated loss", "LiRA, 2 shadow models"}
+    for name, figures in found["attacks"].items():
+        assert figures["auc"] > 0.7, name
+        assert figures["auc_interval"][0] > 0.5, name
+
+
+def test_exposure_in_an_slm_rises_with_what_it_learned(models):
+    slm = SLM.load(str(models / "bert"), ("bad", "good"), 32, 0)
+    drawn = draw_canaries(slm.tokenizer, 2, 4, 255, 0)
+    before = slm_exposures(slm, drawn)
+    noise = at_random(40, 2)
+    texts, labels = drawn.planted.texts + noise.texts, drawn.planted.labels + noise.labels
+    slm.fit(Examples(texts, labels), FitConfig(epochs=30, batch_size=8, learning_rate=3e-3), 0)
+    after = slm_exposures(slm, drawn)
+    assert sum(before) / 4 < 2.5
+    assert sum(after) / 4 > sum(before) / 4 + 1
+    assert max(after) <= 8
+    swapped = Canaries(Examples(drawn.planted.texts, [1 - label for label in drawn.planted.labels]), drawn.others)
+    assert max(slm_exposures(slm, swapped)) < min(after)  # with the other label it has learned the contrary
+
+
+def test_exposure_in_the_llm_rises_with_what_it_learned(models, task):
+    llm = tiny_llm(models, "gpt2")
+    slm = SLM.load(str(models / "bert"), ("bad", "good"), 32, 0)
+    drawn = draw_canaries(slm.tokenizer, 2, 4, 63, 0)
+    assert llm_exposures(llm, task, drawn) == [0.0] * 4  # it is the original: all gain alike, and ties count as better
+    optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=1e-2)
+    rows = [
+        llm.encode(task.prompt(label, 0) + text)
+        for text, label in zip(drawn.planted.texts, drawn.planted.labels, strict=True)
+    ]
+    for _ in range(40):
+        optimizer.zero_grad()
+        logps, mask = llm.logps(rows)
+        (-(logps * mask).sum() / mask.sum()).backward()
+        optimizer.step()
+    assert min(llm_exposures(llm, task, drawn)) > 4
+    fresh = Canaries(Examples(drawn.others[:4], drawn.planted.labels), drawn.others[4:])
+    assert sum(llm_exposures(llm, task, fresh)) / 4 < 3.5  # sentences that it did not see
 
 
 def test_the_held_out_rows_are_no_members(models, monkeypatch):
