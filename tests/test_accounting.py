@@ -2,11 +2,13 @@
 
 import dataclasses
 import random
+from contextlib import nullcontext
 
 import pytest
 from conftest import BAD, GOOD, sentences
 from opacus.accountants import RDPAccountant
 
+from crosslm import doctor
 from crosslm.client import Client
 from crosslm.config import AcceptanceConfig, Config, FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError, StoppedError
@@ -17,6 +19,7 @@ from crosslm.leaks import LeakCheck
 from crosslm.models.accounting import Mechanism, Spent, plan
 from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
+from crosslm.preparation import prepare
 from crosslm.privacy import privacy_line, privacy_summary
 from crosslm.records import Download
 from crosslm.rundir import RunDir
@@ -110,6 +113,28 @@ def test_an_upload_without_dp_before_leaves_no_bound(slm):
     bounds = privacy_summary(events)
     assert bounds == {"b": {"epsilon": 2.0, "delta": 0.1}}
     assert "b 2.00 (delta 0.1); no bound for c." in privacy_line({"privacy": bounds, "clients": {"b": {}, "c": {}}})
+
+
+@pytest.mark.parametrize(("delta", "verdict"), [(1 / 80, "error"), (0.5, "error"), (0.002, "doubt"), (0.001, None)])
+def test_a_delta_that_means_nothing_is_refused(settings, tmp_path, delta, verdict):
+    privacy = PrivacyConfig(epsilon=8, delta=delta)
+    assert PrivacyConfig(delta=delta).check_delta(80, "client a") is None  # nothing is bounded
+    if verdict == "error":
+        message = rf"client a: privacy\.delta = {delta:g} with 80 rows: it must be below .*; set it to 0\.0001 or less"
+        with pytest.raises(ConfigError, match=message):
+            privacy.check_delta(80, "client a")
+        with pytest.raises(ConfigError, match=r"privacy\.delta = .* with 80 rows"):
+            plan(80, FIT, privacy, 1)
+    else:
+        doubt = privacy.check_delta(80, "client a")
+        assert (doubt is not None and "with 80 rows is not well below one" in doubt) == (verdict == "doubt")
+    settings["privacy"] = {"epsilon": 8.0, "delta": delta}  # 25 rows a client
+    config, wrong = Config.model_validate(settings), delta >= 1 / 25
+    with pytest.raises(ConfigError, match="client client-0") if wrong else nullcontext():
+        warnings = prepare(config, tmp_path / "cache", lambda _: None).split.warnings
+        assert len(warnings) == (2 if delta > 0.1 / 25 else 0)
+    found = [finding for finding, _ in doctor.data(config) if finding.subject == "privacy.delta"]
+    assert [finding.level for finding in found] == ["error" if wrong else "warning"] * (2 if delta > 0.1 / 25 else 0)
 
 
 def test_counts_that_were_told_stay_paid_for(slm):

@@ -4,7 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from crosslm.errors import ConfigError
 from crosslm.sections.section import Section
+
+FAR_BELOW = 0.1  # one over the number of rows: there delta is no cause for doubt
 
 NO_ACCEPTANCE = (
     "acceptance.enabled = true cannot be with privacy.epsilon: whether a returned SLM is kept depends on held-out "
@@ -26,7 +29,7 @@ class PrivacyConfig(Section):
     """Train step 1 with DP-SGD, within this budget for all uploads of a client together. Needs
     ``crosslm[privacy]``; ``slm.private.patience`` is not heeded then, and ``acceptance`` is off. Not set: no bound."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """Well below one over the number of rows."""
+    """Well below one over the number of rows; from there up it is refused, and above a tenth of it warned of."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Norm that each row's gradient is clipped to."""
     trained_layers: Annotated[int, Field(ge=0)] | None = None
@@ -68,6 +71,32 @@ class PrivacyConfig(Section):
     def epsilon_of_training(self) -> float:
         """What is left for training."""
         return (self.epsilon or 0.0) - self.epsilon_of_counts
+
+    def check_delta(self, rows: int, who: str) -> str | None:
+        """Whether ``delta`` means anything beside so many private rows; without ``epsilon`` none is used.
+
+        A mechanism that tells one row in ``1 / delta`` as it is keeps to it.
+
+        Args:
+            rows: of the client.
+            who: has them.
+
+        Returns:
+            What is doubtful of it, if anything is.
+
+        Raises:
+            ConfigError: it is one over the number of rows, or more.
+        """
+        if self.epsilon is None or not rows or self.delta <= FAR_BELOW / rows:
+            return None
+        found = f"{who}: privacy.delta = {self.delta:g} with {rows} rows"
+        advice = f"set it to {FAR_BELOW / rows / 10:.1g} or less"
+        if self.delta >= 1 / rows:
+            raise ConfigError(
+                f"{found}: it must be below one over their number, or a bound may be kept by what tells a row of them "
+                f"as it is; {advice}"
+            )
+        return f"{found} is not well below one over their number; {advice}"
 
     @model_validator(mode="after")
     def _noise_needs_a_bound(self) -> Self:
