@@ -22,6 +22,7 @@ from crosslm.models.slm import SLM
 from crosslm.preparation import prepare
 from crosslm.privacy import privacy_line, privacy_summary
 from crosslm.records import Download
+from crosslm.rollback import roll_back
 from crosslm.rundir import RunDir
 
 EXAMPLES = Examples(sentences(BAD) + sentences(GOOD), [0] * 40 + [1] * 40)
@@ -112,7 +113,40 @@ def test_an_upload_without_dp_before_leaves_no_bound(slm):
     ]
     bounds = privacy_summary(events)
     assert bounds == {"b": {"epsilon": 2.0, "delta": 0.1}}
-    assert "b 2.00 (delta 0.1); no bound for c." in privacy_line({"privacy": bounds, "clients": {"b": {}, "c": {}}})
+    clients = {"b": {"rows": {"bad": 0, "good": 0}}, "c": {"rows": {"bad": 1, "good": 1}}}
+    assert "b 2.00 (delta 0.1); no bound for c." in privacy_line({"privacy": bounds, "clients": clients})
+
+
+def test_the_line_says_what_is_outside_the_bound():
+    def line(rows, **more):
+        clients = {name: {"rows": {"bad": 0, "good": count}} for name, count in rows.items()}
+        bound = {"epsilon": 2.0, "delta": 1e-5}
+        bounds = dict.fromkeys(rows, bound) | more.pop("privacy", {})
+        return privacy_line({"privacy": bounds, "clients": clients} | more)
+
+    start = "Private rows: DP-SGD, epsilon of all uploads together"
+    assert line({"a": 0}) == f"{start} a 2.00 (delta 1e-05)."
+    assert line({"a": 3}) == f"{start} a 2.00 (delta 1e-05); exact class counts are outside it."
+    two = f"{start} a 2.00, b 2.00 (delta 1e-05)"
+    assert line({"a": 3, "b": 0}) == f"{two}; exact class counts of a are outside it."
+    noisy = {"a": {"epsilon": 2.0, "delta": 1e-5, "count_epsilon": 0.5}}
+    assert line({"a": 3}, privacy=noisy) == f"{start} a 2.00 (delta 1e-05)."  # they are within it
+    assert line({"a": 0}, engine="flower") == f"{start} a 2.00 (delta 1e-05), as the silo says."
+
+
+def test_after_a_rollback_the_earlier_runs_epsilon_is_named(settings, tmp_path):
+    settings["slm"]["models"] = settings["slm"]["models"][:1]
+    settings["privacy"] = {"epsilon": 8.0, "trained_layers": 0}
+    config, cache = Config.model_validate(settings), tmp_path / "cache"
+    assert "rolled_back_from" not in run_local(config, tmp_path / "run", cache)
+    first = next(event["client"] for event in RunDir(tmp_path / "run").events() if event["event"] == "step")
+    roll_back(RunDir.open(tmp_path / "run"), first, tmp_path / "back")
+    summary = run_local(config, tmp_path / "back", cache, resume=True)
+    said = "The run that it was rolled back from, run, has an epsilon of its own, and the two add up."
+    assert privacy_line(summary).endswith(said)
+    (other,) = set(summary["privacy"])
+    assert said in (tmp_path / "back" / "slm" / other / "README.md").read_text()
+    assert said not in (tmp_path / "run" / "slm" / other / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("delta", "verdict"), [(1 / 80, "error"), (0.5, "error"), (0.002, "doubt"), (0.001, None)])

@@ -8,7 +8,7 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from crosslm.config import Config
 from crosslm.models.sources import PACKAGES, PREFIX
-from crosslm.privacy import how_told, in_words
+from crosslm.privacy import how_told, in_words, of_earlier_run
 from crosslm.rundir import RunDir
 
 TAGS = ["crosslm", "federated-learning", "synthetic-data"]
@@ -249,9 +249,12 @@ def _guarantee(summary: Mapping[str, Any], clients: Sequence[str]) -> str:
         f"{client}: {bound['epsilon']:.2f} at delta {bound['delta']:g}" for client, bound in bounds.items()
     )
     exact = any(how_told(summary, client) == "exact" for client in clients)
+    told_by = ", as the silo says," if summary.get("engine") else ""
     return (
-        f"with DP-SGD, whose epsilon for all uploads together is\n{told}. That bounds what can be learned of one\n"
+        f"with DP-SGD, whose epsilon for all uploads together is{told_by}\n"
+        f"{told}. That bounds what can be learned of one\n"
         f"private row{'; exact counts of rows of each label are not covered by it' if exact else ''}."
+        f"{of_earlier_run(summary)}"
     )
 
 
