@@ -2,7 +2,9 @@
 
 import dataclasses
 import random
+import tomllib
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from conftest import BAD, GOOD, sentences
@@ -193,6 +195,19 @@ def test_a_plan_from_metadata_is_the_one_that_was_told():
     assert Spent.of([older]).uploads == (mechanism,)  # a mean may have been there
     fresh = plan(80, FIT, PrivacyConfig(epsilon=8), 1)
     assert fresh.epsilon(1e-5) <= 8
+
+
+def test_what_the_document_says_of_a_row_that_is_replaced():
+    """Sums move by twice the clip then, so it is the same as half the noise where every row is in every batch."""
+    text = (Path(__file__).parents[1] / "docs" / "privacy.md").read_text()
+    example = tomllib.loads(text.split("## DP-SGD\n\n```toml\n")[1].split("```")[0])
+    privacy, fit = PrivacyConfig(**example["privacy"]), FitConfig(**example["slm"]["private"])
+    made = plan(200, fit, privacy, 1)
+    assert made.sample_rate == 1
+    accountant = RDPAccountant()
+    for _ in range(made.steps + made.means):
+        accountant.step(noise_multiplier=made.noise_multiplier / 2, sample_rate=1.0)
+    assert f"are epsilon {accountant.get_epsilon(privacy.delta):.1f} for a row replaced" in " ".join(text.split())
 
 
 def test_metadata_that_is_lost_stops_the_client(slm):

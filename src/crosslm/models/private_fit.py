@@ -3,7 +3,7 @@
 Abadi et al., "Deep Learning with Differential Privacy", CCS 2016. Each row enters a batch by a coin of its own
 (Poisson sampling), its gradient is clipped to a norm of ``clip``, and Gaussian noise of standard deviation
 ``noise_multiplier * clip`` is added to the sum. What leaves, after any number of steps, is (epsilon, delta)-
-differentially private towards adding or removing one row.
+differentially private towards adding or removing one row, as it is accounted; the number of rows counts as known.
 
 The coins and the noise come from the operating system's entropy and never from the run's seed: the server knows
 that seed, and noise that can be drawn again can be taken off again. So a private run cannot be repeated to the bit.
