@@ -1,23 +1,30 @@
-"""The privacy budget over uploads whose settings or rows differ, in one process and at a silo; and no acceptance."""
+"""The privacy budget over uploads whose settings or rows differ, in one process and at a silo; what is off under DP."""
 
 import dataclasses
 import random
+import tomllib
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from conftest import BAD, GOOD, sentences
 from opacus.accountants import RDPAccountant
 
+from crosslm import doctor
 from crosslm.client import Client
 from crosslm.config import AcceptanceConfig, Config, FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError, StoppedError
 from crosslm.examples import Examples
 from crosslm.experiment import run_local
 from crosslm.federation.kits import SiloSettings
+from crosslm.leaks import LeakCheck
 from crosslm.models.accounting import Mechanism, Spent, plan
 from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
+from crosslm.preparation import prepare
 from crosslm.privacy import privacy_line, privacy_summary
 from crosslm.records import Download
+from crosslm.rollback import roll_back
 from crosslm.rundir import RunDir
 
 EXAMPLES = Examples(sentences(BAD) + sentences(GOOD), [0] * 40 + [1] * 40)
@@ -108,7 +115,62 @@ def test_an_upload_without_dp_before_leaves_no_bound(slm):
     ]
     bounds = privacy_summary(events)
     assert bounds == {"b": {"epsilon": 2.0, "delta": 0.1}}
-    assert "b 2.00 (delta 0.1); no bound for c." in privacy_line({"privacy": bounds, "clients": {"b": {}, "c": {}}})
+    clients = {"b": {"rows": {"bad": 0, "good": 0}}, "c": {"rows": {"bad": 1, "good": 1}}}
+    assert "b 2.00 (delta 0.1); no bound for c." in privacy_line({"privacy": bounds, "clients": clients})
+
+
+def test_the_line_says_what_is_outside_the_bound():
+    def line(rows, **more):
+        clients = {name: {"rows": {"bad": 0, "good": count}} for name, count in rows.items()}
+        bound = {"epsilon": 2.0, "delta": 1e-5}
+        bounds = dict.fromkeys(rows, bound) | more.pop("privacy", {})
+        return privacy_line({"privacy": bounds, "clients": clients} | more)
+
+    start = "Private rows: DP-SGD, epsilon of all uploads together"
+    assert line({"a": 0}) == f"{start} a 2.00 (delta 1e-05)."
+    assert line({"a": 3}) == f"{start} a 2.00 (delta 1e-05); exact class counts are outside it."
+    two = f"{start} a 2.00, b 2.00 (delta 1e-05)"
+    assert line({"a": 3, "b": 0}) == f"{two}; exact class counts of a are outside it."
+    noisy = {"a": {"epsilon": 2.0, "delta": 1e-5, "count_epsilon": 0.5}}
+    assert line({"a": 3}, privacy=noisy) == f"{start} a 2.00 (delta 1e-05)."  # they are within it
+    assert line({"a": 0}, engine="flower") == f"{start} a 2.00 (delta 1e-05), as the silo says."
+
+
+def test_after_a_rollback_the_earlier_runs_epsilon_is_named(settings, tmp_path):
+    settings["slm"]["models"] = settings["slm"]["models"][:1]
+    settings["privacy"] = {"epsilon": 8.0, "trained_layers": 0}
+    config, cache = Config.model_validate(settings), tmp_path / "cache"
+    assert "rolled_back_from" not in run_local(config, tmp_path / "run", cache)
+    first = next(event["client"] for event in RunDir(tmp_path / "run").events() if event["event"] == "step")
+    roll_back(RunDir.open(tmp_path / "run"), first, tmp_path / "back")
+    summary = run_local(config, tmp_path / "back", cache, resume=True)
+    said = "The run that it was rolled back from, run, has an epsilon of its own, and the two add up."
+    assert privacy_line(summary).endswith(said)
+    (other,) = set(summary["privacy"])
+    assert said in (tmp_path / "back" / "slm" / other / "README.md").read_text()
+    assert said not in (tmp_path / "run" / "slm" / other / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("delta", "verdict"), [(1 / 80, "error"), (0.5, "error"), (0.002, "doubt"), (0.001, None)])
+def test_a_delta_that_means_nothing_is_refused(settings, tmp_path, delta, verdict):
+    privacy = PrivacyConfig(epsilon=8, delta=delta)
+    assert PrivacyConfig(delta=delta).check_delta(80, "client a") is None  # nothing is bounded
+    if verdict == "error":
+        message = rf"client a: privacy\.delta = {delta:g} with 80 rows: it must be below .*; set it to 0\.0001 or less"
+        with pytest.raises(ConfigError, match=message):
+            privacy.check_delta(80, "client a")
+        with pytest.raises(ConfigError, match=r"privacy\.delta = .* with 80 rows"):
+            plan(80, FIT, privacy, 1)
+    else:
+        doubt = privacy.check_delta(80, "client a")
+        assert (doubt is not None and "with 80 rows is not well below one" in doubt) == (verdict == "doubt")
+    settings["privacy"] = {"epsilon": 8.0, "delta": delta}  # 25 rows a client
+    config, wrong = Config.model_validate(settings), delta >= 1 / 25
+    with pytest.raises(ConfigError, match="client client-0") if wrong else nullcontext():
+        warnings = prepare(config, tmp_path / "cache", lambda _: None).split.warnings
+        assert len(warnings) == (2 if delta > 0.1 / 25 else 0)
+    found = [finding for finding, _ in doctor.data(config) if finding.subject == "privacy.delta"]
+    assert [finding.level for finding in found] == ["error" if wrong else "warning"] * (2 if delta > 0.1 / 25 else 0)
 
 
 def test_counts_that_were_told_stay_paid_for(slm):
@@ -133,6 +195,19 @@ def test_a_plan_from_metadata_is_the_one_that_was_told():
     assert Spent.of([older]).uploads == (mechanism,)  # a mean may have been there
     fresh = plan(80, FIT, PrivacyConfig(epsilon=8), 1)
     assert fresh.epsilon(1e-5) <= 8
+
+
+def test_what_the_document_says_of_a_row_that_is_replaced():
+    """Sums move by twice the clip then, so it is the same as half the noise where every row is in every batch."""
+    text = (Path(__file__).parents[1] / "docs" / "privacy.md").read_text()
+    example = tomllib.loads(text.split("## DP-SGD\n\n```toml\n")[1].split("```")[0])
+    privacy, fit = PrivacyConfig(**example["privacy"]), FitConfig(**example["slm"]["private"])
+    made = plan(200, fit, privacy, 1)
+    assert made.sample_rate == 1
+    accountant = RDPAccountant()
+    for _ in range(made.steps + made.means):
+        accountant.step(noise_multiplier=made.noise_multiplier / 2, sample_rate=1.0)
+    assert f"are epsilon {accountant.get_epsilon(privacy.delta):.1f} for a row replaced" in " ".join(text.split())
 
 
 def test_metadata_that_is_lost_stops_the_client(slm):
@@ -164,6 +239,18 @@ def test_there_is_no_acceptance_under_dp(settings, slm):
         SiloSettings.model_validate(kit | both)
     with pytest.raises(ConfigError, match=r"client a: .*acceptance\.enabled = true cannot be"):
         Client("a", EXAMPLES, slm, FIT, 0, acceptance=AcceptanceConfig(enabled=True), privacy=training())
+
+
+def test_there_is_no_leak_check_under_dp(settings, slm):
+    """A server could choose the texts, and would hear whether they are like private ones."""
+    for check in ({"max_shared_words": 8}, {"max_similarity": 0.9}):
+        assert Config.model_validate(settings | {"privacy": check}).privacy.checks_leaks
+        with pytest.raises(ValueError, match="max_shared_words and max_similarity cannot be with epsilon"):
+            Config.model_validate(settings | {"privacy": {"epsilon": 8.0} | check})
+    leaks = LeakCheck(EXAMPLES.texts, PrivacyConfig(max_shared_words=8), None)
+    with pytest.raises(ConfigError, match=r"client a: give it no leak check; .*cannot be with epsilon"):
+        Client("a", EXAMPLES, slm, FIT, 0, privacy=training(), leaks=leaks)
+    Client("a", EXAMPLES, slm, FIT, 0, leaks=leaks)
 
 
 def test_under_dp_whatever_comes_back_is_installed_and_the_next_upload_starts_there(settings, slm):

@@ -1,25 +1,33 @@
 """A whole run with DP, canaries and the leak check, and its audit."""
 
+import io
 import json
 import random
+import re
 import tomllib
 
 import pytest
 import tomli_w
 import torch
-from conftest import BAD, GOOD, THINGS
+from conftest import BAD, GOOD, THINGS, tiny_llm
+from rich.console import Console
 
-from crosslm.audit import _Audit, attack_rows, audit_run, figures_of
-from crosslm.canaries import draw_canaries
+from crosslm.audit import Rows, _Audit, attack_rows, audit_run, figures_of, llm_exposures, slm_exposures
+from crosslm.canaries import Canaries, draw_canaries
 from crosslm.cli import main as cli
+from crosslm.cli.audit import overlap_table
 from crosslm.client import Client
 from crosslm.config import Config, FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError, DataError, RunError
 from crosslm.examples import Examples
 from crosslm.experiment import run_local
+from crosslm.html_report import page
+from crosslm.html_report.collect import RunView
 from crosslm.models.rows import hold_out
 from crosslm.models.slm import SLM
+from crosslm.preparation import client_specs
 from crosslm.privacy import privacy_line
+from crosslm.progress import Progress
 from crosslm.rundir import RunDir
 from crosslm.seeding import seed_for
 
@@ -36,7 +44,7 @@ def rows(count, seed):
 
 @pytest.fixture
 def private_run(settings, data_folder, tmp_path):
-    """A run with everything of ``[privacy]`` switched on."""
+    """A run with all of ``[privacy]`` that can be together."""
     everything = rows(260, 0)
     random.Random(1).shuffle(everything)
     for name, part in (("train", everything[:120]), ("test", everything[120:])):
@@ -44,7 +52,7 @@ def private_run(settings, data_folder, tmp_path):
     settings["data"]["judge_rows"] = 20
     fit = {"epochs": 2, "batch_size": 20, "learning_rate": 1e-3, "patience": 1}
     settings["slm"] |= {"private": fit, "models": settings["slm"]["models"][:1]}
-    settings["privacy"] = {"epsilon": 8.0, "canaries": 2, "max_shared_words": 40, "class_counts": "noisy"}
+    settings["privacy"] = {"epsilon": 8.0, "canaries": 2, "class_counts": "noisy"}
     run = tmp_path / "run"
     summary = run_local(Config.model_validate(settings), run, tmp_path / "cache")
     return run, summary
@@ -55,7 +63,12 @@ def test_a_private_run_tells_its_bound_and_is_audited(private_run, tmp_path, mon
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     uploads = {event["client_id"]: event["metrics"] for event in events if event["event"] == "upload"}
     assert set(summary["privacy"]) == set(uploads) == {name for name in summary["slm"]["crosslm"] if name != "mean"}
+    noisy = {event["client_id"]: event["class_counts"] for event in events if event["event"] == "upload"}
+    assert {client: list(facts["rows"].values()) for client, facts in summary["clients"].items()} == noisy
     for client, bound in summary["privacy"].items():
+        card = " ".join((run / "slm" / client / "README.md").read_text().split())
+        assert "the rows of each label with noise, and training metrics) left the silo" in card
+        assert "exact counts" not in card
         assert 7.9 < bound["epsilon"] == uploads[client]["dp/epsilon"] <= 8
         assert "loss" not in uploads[client]
         assert f"{client} {bound['epsilon']:.2f}" in privacy_line(summary)
@@ -84,6 +97,31 @@ def test_a_private_run_tells_its_bound_and_is_audited(private_run, tmp_path, mon
         audit_run(RunDir.open(run), tmp_path)
     with pytest.raises(RunError, match="must be an even number, found 3"):
         audit_run(RunDir.open(run), tmp_path, shadows=3)
+
+
+@pytest.mark.parametrize("how", ["hidden", "exact"])
+@pytest.mark.parametrize("bounded", [{"epsilon": 8.0, "trained_layers": 0}, {}], ids=["DP", "no DP"])
+def test_hidden_counts_are_in_no_file_of_the_run(settings, data_folder, tmp_path, how, bounded):
+    """Nor that a client has rows of one label only, which its classifier may or may not show."""
+    settings["data"].pop("train")
+    one = [f"a {good} {thing},good" for good in GOOD for thing in THINGS][:37]
+    (data_folder / "one.csv").write_text("\n".join(["text,label", *one]) + "\n")
+    settings["clients"] = [{"id": "a", "train": "one.csv"}]
+    settings["privacy"] = bounded | {"class_counts": how}
+    summary = run_local(Config.model_validate(settings), tmp_path / "run", tmp_path / "cache")
+    run, told = RunDir.open(tmp_path / "run"), how == "exact"
+    (upload,) = [event for event in run.events() if event["event"] == "upload"]
+    assert list(summary["clients"]["a"]["rows"].values()) == upload["class_counts"] == ([0, 37] if told else [0, 0])
+    card = " ".join((run.path / "slm" / "a" / "README.md").read_text().split())
+    assert ("| private training rows | bad 0, good 37 |" in card) == told
+    assert ("the rows of each label stand above" in card) == told
+    assert ("how many rows there are of each label did not" in card) != told
+    assert ("exact counts of rows of each label are not covered by it" in card) == (told and bool(bounded))
+    kept = [page.render([RunView.read(run)])]
+    kept += [path.read_text() for path in run.path.rglob("*") if path.suffix in (".json", ".jsonl", ".md", ".toml")]
+    assert any("all 37 rows are 'good'" in text for text in kept) == told
+    assert any("All 37 private rows are" in text for text in kept) == told
+    assert any("good 37" in text for text in kept) == told
 
 
 def test_a_leak_stops_the_return_in_a_run(settings, tmp_path, monkeypatch):
@@ -134,6 +172,68 @@ def test_an_overfitted_classifier_is_found_out_and_a_fresh_one_is_not(models):
     assert found[1]["auc_interval"][0] > 0.6
 
 
+def at_random(count, seed):
+    """Texts whose labels nobody can know but by having seen them."""
+    draw = random.Random(seed)
+    texts = list({" ".join(draw.choices(GOOD + BAD + THINGS, k=6)): None for _ in range(count)})
+    return Examples(texts, [draw.randrange(2) for _ in texts])
+
+
+def test_every_attack_finds_the_members_of_an_overfitted_upload(settings, tmp_path):
+    """Each points the right way: what it gives a high score was trained on."""
+    settings["slm"] |= {"models": settings["slm"]["models"][:1]}
+    settings["slm"]["private"] = {"epochs": 20, "batch_size": 10, "learning_rate": 3e-3, "patience": 0}
+    config, rows = Config.model_validate(settings), at_random(90, 1)
+    audit = object.__new__(_Audit)  # without a run
+    audit.config, audit.shadows, audit.cache, audit.progress = config, 2, tmp_path, Progress()
+    audit.specs = client_specs(config, ["client-0"])
+    members, others = rows.take(range(30)), rows.take(range(30, 60))
+    reference = rows.take(range(60, 70))  # of more rows with labels at random it would learn more that means nothing
+    slm = SLM.of_spec(config.slm.models[0].model, config.slm.models[0], config, 0)
+    slm.fit(members, config.slm.private, 7)
+    found = audit._membership("client-0", slm, Rows(members, others, reference))
+    assert found["train_accuracy"] > 0.9
+    assert set(found["attacks"]) == {"loss", "calibrated loss", "LiRA, 2 shadow models"}
+    for name, figures in found["attacks"].items():
+        assert figures["auc"] > 0.7, name
+        assert figures["auc_interval"][0] > 0.5, name
+
+
+def test_exposure_in_an_slm_rises_with_what_it_learned(models):
+    slm = SLM.load(str(models / "bert"), ("bad", "good"), 32, 0)
+    drawn = draw_canaries(slm.tokenizer, 2, 4, 255, 0)
+    before = slm_exposures(slm, drawn)
+    noise = at_random(40, 2)
+    texts, labels = drawn.planted.texts + noise.texts, drawn.planted.labels + noise.labels
+    slm.fit(Examples(texts, labels), FitConfig(epochs=30, batch_size=8, learning_rate=3e-3), 0)
+    after = slm_exposures(slm, drawn)
+    assert sum(before) / 4 < 2.5
+    assert sum(after) / 4 > sum(before) / 4 + 1
+    assert max(after) <= 8
+    swapped = Canaries(Examples(drawn.planted.texts, [1 - label for label in drawn.planted.labels]), drawn.others)
+    assert max(slm_exposures(slm, swapped)) < min(after)  # with the other label it has learned the contrary
+
+
+def test_exposure_in_the_llm_rises_with_what_it_learned(models, task):
+    llm = tiny_llm(models, "gpt2")
+    slm = SLM.load(str(models / "bert"), ("bad", "good"), 32, 0)
+    drawn = draw_canaries(slm.tokenizer, 2, 4, 63, 0)
+    assert llm_exposures(llm, task, drawn) == [0.0] * 4  # it is the original: all gain alike, and ties count as better
+    optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=1e-2)
+    rows = [
+        llm.encode(task.prompt(label, 0) + text)
+        for text, label in zip(drawn.planted.texts, drawn.planted.labels, strict=True)
+    ]
+    for _ in range(40):
+        optimizer.zero_grad()
+        logps, mask = llm.logps(rows)
+        (-(logps * mask).sum() / mask.sum()).backward()
+        optimizer.step()
+    assert min(llm_exposures(llm, task, drawn)) > 4
+    fresh = Canaries(Examples(drawn.others[:4], drawn.planted.labels), drawn.others[4:])
+    assert sum(llm_exposures(llm, task, fresh)) / 4 < 3.5  # sentences that it did not see
+
+
 def test_the_held_out_rows_are_no_members(models, monkeypatch):
     slm = SLM.load(str(models / "bert"), ("bad", "good"), 32, 0)
     texts = [f"a {word} day" for word in GOOD + BAD]
@@ -155,6 +255,7 @@ def test_the_held_out_rows_are_no_members(models, monkeypatch):
         ({"delta": 1}, "less than 1"),
         ({"epsilon": 0.4, "class_counts": "noisy"}, r"count_epsilon = 0\.5 leaves nothing of epsilon = 0\.4"),
         ({"eps": 1}, "Extra inputs"),
+        ({"class_counts": "noisy"}, 'class_counts = "noisy" needs epsilon; set it, or choose "hidden" or "exact"'),
     ],
 )
 def test_an_impossible_budget_is_refused(given, message):
@@ -212,6 +313,44 @@ def test_the_members_are_the_rows_that_were_trained_on(settings, tmp_path, monke
         assert texts == set(expected)
         if not (patience or accept):
             assert len(members) == len(private)
+
+
+class Same:
+    """Two texts are near if they are the same."""
+
+    def __init__(self):
+        self.places = {}
+
+    def encode(self, texts):
+        places = [self.places.setdefault(text, len(self.places)) for text in texts]
+        return torch.eye(1000)[places]
+
+
+def test_a_copy_of_any_private_row_is_overlap(private_run, tmp_path, monkeypatch):
+    """Of the last one too, however few rows there are to compare with."""
+    audit = _Audit(RunDir.open(private_run[0]), tmp_path, 0, None)
+    client, private = next(iter(audit.split.private.items()))
+    few = Rows(private, audit.split.test.take(range(20)), audit.split.judge)
+    encoder = Same()
+    for place in (0, len(private) - 1):
+        row = private.texts[place]
+        monkeypatch.setattr(audit, "_synthetic", lambda row=row: [("x", "quite another text", True), ("x", row, True)])
+        found = audit._overlap(client, few, encoder)
+        assert {name: part["rows"] for name, part in found.items() if name != "texts"} == {
+            "private": len(private),
+            "private sample": 20,
+            "held out": 20,
+        }
+        assert found["private"]["nearest_similarity"] == 1
+        assert found["private"]["longest_shared_words"] == 7
+        assert found["held out"]["nearest_similarity"] == 0
+    assert len(private) > 40
+    monkeypatch.setattr(audit, "_synthetic", lambda: [("x", row, True) for row in private.texts])
+    sample = audit._overlap(client, few, encoder)["private sample"]
+    assert sample["mean_similarity"] == pytest.approx(20 / len(private))
+    out = Console(file=io.StringIO(), width=200)
+    out.print(overlap_table({"clients": {client: {"overlap": audit._overlap(client, few, encoder)}}}))
+    assert re.search(rf"private +│ {len(private)} ", out.file.getvalue())
 
 
 def test_the_attackers_models_are_trained_like_a_private_slm(private_run, tmp_path, monkeypatch):

@@ -213,6 +213,18 @@ def test_a_silo_without_opacus_is_told_so_beside_all_else(kits, shell, monkeypat
     assert "ok      slm: trains " in out
 
 
+def test_a_silos_delta_is_looked_at_beside_its_rows(kits, shell):
+    kit = kits / "silos" / "silo-0"
+    for delta, level in ((0.9, "error"), (0.02, "warning")):
+        change(kit, privacy=PrivacyConfig(epsilon=8.0, delta=delta), acceptance=AcceptanceConfig())
+        _, out, _ = shell("doctor", kit)
+        assert any(f"silo silo-0: privacy.delta = {delta} with" in line for line in lines(out, level))
+        if level == "error":
+            code, _, err = shell("client", kit)  # found now, and not when the server asks
+            assert code == 2
+            assert "silo silo-0: privacy.delta = 0.9 with" in err
+
+
 def test_without_the_extra_it_says_so_and_looks_no_further(kits, shell, monkeypatch):
     monkeypatch.setattr(doctor, "requires", lambda _: ["no-such-flower; extra == 'federation'"])
     code, out, _ = shell("doctor", kits / "server")

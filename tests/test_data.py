@@ -270,6 +270,8 @@ def test_an_empty_silo_is_refused_and_one_of_a_single_class_warned_of(settings, 
     (data_folder / "one.csv").write_text("text,label\nx,good\ny,good\n")
     split = load_split(Config.model_validate(settings))
     assert split.warnings == ["client a: all 2 rows are 'good'; its classifier can learn nothing else"]
+    hides = Config.model_validate(settings | {"privacy": {"class_counts": "hidden"}})
+    assert load_split(hides).warnings == []  # they are written into the run folder
     (data_folder / "one.csv").write_text("text,label\n")
     with pytest.raises(DataError, match="client a: no usable training rows"):
         load_split(Config.model_validate(settings))

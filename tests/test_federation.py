@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import urllib.error
 import zipfile
 from contextlib import nullcontext
@@ -414,6 +415,21 @@ def test_the_dry_run_names_all_that_the_upload_then_holds(silo, private):
     assert set(fields["slm"]) == {"architecture", "tokenizer", "labels", "max_length"}
     for sentence in silo.private().texts:
         assert sentence.encode() not in data
+
+
+def test_counts_are_hidden_without_a_bound_too(silo):
+    """A kit says of privacy what was set, and nothing that only looks as if it were in force."""
+    assert tomllib.loads((silo.kit / SILO_FILE).read_text())["privacy"] == {}
+    assert sum(silo.would_send()["fields"]["class_counts"]) == len(silo.private())
+    change(silo.kit, privacy=PrivacyConfig(class_counts="hidden"))
+    assert tomllib.loads((silo.kit / SILO_FILE).read_text())["privacy"] == {"class_counts": "hidden"}
+    hides = Silo(silo.kit, silo.cache)
+    assert hides.would_send()["fields"]["class_counts"] == [0, 0]
+    upload = decode_upload(hides.upload(hides.settings.experiment, 0).read_bytes())
+    assert upload.class_counts == (0, 0)
+    assert "loss" in upload.metrics
+    (receipt,) = hides.receipts()
+    assert receipt["fields"]["class_counts"] == [0, 0]
 
 
 def test_half_precision_halves_the_bytes_and_says_what_it_does(kits, silo):

@@ -1,6 +1,7 @@
 """The attacks' figures, by hand."""
 
 import math
+import unicodedata
 
 import pytest
 import torch
@@ -70,6 +71,40 @@ def test_exposure_by_hand():
     assert float(torch.tensor([exposure(float(loss), drawn[:1000]) for loss in drawn[1000:]]).mean()) == pytest.approx(
         1 / math.log(2), rel=0.05
     )
+
+
+CHINESE = "患者于星期一上午因右臂骨折入院治疗三天后病情好转准予出院"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("患者A先生：B12。", ["患", "者", "a", "先", "生", "b12"]),
+        ("カード を ひらく", ["カ", "ー", "ド", "を", "ひ", "ら", "く"]),
+        ("ｶｰﾄﾞ Ａ１", ["カ", "ー", "ド", "a1"]),  # half and full width
+        ("น้ำ ดี", ["น้\u0e4d", "า", "ดี"]),  # Thai: tone and vowel marks stay with their letter
+        ("မြန်မာ", ["မြ", "န်", "မာ"]),
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),  # vowel signs are marks, and the script has spaces
+        ("한국어 문장", ["한국어", "문장"]),
+        ("pati\u00adent co\u0301t\u0301 \u0301x", ["patient", "cót\u0301", "x"]),
+        ("STRASSE Straße ﬁne x²", ["strasse", "strasse", "fine", "x2"]),
+        ("", []),
+    ],
+)
+def test_words_of_scripts_with_and_without_spaces(text, expected):
+    assert words(text) == expected
+
+
+def test_a_sentence_without_spaces_is_found_within_another():
+    assert len(CHINESE) == 28
+    assert longest_shared([f"据报道，{CHINESE}，谢谢。"], ["别的", f"记录{CHINESE}完"]) == [28]
+    assert longest_shared(["患者星期二来"], [CHINESE]) == [2]
+
+
+def test_the_form_in_which_unicode_writes_a_letter_hides_nothing():
+    private = "Le café naïf d'Émile à Noël"
+    for form in ("NFC", "NFD", "NFKD"):
+        assert longest_shared([unicodedata.normalize(form, private.upper())], [private]) == [7]
 
 
 def test_longest_shared_words_by_hand():

@@ -3,6 +3,7 @@
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import BAD, GOOD, sentences
@@ -19,6 +20,7 @@ from crosslm.models.architecture import MODEL_TYPES
 from crosslm.models.private_fit import PrivateTraining, discrete_laplace, dp_sgd
 from crosslm.models.private_layers import EVERY_LAYER, HEAD_ONLY, frozen_below
 from crosslm.models.private_mean import _read_by_head, centred, noisy_mean
+from crosslm.models.private_noise import fresh_generator
 from crosslm.models.slm import SLM
 
 LABELS = ("bad", "good")
@@ -155,7 +157,7 @@ def test_a_centred_head_is_trained_by_the_definition(folders):
     weight = linear.weight - torch.einsum("r,rod->od", share, gradients) / 20
     bias = linear.bias + linear.weight @ mean - (share @ wrong) / 20 - weight @ mean
     plain_sgd(slm)
-    found = noisy_mean(slm, slm.encode(rows.texts), 0.0, torch.Generator())
+    found = noisy_mean(slm, slm.encode(rows.texts), 0.0, np.random.default_rng(0))
     torch.testing.assert_close(found, mean, atol=1e-6, rtol=0)
     with frozen_below(slm, 0), centred(slm, found):
         dp_sgd(slm, rows, FitConfig(), Mechanism(0.0, 1.0, 1), clip, secret(), lambda _: None)
@@ -167,16 +169,14 @@ def test_a_centred_head_is_trained_by_the_definition(folders):
 def test_the_mean_is_of_clipped_vectors(folders, monkeypatch):
     read = iter([[[3.0, 4.0], [0.6, 0.8]], [[6.0, 8.0], [0.0, 1.0], [0.0, -10.0]]])
     monkeypatch.setattr(private_mean, "_read_by_head", lambda *_: torch.tensor(next(read)))
-    found = noisy_mean(load(folders, "bert"), [[1]] * 3, 0.0, torch.Generator())
+    found = noisy_mean(load(folders, "bert"), [[1]] * 3, 0.0, np.random.default_rng(0))
     torch.testing.assert_close(found, torch.tensor([1.0, 0.0]))  # of (3, 4), (0, 1) and (0, -5): none is longer than 5
 
 
 def test_the_mean_has_noise_of_the_size_that_is_accounted(folders):
     slm, rows = load(folders, "bert"), EXAMPLES.take(range(50))
     exact, noisy = (
-        torch.stack(
-            [noisy_mean(slm, slm.encode(rows.texts), size, torch.Generator().manual_seed(n)) for n in range(64)]
-        )
+        torch.stack([noisy_mean(slm, slm.encode(rows.texts), size, np.random.default_rng(n)) for n in range(64)])
         for size in (0.0, 3.0)
     )
     radius = _read_by_head(slm, slm.encode(LABELS)).norm(dim=1).max()
@@ -187,7 +187,7 @@ def test_centring_alone_changes_no_answer(folders):
     for family in ("bert", "distilbert", "roberta"):
         slm = load(folders, family)
         before = slm.predict_proba(EXAMPLES.texts)
-        mean = noisy_mean(slm, slm.encode(EXAMPLES.texts), 1.0, torch.Generator())
+        mean = noisy_mean(slm, slm.encode(EXAMPLES.texts), 1.0, np.random.default_rng(0))
         with centred(slm, mean):
             torch.testing.assert_close(slm.predict_proba(EXAMPLES.texts), before, atol=1e-5, rtol=0)
         torch.testing.assert_close(slm.predict_proba(EXAMPLES.texts), before, atol=1e-5, rtol=0)
@@ -278,6 +278,63 @@ def test_the_noise_does_not_come_from_the_runs_seed(folders):
         client = Client("a", EXAMPLES, load(folders, "bert"), FIT, seed=7, privacy=training)
         results.append(client.train().slm.weights)
     assert not torch.equal(results[0]["classifier.weight"], results[1]["classifier.weight"])
+
+
+class Fixed(random.Random):
+    """A secret that is known: no row is drawn, and keys are those given, cut to the bits that are asked for."""
+
+    def __init__(self, *keys):
+        super().__init__(0)
+        self.keys, self.asked = list(keys), []
+
+    def random(self):
+        return 1.0
+
+    def getrandbits(self, bits):
+        self.asked.append(bits)
+        return self.keys.pop(0) % 2**bits
+
+
+def moved_by(folders, given, steps=1):
+    """How far the noise alone moves the weights."""
+    slm = load(folders, "bert")
+    plain_sgd(slm)
+    before = torch.cat([value.flatten() for value in weights(slm).values()])
+    dp_sgd(slm, EXAMPLES, FitConfig(), Mechanism(2.0, 0.5, steps), 0.5, given, lambda _: None)
+    return torch.cat([value.flatten() for value in weights(slm).values()]) - before
+
+
+@pytest.mark.parametrize("other", [2**32, 2**62, 2**64, 2**127])
+def test_every_bit_of_a_key_of_128_counts(folders, other):
+    """PyTorch's own generator heeds the lowest 32 on the CPU, few enough to try them all."""
+    key = 0x1234567
+    assert torch.equal(moved_by(folders, Fixed(key)), moved_by(folders, Fixed(key)))
+    assert not torch.equal(moved_by(folders, Fixed(key)), moved_by(folders, Fixed(key + other)))
+    slm = load(folders, "bert")
+    means = [
+        noisy_mean(slm, slm.encode(EXAMPLES.texts), 1.0, fresh_generator(Fixed(given)))
+        for given in (key, key, key + other)
+    ]
+    assert torch.equal(means[0], means[1])
+    assert not torch.equal(means[0], means[2])
+
+
+def test_each_step_and_each_mean_has_a_key_of_its_own(folders):
+    keys = Fixed(1, 2, 3)
+    three = moved_by(folders, keys, steps=3)
+    assert keys.asked == [128] * 3
+    assert not keys.keys
+    one_by_one = sum(moved_by(folders, Fixed(key)) for key in (1, 2, 3))
+    torch.testing.assert_close(three, one_by_one)
+    centring = Fixed(*range(100))
+    privacy = PrivacyConfig(epsilon=8, center=True, trained_layers=0)
+    PrivateTraining(privacy, 1, centring).fit(load(folders, "bert"), EXAMPLES, FIT, 0, lambda _: None)
+    assert centring.asked == [128] * (1 + 8)  # the mean, and eight steps
+
+
+def test_the_secret_is_the_operating_systems():
+    """Coins too: each of them is drawn from its entropy, by no generator with a seed."""
+    assert isinstance(PrivateTraining(PrivacyConfig(epsilon=8), 1)._secret, random.SystemRandom)
 
 
 def test_a_private_upload_tells_no_loss_and_no_count(folders):
@@ -373,10 +430,10 @@ def test_a_vector_that_is_not_finite_is_no_part_of_the_mean(folders, monkeypatch
     read = iter([[[3.0, 4.0]], rows, [[float("inf"), 1.0]]])
     monkeypatch.setattr(private_mean, "_read_by_head", lambda *_: torch.tensor(next(read)))
     slm = load(folders, "bert")
-    found = noisy_mean(slm, [[1]] * 4, 0.0, torch.Generator())
+    found = noisy_mean(slm, [[1]] * 4, 0.0, np.random.default_rng(0))
     torch.testing.assert_close(found, torch.tensor([3.0, 4.0]) / 4)  # too long for its norm counts as zero too
     with pytest.raises(ModelError, match="what the head reads of the label names is not finite"):
-        noisy_mean(slm, [[1]] * 4, 0.0, torch.Generator())
+        noisy_mean(slm, [[1]] * 4, 0.0, np.random.default_rng(0))
 
 
 def test_clipping_and_sampling_alone_do_not_keep_it_from_learning(folders):

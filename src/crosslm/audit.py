@@ -197,21 +197,18 @@ class _Audit:
         return lira_scores(confidence_logit((-loss).exp()), torch.stack(confidences), inside)
 
     def _overlap(self, client: str, rows: Rows, encoder: Encoder) -> dict[str, Any]:
-        """The texts that trained SLMs beside this client's private rows, and beside others that nobody had."""
+        """The texts that trained SLMs beside all of this client's private rows.
+
+        To tell what of that is the language of the field, also beside a sample of them and as many rows that nobody
+        had: the more rows, the nearer is the nearest.
+        """
         texts = [text for _, text, kept in self._synthetic() if kept]
-        vectors = encoder.encode(texts)
-        count = min(len(rows.members), len(rows.others))
-        figures: dict[str, Any] = {"texts": len(texts), "rows": count}
-        for name, real in (("private", rows.members), ("held out", rows.others)):
-            shared = torch.tensor(longest_shared(texts, real.texts[:count]), dtype=torch.float64)
-            near = nearest_similarity(vectors, encoder.encode(real.texts[:count])).cpu().double()
-            figures[name] = {
-                "longest_shared_words": int(shared.max()),
-                "mean_shared_words": float(shared.mean()),
-                "nearest_similarity": float(near.max()),
-                "mean_similarity": float(near.mean()),
-            }
-        return figures
+        vectors, private = encoder.encode(texts), self.split.private[client].texts
+        count = min(len(private), len(rows.others))
+        generator = torch.Generator().manual_seed(seed_for(self.config.seed, "audit", client, "overlap"))
+        sample = [private[place] for place in torch.randperm(len(private), generator=generator)[:count].tolist()]
+        beside = {"private": private, "private sample": sample, "held out": rows.others.texts[:count]}
+        return {"texts": len(texts)} | {name: nearness(texts, vectors, real, encoder) for name, real in beside.items()}
 
     def _synthetic(self) -> list[tuple[str, str, bool]]:
         """Every text that the LLM wrote in the run: file, text, and whether it trained an SLM."""
@@ -274,6 +271,19 @@ def attack_rows(members: Examples, pool: Examples, seed: int) -> Rows:
             f"{len(members)} and {len(others) + len(reference)}: give more test rows or data.judge_rows"
         )
     return Rows(members, pool.take(others), pool.take(reference))
+
+
+def nearness(texts: list[str], vectors: Tensor, real: list[str], encoder: Encoder) -> dict[str, float]:
+    """How near synthetic texts, whose sentence vectors are given, are to real ones: the nearest, and in the mean."""
+    shared = torch.tensor(longest_shared(texts, real), dtype=torch.float64)
+    near = nearest_similarity(vectors, encoder.encode(real)).cpu().double()
+    return {
+        "rows": len(real),
+        "longest_shared_words": int(shared.max()),
+        "mean_shared_words": float(shared.mean()),
+        "nearest_similarity": float(near.max()),
+        "mean_similarity": float(near.mean()),
+    }
 
 
 def losses(slm: SLM, texts: list[str], labels: list[int]) -> Tensor:

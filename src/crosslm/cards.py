@@ -8,7 +8,7 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from crosslm.config import Config
 from crosslm.models.sources import PACKAGES, PREFIX
-from crosslm.privacy import in_words
+from crosslm.privacy import how_told, in_words, of_earlier_run
 from crosslm.rundir import RunDir
 
 TAGS = ["crosslm", "federated-learning", "synthetic-data"]
@@ -122,9 +122,16 @@ classify = pipeline("text-classification", model="FOLDER OR REPOSITORY")
 ## Privacy
 
 No private text is in these files, but the weights were fitted to it, {_guarantee(summary, [client])} To train it,
-{about["bytes_up"]:,} bytes (weights, tokenizer, label names, the rows of each label and training metrics) left the
-silo; the rows of each label stand above. Ask the silo before you give this model or this card to anybody else.
+{about["bytes_up"]:,} bytes (weights, tokenizer, label names, {_counts_that_left(how_told(summary, client))}
+Ask the silo before you give this model or this card to anybody else.
 """
+
+
+def _counts_that_left(how: str) -> str:
+    if how == "hidden":
+        return "training metrics) left the\nsilo; how many rows there are of each label did not."
+    noise = " with noise," if how == "noisy" else ""
+    return f"the rows of each label{noise} and training metrics) left the\nsilo; the rows of each label stand above."
 
 
 def llm_card(config: Config, summary: Mapping[str, Any], merged: bool = False) -> str:
@@ -241,9 +248,13 @@ def _guarantee(summary: Mapping[str, Any], clients: Sequence[str]) -> str:
     told = ", ".join(
         f"{client}: {bound['epsilon']:.2f} at delta {bound['delta']:g}" for client, bound in bounds.items()
     )
+    exact = any(how_told(summary, client) == "exact" for client in clients)
+    told_by = ", as the silo says," if summary.get("engine") else ""
     return (
-        f"with DP-SGD, whose epsilon for all uploads together is\n{told}. That bounds what can be learned of one\n"
-        "private row; exact counts of rows in this card and what a leak check stopped are not covered by it."
+        f"with DP-SGD, whose epsilon for all uploads together is{told_by}\n"
+        f"{told}. That bounds what can be learned of one\n"
+        f"private row{'; exact counts of rows of each label are not covered by it' if exact else ''}."
+        f"{of_earlier_run(summary)}"
     )
 
 

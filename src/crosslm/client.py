@@ -15,7 +15,7 @@ from crosslm.models.rows import hold_out
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
 from crosslm.records import Download, SlmState, Upload
-from crosslm.sections.privacy import NO_ACCEPTANCE
+from crosslm.sections.privacy import NO_ACCEPTANCE, NO_LEAK_CHECK
 from crosslm.seeding import seed_for
 
 ROUNDING = 1e-9  # of means and probabilities: what is just ``acceptance.margin`` is not above it
@@ -76,15 +76,17 @@ class Client:
             progress: shows the training.
             acceptance: whether a returned SLM is tried on held-out rows; not with ``privacy``.
             privacy: trains within its budget.
-            leaks: looks at the texts that trained a returned SLM.
+            leaks: looks at the texts that trained a returned SLM; not with ``privacy``.
             canaries: how many rows are planted.
             hides_counts: tell zeros in the place of the rows of each label; with ``privacy``, that decides.
 
         Raises:
-            ConfigError: acceptance is on under DP.
+            ConfigError: acceptance or the leak check is on under DP.
         """
         if privacy and acceptance and acceptance.enabled:
             raise ConfigError(f"client {client_id}: give it no acceptance; {NO_ACCEPTANCE}")
+        if privacy and leaks:
+            raise ConfigError(f"client {client_id}: give it no leak check; {NO_LEAK_CHECK}")
         self.id = client_id
         self.slm = slm
         self.previous: SLM | None = None

@@ -163,6 +163,16 @@ def private(privacy: PrivacyConfig) -> Iterator[Finding]:
         yield Finding("ok", "privacy.epsilon", f"{privacy.epsilon:g}, by DP-SGD at the client")
 
 
+def delta(privacy: PrivacyConfig, rows: int, who: str) -> Iterator[Finding]:
+    """Whether ``privacy.delta`` means anything with so many rows, if a client is to train with it."""
+    try:
+        doubt = privacy.check_delta(rows, who)
+    except CrosslmError as error:
+        yield Finding("error", "privacy.delta", str(error))
+    else:
+        yield from [Finding("warning", "privacy.delta", doubt)] if doubt else []
+
+
 def device(name: str) -> Finding:
     """Whether the device is there, and how much memory it has."""
     try:
@@ -199,6 +209,8 @@ def data(config: Config) -> Iterator[tuple[Finding, str | None]]:
     except DataError as error:
         yield Finding("error", "data", str(error)), None
         return
+    for client, examples in split.private.items():
+        yield from ((finding, None) for finding in delta(config.privacy, len(examples), f"client {client}"))
     if not config.clients:
         for client, examples in split.private.items():
             yield count_rows(f"client {client}", str(config.data.train), examples, config.task.labels), client

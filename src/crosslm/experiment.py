@@ -29,7 +29,7 @@ from crosslm.models.accounting import require_opacus
 from crosslm.models.slm import SLM
 from crosslm.models.sources import resolve_device
 from crosslm.preparation import Prepared, check_same, class_report, describe_spec, prepare
-from crosslm.privacy import privacy_summary
+from crosslm.privacy import privacy_summary, told_counts
 from crosslm.progress import Display, Progress
 from crosslm.records import SyntheticSet
 from crosslm.rundir import CONFIG, SUMMARY, RunDir, versions
@@ -288,12 +288,15 @@ class _Run:
         summary = self._summary(before, after)
         if isinstance(self.llm, CachedLLM):  # the seconds above say nothing then
             summary["llm_cache"] = {"found": self.llm.cache.found, "made": self.llm.cache.made}
+        if config.privacy.epsilon is not None and (earlier := run.rolled_back_from()):
+            summary["rolled_back_from"] = earlier  # whose epsilon is no part of this run's
         write_cards(run, config, summary)
         run.summarise(summary)
         return summary
 
     def _summary(self, before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
         config, journal, exchange = self.config, self.journal, self.exchange
+        told, nothing = told_counts(self.run.events()), [0] * len(self.task.labels)
         return {
             "task": config.name,
             "preset": config.preset,
@@ -315,12 +318,12 @@ class _Run:
             "clients": {
                 name: {
                     "model": self.specs[name].model_dump(),
-                    "rows": dict(zip(self.task.labels, examples.class_counts(len(self.task.labels)), strict=True)),
+                    "rows": dict(zip(self.task.labels, told.get(name, nothing), strict=True)),  # not the private counts
                     "bytes_up": exchange.bytes_up[name],
                     "bytes_down": exchange.bytes_down[name],
                     "decision": journal.decisions.get(name),
                 }
-                for name, examples in self.split.private.items()
+                for name in self.split.private
             },
             "privacy": privacy_summary(self.run.events()),
             "peak_memory_bytes": peak_memory_bytes(),

@@ -9,7 +9,10 @@ from crosslm.models.encoder import Encoder
 
 
 class LeakCheck:
-    """Compares synthetic texts with private ones. Nothing private is in what it says: that may be logged elsewhere."""
+    """Compares synthetic texts with private ones. No private word is in what it says: that may be logged elsewhere.
+
+    That it refuses is told to the server all the same, so there is none under DP (``NO_LEAK_CHECK``).
+    """
 
     def __init__(self, private: Sequence[str], limits: PrivacyConfig, encoder: Encoder) -> None:
         self._private = list(private)

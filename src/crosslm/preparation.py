@@ -39,6 +39,9 @@ def prepare(config: Config, cache: Path, on_news: Callable[[str], None]) -> Prep
         CrosslmError: something is wrong.
     """
     split = load_split(config)
+    for client_id, rows in split.private.items():
+        if doubt := config.privacy.check_delta(len(rows), f"client {client_id}"):
+            split.warnings.append(doubt)
     specs = client_specs(config, list(split.private))
     check_models(config, specs)
     perplexity_text = perplexity_text_of(config)

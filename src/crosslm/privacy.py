@@ -1,7 +1,7 @@
 """What a run says of the bounds that its uploads kept to."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 PREFIX = "dp/"
 BOUND = {"epsilon", "delta"}
@@ -24,18 +24,42 @@ def privacy_summary(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, 
 
 
 def privacy_line(summary: Mapping[str, Any]) -> str:
-    """The bound in words."""
-    bounds = summary.get("privacy") or {}
-    if not bounds and summary.get("engine"):
+    """The bound in words, and what is outside it."""
+    bounds, between_machines = summary.get("privacy") or {}, bool(summary.get("engine"))
+    if not bounds and between_machines:
         return "Private rows: no silo says that it trained with DP-SGD, so no bound is known."
     if not bounds:
         return "Private rows: no bound (privacy.epsilon is not set); `crosslm audit` measures what the SLMs give away."
     told = ", ".join(f"{client} {bound['epsilon']:.2f}" for client, bound in bounds.items())
-    deltas = {f"{bound['delta']:g}" for bound in bounds.values()}
-    others = [client for client in summary.get("clients", {}) if client not in bounds]
-    return f"Private rows: DP-SGD, epsilon of all uploads together {told} (delta {', '.join(sorted(deltas))})" + (
-        f"; no bound for {', '.join(others)}." if others else "."
-    )
+    deltas = ", ".join(sorted({f"{bound['delta']:g}" for bound in bounds.values()}))
+    parts = [f"Private rows: DP-SGD, epsilon of all uploads together {told} (delta {deltas})"]
+    if between_machines:
+        parts[0] += ", as the silo says"
+    if exact := [client for client in bounds if how_told(summary, client) == "exact"]:
+        whose = f" of {', '.join(exact)}" if len(exact) < len(bounds) else ""
+        parts.append(f"exact class counts{whose} are outside it")
+    if others := [client for client in summary.get("clients", {}) if client not in bounds]:
+        parts.append(f"no bound for {', '.join(others)}")
+    return "; ".join(parts) + "." + of_earlier_run(summary)
+
+
+def of_earlier_run(summary: Mapping[str, Any]) -> str:
+    """What a run that goes on from a rolled-back one has to say of that one's epsilon; nothing for any other."""
+    if not (earlier := summary.get("rolled_back_from")):
+        return ""
+    return f" The run that it was rolled back from, {earlier}, has an epsilon of its own, and the two add up."
+
+
+def told_counts(events: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """For each client that uploaded what its last upload told of the rows of each label, in the task's order."""
+    return {event["client_id"]: list(event["class_counts"]) for event in events if event["event"] == "upload"}
+
+
+def how_told(summary: Mapping[str, Any], client: str) -> Literal["hidden", "noisy", "exact"]:
+    """How the rows of each label stand in a summary: as zeros, with noise, or as they are."""
+    if hidden(summary["clients"][client]["rows"].values()):
+        return "hidden"
+    return "noisy" if (summary.get("privacy") or {}).get(client, {}).get("count_epsilon") else "exact"
 
 
 def hidden(counts: Iterable[int]) -> bool:

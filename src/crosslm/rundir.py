@@ -177,8 +177,15 @@ class RunDir:
 
     def barred(self) -> list[str]:
         """Clients that a rollback has shut out from the beginning of this folder's own arrivals."""
+        return list(self._rollback().get("clients", []))
+
+    def rolled_back_from(self) -> str | None:
+        """The name of the run that ``crosslm rollback`` copied this one from, if it did."""
+        return self._rollback().get("of")
+
+    def _rollback(self) -> dict[str, Any]:
         path = self.path / ROLLBACK
-        return list(json.loads(path.read_text(encoding="utf-8"))["clients"]) if path.exists() else []
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
     def events(self) -> list[dict[str, Any]]:
         """Everything that happened so far."""

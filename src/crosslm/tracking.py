@@ -65,12 +65,16 @@ class MLflow:
 
 
 class WandB:
-    """A run of the project ``crosslm``; ``WANDB_MODE=offline`` keeps it on this machine."""
+    """A run of the project ``crosslm``; ``WANDB_MODE=offline`` keeps it on this machine.
+
+    By itself W&B would also take the terminal's output, which has numbers of private rows in it, and the git state.
+    """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         import wandb
 
-        self._run = wandb.init(project=PROJECT, name=path.name, config=dict(config), dir=str(path))
+        settings = wandb.Settings(console="off", disable_git=True, save_code=False)
+        self._run = wandb.init(project=PROJECT, name=path.name, config=dict(config), dir=str(path), settings=settings)
         self._known: set[str] = set()
 
     def log(self, figures: Mapping[str, float], axis: str, place: int) -> None:

@@ -1,19 +1,45 @@
 """How near one set of texts is to another: longest shared word sequences and nearest neighbours. Pure functions."""
 
+import unicodedata
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+NO_SPACES = ("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "THAI ", "LAO ", "KHMER ", "MYANMAR ")
+"""How Unicode's names of the characters begin of scripts that put no space between words."""
+
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case; what is no letter or digit only separates."""
-    return "".join(sign.lower() if sign.isalnum() else " " for sign in text).split()
+    """The words of a text, or characters where its script puts no spaces between words.
+
+    What is no letter or number only separates, a combining mark belongs to the letter before it. Case, and in which of
+    its forms Unicode writes a character (NFC, NFD, full width), make no difference; what is not seen (a soft hyphen) is
+    left out.
+    """
+    found: list[str] = []
+    goes_on = takes_marks = False
+    for sign in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()):
+        category = unicodedata.category(sign)
+        if category == "Cf":
+            continue
+        is_alone = unicodedata.name(sign, "").startswith(NO_SPACES)
+        if category[0] == "M":
+            if takes_marks:
+                found[-1] += sign
+            continue
+        takes_marks = category[0] in "LN"
+        if takes_marks and goes_on and not is_alone:
+            found[-1] += sign
+        elif takes_marks:
+            found.append(sign)
+        goes_on = takes_marks and not is_alone
+    return found
 
 
 def longest_shared(texts: Sequence[str], private: Sequence[str]) -> list[int]:
-    """For each text the number of words of the longest sequence that it shares with any private text.
+    """For each text the number of :func:`words` of the longest sequence that it shares with any private text.
 
     Args:
         texts: to be looked at.

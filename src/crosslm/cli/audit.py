@@ -55,14 +55,15 @@ def membership_table(figures: Mapping[str, Any]) -> Table:
 def overlap_table(figures: Mapping[str, Any]) -> Table:
     """How near the texts that trained SLMs are to private rows, and to rows that nobody had."""
     table = Table(title="Synthetic texts that trained SLMs, beside real ones", title_justify="left")
-    for name in ("client", "beside", "longest shared words", "mean", "nearest similarity", "mean"):
+    for name in ("client", "beside", "rows", "longest shared words", "mean", "nearest similarity", "mean"):
         table.add_column(name)
     for client, parts in figures["clients"].items():
-        for name in ("private", "held out"):
+        for name in ("private", "private sample", "held out"):
             found = parts["overlap"][name]
             table.add_row(
                 client,
                 name,
+                str(found["rows"]),
                 str(found["longest_shared_words"]),
                 f"{found['mean_shared_words']:.2f}",
                 f"{found['nearest_similarity']:.3f}",

@@ -84,7 +84,9 @@ def client(
     if dry_run:
         _dry_run(kit)
         return
-    silo.private(_say)  # a file that cannot be used is found now, and not when the server asks
+    private = silo.private(_say)  # a file that cannot be used is found now, and not when the server asks
+    if doubt := silo.settings.privacy.check_delta(len(private), f"silo {silo.settings.id}"):
+        _say(f"warning: {doubt}")
     silo.test(_say)
     from crosslm.federation.flower.processes import end_on_sigterm
     from crosslm.federation.flower.silo_processes import run_silo

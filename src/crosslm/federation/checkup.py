@@ -102,7 +102,9 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
     yield doctor.device(settings.device)
     left_out: list[str] = []
     try:
-        yield doctor.count_rows("data", settings.data.train, silo.private(left_out.append), settings.labels)
+        private = silo.private(left_out.append)
+        yield doctor.count_rows("data", settings.data.train, private, settings.labels)
+        yield from doctor.delta(settings.privacy, len(private), f"silo {settings.id}")
         yield from (Finding("warning", "data", line) for line in left_out)
     except CrosslmError as error:
         yield Finding("error", "data", str(error))

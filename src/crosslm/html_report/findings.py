@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from crosslm.html_report.collect import RunView
 from crosslm.html_report.intervals import difference_is_noise
+from crosslm.privacy import how_told
 from crosslm.report import declined, waited_for
 
 COLLAPSE = 0.75  # of the different word pairs before
@@ -85,7 +86,7 @@ def _reward_hacking(view: RunView) -> Iterator[Finding]:
 def _silos(view: RunView) -> Iterator[Finding]:
     for client, facts in view.summary.get("clients", {}).items():
         present = [label for label, rows in facts["rows"].items() if rows]
-        if len(present) == 1:
+        if len(present) == 1 and how_told(view.summary, client) == "exact":
             yield Finding(
                 "warning",
                 f"client {client} has one class only",

@@ -127,8 +127,9 @@ def plan(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int, spent:
         spent: what the uploads made already cost.
 
     Raises:
-        ConfigError: no noise is enough, or nothing of the budget is left.
+        ConfigError: no noise is enough, nothing of the budget is left, or delta means nothing with so few rows.
     """
+    privacy.check_delta(rows, "the client")
     spent = spent or Spent()
     budget = (privacy.epsilon or 0.0) - (spent.count_epsilon or privacy.epsilon_of_counts)
     rate = min(1.0, fit.batch_size / rows)

@@ -3,11 +3,11 @@
 Abadi et al., "Deep Learning with Differential Privacy", CCS 2016. Each row enters a batch by a coin of its own
 (Poisson sampling), its gradient is clipped to a norm of ``clip``, and Gaussian noise of standard deviation
 ``noise_multiplier * clip`` is added to the sum. What leaves, after any number of steps, is (epsilon, delta)-
-differentially private towards adding or removing one row.
+differentially private towards adding or removing one row, as it is accounted; the number of rows counts as known.
 
 The coins and the noise come from the operating system's entropy and never from the run's seed: the server knows
 that seed, and noise that can be drawn again can be taken off again. So a private run cannot be repeated to the bit.
-PyTorch's generator takes 32 bits of a seed on the CPU, few enough to try them all; therefore each step has a new one.
+Each coin is drawn from that entropy itself; each step's noise has a fresh key of 128 bits from it (``private_noise``).
 """
 
 import math
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from crosslm.examples import Examples
 from crosslm.models.accounting import Mechanism, Spent, epsilon_of, plan, quiet, require_opacus
 from crosslm.models.private_layers import frozen_below
 from crosslm.models.private_mean import centred, noisy_mean
+from crosslm.models.private_noise import fresh_generator, gaussian
 from crosslm.models.slm import SLM
 
 MICRO_BATCH = 16  # rows whose gradients are in memory at once; changes no result
@@ -108,8 +110,8 @@ class PrivateTraining:
         if not mechanism.means:
             yield
             return
-        noise = torch.Generator(slm.device).manual_seed(self._secret.getrandbits(63))
-        with centred(slm, noisy_mean(slm, slm.encode(examples.texts), mechanism.noise_multiplier, noise)):
+        noise, rows = fresh_generator(self._secret), slm.encode(examples.texts)
+        with centred(slm, noisy_mean(slm, rows, mechanism.noise_multiplier, noise)):
             yield
 
     def go_on(self, metrics: Sequence[Mapping[str, float]], told: tuple[int, ...] | None) -> None:
@@ -165,13 +167,15 @@ def dp_sgd(
 
     rows = slm.encode(examples.texts)
     optimizer, schedule = slm.optimizer(config, len(rows))
-    noise = torch.Generator(slm.device)
+    # Opacus clips and sums; its own noise is by PyTorch's generator, so here it adds none
     optimizer = DPOptimizer(
-        optimizer,
-        noise_multiplier=mechanism.noise_multiplier,
-        max_grad_norm=clip,
-        expected_batch_size=mechanism.sample_rate * len(rows),
-        generator=noise,
+        optimizer, noise_multiplier=0.0, max_grad_norm=clip, expected_batch_size=None, loss_reduction="sum"
+    )
+    deviation, expected_batch = mechanism.noise_multiplier * clip, mechanism.sample_rate * len(rows)
+    optimizer.attach_step_hook(
+        lambda summed: _add_noise(
+            [parameter.grad for parameter in summed.params], deviation, expected_batch, fresh_generator(secret)
+        )
     )
     slm.model.eval()  # no dropout: the noise is enough of that
     for module in slm.model.modules():
@@ -181,11 +185,16 @@ def dp_sgd(
         for _ in range(mechanism.steps):
             drawn = [row for row in range(len(rows)) if secret.random() < mechanism.sample_rate]
             batch = sorted(drawn, key=lambda row: len(rows[row]))
-            noise.manual_seed(secret.getrandbits(63))
             _step(slm, [rows[row] for row in batch], [examples.labels[row] for row in batch], optimizer)
             schedule.step()
             on_rows(len(batch))
     slm.model.eval()
+
+
+def _add_noise(sums: Sequence[Tensor], deviation: float, expected_batch: float, noise: np.random.Generator) -> None:
+    """``(sum of clipped gradients + deviation * N(0, I)) / expected_batch`` in the place of the sums."""
+    for total in sums:
+        total.add_(gaussian(noise, total), alpha=deviation).div_(expected_batch)
 
 
 def _step(slm: SLM, rows: list[list[int]], labels: list[int], optimizer: Any) -> None:

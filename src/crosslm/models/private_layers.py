@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
+import numpy as np
 from transformers import AutoConfig
 
 from crosslm.config import PrivacyConfig
@@ -73,7 +73,7 @@ def as_under_dp(slm: SLM, examples: Examples, privacy: PrivacyConfig) -> Iterato
         if not privacy.center:
             yield
             return
-        with centred(slm, noisy_mean(slm, slm.encode(examples.texts), 0.0, torch.Generator(slm.device))):
+        with centred(slm, noisy_mean(slm, slm.encode(examples.texts), 0.0, np.random.default_rng())):
             yield
 
 

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from crosslm.errors import ModelError
+from crosslm.models.private_noise import gaussian
 from crosslm.models.slm import PREDICTION_BATCH, SLM
 
 
@@ -47,7 +49,7 @@ def last_linear(model: Any, who: str = "the classifier") -> nn.Linear:
 
 
 @torch.no_grad()
-def noisy_mean(slm: SLM, rows: Sequence[list[int]], noise_multiplier: float, generator: torch.Generator) -> Tensor:
+def noisy_mean(slm: SLM, rows: Sequence[list[int]], noise_multiplier: float, generator: np.random.Generator) -> Tensor:
     """``(sum of clipped vectors + noise_multiplier * radius * N(0, I)) / rows`` of what the last layer reads.
 
     A vector is clipped to a norm of ``radius``, the largest norm of those of the label names, which are public: one
@@ -75,8 +77,8 @@ def noisy_mean(slm: SLM, rows: Sequence[list[int]], noise_multiplier: float, gen
     vectors = _read_by_head(slm, rows)
     vectors = vectors * (radius / vectors.norm(dim=1, keepdim=True)).clamp(max=1)
     vectors[~vectors.isfinite().all(dim=1)] = 0.0
-    noise = torch.randn(vectors.shape[1], generator=generator, device=generator.device).to(vectors)
-    mean: Tensor = (vectors.sum(dim=0) + noise_multiplier * radius * noise) / len(rows)
+    total = vectors.sum(dim=0)
+    mean: Tensor = (total + noise_multiplier * radius * gaussian(generator, total)) / len(rows)
     return mean
 
 

@@ -4,12 +4,21 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from crosslm.errors import ConfigError
 from crosslm.sections.section import Section
+
+FAR_BELOW = 0.1  # one over the number of rows: there delta is no cause for doubt
 
 NO_ACCEPTANCE = (
     "acceptance.enabled = true cannot be with privacy.epsilon: whether a returned SLM is kept depends on held-out "
     "private rows, is told to the server and decides where the next upload starts, all outside the bound; leave it "
     "out, or set it to false"
+)
+
+NO_LEAK_CHECK = (
+    "max_shared_words and max_similarity cannot be with epsilon: whether a client refuses texts depends on its private "
+    "rows and is told to the server, which may have chosen the texts to find that out, outside the bound; leave them "
+    "out, or leave epsilon out"
 )
 
 
@@ -20,7 +29,7 @@ class PrivacyConfig(Section):
     """Train step 1 with DP-SGD, within this budget for all uploads of a client together. Needs
     ``crosslm[privacy]``; ``slm.private.patience`` is not heeded then, and ``acceptance`` is off. Not set: no bound."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """Well below one over the number of rows."""
+    """Well below one over the number of rows; from there up it is refused, and above a tenth of it warned of."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Norm that each row's gradient is clipped to."""
     trained_layers: Annotated[int, Field(ge=0)] | None = None
@@ -38,7 +47,8 @@ class PrivacyConfig(Section):
     """Plant so many sentences of random words in each client's rows, for ``crosslm audit``."""
     max_shared_words: Annotated[int, Field(gt=0)] | None = None
     """A client takes no SLM back that was trained on a text that has more words in a row from one of its private
-    texts. Not set: any."""
+    texts (characters, of a script without spaces: Chinese, Japanese, Thai, Lao, Khmer, Burmese). Not set: any. Not with
+    ``epsilon``."""
     max_similarity: Annotated[float, Field(gt=-1, le=1)] | None = None
     """The same for the cosine of the sentence vectors of such a text and a private one."""
 
@@ -62,10 +72,42 @@ class PrivacyConfig(Section):
         """What is left for training."""
         return (self.epsilon or 0.0) - self.epsilon_of_counts
 
+    def check_delta(self, rows: int, who: str) -> str | None:
+        """Whether ``delta`` means anything beside so many private rows; without ``epsilon`` none is used.
+
+        A mechanism that tells one row in ``1 / delta`` as it is keeps to it.
+
+        Args:
+            rows: of the client.
+            who: has them.
+
+        Returns:
+            What is doubtful of it, if anything is.
+
+        Raises:
+            ConfigError: it is one over the number of rows, or more.
+        """
+        if self.epsilon is None or not rows or self.delta <= FAR_BELOW / rows:
+            return None
+        found = f"{who}: privacy.delta = {self.delta:g} with {rows} rows"
+        advice = f"set it to {FAR_BELOW / rows / 10:.1g} or less"
+        if self.delta >= 1 / rows:
+            raise ConfigError(
+                f"{found}: it must be below one over their number, or a bound may be kept by what tells a row of them "
+                f"as it is; {advice}"
+            )
+        return f"{found} is not well below one over their number; {advice}"
+
     @model_validator(mode="after")
     def _noise_needs_a_bound(self) -> Self:
         if self.class_counts == "noisy" and self.epsilon is None:
             raise ValueError('class_counts = "noisy" needs epsilon; set it, or choose "hidden" or "exact"')
+        return self
+
+    @model_validator(mode="after")
+    def _no_leak_check_under_dp(self) -> Self:
+        if self.epsilon is not None and self.checks_leaks:
+            raise ValueError(NO_LEAK_CHECK)
         return self
 
     @model_validator(mode="after")
