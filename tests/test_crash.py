@@ -328,7 +328,7 @@ upload = Upload("north", 0, (1, 1), {}, slm.to_state())
 run.save_upload(upload)
 run.save_slm("north", slm)
 for name in (METRICS, SESSIONS):
-    (run.path / name).write_bytes(b"x" * 5000)
+    (run.path / name).write_bytes(b"x" * 4989 + b"\\n")
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 for write in (
     lambda: run.save_upload(upload),
@@ -359,9 +359,34 @@ def test_a_disk_that_takes_no_more_is_an_error_in_words_for_every_file(models, t
     for line in told:
         assert "cannot be written: " in line
         assert "(os error 27)" in line or "File too large" in line
+    for name in ("metrics.jsonl", "sessions.jsonl"):  # some bytes of the line found room, and were taken away again
+        assert (run / name).read_bytes() == b"x" * 4989 + b"\n"
     for folder in ("uploads", "slm"):  # what was there is there, and nothing half written beside it
         assert [path.name for path in (run / folder).iterdir()] == ["north"]
         assert SLM.load_trained(str(run / folder / "north")).labels == ("bad", "good")
+
+
+def test_half_an_event_of_a_killed_process_is_in_nobodys_way(config, stopped, tmp_path):
+    before = RunDir(stopped).events()
+    with (stopped / "metrics.jsonl").open("ab") as file:
+        file.write('{"event": "warning", "message": "ü'.encode()[:-1])
+    assert RunDir(stopped).events() == before
+    asked = iter([True])
+    with pytest.raises(StoppedError):
+        run_local(config, stopped, tmp_path, resume=True, stop_requested=lambda: next(asked))
+    run_local(config, stopped, tmp_path, resume=True)
+    run_local(config, tmp_path / "whole", tmp_path)
+    assert contents(stopped) == contents(tmp_path / "whole")
+
+
+def test_an_event_after_half_a_line_is_a_line_of_its_own(tmp_path):
+    run = RunDir(tmp_path)
+    run.event("note", message="first")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "war')
+    run.event("end", error="OSError: disk full")
+    assert [event["event"] for event in run.events()] == ["note", "end"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("words", ["No space left on device (os error 28)", "a mistake in the program"])

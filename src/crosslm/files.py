@@ -4,6 +4,7 @@ import fcntl
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -28,6 +29,47 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
         file.flush()
         os.fsync(file.fileno())
     rename(partial, path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line whole or not at all; half a line, which a process that was killed has left, is cut off first.
+
+    Raises:
+        OSError: it cannot be written; the lines before it are still there.
+    """
+    with path.open("a+b", buffering=0) as file:
+        size = _size_of_lines(file)
+        file.truncate(size)
+        try:
+            data = memoryview((line + "\n").encode("utf-8"))
+            while data:
+                data = data[file.write(data) :]
+        except BaseException:  # Ctrl-C too
+            file.truncate(size)
+            raise
+
+
+def _size_of_lines(file: FileIO) -> int:
+    """How many bytes of a file are lines with an end."""
+    size = file.seek(0, os.SEEK_END)
+    if not size:
+        return 0
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) == b"\n":
+        return size
+    file.seek(0)
+    return file.readall().rfind(b"\n") + 1
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that :func:`append_line` writes, but for one that is half written; none if it is not there.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [line.decode("utf-8") for line in lines]
 
 
 def parts_of(path: Path) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from crosslm import __version__
 from crosslm.config import Config
 from crosslm.errors import RunError
-from crosslm.files import PARTIAL, alone, write_whole
+from crosslm.files import PARTIAL, alone, append_line, whole_lines, write_whole
 
 if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
     from torch import Tensor
@@ -134,14 +134,14 @@ class RunDir:
             write_whole(target, [data])
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one line to ``metrics.jsonl``, at once.
+        """Append one line to ``metrics.jsonl``, at once and whole.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: it cannot be written; the events before it are still there.
         """
         event = {"event": kind, "time": round(time.time(), 3), **fields}
-        with _writing(self.path / METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event, ensure_ascii=False) + "\n")
+        with _writing(self.path / METRICS):
+            append_line(self.path / METRICS, json.dumps(event, ensure_ascii=False))
         for listen in self.listeners:
             listen(event)
 
@@ -170,8 +170,8 @@ class RunDir:
             RunError: it cannot be written.
         """
         line = json.dumps({"event": kind, "time": round(time.time(), 3), "pid": os.getpid()})
-        with _writing(self.path / SESSIONS), (self.path / SESSIONS).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with _writing(self.path / SESSIONS):
+            append_line(self.path / SESSIONS, line)
 
     def barred(self) -> list[str]:
         """Clients that a rollback has shut out from the beginning of this folder's own arrivals."""
@@ -180,17 +180,11 @@ class RunDir:
 
     def events(self) -> list[dict[str, Any]]:
         """Everything that happened so far."""
-        path = self.path / METRICS
-        return (
-            [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
-        )
+        return [json.loads(line) for line in whole_lines(self.path / METRICS)]
 
     def is_between_machines(self) -> bool:
         """Whether this is a run of ``crosslm server``, whose private rows and silos are elsewhere."""
-        path = self.path / METRICS
-        lines = (
-            path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        )  # the last may be half written
+        lines = whole_lines(self.path / METRICS)
         return any(f'"engine": "{ENGINE}"' in line and json.loads(line)["event"] == "start" for line in lines)
 
     def check_in_one_process(self, wish: str) -> None:
