@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,18 +153,23 @@ def test_the_command_exports_what_is_asked_for_and_writes_over_nothing(shell, wo
 
 
 class Hub:
-    """Stands for the hub: keeps what it is told."""
+    """Stands for the hub: keeps what it is told, and a repository that is there as it is."""
 
-    def __init__(self, refuses=None):
+    def __init__(self, refuses=None, private=None):
         self.calls = []
         self.refuses = refuses
+        self.private = dict(private or {})
 
     def create_repo(self, name, repo_type, private, exist_ok):
-        if name == self.refuses:
-            raise ConnectionError("no route")
         self.calls.append(("create", name, repo_type, private, exist_ok))
+        self.private.setdefault(name, private)
+
+    def repo_info(self, repo_id, repo_type):
+        return SimpleNamespace(private=self.private[repo_id])
 
     def upload_folder(self, repo_id, folder_path, repo_type):
+        if repo_id == self.refuses:
+            raise ConnectionError("no route")
         assert (Path(folder_path) / "README.md").is_file()
         self.calls.append(("upload", repo_id, repo_type))
 
@@ -177,16 +183,29 @@ def test_nothing_is_pushed_unless_asked_and_then_privately(shell, workplace, tmp
     assert code == 0
     names = [("slm-north", "model"), ("slm-south", "model"), ("llm", "model"), ("synthetic", "dataset")]
     assert hub.calls == [
-        call
-        for name, kind in names
-        for call in (
-            ("create", f"acme/tickets-{name}", kind, True, True),
-            ("upload", f"acme/tickets-{name}", kind),
-        )
+        *(("create", f"acme/tickets-{name}", kind, True, True) for name, kind in names),
+        *(("upload", f"acme/tickets-{name}", kind) for name, kind in names),
     ]
     assert "to acme/tickets-llm (private)" in out
-    code, _, _ = shell("export", run, tmp_path / "three", "--part", "slm", "--push", "acme/tickets", "--public")
-    assert ("create", "acme/tickets-slm-north", "model", False, True) in hub.calls
+    code, out, _ = shell("export", run, tmp_path / "three", "--part", "slm", "--push", "acme/open", "--public")
+    assert ("create", "acme/open-slm-north", "model", False, True) in hub.calls
+    assert "to acme/open-slm-north (public)" in out
+    _, out, _ = shell("export", run, tmp_path / "four", "--part", "slm", "--push", "acme/tickets", "--public")
+    assert "to acme/tickets-slm-north (private)" in out  # as it was
+
+
+@pytest.mark.parametrize("said", [False, None])
+def test_a_repository_that_is_there_and_not_private_gets_nothing_unless_that_is_asked_for(dest, monkeypatch, said):
+    hub, news = Hub(private={"acme/tickets-b": said}), []
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    exported = [export.Exported(dest / "slm" / "north", "a"), export.Exported(dest / "slm" / "south", "b")]
+    with pytest.raises(
+        RunError, match=r"acme/tickets-b: is there already and not private; nothing was .* add --public"
+    ):
+        export.push(exported, "acme/tickets")
+    assert not [call for call in hub.calls if call[0] == "upload"]
+    export.push(exported, "acme/tickets", public=True, on_news=news.append)
+    assert [line[line.index("(") :] for line in news] == ["(private)", "(public)"]
 
 
 def test_a_push_that_fails_says_what_is_done_and_what_to_do(finished, dest, monkeypatch):
@@ -211,6 +230,7 @@ def test_the_calls_to_the_hub_are_those_of_its_library():
 
     for name, given in (
         ("create_repo", {"repo_id", "repo_type", "private", "exist_ok"}),
+        ("repo_info", {"repo_id", "repo_type"}),
         ("upload_folder", {"repo_id", "folder_path", "repo_type"}),
     ):
         assert given <= set(inspect.signature(getattr(HfApi, name)).parameters)

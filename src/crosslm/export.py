@@ -83,7 +83,8 @@ def push(
     Args:
         exported: what :func:`export_run` returned.
         repository: ``OWNER/NAME``; the folders become ``OWNER/NAME-slm-CLIENT``, ``OWNER/NAME-llm`` and so on.
-        public: whether everybody may see them; new repositories are private otherwise.
+        public: whether everybody may see them. Otherwise new repositories are private, and one that is there already
+            must be.
         on_news: told before each upload.
 
     Returns:
@@ -91,27 +92,43 @@ def push(
 
     Raises:
         ConfigError: the name is not ``OWNER/NAME``.
-        RunError: the hub cannot be reached, or refuses.
+        RunError: the hub cannot be reached, or refuses; or a repository is not private, and then nothing is uploaded.
     """
     from huggingface_hub import HfApi
 
     check_repository(repository)
-    api = HfApi()
+    api, named = HfApi(), {f"{repository}-{one.name}": one for one in exported}
     done: list[str] = []
-    for one in exported:
-        name = f"{repository}-{one.name}"
-        on_news(f"Uploading {one.folder} to {name} ({'public' if public else 'private'})")
-        try:
+    seen_by: dict[str, str] = {}
+    for name, one in named.items():
+        with _asking_the_hub(name, done):
             api.create_repo(name, repo_type=one.kind, private=not public, exist_ok=True)
-            api.upload_folder(repo_id=name, folder_path=one.folder, repo_type=one.kind)
-        except Exception as error:  # also what the hub's library lets through of its HTTP library
+            # what was there already keeps the visibility that it has
+            is_private = api.repo_info(name, repo_type=one.kind).private is True
+        if not (is_private or public):
             raise RunError(
-                f"{name}: the hub cannot be reached or refuses: {error}\n"
-                "Run hf auth login with a token that may write, and export to a new folder with --push again. "
-                f"Uploaded so far: {', '.join(done) or 'nothing'}"
-            ) from error
+                f"{name}: is there already and not private; nothing was uploaded. Make it private on the hub, choose "
+                "another name for --push, or add --public if everybody may see it"
+            )
+        seen_by[name] = "private" if is_private else "public"
+    for name, one in named.items():
+        on_news(f"Uploading {one.folder} to {name} ({seen_by[name]})")
+        with _asking_the_hub(name, done):
+            api.upload_folder(repo_id=name, folder_path=one.folder, repo_type=one.kind)
         done.append(name)
     return done
+
+
+@contextmanager
+def _asking_the_hub(name: str, done: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # also what the hub's library lets through of its HTTP library
+        raise RunError(
+            f"{name}: the hub cannot be reached or refuses: {error}\n"
+            "Run hf auth login with a token that may write, and export to a new folder with --push again. "
+            f"Uploaded so far: {', '.join(done) or 'nothing'}"
+        ) from error
 
 
 def check_repository(name: str) -> None:
