@@ -2,12 +2,15 @@
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
 PARTIAL = ".partial"
+ASIDE = "~old" + PARTIAL
+"""What is put after the name of a folder while a new one takes its place; no client's name has a ~ in it."""
 PART = 16 * 2**20  # bytes of a large file that are held at a time
 
 
@@ -29,6 +32,55 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
         file.flush()
         os.fsync(file.fileno())
     rename(partial, path)
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Have a folder written under another name, bring it to the disk, and give it its name.
+
+    Where a process dies between moving the old folder aside and naming the new one, :func:`clear_partial`, or the next
+    call, puts the old one back.
+
+    Args:
+        target: a folder that is there is replaced.
+        write: writes the folder that it is given.
+
+    Raises:
+        OSError: it cannot be written; what was there before is still there. So it is if ``write`` raises anything.
+    """
+    partial, aside = partial_of(target), target.with_name(target.name + ASIDE)
+    _settle(aside)
+    _settle(partial)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(partial)
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        if target.exists():
+            target.rename(aside)
+        rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk its bytes are wanted
+        _settle(aside)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def clear_partial(folder: Path) -> None:
+    """Take away whatever is half written in a folder and below, and put back what was moved aside for it."""
+    for leftover in sorted(folder.rglob("*" + PARTIAL), reverse=True):
+        _settle(leftover)
+
+
+def _settle(leftover: Path) -> None:
+    """Delete what a process that died has left; a folder that it had moved aside gets its name back if that is free."""
+    whole = leftover.with_name(leftover.name.removesuffix(ASIDE))
+    if leftover.name.endswith(ASIDE) and leftover.exists() and not whole.exists():
+        leftover.rename(whole)
+        sync(whole.parent)
+    elif leftover.is_dir():
+        shutil.rmtree(leftover)
+    else:
+        leftover.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -89,9 +141,14 @@ def partial_of(path: Path) -> Path:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Give a file another name in the same folder, in the place of what had it, and bring that to the disk."""
+    """Give a file or folder another name in the same folder, in the place of what had it; bring that to the disk."""
     path.replace(target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from crosslm import __version__
 from crosslm.config import Config
 from crosslm.errors import RunError
-from crosslm.files import PARTIAL, alone, append_line, whole_lines, write_whole
+from crosslm.files import PARTIAL, alone, append_line, clear_partial, replace_folder, whole_lines, write_whole
 
 if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
     from torch import Tensor
@@ -160,8 +159,7 @@ class RunDir:
         if (self.path / METRICS).exists():
             with (self.path / METRICS).open("r+b") as file:
                 file.truncate(events)
-        for leftover in sorted(self.path.rglob("*" + PARTIAL), reverse=True):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        clear_partial(self.path)
 
     def note_session(self, kind: str) -> None:
         """Append a line to ``sessions.jsonl``: a process began to work here. No part of the run's results.
@@ -281,22 +279,14 @@ class RunDir:
         self._write_folder("llm", llm.save)
 
     def _write_folder(self, name: str, save: Callable[[str], None]) -> None:
-        """Have a folder written under another name, and put it in the place of the old one.
+        """Write a folder whole or not at all (:func:`crosslm.files.replace_folder`).
 
         Raises:
             RunError: it cannot be written; what was there before is still there.
         """
         target = self.path / name
-        partial = target.with_name(target.name + PARTIAL)
         with _writing(target):
-            shutil.rmtree(partial, ignore_errors=True)
-            try:
-                save(str(partial))
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)  # on a full disk its bytes are wanted
-                raise
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+            replace_folder(target, lambda folder: save(str(folder)))
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``; its presence says that the run is complete."""

@@ -114,7 +114,7 @@ def _classifier(folder: Path, client: str) -> "tuple[SLM, DataConfig | SiloData]
 
         silo = Silo(folder, cache_folder())
         if client not in ("", silo.settings.id):
-            raise ConfigError(f"{folder}: is the kit of {silo.settings.id}; leave --client out")
+            raise ConfigError(f"{folder}: is the kit of {silo.settings.id}; give no other --client")
         return silo.trained(), silo.settings.data
     run = Run.open(folder)
     if not client:

@@ -282,8 +282,8 @@ class Silo(SiloState):
         if self.installed or not self._sent(0).exists():
             if not self.installed:
                 raise FederationError(
-                    f"silo {self.settings.id}: has no classifier yet; it is trained when the server asks for it "
-                    f"(crosslm client {self.kit})"
+                    f"silo {self.settings.id}: has no classifier yet; it is trained when the server asks for it: "
+                    f"start crosslm client {self.kit}"
                 )
             return self.slm()
         slm = SLM.from_state(self._uploaded(0).slm, resolve_device(self.settings.device))
