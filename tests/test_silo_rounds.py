@@ -21,6 +21,7 @@ from test_federation import (  # noqa: F401  fixtures
 from crosslm.client import Client
 from crosslm.config import Config, PrivacyConfig
 from crosslm.errors import BrokenLLMError, DataError, FederationError, LeakError, QuarantineError
+from crosslm.federation.flower import silo_processes
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import split
 from crosslm.federation.leaving import refused
@@ -28,6 +29,8 @@ from crosslm.federation.messages import decode_download, decode_upload, encode
 from crosslm.federation.silo import Silo
 from crosslm.federation.silo_news import doing, outcome
 from crosslm.federation.spool import Spool
+from crosslm.files import ASIDE
+from crosslm.models.slm import SLM
 
 from flwr.app import ConfigRecord, Message, RecordDict  # isort: skip
 
@@ -77,6 +80,51 @@ def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, 
         "carrier Flower adds of its own",
     ):
         assert line in out
+
+
+def test_the_classifier_in_use_is_whole_whenever_the_silo_dies(silo, federated, models, monkeypatch):  # noqa: F811
+    """What came is on the disk before its folder, and the folder before the decision."""
+    change(silo.kit, max_participations=2)
+    silo, experiment, used = Silo(silo.kit, silo.cache), silo.settings.experiment, silo.state / "slm"
+    _, download = answer(silo, Config.model_validate(federated), models)
+
+    def dies(*_):
+        raise OSError(28, "No space left on device")
+
+    for name, left in (("save", set()), ("_complete", {"slm"})):
+        with monkeypatch.context() as patch:
+            patch.setattr(SLM if name == "save" else Silo, name, dies)
+            with pytest.raises(OSError, match="No space"):
+                silo.install(experiment, 0, encode(download))
+        assert silo.installed == 0
+        assert (silo.state / "download-0000.safetensors").is_file()
+        assert {path.name for path in silo.state.glob("slm*")} == left
+    silo.install(experiment, 0, encode(download))
+    before = (used / "model.safetensors").read_bytes()
+    silo.upload(experiment, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(SLM, "save", lambda slm, folder: (os.makedirs(folder), dies()))
+        with pytest.raises(OSError, match="No space"):
+            silo.not_used(experiment, 1, "none")
+    assert (used / "model.safetensors").read_bytes() == before
+    assert [path.name for path in silo.state.glob("slm*")] == ["slm"]
+    silo.not_used(experiment, 1, "none")
+    assert (used / "model.safetensors").read_bytes() != before
+
+
+def test_a_silo_that_starts_again_has_its_classifier_back(silo, monkeypatch):  # noqa: F811
+    """One that was killed between moving the old folder aside and naming the new one."""
+    aside = silo.state / f"slm{ASIDE}"
+    aside.mkdir(parents=True)
+    (aside / "model.safetensors").write_bytes(b"old")
+
+    def gone(*_):
+        raise FederationError("the server is gone")
+
+    monkeypatch.setattr(silo_processes, "wait_for_server", gone)
+    with pytest.raises(FederationError):
+        silo_processes.run_silo(silo, print)
+    assert (silo.state / "slm" / "model.safetensors").read_bytes() == b"old"
 
 
 def test_a_silo_whose_classifier_had_no_say_is_told(silo, federated, models):  # noqa: F811

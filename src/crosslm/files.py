@@ -37,8 +37,8 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Have a folder written under another name, bring it to the disk, and give it its name.
 
-    Where a process dies between moving the old folder aside and naming the new one, :func:`clear_partial`, or the next
-    call, puts the old one back.
+    Where a process dies between moving the old folder aside and naming the new one, :func:`settle_folder`, which the
+    next call does too, puts the old one back.
 
     Args:
         target: a folder that is there is replaced.
@@ -47,9 +47,8 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: it cannot be written; what was there before is still there. So it is if ``write`` raises anything.
     """
-    partial, aside = partial_of(target), target.with_name(target.name + ASIDE)
-    _settle(aside)
-    _settle(partial)
+    partial, aside = partial_of(target), _aside_of(target)
+    settle_folder(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(partial)
@@ -65,10 +64,24 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def settle_folder(target: Path) -> None:
+    """Put right what a process that died in :func:`replace_folder` has left: the old folder is there, or the new one.
+
+    Raises:
+        OSError: it cannot be put right.
+    """
+    _settle(_aside_of(target))
+    _settle(partial_of(target))
+
+
 def clear_partial(folder: Path) -> None:
-    """Take away whatever is half written in a folder and below, and put back what was moved aside for it."""
+    """Take away whatever is half written in a folder and below, and settle each folder (:func:`settle_folder`)."""
     for leftover in sorted(folder.rglob("*" + PARTIAL), reverse=True):
         _settle(leftover)
+
+
+def _aside_of(target: Path) -> Path:
+    return target.with_name(target.name + ASIDE)
 
 
 def _settle(leftover: Path) -> None:

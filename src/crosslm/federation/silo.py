@@ -16,7 +16,7 @@ from crosslm.federation.intake import Intake, check_same_model
 from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names, refused
 from crosslm.federation.messages import decode_download, decode_upload, encode
 from crosslm.federation.silo_state import SiloState
-from crosslm.files import write_whole
+from crosslm.files import replace_folder, write_whole
 from crosslm.leaks import LeakCheck
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.private_fit import PrivateTraining
@@ -96,7 +96,7 @@ class Silo(SiloState):
         try:
             decision, had_say = self._install(number, data, upload)
         except OF_THE_DOWNLOAD as error:
-            SLM.from_state(upload.slm).save(str(self.state / "slm"))
+            self._use(SLM.from_state(upload.slm))
             self._keep_receipt("install", number, {"answer": refused(error)})
             self._complete(number, {"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
             raise
@@ -111,6 +111,7 @@ class Silo(SiloState):
         client.restore(upload.slm, number + 1, told, self._told(number + 1))
         decision, had_say = self._try(number, data, upload, client)
         write_whole(self.state / f"download-{number:04}.safetensors", [data])
+        self._use(client.slm)
         return decision, had_say
 
     def _try(self, number: int, data: bytes, upload: Upload, client: Client) -> tuple[dict[str, Any], bool]:
@@ -130,7 +131,6 @@ class Silo(SiloState):
         check_same_model(upload.slm, download.slm, f"silo {settings.id}")
         before = client.slm
         decision = dict(vars(client.install(download)))
-        client.slm.save(str(self.state / "slm"))
         if test := self.test():
             returned = SLM.from_state(download.slm, str(before.device))
             returned.order_labels(before.labels)
@@ -167,13 +167,15 @@ class Silo(SiloState):
             )
         if self.closed is None:
             try:
-                decision, _ = self._try(number, data, self._mine(number), self.client())
+                client = self.client()
+                decision, _ = self._try(number, data, self._mine(number), client)
             except OF_THE_DOWNLOAD as error:
                 self._keep_receipt("close", number, {"answer": refused(error)})
                 self._close({"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
                 raise
             if decision["accepted"]:
                 write_whole(self.state / CLOSING, [data])
+            self._use(client.slm)
             told = confirmation(number, decision["accepted"])
             self._keep_receipt("close", number, {"answer": done(number), "metrics": told})
             self._close(decision)
@@ -196,7 +198,7 @@ class Silo(SiloState):
         self._check(experiment, number)
         if self.installed > number:
             return
-        SLM.from_state(self._mine(number).slm).save(str(self.state / "slm"))
+        self._use(SLM.from_state(self._mine(number).slm))
         words = "".join(letter if letter.isprintable() else " " for letter in reason[:MAX_REASON])
         self._keep_receipt("not-used", number, {"answer": done(number)})
         self._complete(number, {"accepted": False, "rows": 0, "not_used": words})
@@ -272,6 +274,10 @@ class Silo(SiloState):
         slm.order_labels(settings.labels)
         slm.freeze_embeddings(settings.freeze_embeddings)
         return slm
+
+    def _use(self, slm: SLM) -> None:
+        """Make ``state/slm`` of the classifier that is in use from now on; where this fails the one before is there."""
+        replace_folder(self.state / "slm", lambda folder: slm.save(str(folder)))
 
     def trained(self) -> SLM:
         """The SLM in use: as it was trained here last, or as it came back and was installed.
