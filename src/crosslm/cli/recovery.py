@@ -8,6 +8,7 @@ import typer
 from crosslm.cli.app import CacheOption, app, console
 from crosslm.cli.runs import finish
 from crosslm.errors import RunError
+from crosslm.plain import plain
 from crosslm.quiet import quiet_libraries
 from crosslm.rundir import CONFIG, SUMMARY, RunDir
 
@@ -56,7 +57,7 @@ def run_status(run_folder: Path) -> None:
         reason = f": {cause['reason']}" if "reason" in cause else ""
         adapter = f"adapter {record['adapter'][:12]}{kept}"
         line = f"arrival {record['arrival']}: {who}{cause['outcome']}{step}{reason}; {adapter}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(plain(line), highlight=False, markup=False, soft_wrap=True)
     for message in damaged:
         console.print(message, highlight=False, markup=False, soft_wrap=True)
     if run.barred():

@@ -22,6 +22,7 @@ from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
+from crosslm.plain import plain
 from crosslm.records import Upload
 from crosslm.seeding import seed_for
 
@@ -199,9 +200,8 @@ class Silo(SiloState):
         if self.installed > number:
             return
         self._use(SLM.from_state(self._mine(number).slm))
-        words = "".join(letter if letter.isprintable() else " " for letter in reason[:MAX_REASON])
         self._keep_receipt("not-used", number, {"answer": done(number)})
-        self._complete(number, {"accepted": False, "rows": 0, "not_used": words})
+        self._complete(number, {"accepted": False, "rows": 0, "not_used": plain(reason[:MAX_REASON])})
 
     def _confirmation(self, number: int) -> dict[str, float]:
         """The answer again, whose first one was lost."""

@@ -20,6 +20,7 @@ from crosslm.federation.kits import SILO_FILE, read_silo
 from crosslm.federation.silo_news import closing_outcome, outcome
 from crosslm.federation.silo_state import SiloState
 from crosslm.files import settle_folder
+from crosslm.plain import plain
 
 REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it does not know
 REFUSED_PAUSE = 10.0  # seconds until a silo that was refused tries again
@@ -227,7 +228,7 @@ def ask(silo: SiloState) -> Answer | None:
     try:
         with urllib.request.urlopen(address, context=context, timeout=10) as answer:
             complete, known_as, *over = answer.read(100).decode().split(" ")
-            number, date = int(complete), answer.headers.get("Date")
+            number, date, known_as = int(complete), answer.headers.get("Date"), plain(known_as)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 403:
