@@ -156,10 +156,19 @@ def test_a_client_shut_out_by_a_rollback_leaves_no_trace(small_file, small, tmp_
     order = [line.split(": ")[1] for line in out.splitlines() if line.startswith("arrival") and "served" in line]
     first, other = order[0], next(name for name in order if name != order[0])
     target = tmp_path / f"run-without-{first}"
+    neighbour = target.with_name(f"{target.name}.partial") / "mine.txt"
+    neighbour.parent.mkdir()
+    neighbour.write_text("mine")
     code, out, err = command("rollback", tmp_path / "run", "--client", first)
     assert (code, err) == (0, "")
     assert f"after arrival 0, without {first}" in " ".join(out.split())
     assert contents(tmp_path / "run") == before
+    assert neighbour.read_text() == "mine"
+    assert target.stat().st_mode & 0o777 == 0o700
+    monkeypatch.chdir(tmp_path / "run")
+    code, _, err = command("rollback", ".", "--client", first)
+    assert code == 2
+    assert f"{target}: holds another run already" in err
 
     ordered = experiment.LocalExchange.__init__
 

@@ -33,7 +33,8 @@ def test_everything_is_there(dest):
     assert sorted(str(path.relative_to(dest)) for path in dest.glob("**/README.md")) == [
         "llm-merged/README.md", "llm/README.md", "slm/north/README.md", "slm/south/README.md", "synthetic/README.md",
     ]  # fmt: skip
-    assert not dest.with_name("tickets.partial").exists()
+    assert [path.name for path in dest.parent.iterdir()] == ["tickets"]
+    assert dest.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_classifier_opens_with_its_label_names(dest):
@@ -127,6 +128,28 @@ def test_a_trimmed_tokenizer_stays_at_home(finished, tmp_path):
     assert "its own tokenizer" not in cards.llm_card(finished.config, finished.summary)
     assert "that model's own tokenizer" in cards.llm_card(config, finished.summary)
     assert "was trimmed" in cards.llm_card(config, finished.summary, merged=True)
+
+
+def test_nothing_beside_the_new_folder_is_touched(shell, workplace, tmp_path, monkeypatch):
+    run, cache = workplace / "runs" / "tickets-1", ("--part", "slm", "--cache-dir", workplace / "cache")
+    mine = tmp_path / "out.partial" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    code, _, err = shell("export", run, ".", *cache)
+    assert code == 2
+    assert "error: .: is the folder that you are in; name a new one" in err
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = shell("export", run, "out", *cache)
+    assert code == 0
+    assert out.startswith("out/slm/north: model\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_copied", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export.export_run(Run.open(run, workplace / "cache"), "other", parts=["slm"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
+    assert mine.read_text() == "mine"
 
 
 def test_a_hub_id_and_a_package_are_named_as_they_are():

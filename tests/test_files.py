@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from crosslm import files
-from crosslm.files import ASIDE, clear_partial, replace_folder
+from crosslm.files import ASIDE, clear_partial, made_beside, replace_folder
+from crosslm.rundir import RunDir
 
 
 def written(text):
@@ -78,3 +79,41 @@ def test_the_next_folder_of_that_name_puts_it_right_too(tmp_path):
     with pytest.raises(RuntimeError):
         replace_folder(tmp_path / "north", fails)
     assert found(tmp_path) == {"north/deep/weights": "old"}
+
+
+@pytest.fixture
+def usual_umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("usual_umask")
+@pytest.mark.parametrize("is_locked_first", [False, True])
+def test_a_new_run_folder_is_its_owners_alone_and_another_keeps_its_rights(config, tmp_path, is_locked_first):
+    def made(path):
+        if is_locked_first:  # as a run does it
+            with RunDir(path).locked():
+                RunDir.create(path, config)
+        else:
+            RunDir.create(path, config)
+        return path.stat().st_mode & 0o777
+
+    assert made(tmp_path / "runs" / "tickets-1") == 0o700
+    assert (tmp_path / "runs").stat().st_mode & 0o777 == 0o755
+    (tmp_path / "shared").mkdir(mode=0o750)
+    assert made(tmp_path / "shared") == 0o750
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_a_folder_made_beside_another_has_a_name_that_nothing_has(tmp_path):
+    mine = tmp_path / "out.partial"
+    mine.mkdir()
+    with made_beside(tmp_path / "out") as work:
+        (work / "a").write_text("whole")
+        assert not (tmp_path / "out").exists()
+    assert found(tmp_path) == {"out/a": "whole"}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+    with pytest.raises(RuntimeError), made_beside(tmp_path / "other"):
+        raise RuntimeError("half")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from crosslm import cards
 from crosslm.errors import ConfigError, DataError, RunError
+from crosslm.files import expanded, made_beside
 from crosslm.finished import Run
+from crosslm.rundir import check_elsewhere
 
 PARTS = ("slm", "llm", "synthetic")
 NUMBERS = ("reward", "diversity", "score")
@@ -28,7 +30,7 @@ class Exported:
 
 
 def export_run(run: Run, dest: str | Path, parts: Iterable[str] = PARTS, merged_llm: bool = False) -> list[Exported]:
-    """Copy what a run made into a new folder, each thing with a card.
+    """Copy what a run made into a new folder, which its owner alone may read, each thing with a card.
 
     ``slm/CLIENT``: a classifier. ``llm``: the adapter (or the whole model after full fine-tuning).
     ``llm-merged``: the adapter added into the weights. ``synthetic``: Parquet files that
@@ -49,29 +51,25 @@ def export_run(run: Run, dest: str | Path, parts: Iterable[str] = PARTS, merged_
         >>> [folder.name for folder in crosslm.export_run(crosslm.Run.open("runs/tickets-1"), "shared")]
         ['slm-north', 'slm-south', 'llm', 'synthetic']
     """
-    target, wanted = Path(dest), set(parts)
+    target, wanted = expanded(dest), set(parts)
     if unknown := wanted - set(PARTS):
         raise ConfigError(f"there is no part {sorted(unknown)[0]!r} to export; the parts are: {', '.join(PARTS)}")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise RunError(f"{target}: holds something already and nothing is written over; name a new folder")
+    check_elsewhere(target)
     if "synthetic" in wanted:
         check_datasets()  # before the LLM is loaded and merged
-    work = target.with_name(target.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     exported: list[Exported] = []
-    if "slm" in wanted:
-        for client in run.clients:
-            exported.append(Exported(_copied(run.slm_folder(client), work / "slm" / client), f"slm-{client}"))
-    if "llm" in wanted:
-        exported.append(Exported(_llm(run, work / "llm"), "llm"))
-    if merged_llm:
-        exported.append(Exported(_merged(run, work / "llm-merged"), "llm-merged"))
-    if "synthetic" in wanted:
-        exported.append(Exported(_dataset(run, work / "synthetic"), "synthetic", "dataset"))
-    if target.exists():
-        target.rmdir()
-    work.rename(target)  # last, so that a folder that exists is whole
+    with made_beside(target.resolve()) as work:
+        if "slm" in wanted:
+            for client in run.clients:
+                exported.append(Exported(_copied(run.slm_folder(client), work / "slm" / client), f"slm-{client}"))
+        if "llm" in wanted:
+            exported.append(Exported(_llm(run, work / "llm"), "llm"))
+        if merged_llm:
+            exported.append(Exported(_merged(run, work / "llm-merged"), "llm-merged"))
+        if "synthetic" in wanted:
+            exported.append(Exported(_dataset(run, work / "synthetic"), "synthetic", "dataset"))
     return [Exported(target / one.folder.relative_to(work), one.name, one.kind) for one in exported]
 
 

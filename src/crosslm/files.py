@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
+from tempfile import mkdtemp
 
 PARTIAL = ".partial"
 ASIDE = "~old" + PARTIAL
@@ -94,6 +95,28 @@ def _settle(leftover: Path) -> None:
         shutil.rmtree(leftover)
     else:
         leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def made_beside(target: Path) -> Iterator[Path]:
+    """A new folder for its owner alone, which gets the name of ``target`` when all is written, or is deleted.
+
+    Until then its name is one that nothing beside ``target`` has.
+
+    Args:
+        target: not there, or an empty folder, which is replaced.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(mkdtemp(PARTIAL, f"{target.name}.", target.parent))
+    try:
+        yield work
+        rename(work, target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def append_line(path: Path, line: str) -> None:

@@ -60,14 +60,16 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, config: Config) -> RunDir:
-        """A new run folder with the resolved configuration in it.
+        """A new run folder with the resolved configuration in it, for its owner alone to read.
+
+        A folder that is there already keeps the rights that it has.
 
         Raises:
             RunError: the folder holds something already, or cannot be written.
         """
         cls.check_free(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            _make_private(path)
             run = cls(path)
             run.write(CONFIG, config.dump())
         except OSError as error:
@@ -98,6 +100,7 @@ class RunDir:
         """
         with ExitStack() as held:
             try:
+                _make_private(self.path)
                 held.enter_context(alone(self.path / LOCK))
             except BlockingIOError as error:
                 raise RunError(
@@ -317,6 +320,21 @@ class RunDir:
                 f"run the {CONFIG} beside it again"
             )
         return loaded
+
+
+def check_elsewhere(folder: Path) -> None:
+    """Find out that a folder may be replaced by a new one: whoever is in it would be nowhere afterwards.
+
+    Raises:
+        RunError: it is the folder that this process is in.
+    """
+    if folder.resolve() == Path.cwd():
+        raise RunError(f"{folder}: is the folder that you are in; name a new one, in it or elsewhere")
+
+
+def _make_private(folder: Path) -> None:
+    """A run folder says much of the private rows (docs/privacy.md), and so is its owner's alone."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 @contextmanager

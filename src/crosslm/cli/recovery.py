@@ -81,7 +81,8 @@ def rollback(
     from crosslm.config_file import load
     from crosslm.rollback import roll_back
 
-    target = output or run_folder.with_name(f"{run_folder.name}-without-{client}")
+    beside = run_folder if run_folder.name not in ("", "..") else run_folder.resolve()
+    target = output or beside.with_name(f"{beside.name}-without-{client}")
     after = roll_back(RunDir.open(run_folder), client, target)
     console.print(f"{target}: {run_folder} after arrival {after}, without {client}", highlight=False, soft_wrap=True)
     finish(load(target / CONFIG), target, cache_dir, resume=True)
