@@ -390,7 +390,8 @@ def test_an_old_upload_is_not_taken_as_that_of_a_new_round(exchange, kits, monke
     change(kit, max_participations=2)
     turn(exchange, 2)
     exchange.send(echo(exchange.receive()))
-    shutil.copy(kit / "state" / "upload-0000.safetensors", kit / "state" / "upload-0001.safetensors")
+    for kind in ("", ".sha256"):
+        shutil.copy(kit / "state" / f"upload-0000.safetensors{kind}", kit / "state" / f"upload-0001.safetensors{kind}")
     turn(exchange, 4)
     assert [(arrival.round, arrival.state) for arrival in exchange.spool.arrivals()] == [
         (0, "delivered"),

@@ -20,7 +20,7 @@ from test_federation import (  # noqa: F401  fixtures
 
 from crosslm.client import Client
 from crosslm.config import Config, PrivacyConfig
-from crosslm.errors import BrokenLLMError, DataError, FederationError, LeakError, QuarantineError
+from crosslm.errors import BrokenLLMError, DataError, FederationError, LeakError, ModelError, QuarantineError
 from crosslm.federation.flower import silo_processes
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import split
@@ -246,6 +246,50 @@ def test_a_silo_that_is_added_is_asked_once_the_server_was_started_again(exchang
     turn(again, 2)
     assert [name for name, _, _ in exchange.grid.pushed] == ["silo-0", "silo-1", "late"]
     spool.close()
+
+
+@pytest.mark.parametrize("name", ["upload-0000", "download-0000", "closing"])
+def test_a_kept_file_that_changed_on_the_disk_is_named_and_decides_nothing(silo, federated, models, name):  # noqa: F811
+    """The privacy budget that is spent is read from the uploads."""
+    change(silo.kit, max_participations=2, closing=True)
+    silo, experiment = Silo(silo.kit, silo.cache), silo.settings.experiment
+    _, download = answer(silo, Config.model_validate(federated), models)
+    silo.install(experiment, 0, encode(download))
+    if name == "closing":
+        silo.close(experiment, 0, encode(download))
+    path = silo.state / f"{name}.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ModelError, match=rf"silo silo-0: .*{name}.safetensors has changed since .*put {name}.* back"):
+        silo.upload(experiment, 1)
+    path.unlink()
+    with pytest.raises(ModelError, match=rf"{name}.safetensors cannot be read"):
+        silo.upload(experiment, 1)
+    path.write_bytes(whole)
+    silo.upload(experiment, 1)
+    path = silo.state / "upload-0001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="upload-0001"):  # it is not sent once more as it is now
+        silo.upload(experiment, 1)
+    with pytest.raises(ModelError, match="upload-0001"):
+        silo.install(experiment, 1, encode(dataclasses.replace(download, client_round=1)))
+    assert silo.installed == 1
+
+
+def test_what_was_trained_for_another_precision_and_cut_off_counts_no_more(silo, monkeypatch):  # noqa: F811
+    change(silo.kit, wire_dtype="float16")
+    silo = Silo(silo.kit, silo.cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(Silo, "_sent", lambda silo, number: silo.kit / "silo.key" / "no folder")
+        with pytest.raises(OSError, match=r"silo\.key"):
+            silo.upload(silo.settings.experiment, 0)
+    stale = silo.state / "trained-0000.safetensors"
+    assert stale.exists()
+    change(silo.kit, wire_dtype="float32", seed=7)
+    silo = Silo(silo.kit, silo.cache)
+    sent = decode_upload(silo.upload(silo.settings.experiment, 0).read_bytes())
+    assert not stale.exists()
+    assert all(weight.equal(sent.slm.weights[name]) for name, weight in silo._uploaded(0).slm.weights.items())
 
 
 def test_half_precision_goes_both_ways_and_is_not_kept_at_the_silo(silo, federated, models):  # noqa: F811
