@@ -12,7 +12,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # who may import whom: a module may import from its own layer's earlier names and all lower layers
 LAYERS = [
-    {"errors", "examples", "files", "seeding", "progress", "provenance", "quiet", "sections.section"},
+    {"errors", "examples", "files", "plain", "seeding", "progress", "provenance", "quiet", "sections.section"},
     {"sections.privacy", "sections.task", "sections.models", "sections.federation"},
     {"sections.method"},
     {"config"},

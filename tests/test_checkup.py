@@ -1,19 +1,26 @@
 """``crosslm doctor KIT``: certificates, keys, ports, data and models of a server and of a silo."""
 
+import re
 import socket
 import ssl
 import sys
 import threading
+import tomllib
 
 import pytest
+import tomli_w
 from test_federation import federated  # noqa: F401  the fixture
 
 import crosslm
 from crosslm import doctor
 from crosslm.config import AcceptanceConfig, Config, PrivacyConfig, SLMSpec
+from crosslm.errors import CrosslmError
+from crosslm.federation import checkup
 from crosslm.federation import provision as provision_module
-from crosslm.federation.kits import SERVER_FILE, SILO_FILE, dump, read_server, read_silo
+from crosslm.federation.deployment import measured_on
+from crosslm.federation.kits import SERVER_FILE, SILO_FILE, dump, read_server, read_silo, server_config
 from crosslm.federation.provision import provision
+from crosslm.preparation import original_llm, public_texts
 
 
 def free_port():
@@ -190,6 +197,60 @@ def test_what_a_silo_lacks(kits, shell, damage, message):
     code, out, _ = shell("doctor", kit)
     assert code == (0 if message.startswith("warning") else 2)
     assert message in out
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "bad", "message"),
+    [
+        ("llm.vocabulary_texts", ("words.txt",), None, "words.txt: no such file"),
+        ("gate.public_texts", "public.csv", None, "public.csv: no such file"),
+        ("gate.public_texts", "public.csv", b"text,label\na good day,fine\n", "public.csv: row 1"),
+        ("evaluation.perplexity_text", "long.txt", b"", "long.txt"),
+    ],
+)
+def test_a_text_without_which_the_server_does_not_start_is_found(kits, key, value, bad, message):
+    section, name = key.split(".")
+    config, kit = server_config(kits / "server"), kits / "server"
+    config = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"dir": str(kit)})})
+    if bad is not None:
+        (kit / str(value)).write_bytes(bad)
+    (finding,) = checkup._texts(config)
+    assert (finding.level, finding.subject) == ("error", key)
+    assert message in finding.message
+    with pytest.raises(CrosslmError, match=re.escape(finding.message)):  # what Deployment.open calls, too
+        original_llm(config, kit, print), public_texts(config), measured_on(config)
+    if key == "evaluation.perplexity_text":
+        (kit / str(value)).unlink()  # this text alone is measured where it is there
+    else:
+        config = server_config(kits / "server")
+    assert list(checkup._texts(config)) == []
+
+
+def test_doctor_looks_at_the_texts_of_a_server(kits, shell):
+    path = kits / "server" / "config.toml"
+    tables = tomllib.loads(path.read_text())
+    tables["gate"] = tables.get("gate", {}) | {"public_texts": "public.csv"}
+    path.write_text(tomli_w.dumps(tables))
+    code, out, _ = shell("doctor", kits / "server")
+    assert code == 2
+    (error,) = lines(out, "error")
+    assert error.startswith("error   gate.public_texts: ")
+
+
+def test_doctor_looks_at_a_silos_test_rows(kits, shell):
+    kit = kits / "silos" / "silo-0"
+    change(kit, data=read_silo(kit).data.model_copy(update={"test": "mine.csv"}))
+    for text, level, message in (
+        (None, "warning", "mine.csv is not there, or has no rows: no accuracy will be known here"),
+        ("text,label\na good day,good\na bad day,bad\n", "warning", "mine.csv: 2 rows (bad 1, good 1); one row is 50"),
+        ("text,label\na good day,fine\n", "error", "mine.csv: row 1"),
+    ):
+        if text:
+            (kit / "mine.csv").write_text(text)
+        code, out, _ = shell("doctor", kit)
+        assert code == (2 if level == "error" else 0)
+        assert any(line.startswith(f"{level:<7} data.test: ") and message in line for line in lines(out, level)), out
 
 
 def test_a_silo_hears_of_rows_that_cannot_be_used(kits, shell):

@@ -388,7 +388,7 @@ def test_a_silo_tries_it_against_what_it_has_and_only_after_its_round(silo, fede
     assert silo.close(experiment, 0, encode(worse)) == {"round": 0.0, "accepted": 0.0}
     assert not differs(tried[0], had)
     assert not differs(silo.slm().model.state_dict(), had)
-    assert "worse on 4 held-out rows (0.750 before, 0.250 with it)" in closing_outcome(silo.closed)
+    assert "worse (0.750 before, 0.250 with it, on 4 held-out rows)" in closing_outcome(silo.closed)
 
 
 def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, monkeypatch, shell):  # noqa: F811

@@ -156,10 +156,19 @@ def test_a_client_shut_out_by_a_rollback_leaves_no_trace(small_file, small, tmp_
     order = [line.split(": ")[1] for line in out.splitlines() if line.startswith("arrival") and "served" in line]
     first, other = order[0], next(name for name in order if name != order[0])
     target = tmp_path / f"run-without-{first}"
+    neighbour = target.with_name(f"{target.name}.partial") / "mine.txt"
+    neighbour.parent.mkdir()
+    neighbour.write_text("mine")
     code, out, err = command("rollback", tmp_path / "run", "--client", first)
     assert (code, err) == (0, "")
     assert f"after arrival 0, without {first}" in " ".join(out.split())
     assert contents(tmp_path / "run") == before
+    assert neighbour.read_text() == "mine"
+    assert target.stat().st_mode & 0o777 == 0o700
+    monkeypatch.chdir(tmp_path / "run")
+    code, _, err = command("rollback", ".", "--client", first)
+    assert code == 2
+    assert f"{target}: holds another run already" in err
 
     ordered = experiment.LocalExchange.__init__
 
@@ -328,7 +337,7 @@ upload = Upload("north", 0, (1, 1), {}, slm.to_state())
 run.save_upload(upload)
 run.save_slm("north", slm)
 for name in (METRICS, SESSIONS):
-    (run.path / name).write_bytes(b"x" * 5000)
+    (run.path / name).write_bytes(b"x" * 4989 + b"\\n")
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 for write in (
     lambda: run.save_upload(upload),
@@ -359,9 +368,34 @@ def test_a_disk_that_takes_no_more_is_an_error_in_words_for_every_file(models, t
     for line in told:
         assert "cannot be written: " in line
         assert "(os error 27)" in line or "File too large" in line
+    for name in ("metrics.jsonl", "sessions.jsonl"):  # some bytes of the line found room, and were taken away again
+        assert (run / name).read_bytes() == b"x" * 4989 + b"\n"
     for folder in ("uploads", "slm"):  # what was there is there, and nothing half written beside it
         assert [path.name for path in (run / folder).iterdir()] == ["north"]
         assert SLM.load_trained(str(run / folder / "north")).labels == ("bad", "good")
+
+
+def test_half_an_event_of_a_killed_process_is_in_nobodys_way(config, stopped, tmp_path):
+    before = RunDir(stopped).events()
+    with (stopped / "metrics.jsonl").open("ab") as file:
+        file.write('{"event": "warning", "message": "ü'.encode()[:-1])
+    assert RunDir(stopped).events() == before
+    asked = iter([True])
+    with pytest.raises(StoppedError):
+        run_local(config, stopped, tmp_path, resume=True, stop_requested=lambda: next(asked))
+    run_local(config, stopped, tmp_path, resume=True)
+    run_local(config, tmp_path / "whole", tmp_path)
+    assert contents(stopped) == contents(tmp_path / "whole")
+
+
+def test_an_event_after_half_a_line_is_a_line_of_its_own(tmp_path):
+    run = RunDir(tmp_path)
+    run.event("note", message="first")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "war')
+    run.event("end", error="OSError: disk full")
+    assert [event["event"] for event in run.events()] == ["note", "end"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("words", ["No space left on device (os error 28)", "a mistake in the program"])

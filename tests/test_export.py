@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ def test_everything_is_there(dest):
     assert sorted(str(path.relative_to(dest)) for path in dest.glob("**/README.md")) == [
         "llm-merged/README.md", "llm/README.md", "slm/north/README.md", "slm/south/README.md", "synthetic/README.md",
     ]  # fmt: skip
-    assert not dest.with_name("tickets.partial").exists()
+    assert [path.name for path in dest.parent.iterdir()] == ["tickets"]
+    assert dest.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_classifier_opens_with_its_label_names(dest):
@@ -128,6 +130,28 @@ def test_a_trimmed_tokenizer_stays_at_home(finished, tmp_path):
     assert "was trimmed" in cards.llm_card(config, finished.summary, merged=True)
 
 
+def test_nothing_beside_the_new_folder_is_touched(shell, workplace, tmp_path, monkeypatch):
+    run, cache = workplace / "runs" / "tickets-1", ("--part", "slm", "--cache-dir", workplace / "cache")
+    mine = tmp_path / "out.partial" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    code, _, err = shell("export", run, ".", *cache)
+    assert code == 2
+    assert "error: .: is the folder that you are in; name a new one" in err
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = shell("export", run, "out", *cache)
+    assert code == 0
+    assert out.startswith("out/slm/north: model\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_copied", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export.export_run(Run.open(run, workplace / "cache"), "other", parts=["slm"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
+    assert mine.read_text() == "mine"
+
+
 def test_a_hub_id_and_a_package_are_named_as_they_are():
     config = load("paper_sst2")
     assert cards.shown(config.llm.model) == "openai-community/gpt2-large"
@@ -152,18 +176,23 @@ def test_the_command_exports_what_is_asked_for_and_writes_over_nothing(shell, wo
 
 
 class Hub:
-    """Stands for the hub: keeps what it is told."""
+    """Stands for the hub: keeps what it is told, and a repository that is there as it is."""
 
-    def __init__(self, refuses=None):
+    def __init__(self, refuses=None, private=None):
         self.calls = []
         self.refuses = refuses
+        self.private = dict(private or {})
 
     def create_repo(self, name, repo_type, private, exist_ok):
-        if name == self.refuses:
-            raise ConnectionError("no route")
         self.calls.append(("create", name, repo_type, private, exist_ok))
+        self.private.setdefault(name, private)
+
+    def repo_info(self, repo_id, repo_type):
+        return SimpleNamespace(private=self.private[repo_id])
 
     def upload_folder(self, repo_id, folder_path, repo_type):
+        if repo_id == self.refuses:
+            raise ConnectionError("no route")
         assert (Path(folder_path) / "README.md").is_file()
         self.calls.append(("upload", repo_id, repo_type))
 
@@ -177,16 +206,29 @@ def test_nothing_is_pushed_unless_asked_and_then_privately(shell, workplace, tmp
     assert code == 0
     names = [("slm-north", "model"), ("slm-south", "model"), ("llm", "model"), ("synthetic", "dataset")]
     assert hub.calls == [
-        call
-        for name, kind in names
-        for call in (
-            ("create", f"acme/tickets-{name}", kind, True, True),
-            ("upload", f"acme/tickets-{name}", kind),
-        )
+        *(("create", f"acme/tickets-{name}", kind, True, True) for name, kind in names),
+        *(("upload", f"acme/tickets-{name}", kind) for name, kind in names),
     ]
     assert "to acme/tickets-llm (private)" in out
-    code, _, _ = shell("export", run, tmp_path / "three", "--part", "slm", "--push", "acme/tickets", "--public")
-    assert ("create", "acme/tickets-slm-north", "model", False, True) in hub.calls
+    code, out, _ = shell("export", run, tmp_path / "three", "--part", "slm", "--push", "acme/open", "--public")
+    assert ("create", "acme/open-slm-north", "model", False, True) in hub.calls
+    assert "to acme/open-slm-north (public)" in out
+    _, out, _ = shell("export", run, tmp_path / "four", "--part", "slm", "--push", "acme/tickets", "--public")
+    assert "to acme/tickets-slm-north (private)" in out  # as it was
+
+
+@pytest.mark.parametrize("said", [False, None])
+def test_a_repository_that_is_there_and_not_private_gets_nothing_unless_that_is_asked_for(dest, monkeypatch, said):
+    hub, news = Hub(private={"acme/tickets-b": said}), []
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    exported = [export.Exported(dest / "slm" / "north", "a"), export.Exported(dest / "slm" / "south", "b")]
+    with pytest.raises(
+        RunError, match=r"acme/tickets-b: is there already and not private; nothing was .* add --public"
+    ):
+        export.push(exported, "acme/tickets")
+    assert not [call for call in hub.calls if call[0] == "upload"]
+    export.push(exported, "acme/tickets", public=True, on_news=news.append)
+    assert [line[line.index("(") :] for line in news] == ["(private)", "(public)"]
 
 
 def test_a_push_that_fails_says_what_is_done_and_what_to_do(finished, dest, monkeypatch):
@@ -211,6 +253,7 @@ def test_the_calls_to_the_hub_are_those_of_its_library():
 
     for name, given in (
         ("create_repo", {"repo_id", "repo_type", "private", "exist_ok"}),
+        ("repo_info", {"repo_id", "repo_type"}),
         ("upload_folder", {"repo_id", "folder_path", "repo_type"}),
     ):
         assert given <= set(inspect.signature(getattr(HfApi, name)).parameters)

@@ -17,7 +17,17 @@ import pytest
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
-from test_federation import change, echo, exchange, federated, flower_run, kits, silo, turn  # noqa: F401  fixtures too
+from test_federation import (  # noqa: F401  fixtures too
+    change,
+    echo,
+    exchange,
+    federated,
+    flower_run,
+    from_kit,
+    kits,
+    silo,
+    turn,
+)
 
 from crosslm.config import Config, FederationConfig
 from crosslm.errors import FederationError, RunError, UploadError
@@ -31,7 +41,8 @@ from crosslm.federation.spool import Spool
 from crosslm.files import PART
 
 # Flower, after our package has told it to be quiet
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # isort: skip
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict  # isort: skip
+from flwr.common.constant import ErrorCode  # isort: skip
 
 
 # -- replies that are none -------------------------------------------------------------------
@@ -104,6 +115,40 @@ def test_a_message_that_flower_cannot_put_together_is_its_silos_failure_too(exch
     turn(exchange, 2)
     assert "cannot be put together: ValueError: no such object" in exchange.carrier.lines["silo-0"].note
     assert exchange.receive().client_id == "silo-1"
+
+
+def test_what_a_silo_says_reaches_no_terminal_as_it_is(exchange, caplog):  # noqa: F811
+    told = []
+    exchange.on_failure = lambda *given: told.append(given)
+    words = {"status": "refused", "reason": "full\x1b]0;root\x07\x1b[2J"}
+    exchange.grid.handlers["silo-0"] = lambda message: Message(
+        RecordDict({"reply": ConfigRecord(words)}), reply_to=message
+    )
+    broken = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "no\x1b[2J room")
+    exchange.grid.handlers["silo-1"] = lambda message: Message(broken, reply_to=message)
+    turn(exchange, 3)
+    exchange._look_at_carrier()
+    notes = {name: line.note for name, line in exchange.carrier.lines.items()}
+    assert notes["silo-0"] == "refused upload: full ]0;root  [2J"
+    assert "no [2J room; asked again in" in notes["silo-1"]
+    assert told == [("silo-0", "round 0: refused upload: full ]0;root  [2J")]
+    exchange.spool.put("silo-0", 0, [b"an upload"])
+    exchange.refuse("silo-0", 0, UploadError("labels \x1b[2J"))
+    assert exchange.spool.of("silo-0")[0].note == "labels  [2J"
+    assert "\x1b" not in caplog.text
+
+
+def test_what_a_server_says_reaches_no_terminal_as_it_is(silo, exchange, monkeypatch, caplog):  # noqa: F811
+    request = {"experiment": silo.settings.experiment, "round": 0, "version": 99, "crosslm": "9\x1b[2J"}
+    message = Message(RecordDict({"request": ConfigRecord(request)}), 100, "train.upload", ttl=60)
+    from_kit(silo.kit, monkeypatch)(message)
+    assert "the server's crosslm 9 [2J reads version 99: install the same" in silo.doing()["why"]
+    assert "\x1b" not in caplog.text
+    answer = io.BytesIO(b"0 silo-1\x1b[2J")
+    answer.headers = {}
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: answer)
+    with pytest.raises(FederationError, match=r"as that of silo silo-1 \[2J"):
+        silo_processes.ask(silo)
 
 
 def test_an_install_that_is_answered_with_nonsense_is_owed_no_more(exchange):  # noqa: F811
@@ -345,7 +390,8 @@ def test_an_old_upload_is_not_taken_as_that_of_a_new_round(exchange, kits, monke
     change(kit, max_participations=2)
     turn(exchange, 2)
     exchange.send(echo(exchange.receive()))
-    shutil.copy(kit / "state" / "upload-0000.safetensors", kit / "state" / "upload-0001.safetensors")
+    for kind in ("", ".sha256"):
+        shutil.copy(kit / "state" / f"upload-0000.safetensors{kind}", kit / "state" / f"upload-0001.safetensors{kind}")
     turn(exchange, 4)
     assert [(arrival.round, arrival.state) for arrival in exchange.spool.arrivals()] == [
         (0, "delivered"),

@@ -282,7 +282,7 @@ def test_the_command_writes_beside_the_run(tmp_path, monkeypatch, capsys, no_cha
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml", "synthetic/step-0001-pool.jsonl"])
 def test_a_damaged_file_is_named(tmp_path, name):
     folder = write_run(tmp_path / "run")
-    (folder / name).write_text('{"event"')
+    (folder / name).write_text('{"event"\n')
     with pytest.raises(RunError, match=f"{name}: damaged"):
         view_of(folder)
 

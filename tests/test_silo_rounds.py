@@ -21,7 +21,8 @@ from test_federation import (  # noqa: F401  fixtures
 
 from crosslm.client import Client
 from crosslm.config import Config, PrivacyConfig
-from crosslm.errors import BrokenLLMError, DataError, FederationError, LeakError, QuarantineError
+from crosslm.errors import BrokenLLMError, DataError, FederationError, LeakError, ModelError, QuarantineError
+from crosslm.federation.flower import silo_processes
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import split
 from crosslm.federation.leaving import refused
@@ -29,6 +30,8 @@ from crosslm.federation.messages import decode_download, decode_upload, encode
 from crosslm.federation.silo import Silo
 from crosslm.federation.silo_news import doing, outcome
 from crosslm.federation.spool import Spool
+from crosslm.files import ASIDE
+from crosslm.models.slm import SLM
 
 from flwr.app import ConfigRecord, Message, RecordDict  # isort: skip
 
@@ -78,6 +81,51 @@ def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, 
         "carrier Flower adds of its own",
     ):
         assert line in out
+
+
+def test_the_classifier_in_use_is_whole_whenever_the_silo_dies(silo, federated, models, monkeypatch):  # noqa: F811
+    """What came is on the disk before its folder, and the folder before the decision."""
+    change(silo.kit, max_participations=2)
+    silo, experiment, used = Silo(silo.kit, silo.cache), silo.settings.experiment, silo.state / "slm"
+    _, download = answer(silo, Config.model_validate(federated), models)
+
+    def dies(*_):
+        raise OSError(28, "No space left on device")
+
+    for name, left in (("save", set()), ("_complete", {"slm"})):
+        with monkeypatch.context() as patch:
+            patch.setattr(SLM if name == "save" else Silo, name, dies)
+            with pytest.raises(OSError, match="No space"):
+                silo.install(experiment, 0, encode(download))
+        assert silo.installed == 0
+        assert (silo.state / "download-0000.safetensors").is_file()
+        assert {path.name for path in silo.state.glob("slm*")} == left
+    silo.install(experiment, 0, encode(download))
+    before = (used / "model.safetensors").read_bytes()
+    silo.upload(experiment, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(SLM, "save", lambda slm, folder: (os.makedirs(folder), dies()))
+        with pytest.raises(OSError, match="No space"):
+            silo.not_used(experiment, 1, "none")
+    assert (used / "model.safetensors").read_bytes() == before
+    assert [path.name for path in silo.state.glob("slm*")] == ["slm"]
+    silo.not_used(experiment, 1, "none")
+    assert (used / "model.safetensors").read_bytes() != before
+
+
+def test_a_silo_that_starts_again_has_its_classifier_back(silo, monkeypatch):  # noqa: F811
+    """One that was killed between moving the old folder aside and naming the new one."""
+    aside = silo.state / f"slm{ASIDE}"
+    aside.mkdir(parents=True)
+    (aside / "model.safetensors").write_bytes(b"old")
+
+    def gone(*_):
+        raise FederationError("the server is gone")
+
+    monkeypatch.setattr(silo_processes, "wait_for_server", gone)
+    with pytest.raises(FederationError):
+        silo_processes.run_silo(silo, print)
+    assert (silo.state / "slm" / "model.safetensors").read_bytes() == b"old"
 
 
 def test_a_silo_whose_classifier_had_no_say_is_told(silo, federated, models):  # noqa: F811
@@ -199,6 +247,50 @@ def test_a_silo_that_is_added_is_asked_once_the_server_was_started_again(exchang
     turn(again, 2)
     assert [name for name, _, _ in exchange.grid.pushed] == ["silo-0", "silo-1", "late"]
     spool.close()
+
+
+@pytest.mark.parametrize("name", ["upload-0000", "download-0000", "closing"])
+def test_a_kept_file_that_changed_on_the_disk_is_named_and_decides_nothing(silo, federated, models, name):  # noqa: F811
+    """The privacy budget that is spent is read from the uploads."""
+    change(silo.kit, max_participations=2, closing=True)
+    silo, experiment = Silo(silo.kit, silo.cache), silo.settings.experiment
+    _, download = answer(silo, Config.model_validate(federated), models)
+    silo.install(experiment, 0, encode(download))
+    if name == "closing":
+        silo.close(experiment, 0, encode(download))
+    path = silo.state / f"{name}.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ModelError, match=rf"silo silo-0: .*{name}.safetensors has changed since .*put {name}.* back"):
+        silo.upload(experiment, 1)
+    path.unlink()
+    with pytest.raises(ModelError, match=rf"{name}.safetensors cannot be read"):
+        silo.upload(experiment, 1)
+    path.write_bytes(whole)
+    silo.upload(experiment, 1)
+    path = silo.state / "upload-0001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="upload-0001"):  # it is not sent once more as it is now
+        silo.upload(experiment, 1)
+    with pytest.raises(ModelError, match="upload-0001"):
+        silo.install(experiment, 1, encode(dataclasses.replace(download, client_round=1)))
+    assert silo.installed == 1
+
+
+def test_what_was_trained_for_another_precision_and_cut_off_counts_no_more(silo, monkeypatch):  # noqa: F811
+    change(silo.kit, wire_dtype="float16")
+    silo = Silo(silo.kit, silo.cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(Silo, "_sent", lambda silo, number: silo.kit / "silo.key" / "no folder")
+        with pytest.raises(OSError, match=r"silo\.key"):
+            silo.upload(silo.settings.experiment, 0)
+    stale = silo.state / "trained-0000.safetensors"
+    assert stale.exists()
+    change(silo.kit, wire_dtype="float32", seed=7)
+    silo = Silo(silo.kit, silo.cache)
+    sent = decode_upload(silo.upload(silo.settings.experiment, 0).read_bytes())
+    assert not stale.exists()
+    assert all(weight.equal(sent.slm.weights[name]) for name, weight in silo._uploaded(0).slm.weights.items())
 
 
 def test_half_precision_goes_both_ways_and_is_not_kept_at_the_silo(silo, federated, models):  # noqa: F811

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from crosslm import tracking
+from crosslm import experiment, tracking
 from crosslm.config import Config
 from crosslm.errors import ConfigError
 from crosslm.experiment import run_local
@@ -84,6 +84,27 @@ def test_a_whole_run_is_tracked(config, tmp_path, monkeypatch):
     for name in ("llm/nlu_accuracy", "llm/nlg_accuracy", "llm/perplexity"):
         assert places[name] == [("arrival", 0), ("arrival", 2)]
     assert all(isinstance(value, float) for figures, _, _ in tracker.logged for value in figures.values())
+
+
+def test_a_run_that_goes_on_has_the_axis_of_one_that_was_never_stopped(config, tmp_path, monkeypatch):
+    made, save, saved = [], experiment._Run._save, []
+    monkeypatch.setattr(tracking, "wanted", lambda _: ("mine",))
+    monkeypatch.setitem(tracking.TRACKERS, "mine", lambda *given: made.append(Keeps(*given)) or made[-1])
+
+    def stops(run, cause):
+        saved.append(cause)
+        if len(saved) == 3:  # its second arrival is in the events, and in no checkpoint
+            raise KeyboardInterrupt
+        save(run, cause)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment._Run, "_save", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run_local(config, tmp_path / "run", tmp_path)
+    run_local(config, tmp_path / "run", tmp_path, resume=True)
+    run_local(config, tmp_path / "whole", tmp_path)
+    updates = [[place for _, axis, place in tracker.logged if axis == "update"] for tracker in made]
+    assert updates == [[1, 2, 3, 4], [3, 4], [1, 2, 3, 4]]
 
 
 def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(config, tmp_path, monkeypatch):

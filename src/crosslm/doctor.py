@@ -228,11 +228,7 @@ def models(
     named |= {f"clients.{client.id}.model": client.model for client in config.clients if client.model}
     folders: dict[str, str] = {}
     yield from find_models(named, folders, cache, on_news)
-    for name in config.llm.vocabulary_texts:
-        try:
-            check_model(name, "llm.vocabulary_texts") if name.startswith(PREFIX) else find_file(name, config.data)
-        except CrosslmError as error:
-            yield Finding("error", "llm.vocabulary_texts", str(error))
+    yield from vocabulary_texts(config)
     if config.llm.model in folders:
         yield from verbalizers(config, folders[config.llm.model])
     specs = {client: spec for client, spec in client_specs(config, clients).items() if spec.model in folders}
@@ -246,6 +242,15 @@ def models(
     if memory_too and specs and set(folders) == set(named.values()):
         slms = [folders[spec.model] for spec in specs.values()]
         yield memory(config, folders[config.llm.model], slms, folders[config.selection.encoder])
+
+
+def vocabulary_texts(config: Config) -> Iterator[Finding]:
+    """Which texts that the LLM's vocabulary is trimmed to are not there."""
+    for name in config.llm.vocabulary_texts:
+        try:
+            check_model(name, "llm.vocabulary_texts") if name.startswith(PREFIX) else find_file(name, config.data)
+        except CrosslmError as error:
+            yield Finding("error", "llm.vocabulary_texts", str(error))
 
 
 def find_models(

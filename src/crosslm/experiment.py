@@ -95,8 +95,10 @@ def run_local(
         run = RunDir.open(output) if goes_on else RunDir.create(output, given)
         run.note_session("resume" if goes_on else "start")
         try:
+            this = _Run(config, prepared, loaded, run, progress, stop_requested, started)
+            record = this.go_back()  # before the trackers count what is there
             with tracked(run, given, progress.note):
-                return _Run(config, prepared, loaded, run, progress, stop_requested, started).execute()
+                return this.execute(record)
         except BaseException as error:  # Ctrl-C too: who follows the run must know
             run.event("end", error=f"{type(error).__name__}: {error}")
             raise
@@ -125,15 +127,27 @@ class _Run:
         self._started = started  # before the data and the models were loaded
         self._clients: dict[str, dict[str, Any]] = {}  # rounds and the name of the kept SLM, of those that arrived
 
-    def execute(self) -> dict[str, Any]:
-        """Measure, run the federation, measure again, and write it all down."""
-        config = self.config
+    def go_back(self) -> dict[str, Any] | None:
+        """Take away what was written after the last checkpoint, which is given; None where there is none yet.
+
+        Raises:
+            RunError: it is damaged, or has been pruned.
+        """
         record = self.checkpoints.last()
         if record and record["state"] is None:
             raise RunError(
                 f"{self.run.path}: arrival {record['arrival']} has been pruned and cannot be gone on from; run it again"
             )
         self.run.go_back(record["state"]["events"] if record else 0)
+        return record
+
+    def execute(self, record: dict[str, Any] | None) -> dict[str, Any]:
+        """Measure, run the federation, measure again, and write it all down.
+
+        Args:
+            record: checkpoint to go on from; None begins.
+        """
+        config = self.config
         make_server = CachedServer if isinstance(self.llm, CachedLLM) else Server
         self.server = make_server(config, self.task, self.llm, self.loaded.encoder, self.progress)
         self.journal = RunJournal(config, self.split, self.run, self.checkpoints, self.server, self.progress)

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from crosslm import cards
 from crosslm.errors import ConfigError, DataError, RunError
+from crosslm.files import expanded, made_beside
 from crosslm.finished import Run
+from crosslm.rundir import check_elsewhere
 
 PARTS = ("slm", "llm", "synthetic")
 NUMBERS = ("reward", "diversity", "score")
@@ -28,7 +30,7 @@ class Exported:
 
 
 def export_run(run: Run, dest: str | Path, parts: Iterable[str] = PARTS, merged_llm: bool = False) -> list[Exported]:
-    """Copy what a run made into a new folder, each thing with a card.
+    """Copy what a run made into a new folder, which its owner alone may read, each thing with a card.
 
     ``slm/CLIENT``: a classifier. ``llm``: the adapter (or the whole model after full fine-tuning).
     ``llm-merged``: the adapter added into the weights. ``synthetic``: Parquet files that
@@ -49,29 +51,25 @@ def export_run(run: Run, dest: str | Path, parts: Iterable[str] = PARTS, merged_
         >>> [folder.name for folder in crosslm.export_run(crosslm.Run.open("runs/tickets-1"), "shared")]
         ['slm-north', 'slm-south', 'llm', 'synthetic']
     """
-    target, wanted = Path(dest), set(parts)
+    target, wanted = expanded(dest), set(parts)
     if unknown := wanted - set(PARTS):
         raise ConfigError(f"there is no part {sorted(unknown)[0]!r} to export; the parts are: {', '.join(PARTS)}")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise RunError(f"{target}: holds something already and nothing is written over; name a new folder")
+    check_elsewhere(target)
     if "synthetic" in wanted:
         check_datasets()  # before the LLM is loaded and merged
-    work = target.with_name(target.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     exported: list[Exported] = []
-    if "slm" in wanted:
-        for client in run.clients:
-            exported.append(Exported(_copied(run.slm_folder(client), work / "slm" / client), f"slm-{client}"))
-    if "llm" in wanted:
-        exported.append(Exported(_llm(run, work / "llm"), "llm"))
-    if merged_llm:
-        exported.append(Exported(_merged(run, work / "llm-merged"), "llm-merged"))
-    if "synthetic" in wanted:
-        exported.append(Exported(_dataset(run, work / "synthetic"), "synthetic", "dataset"))
-    if target.exists():
-        target.rmdir()
-    work.rename(target)  # last, so that a folder that exists is whole
+    with made_beside(target.resolve()) as work:
+        if "slm" in wanted:
+            for client in run.clients:
+                exported.append(Exported(_copied(run.slm_folder(client), work / "slm" / client), f"slm-{client}"))
+        if "llm" in wanted:
+            exported.append(Exported(_llm(run, work / "llm"), "llm"))
+        if merged_llm:
+            exported.append(Exported(_merged(run, work / "llm-merged"), "llm-merged"))
+        if "synthetic" in wanted:
+            exported.append(Exported(_dataset(run, work / "synthetic"), "synthetic", "dataset"))
     return [Exported(target / one.folder.relative_to(work), one.name, one.kind) for one in exported]
 
 
@@ -83,7 +81,8 @@ def push(
     Args:
         exported: what :func:`export_run` returned.
         repository: ``OWNER/NAME``; the folders become ``OWNER/NAME-slm-CLIENT``, ``OWNER/NAME-llm`` and so on.
-        public: whether everybody may see them; new repositories are private otherwise.
+        public: whether everybody may see them. Otherwise new repositories are private, and one that is there already
+            must be.
         on_news: told before each upload.
 
     Returns:
@@ -91,27 +90,43 @@ def push(
 
     Raises:
         ConfigError: the name is not ``OWNER/NAME``.
-        RunError: the hub cannot be reached, or refuses.
+        RunError: the hub cannot be reached, or refuses; or a repository is not private, and then nothing is uploaded.
     """
     from huggingface_hub import HfApi
 
     check_repository(repository)
-    api = HfApi()
+    api, named = HfApi(), {f"{repository}-{one.name}": one for one in exported}
     done: list[str] = []
-    for one in exported:
-        name = f"{repository}-{one.name}"
-        on_news(f"Uploading {one.folder} to {name} ({'public' if public else 'private'})")
-        try:
+    seen_by: dict[str, str] = {}
+    for name, one in named.items():
+        with _asking_the_hub(name, done):
             api.create_repo(name, repo_type=one.kind, private=not public, exist_ok=True)
-            api.upload_folder(repo_id=name, folder_path=one.folder, repo_type=one.kind)
-        except Exception as error:  # also what the hub's library lets through of its HTTP library
+            # what was there already keeps the visibility that it has
+            is_private = api.repo_info(name, repo_type=one.kind).private is True
+        if not (is_private or public):
             raise RunError(
-                f"{name}: the hub cannot be reached or refuses: {error}\n"
-                "Run hf auth login with a token that may write, and export to a new folder with --push again. "
-                f"Uploaded so far: {', '.join(done) or 'nothing'}"
-            ) from error
+                f"{name}: is there already and not private; nothing was uploaded. Make it private on the hub, choose "
+                "another name for --push, or add --public if everybody may see it"
+            )
+        seen_by[name] = "private" if is_private else "public"
+    for name, one in named.items():
+        on_news(f"Uploading {one.folder} to {name} ({seen_by[name]})")
+        with _asking_the_hub(name, done):
+            api.upload_folder(repo_id=name, folder_path=one.folder, repo_type=one.kind)
         done.append(name)
     return done
+
+
+@contextmanager
+def _asking_the_hub(name: str, done: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # also what the hub's library lets through of its HTTP library
+        raise RunError(
+            f"{name}: the hub cannot be reached or refuses: {error}\n"
+            "Run hf auth login with a token that may write, and export to a new folder with --push again. "
+            f"Uploaded so far: {', '.join(done) or 'nothing'}"
+        ) from error
 
 
 def check_repository(name: str) -> None:

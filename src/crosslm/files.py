@@ -3,11 +3,16 @@
 import difflib
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
+from tempfile import mkdtemp
 
 PARTIAL = ".partial"
+ASIDE = "~old" + PARTIAL
+"""What is put after the name of a folder while a new one takes its place; no client's name has a ~ in it."""
 PART = 16 * 2**20  # bytes of a large file that are held at a time
 
 
@@ -31,6 +36,131 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
     rename(partial, path)
 
 
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Have a folder written under another name, bring it to the disk, and give it its name.
+
+    Where a process dies between moving the old folder aside and naming the new one, :func:`settle_folder`, which the
+    next call does too, puts the old one back.
+
+    Args:
+        target: a folder that is there is replaced.
+        write: writes the folder that it is given.
+
+    Raises:
+        OSError: it cannot be written; what was there before is still there. So it is if ``write`` raises anything.
+    """
+    partial, aside = partial_of(target), _aside_of(target)
+    settle_folder(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(partial)
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        if target.exists():
+            target.rename(aside)
+        rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk its bytes are wanted
+        _settle(aside)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def settle_folder(target: Path) -> None:
+    """Put right what a process that died in :func:`replace_folder` has left: the old folder is there, or the new one.
+
+    Raises:
+        OSError: it cannot be put right.
+    """
+    _settle(_aside_of(target))
+    _settle(partial_of(target))
+
+
+def clear_partial(folder: Path) -> None:
+    """Take away whatever is half written in a folder and below, and settle each folder (:func:`settle_folder`)."""
+    for leftover in sorted(folder.rglob("*" + PARTIAL), reverse=True):
+        _settle(leftover)
+
+
+def _aside_of(target: Path) -> Path:
+    return target.with_name(target.name + ASIDE)
+
+
+def _settle(leftover: Path) -> None:
+    """Delete what a process that died has left; a folder that it had moved aside gets its name back if that is free."""
+    whole = leftover.with_name(leftover.name.removesuffix(ASIDE))
+    if leftover.name.endswith(ASIDE) and leftover.exists() and not whole.exists():
+        leftover.rename(whole)
+        sync(whole.parent)
+    elif leftover.is_dir():
+        shutil.rmtree(leftover)
+    else:
+        leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def made_beside(target: Path) -> Iterator[Path]:
+    """A new folder for its owner alone, which gets the name of ``target`` when all is written, or is deleted.
+
+    Until then its name is one that nothing beside ``target`` has.
+
+    Args:
+        target: not there, or an empty folder, which is replaced.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(mkdtemp(PARTIAL, f"{target.name}.", target.parent))
+    try:
+        yield work
+        rename(work, target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line whole or not at all; half a line, which a process that was killed has left, is cut off first.
+
+    Raises:
+        OSError: it cannot be written; the lines before it are still there.
+    """
+    with path.open("a+b", buffering=0) as file:
+        size = _size_of_lines(file)
+        file.truncate(size)
+        try:
+            data = memoryview((line + "\n").encode("utf-8"))
+            while data:
+                data = data[file.write(data) :]
+        except BaseException:  # Ctrl-C too
+            file.truncate(size)
+            raise
+
+
+def _size_of_lines(file: FileIO) -> int:
+    """How many bytes of a file are lines with an end."""
+    size = file.seek(0, os.SEEK_END)
+    if not size:
+        return 0
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) == b"\n":
+        return size
+    file.seek(0)
+    return file.readall().rfind(b"\n") + 1
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that :func:`append_line` writes, but for one that is half written; none if it is not there.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [line.decode("utf-8") for line in lines]
+
+
 def parts_of(path: Path) -> Iterator[bytes]:
     """The bytes of a file, at most 16 MiB at a time.
 
@@ -48,9 +178,14 @@ def partial_of(path: Path) -> Path:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Give a file another name in the same folder, in the place of what had it, and bring that to the disk."""
+    """Give a file or folder another name in the same folder, in the place of what had it; bring that to the disk."""
     path.replace(target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from crosslm.plain import plain
 from crosslm.privacy import privacy_line
 
 METHODS = {"standalone": "Standalone", "data_free_kd": "Data-free KD", "crosslm": "CrossLM"}
@@ -63,7 +64,7 @@ def uploads_table(summary: Mapping[str, Any]) -> Table:
     for arrival in summary["arrivals"]:
         times = (moment(arrival[name]) for name in ("received_at", "served_at", "delivered_at"))
         state = f"{arrival['state']}: {arrival['note']}" if arrival["note"] else arrival["state"]
-        table.add_row(Text(arrival["silo"]), str(arrival["round"]), *times, Text(state))
+        table.add_row(Text(arrival["silo"]), str(arrival["round"]), *times, Text(plain(state)))
     return table
 
 
@@ -75,7 +76,7 @@ def moment(seconds: float | None) -> str:
 def waited_for(summary: Mapping[str, Any]) -> list[str]:
     """What a run between machines ended without, in sentences."""
     lines = [
-        f"{silo} never uploaded" + (f" ({last})." if last else ".")
+        f"{silo} never uploaded" + (f" ({plain(last)})." if last else ".")
         for silo, last in summary.get("not_uploaded", {}).items()
     ]
     lines += [

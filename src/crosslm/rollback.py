@@ -7,8 +7,9 @@ from typing import Any
 
 from crosslm.checkpoint import Checkpoints
 from crosslm.errors import RunError
+from crosslm.files import made_beside
 from crosslm.models.slm import SLM
-from crosslm.rundir import CONFIG, METRICS, ROLLBACK, RunDir
+from crosslm.rundir import CONFIG, METRICS, ROLLBACK, RunDir, check_elsewhere
 from crosslm.snapshot import slm_state
 
 
@@ -46,20 +47,20 @@ def roll_back(run: RunDir, client_id: str, output: Path) -> int:
             "(checkpoint.keep); its adapter is still there"
         )
     RunDir.check_free(output)
-    partial = RunDir(output.with_name(output.name + ".partial"))
-    shutil.rmtree(partial.path, ignore_errors=True)
-    _copy(run, partial, checkpoints, before)
-    later = {record["cause"].get("client") for record in records if record["arrival"] >= first}
-    _copy_predictions(run, partial, [who for who in before[-1]["state"]["journal"]["returned"] if who not in later])
-    origin = {
-        "clients": sorted({*run.barred(), client_id}),
-        "of": run.path.name,
-        "after_arrival": before[-1]["arrival"],
-    }
-    partial.write(ROLLBACK, json.dumps(origin, indent=2) + "\n")
-    if output.is_dir():
-        shutil.rmtree(output)  # empty but for a lock: it was checked
-    partial.path.rename(output)  # last, so that a folder that exists is whole
+    check_elsewhere(output)
+    with made_beside(output.resolve()) as work:
+        partial = RunDir(work)
+        _copy(run, partial, checkpoints, before)
+        later = {record["cause"].get("client") for record in records if record["arrival"] >= first}
+        _copy_predictions(run, partial, [who for who in before[-1]["state"]["journal"]["returned"] if who not in later])
+        origin = {
+            "clients": sorted({*run.barred(), client_id}),
+            "of": run.path.name,
+            "after_arrival": before[-1]["arrival"],
+        }
+        partial.write(ROLLBACK, json.dumps(origin, indent=2) + "\n")
+        if output.is_dir():
+            shutil.rmtree(output)  # empty but for a lock: it was checked
     return int(before[-1]["arrival"])
 
 

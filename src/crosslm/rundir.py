@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from crosslm import __version__
 from crosslm.config import Config
 from crosslm.errors import RunError
-from crosslm.files import PARTIAL, alone, missing, write_whole
+from crosslm.files import PARTIAL, alone, append_line, clear_partial, missing, replace_folder, whole_lines, write_whole
 
 if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
     from torch import Tensor
@@ -61,14 +60,16 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, config: Config) -> RunDir:
-        """A new run folder with the resolved configuration in it.
+        """A new run folder with the resolved configuration in it, for its owner alone to read.
+
+        A folder that is there already keeps the rights that it has.
 
         Raises:
             RunError: the folder holds something already, or cannot be written.
         """
         cls.check_free(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            _make_private(path)
             run = cls(path)
             run.write(CONFIG, config.dump())
         except OSError as error:
@@ -101,6 +102,7 @@ class RunDir:
         """
         with ExitStack() as held:
             try:
+                _make_private(self.path)
                 held.enter_context(alone(self.path / LOCK))
             except BlockingIOError as error:
                 raise RunError(
@@ -136,14 +138,14 @@ class RunDir:
             write_whole(target, [data])
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one line to ``metrics.jsonl``, at once.
+        """Append one line to ``metrics.jsonl``, at once and whole.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: it cannot be written; the events before it are still there.
         """
         event = {"event": kind, "time": round(time.time(), 3), **fields}
-        with _writing(self.path / METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event, ensure_ascii=False) + "\n")
+        with _writing(self.path / METRICS):
+            append_line(self.path / METRICS, json.dumps(event, ensure_ascii=False))
         for listen in self.listeners:
             listen(event)
 
@@ -162,8 +164,7 @@ class RunDir:
         if (self.path / METRICS).exists():
             with (self.path / METRICS).open("r+b") as file:
                 file.truncate(events)
-        for leftover in sorted(self.path.rglob("*" + PARTIAL), reverse=True):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        clear_partial(self.path)
 
     def note_session(self, kind: str) -> None:
         """Append a line to ``sessions.jsonl``: a process began to work here. No part of the run's results.
@@ -172,8 +173,8 @@ class RunDir:
             RunError: it cannot be written.
         """
         line = json.dumps({"event": kind, "time": round(time.time(), 3), "pid": os.getpid()})
-        with _writing(self.path / SESSIONS), (self.path / SESSIONS).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with _writing(self.path / SESSIONS):
+            append_line(self.path / SESSIONS, line)
 
     def barred(self) -> list[str]:
         """Clients that a rollback has shut out from the beginning of this folder's own arrivals."""
@@ -189,17 +190,11 @@ class RunDir:
 
     def events(self) -> list[dict[str, Any]]:
         """Everything that happened so far."""
-        path = self.path / METRICS
-        return (
-            [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
-        )
+        return [json.loads(line) for line in whole_lines(self.path / METRICS)]
 
     def is_between_machines(self) -> bool:
         """Whether this is a run of ``crosslm server``, whose private rows and silos are elsewhere."""
-        path = self.path / METRICS
-        lines = (
-            path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        )  # the last may be half written
+        lines = whole_lines(self.path / METRICS)
         return any(f'"engine": "{ENGINE}"' in line and json.loads(line)["event"] == "start" for line in lines)
 
     def check_in_one_process(self, wish: str) -> None:
@@ -296,22 +291,14 @@ class RunDir:
         self._write_folder("llm", llm.save)
 
     def _write_folder(self, name: str, save: Callable[[str], None]) -> None:
-        """Have a folder written under another name, and put it in the place of the old one.
+        """Write a folder whole or not at all (:func:`crosslm.files.replace_folder`).
 
         Raises:
             RunError: it cannot be written; what was there before is still there.
         """
         target = self.path / name
-        partial = target.with_name(target.name + PARTIAL)
         with _writing(target):
-            shutil.rmtree(partial, ignore_errors=True)
-            try:
-                save(str(partial))
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)  # on a full disk its bytes are wanted
-                raise
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+            replace_folder(target, lambda folder: save(str(folder)))
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``; its presence says that the run is complete."""
@@ -342,6 +329,21 @@ class RunDir:
                 f"run the {CONFIG} beside it again"
             )
         return loaded
+
+
+def check_elsewhere(folder: Path) -> None:
+    """Find out that a folder may be replaced by a new one: whoever is in it would be nowhere afterwards.
+
+    Raises:
+        RunError: it is the folder that this process is in.
+    """
+    if folder.resolve() == Path.cwd():
+        raise RunError(f"{folder}: is the folder that you are in; name a new one, in it or elsewhere")
+
+
+def _make_private(folder: Path) -> None:
+    """A run folder says much of the private rows (docs/privacy.md), and so is its owner's alone."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 @contextmanager

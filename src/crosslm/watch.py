@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crosslm.errors import RunError
+from crosslm.plain import plain
 from crosslm.privacy import hidden
 from crosslm.report import LLM_MEASURES
 from crosslm.rundir import METRICS, SUMMARY, RunDir
@@ -59,7 +60,12 @@ def follow(run: RunDir, pause: Callable[[float], None] = time.sleep) -> Iterator
 
 
 def sentence(event: Event) -> str | None:
-    """An event in a line; None for those that are only of use in a report."""
+    """An event in a line, fit for a terminal; None for those that are only of use in a report."""
+    words = _words(event)
+    return None if words is None else plain(words)
+
+
+def _words(event: Event) -> str | None:
     match event["event"]:
         case "start":
             if event.get("engine"):

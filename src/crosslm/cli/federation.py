@@ -13,6 +13,7 @@ from rich.text import Text
 from crosslm.cli.app import CacheOption, ConfigArgument, DataDirOption, SetOption, app, console
 from crosslm.config_file import load
 from crosslm.files import expanded
+from crosslm.plain import plain, plain_lines
 from crosslm.quiet import quiet_libraries
 
 EnvironmentOption = Annotated[
@@ -156,7 +157,7 @@ def server_status(kit: Path) -> None:
 
 def _plain(words: str) -> Text:
     """Words that may be another machine's: no markup, and nothing that a terminal would obey."""
-    return Text("".join(letter if letter.isprintable() else " " for letter in words))
+    return Text(plain(words))
 
 
 def _dry_run(kit: Path) -> None:
@@ -206,4 +207,4 @@ def _ago(moment: float) -> str:
 
 
 def _say(message: str) -> None:
-    console.print(message, highlight=False, markup=False, soft_wrap=True)
+    console.print(plain_lines(message), highlight=False, markup=False, soft_wrap=True)

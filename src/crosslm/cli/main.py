@@ -24,6 +24,7 @@ from crosslm.cli import (  # noqa: F401  their commands join the application
 )
 from crosslm.cli.app import app, console, errors
 from crosslm.errors import CrosslmError, PassingError, StoppedError
+from crosslm.plain import plain_lines
 
 EXTRAS = {
     "cryptography": "federation",
@@ -72,7 +73,7 @@ def main() -> None:
         errors.print(str(stop), highlight=False, markup=False, soft_wrap=True)
         sys.exit(130)
     except (CrosslmError, OSError) as error:  # an OSError names its file: a full disk, a folder that is not ours
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        errors.print(plain_lines(f"error: {error}"), highlight=False, markup=False, soft_wrap=True)
         sys.exit(75 if isinstance(error, PassingError) else 2)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

@@ -8,6 +8,7 @@ import typer
 from crosslm.cli.app import CacheOption, app, console
 from crosslm.cli.runs import finish
 from crosslm.errors import RunError
+from crosslm.plain import plain
 from crosslm.quiet import quiet_libraries
 from crosslm.rundir import CONFIG, SUMMARY, RunDir
 
@@ -56,7 +57,7 @@ def run_status(run_folder: Path) -> None:
         reason = f": {cause['reason']}" if "reason" in cause else ""
         adapter = f"adapter {record['adapter'][:12]}{kept}"
         line = f"arrival {record['arrival']}: {who}{cause['outcome']}{step}{reason}; {adapter}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(plain(line), highlight=False, markup=False, soft_wrap=True)
     for message in damaged:
         console.print(message, highlight=False, markup=False, soft_wrap=True)
     if run.barred():
@@ -80,7 +81,8 @@ def rollback(
     from crosslm.config_file import load
     from crosslm.rollback import roll_back
 
-    target = output or run_folder.with_name(f"{run_folder.name}-without-{client}")
+    beside = run_folder if run_folder.name not in ("", "..") else run_folder.resolve()
+    target = output or beside.with_name(f"{beside.name}-without-{client}")
     after = roll_back(RunDir.open(run_folder), client, target)
     console.print(f"{target}: {run_folder} after arrival {after}, without {client}", highlight=False, soft_wrap=True)
     finish(load(target / CONFIG), target, cache_dir, resume=True)

@@ -154,7 +154,9 @@ def export(
             "OWNER/NAME-llm and OWNER/NAME-synthetic. Nothing is uploaded without this.",
         ),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="With --push: new repositories are public.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --push: new repositories are public, and one that is there may be.")
+    ] = False,
     cache_dir: CacheOption = None,
 ) -> None:
     """Copy a run's classifiers, LLM and synthetic text into a folder, each with a card, for other tools."""

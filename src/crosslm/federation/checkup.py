@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from crosslm import doctor
-from crosslm.config import PrivacyConfig, SLMSpec
+from crosslm.config import Config, PrivacyConfig, SLMSpec
 from crosslm.data import is_there, load_examples
 from crosslm.doctor import Finding
 from crosslm.errors import CrosslmError, DataError, FederationError
+from crosslm.federation.deployment import measured_text
 from crosslm.federation.flower.processes import program
 from crosslm.federation.flower.silo_processes import ask, greet
 from crosslm.federation.kits import (
@@ -23,8 +24,9 @@ from crosslm.federation.kits import (
     silo_names,
 )
 from crosslm.federation.silo import Silo
+from crosslm.federation.silo_state import SiloState
 from crosslm.models.sources import check_model, model_folder
-from crosslm.preparation import check_slm, client_specs, describe_spec
+from crosslm.preparation import check_slm, client_specs, describe_spec, public_texts
 
 FEW_DAYS = 30
 News = Callable[[str], None]
@@ -72,6 +74,7 @@ def _server(kit: Path, settings: ServerSettings, cache: Path, on_news: News) -> 
         yield Finding("error", "silos", f"{kit / 'silos'} has no public key of a silo: make the kits again")
     yield doctor.device(config.device)
     yield _test_rows(kit)
+    yield from _texts(config)
     named, folders = {"llm.model": config.llm.model, "selection.encoder": config.selection.encoder}, dict[str, str]()
     yield from doctor.find_models(named, folders, cache, on_news)
     if config.llm.model in folders:
@@ -108,6 +111,7 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
         yield from (Finding("warning", "data", line) for line in left_out)
     except CrosslmError as error:
         yield Finding("error", "data", str(error))
+    yield from _test_rows_of(silo)
     yield from doctor.private(settings.privacy)
     named, folders = {"slm.model": settings.slm.model}, dict[str, str]()
     if settings.privacy.checks_leaks:
@@ -144,6 +148,34 @@ def _test_rows(kit: Path) -> Finding:
     except DataError as error:
         return Finding("error", "data.test", str(error))
     return doctor.count_rows("data.test", loaded.source, loaded.examples, config.task.labels, test=True)
+
+
+def _texts(config: Config) -> Iterator[Finding]:
+    """Other texts that the server reads when it starts, and cannot start without once they are named."""
+    yield from doctor.vocabulary_texts(config)
+    for subject, read in (("gate.public_texts", public_texts), ("evaluation.perplexity_text", measured_text)):
+        try:
+            read(config)
+        except DataError as error:
+            yield Finding("error", subject, str(error))
+
+
+def _test_rows_of(silo: SiloState) -> Iterator[Finding]:
+    """A silo's test rows, of which nobody else is told, are not needed either."""
+    name, left_out = silo.settings.data.test, list[str]()
+    if name is None:
+        return
+    try:
+        rows = silo.test(left_out.append)
+    except CrosslmError as error:
+        yield Finding("error", "data.test", str(error))
+        return
+    if rows is None:
+        what = "no accuracy will be known here, and the training is the same; put labelled rows there"
+        yield Finding("warning", "data.test", f"{name} is not there, or has no rows: {what}")
+    else:
+        yield doctor.count_rows("data.test", name, rows, silo.settings.labels, test=True)
+    yield from (Finding("warning", "data.test", line) for line in left_out)
 
 
 def _authority(kit: Path) -> Iterator[Finding]:

@@ -327,10 +327,17 @@ def measured_on(config: Config) -> tuple[Examples | None, str | None]:
     Raises:
         DataError: a file is there and cannot be used.
     """
+    return test_rows(config, lambda _: None), measured_text(config)
+
+
+def measured_text(config: Config) -> str | None:
+    """The text whose perplexity is measured; None where the server has no such file.
+
+    Raises:
+        DataError: it is there and cannot be used.
+    """
     name = config.evaluation.perplexity_text
-    return test_rows(config, lambda _: None), perplexity_text_of(config) if name and is_there(
-        name, config.data
-    ) else None
+    return perplexity_text_of(config) if name and is_there(name, config.data) else None
 
 
 def notes_of(run: RunDir) -> Callable[[str], None]:

@@ -3,6 +3,7 @@
 A request that comes twice is answered from what :mod:`crosslm.federation.silo_state` keeps; nothing is trained twice.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +12,18 @@ from typing import Any
 from torch import float16, float32
 
 from crosslm.client import Client
-from crosslm.errors import FederationError, LeakError, UploadError
+from crosslm.errors import FederationError, LeakError, ModelError, UploadError
 from crosslm.federation.intake import Intake, check_same_model
 from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names, refused
 from crosslm.federation.messages import decode_download, decode_upload, encode
 from crosslm.federation.silo_state import SiloState
-from crosslm.files import write_whole
+from crosslm.files import replace_folder, write_whole
 from crosslm.leaks import LeakCheck
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
+from crosslm.plain import plain
 from crosslm.records import Upload
 from crosslm.seeding import seed_for
 
@@ -54,11 +56,12 @@ class Silo(SiloState):
         Raises:
             FederationError: the request is not one that this silo answers.
             DataError: the private file cannot be used.
-            ModelError: the SLM cannot be loaded.
+            ModelError: the SLM cannot be loaded, or what was kept of it has changed on the disk.
         """
         self._check(experiment, number)
         path = self._sent(number)
         if path.exists():
+            self._kept(path)
             self.now("waiting", number)
             return path
         self.now("training", number)
@@ -68,8 +71,10 @@ class Silo(SiloState):
         data = encode(sent)
         self._receipt(number, upload, data, client.slm)
         if sent is not upload:
-            write_whole(self._unrounded(number), [encode(upload)])
-        write_whole(path, [data])
+            self._keep(self._unrounded(number), encode(upload))
+        else:  # one that was rounded may have been cut off here, before wire_dtype was changed
+            self._unrounded(number).unlink(missing_ok=True)
+        self._keep(path, data)
         self.now("waiting", number)
         return path
 
@@ -77,8 +82,8 @@ class Silo(SiloState):
         """Step 5: keep the enhanced SLM, as ``state/slm`` for transformers.
 
         A round whose download is refused is complete all the same: the server sends none of it again, and this silo
-        goes on with the SLM that it has. Where something of this silo's own is amiss (a file that is not there, a GPU
-        that is gone), nothing is decided, and the server sends it again.
+        goes on with the SLM that it has. Where something of this silo's own is amiss (a file that is not there or has
+        changed, a GPU that is gone), nothing is decided, and the server sends it again.
 
         Returns:
             What the server is told: the round, whether the SLM was accepted, and no more.
@@ -88,6 +93,7 @@ class Silo(SiloState):
             UploadError: the download is refused by the intake's checks.
             LeakError: it was trained on text that is too near to private text.
             DataError: the private file cannot be used.
+            ModelError: what was kept of an SLM has changed on the disk.
         """
         self._check(experiment, number)
         if self.installed > number:
@@ -96,7 +102,7 @@ class Silo(SiloState):
         try:
             decision, had_say = self._install(number, data, upload)
         except OF_THE_DOWNLOAD as error:
-            SLM.from_state(upload.slm).save(str(self.state / "slm"))
+            self._use(SLM.from_state(upload.slm))
             self._keep_receipt("install", number, {"answer": refused(error)})
             self._complete(number, {"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
             raise
@@ -110,7 +116,8 @@ class Silo(SiloState):
         told = upload.counts_of(self.settings.labels)
         client.restore(upload.slm, number + 1, told, self._told(number + 1))
         decision, had_say = self._try(number, data, upload, client)
-        write_whole(self.state / f"download-{number:04}.safetensors", [data])
+        self._keep(self._downloaded(number), data)
+        self._use(client.slm)
         return decision, had_say
 
     def _try(self, number: int, data: bytes, upload: Upload, client: Client) -> tuple[dict[str, Any], bool]:
@@ -130,7 +137,6 @@ class Silo(SiloState):
         check_same_model(upload.slm, download.slm, f"silo {settings.id}")
         before = client.slm
         decision = dict(vars(client.install(download)))
-        client.slm.save(str(self.state / "slm"))
         if test := self.test():
             returned = SLM.from_state(download.slm, str(before.device))
             returned.order_labels(before.labels)
@@ -167,13 +173,15 @@ class Silo(SiloState):
             )
         if self.closed is None:
             try:
-                decision, _ = self._try(number, data, self._mine(number), self.client())
+                client = self.client()
+                decision, _ = self._try(number, data, self._mine(number), client)
             except OF_THE_DOWNLOAD as error:
                 self._keep_receipt("close", number, {"answer": refused(error)})
                 self._close({"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
                 raise
             if decision["accepted"]:
-                write_whole(self.state / CLOSING, [data])
+                self._keep(self.state / CLOSING, data)
+            self._use(client.slm)
             told = confirmation(number, decision["accepted"])
             self._keep_receipt("close", number, {"answer": done(number), "metrics": told})
             self._close(decision)
@@ -196,10 +204,9 @@ class Silo(SiloState):
         self._check(experiment, number)
         if self.installed > number:
             return
-        SLM.from_state(self._mine(number).slm).save(str(self.state / "slm"))
-        words = "".join(letter if letter.isprintable() else " " for letter in reason[:MAX_REASON])
+        self._use(SLM.from_state(self._mine(number).slm))
         self._keep_receipt("not-used", number, {"answer": done(number)})
-        self._complete(number, {"accepted": False, "rows": 0, "not_used": words})
+        self._complete(number, {"accepted": False, "rows": 0, "not_used": plain(reason[:MAX_REASON])})
 
     def _confirmation(self, number: int) -> dict[str, float]:
         """The answer again, whose first one was lost."""
@@ -230,13 +237,38 @@ class Silo(SiloState):
     def _uploaded(self, number: int) -> Upload:
         """An upload of this silo as it was trained: what was rounded for the wire is not rounded here."""
         path = self._unrounded(number)
-        return decode_upload((path if path.exists() else self._sent(number)).read_bytes())
+        return decode_upload(self._kept(path if path.exists() else self._sent(number)))
 
     def _sent(self, number: int) -> Path:
         return self.state / f"upload-{number:04}.safetensors"
 
     def _unrounded(self, number: int) -> Path:
         return self.state / f"trained-{number:04}.safetensors"
+
+    def _downloaded(self, number: int) -> Path:
+        return self.state / f"download-{number:04}.safetensors"
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        """Write a file whole, and before it its SHA-256, so that every file has one."""
+        write_whole(_digest_of(path), [hashlib.sha256(data).hexdigest().encode()])
+        write_whole(path, [data])
+
+    def _kept(self, path: Path) -> bytes:
+        """What :meth:`_keep` wrote.
+
+        Raises:
+            ModelError: it cannot be read, or has changed. No :data:`OF_THE_DOWNLOAD`: put back, all goes on.
+        """
+        hint = f"{path.name} and {_digest_of(path).name} back as they were, from a copy of the kit"
+        try:
+            data, digest = path.read_bytes(), _digest_of(path).read_bytes()
+        except OSError as error:
+            raise ModelError(
+                f"silo {self.settings.id}: {error.filename} cannot be read: {error.strerror}; put {hint}"
+            ) from error
+        if hashlib.sha256(data).hexdigest().encode() != digest:
+            raise ModelError(f"silo {self.settings.id}: {path} has changed since it was written; put {hint}")
+        return data
 
     def _mine(self, number: int) -> Upload:
         if not self._sent(number).exists():
@@ -259,11 +291,11 @@ class Silo(SiloState):
         settings = self.settings
         device = resolve_device(settings.device)
         if (closed := self.closed) and closed["accepted"] and closed["rounds"] == self.installed:
-            state = decode_download((self.state / CLOSING).read_bytes()).slm
+            state = decode_download(self._kept(self.state / CLOSING)).slm
         elif self.installed:
             number = self.installed - 1
             if self.decision(number)["accepted"]:
-                state = decode_download((self.state / f"download-{number:04}.safetensors").read_bytes()).slm
+                state = decode_download(self._kept(self._downloaded(number))).slm
             else:
                 state = self._uploaded(number).slm
         else:
@@ -272,6 +304,10 @@ class Silo(SiloState):
         slm.order_labels(settings.labels)
         slm.freeze_embeddings(settings.freeze_embeddings)
         return slm
+
+    def _use(self, slm: SLM) -> None:
+        """Make ``state/slm`` of the classifier that is in use from now on; where this fails the one before is there."""
+        replace_folder(self.state / "slm", lambda folder: slm.save(str(folder)))
 
     def trained(self) -> SLM:
         """The SLM in use: as it was trained here last, or as it came back and was installed.
@@ -351,3 +387,8 @@ class Silo(SiloState):
                 self.settings.wire_dtype: rounded.accuracy(private),
             }
         self._keep_receipt("upload", number, receipt)
+
+
+def _digest_of(path: Path) -> Path:
+    """The file beside a kept one that has its SHA-256."""
+    return path.with_name(path.name + ".sha256")

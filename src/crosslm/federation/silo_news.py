@@ -4,14 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from crosslm.files import is_running
+from crosslm.plain import plain
 
 
 def outcome(decision: Mapping[str, Any]) -> str:
     """What came of a round that is complete."""
     if why := decision.get("not_used"):
-        return f"the server did not use the upload ({why}); the classifier in use is the one that was trained here"
+        return (
+            f"the server did not use the upload ({plain(why)}); the classifier in use is the one that was trained here"
+        )
     if why := decision.get("refused"):
-        return f"what came back was refused ({why}); the classifier in use is the one that was trained here"
+        return f"what came back was refused ({plain(why)}); the classifier in use is the one that was trained here"
     taught = ""
     if decision.get("no_say"):
         taught = "; the gate did not let the classifier that was sent judge what it was taught"
@@ -25,7 +28,7 @@ def closing_outcome(closed: Mapping[str, Any]) -> str:
     if closed.get("none"):
         return "nothing more comes; the classifier in use is the one of the last round"
     if why := closed.get("refused"):
-        return f"the closing download was refused ({why}); the classifier in use is the one of the last round"
+        return f"the closing download was refused ({plain(why)}); the classifier in use is the one of the last round"
     if not closed["accepted"]:
         return f"the closing download is worse{_figures(closed)}; the classifier of the last round stays in use"
     return f"the classifier was enhanced once more and is installed{_figures(closed)}"
@@ -54,7 +57,7 @@ def doing(now: Mapping[str, Any] | None, ago: str) -> str:
     if now is None:
         return "the server has asked for nothing yet; nothing has left this silo"
     if now["now"] == "refused":
-        return f"refused a request {ago} ago: {now['why']}"
+        return f"refused a request {ago} ago: {plain(now['why'])}"
     if now["now"] == "training":
         stopped = "" if is_running(now["pid"]) else ", and was stopped in it; the server asks again"
         return f"training for round {now['round']} since {ago}{stopped}; nothing of this round has left yet"

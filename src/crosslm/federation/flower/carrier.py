@@ -25,6 +25,7 @@ from crosslm.federation import messages
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.flower.replies import Answer, answer_in, pulled
 from crosslm.federation.spool import Arrival, Spool
+from crosslm.plain import plain
 
 POLL = 0.5  # seconds after which each thread looks again, if the other has not woken it
 LONGEST_WAIT = 60.0  # seconds between two attempts at a silo that does not answer
@@ -257,6 +258,7 @@ class Carrier:
 
         One that has refused what came back may still send its next upload.
         """
+        reason = plain(reason)
         line.over = line.over or how == "failed" or line.kind == "upload"
         line.note = f"{how} {line.kind}: {reason}"
         logger.error("silo %s, round %d: %s", line.silo, line.round, line.note)
@@ -269,7 +271,11 @@ class Carrier:
     def _later(self, line: Line, why: str, least: float = 0.0) -> None:
         line.attempts += 1
         wait = max(least, min(LONGEST_WAIT, 2.0 ** min(line.attempts, 10)))
-        line.open_message, line.not_before, line.note = None, time.time() + wait, f"{why}; asked again in {wait:.0f} s"
+        line.open_message, line.not_before, line.note = (
+            None,
+            time.time() + wait,
+            f"{plain(why)}; asked again in {wait:.0f} s",
+        )
         logger.warning("silo %s: %s", line.silo, line.note)
         self._write_line(line)
 

@@ -17,6 +17,7 @@ from crosslm.federation.kits import KIT
 from crosslm.federation.silo import OF_THE_DOWNLOAD, Silo
 from crosslm.files import parts_of
 from crosslm.models.sources import cache_folder
+from crosslm.plain import plain
 
 app = ClientApp()
 logger = logging.getLogger(__name__)
@@ -89,16 +90,18 @@ def _round(request: object) -> int:
 
 def _check_version(request: object, silo: Silo) -> None:
     assert isinstance(request, ConfigRecord)
-    if int(str(request["version"])) != messages.VERSION:
+    version, crosslm = int(str(request["version"])), plain(str(request["crosslm"])[:40])
+    if version != messages.VERSION:
         raise CrosslmError(
             f"silo {silo.settings.id}: its crosslm {__version__} writes messages of version {messages.VERSION}; "
-            f"the server's crosslm {request['crosslm']} reads version {request['version']}: install the same"
+            f"the server's crosslm {crosslm} reads version {version}: install the same"
         )
 
 
 def refusal(message: Message, error: CrosslmError) -> Message:
     """An answer by which the server learns that it was refused and the kind of error; the silo's own log has more."""
-    logger.error("%s", error)
+    why = plain(str(error))  # the server's words may be in it
+    logger.error("%s", why)
     with suppress(CrosslmError, OSError):  # a kit or a disk that cannot be used is what the refusal may be about
-        _silo().now("refused", why=str(error))
+        _silo().now("refused", why=why)
     return Message(RecordDict({"reply": ConfigRecord(leaving.refused(error))}), reply_to=message)

@@ -13,6 +13,7 @@ from crosslm.federation.flower.carrier import POLL, TOLD, Carrier
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
 from crosslm.federation.spool import ENDED, Spool
+from crosslm.plain import plain
 from crosslm.records import Download, Upload
 
 LATE = "it came when the run had ended; send it to the next run"
@@ -81,10 +82,11 @@ class FlowerExchange:
 
     def refuse(self, silo: str, number: int, error: Exception) -> None:
         """An upload cannot be used: its silo is told, and is asked for its next one as any other."""
-        logger.error("silo %s, round %d: refused: %s", silo, number, error)
+        why = plain(str(error))
+        logger.error("silo %s, round %d: refused: %s", silo, number, why)
         if isinstance(error, UploadError) and error.told:
             self.spool.note(f"{TOLD}{silo}/{number}", error.told)
-        self.spool.refuse(silo, number, str(error))
+        self.spool.refuse(silo, number, why)
         self.carrier.to_carry.set()
 
     def finished(self) -> bool:

@@ -7,6 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from crosslm.errors import UploadError
+from crosslm.plain import plain
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def answer_in(reply: Message, kind: str) -> Answer:
         raise _unusable("has no ConfigRecord 'reply'")
     status = told.get("status")
     if status == "refused":
-        return Answer(str(told.get("reason", "no reason given"))[:200], None, False)
+        return Answer(plain(str(told.get("reason", "no reason given"))[:200]), None, False)
     if status != "ok":
         raise _unusable(f"has the status {str(status)[:40]!r}; 'ok' and 'refused' are known")
     message = content.get("message")
@@ -68,4 +69,4 @@ def _accepted(metrics: object) -> bool:
 
 
 def _unusable(what: str) -> UploadError:
-    return UploadError(f"its reply {what[:200]}; is its crosslm the same as the server's?")
+    return UploadError(f"its reply {plain(what[:200])}; is its crosslm the same as the server's?")

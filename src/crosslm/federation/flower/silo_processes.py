@@ -19,6 +19,8 @@ from crosslm.federation.keys import ASKED_AT, fingerprint
 from crosslm.federation.kits import SILO_FILE, read_silo
 from crosslm.federation.silo_news import closing_outcome, outcome
 from crosslm.federation.silo_state import SiloState
+from crosslm.files import settle_folder
+from crosslm.plain import plain
 
 REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it does not know
 REFUSED_PAUSE = 10.0  # seconds until a silo that was refused tries again
@@ -69,6 +71,7 @@ def run_silo(silo: SiloState, note: Note) -> None:
     if silo.confirmed:
         note(f"silo {silo.settings.id}: all {silo.installed} rounds that it agreed to are complete")
         return
+    settle_folder(silo.state / "slm")
     kit = silo.kit.absolute()
     node = Child("supernode", supernode_command(kit), kit)
     tasks = Child("tasks", tasks_command(kit), kit)
@@ -225,7 +228,7 @@ def ask(silo: SiloState) -> Answer | None:
     try:
         with urllib.request.urlopen(address, context=context, timeout=10) as answer:
             complete, known_as, *over = answer.read(100).decode().split(" ")
-            number, date = int(complete), answer.headers.get("Date")
+            number, date, known_as = int(complete), answer.headers.get("Date"), plain(known_as)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 403:
