@@ -105,7 +105,8 @@ def _measured(cells: Cells, rows: int) -> str:
     reads = {"mean": "the mean of the tokens", None: "the first token"}[settings["pooling"]]
     return (
         f"{rows} rows: `{settings['model']}`, whose head reads {reads}, with frozen embeddings, "
-        f"{settings['test_rows']} test rows. {'. '.join(told)}. The attacker's reference model is "
+        f"{settings['test_rows']} test rows; {settings['canaries']} planted canaries are trained on beside them in all "
+        f"cells. {'. '.join(told)}. The attacker's reference model is "
         f"{settings['reference']}. Commit "
         f"`{commit[:10]}{'+changes' if commit.endswith('+changes') else ''}`, {when}, {machine}."
     )

@@ -459,19 +459,20 @@ def between(text: str, start: str, table: str, end: str) -> str:
 
 
 ONE_SEED = (
-    "One seed each, unless something else is said, and a few hundred test rows, so that differences of a few points "
-    "are noise. The settings are those of the packaged configurations."
+    "One seed each, unless something else is said, and 200 to 1,000 test rows, so that differences of a few points are "
+    "noise. The settings are those of the packaged configurations but for what a title or line says; perplexities do "
+    "not compare from section to section, since the text, its length or the vocabulary differ."
 )
 
 
 HEADLINE = """\
-In the mean of the paper's four datasets, with four clients each and small models (preset `recommended`, {seeds} of the
-classifiers; intervals are over test rows and say little of what another seed would give), a classifier gains
-**{slm_gain_vs_standalone}** over what its silo has alone, and {slm_gain_vs_data_free_kd} over what the same judges and
-the untrained LLM would have given it (Data-free KD). The LLM classifies {nlu_gain} better, and what it writes fits its
-label {nlg_judge_gain} more often, by a judge that it was not trained by; its perplexity on other text rises by
-{growth:.0f} % where it rises most. [docs/results.md](docs/results.md) has each dataset, the paper's own figures, and
-where it brings nothing."""
+In the mean of the paper's four datasets, with four clients each and small models (preset `recommended`; {seeds} of the
+classifiers, whose intervals are over test rows alone and say little of what another seed would give), a classifier
+gains **{slm_gain_vs_standalone}** over what its silo has alone, and {slm_gain_vs_data_free_kd} over what the same
+judges and the untrained LLM would have given it (Data-free KD; nobody is asked there whether they accept). The LLM
+classifies {nlu_gain} better, and what it writes fits its label {nlg_judge_gain} more often, by a judge that it was not
+trained by; its perplexity on other text rises by {growth:.0f} % where it rises most. [docs/results.md](docs/results.md)
+has each dataset, the paper's own figures, and where it brings nothing."""
 
 
 def headline(found: dict) -> str:
@@ -519,7 +520,8 @@ def earlier_page(loaded: dict[str, dict]) -> str:
         "# Earlier results",
         "",
         "Written by `python benchmarks/results.py render` from `benchmarks/results/`; not edited by hand.",
-        "Measured under presets as they were before, and kept because [results](results.md) draws on them.",
+        "Measured under presets as they were before, or with other settings, and kept because [results](results.md) "
+        "draws on them.",
         "",
         "## The paper's tables",
         "",

@@ -61,7 +61,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "acceptance": {"enabled": True},
     },
 }
-"""What each preset sets; the file and ``--set`` go over it. Measured in ``docs/results.md``."""
+"""What each preset sets; the file and ``--set`` go over it. ``docs/results.md`` has what was measured of it."""
 
 
 class Config(Section):
@@ -70,7 +70,7 @@ class Config(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Of the task; run folders are called after it."""
     preset: Preset = "recommended"
-    """What lies under the file: the paper's method, or ours with what we measured to help."""
+    """What lies under the file: the paper's method, or ours with what we think better."""
     seed: Annotated[int, Field(ge=0)] = 0
     """All randomness of a run is drawn from it."""
     device: str = "auto"
