@@ -169,6 +169,11 @@ def test_a_client_shut_out_by_a_rollback_leaves_no_trace(small_file, small, tmp_
     code, _, err = command("rollback", ".", "--client", first)
     assert code == 2
     assert f"{target}: holds another run already" in err
+    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.setattr("crosslm.cli.recovery.finish", lambda *_, **__: None)
+    assert command("rollback", ".", "--client", first, "--output", elsewhere)[0] == 0
+    assert RunDir(elsewhere).rolled_back_from() == "run"
+    monkeypatch.undo()
 
     ordered = experiment.LocalExchange.__init__
 

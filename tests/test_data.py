@@ -70,9 +70,11 @@ def test_a_file_of_another_encoding_is_named_as_such(tmp_path, data):
     (tmp_path / "x.csv").write_bytes("text,label\ncafé,bad\nüber,good\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"x\.csv: 2 rows \(1, 2\) left out: not UTF-8; save the .*; no row is left"):
         load_examples("x.csv", data, LABELS)
-    (tmp_path / "x.csv").write_bytes("text,label\ncafé,bad\n".encode("utf-16"))
-    with pytest.raises(DataError, match=r"x\.csv: is UTF-16 and must be UTF-8"):
-        load_examples("x.csv", data, LABELS)
+    utf16 = "text,label\ncafé,bad\n".encode("utf-16")
+    for name, content in (("x.csv", utf16), ("y.csv.gz", gzip.compress(utf16))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=rf"{name}: is UTF-16 and must be UTF-8"):
+            load_examples(name, data, LABELS)
 
 
 def test_spaces_around_names_of_columns_and_labels_do_not_count(tmp_path, data):
@@ -87,6 +89,24 @@ def test_all_labels_that_are_unknown_are_named_with_what_they_may_mean(tmp_path,
         load_examples("x.csv", data, LABELS)
 
 
+def test_spaces_around_labels_count_nowhere(tmp_path):
+    (tmp_path / "x.csv").write_text("text,label\na, fine \nb,bad\n")
+    data = DataConfig(dir=str(tmp_path), test="x", label_names={" fine": "good "})
+    assert load_examples("x.csv", data, ("bad ", "good ")).examples.labels == [1, 0]
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path, data):
+    (tmp_path / "x.csv").write_text("text , text,label\na,b,good\n")
+    with pytest.raises(DataError, match=r"x\.csv: has the column 'text' twice; give each a name of its own"):
+        load_examples("x.csv", data, LABELS)
+
+
+def test_of_columns_that_look_like_text_the_others_are_named(tmp_path, data):
+    (tmp_path / "x.csv").write_text("id,The whole review of it,label\n1,b,good\n")
+    with pytest.raises(DataError, match=r"no column 'text'; its columns are: id, \.\.\., label; is the first line one"):
+        load_examples("x.csv", data, LABELS)
+
+
 SECRET = "Patient Jane Roe was seen on Monday and was told of it"
 
 
@@ -95,6 +115,7 @@ SECRET = "Patient Jane Roe was seen on Monday and was told of it"
     [
         ("x.csv", f"{SECRET},bad\nanother,good\n"),
         ("x.csv", f"text,label\nbad,{SECRET}\n"),
+        ("x.csv", "text,label\nbad,Jane Roe has HIV\n"),
         ("x.jsonl", json.dumps([SECRET]) + "\n"),
         ("x.jsonl", f"{SECRET}\n"),
     ],
@@ -270,7 +291,7 @@ def test_an_empty_silo_is_refused_and_one_of_a_single_class_warned_of(settings, 
     (data_folder / "one.csv").write_text("text,label\nx,good\ny,good\n")
     split = load_split(Config.model_validate(settings))
     assert split.warnings == ["client a: all 2 rows are 'good'; its classifier can learn nothing else"]
-    hides = Config.model_validate(settings | {"privacy": {"class_counts": "hidden"}})
+    hides = Config.model_validate(settings | {"privacy": {"hide_counts": True}})
     assert load_split(hides).warnings == []  # they are written into the run folder
     (data_folder / "one.csv").write_text("text,label\n")
     with pytest.raises(DataError, match="client a: no usable training rows"):

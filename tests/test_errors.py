@@ -27,6 +27,7 @@ from crosslm.errors import (
     CrosslmError,
     DataError,
     FederationError,
+    KeptFileError,
     LeakError,
     ModelError,
     PassingError,
@@ -124,6 +125,14 @@ def flwr_fails(monkeypatch):
     monkeypatch.setattr(server_processes.ServerProcesses, "run", lambda server: processes.flwr(server.kit, "run"))
 
 
+def a_kept_upload_has_changed(monkeypatch):
+    provision(load("tickets.toml"), "localhost:1", Path("kits"))
+    state = Path("kits/silos/north/state")
+    state.mkdir()
+    (state / "upload-0000.safetensors").write_bytes(b"cut off")
+    (state / "upload-0000.safetensors.sha256").write_text("0" * 64)
+
+
 # for each class: what is typed in a folder with tickets.toml, what is done to the program, what is said
 CASES = {
     ConfigError: (
@@ -133,6 +142,11 @@ CASES = {
     ),
     DataError: (("run", "tickets.toml", "--set", "data.test=none.csv"), None, r"none.csv: no such file; set data.dir"),
     ModelError: (("run", "tickets.toml", "--set", "llm.model=./none"), None, r"llm.model = './none': .*give a folder"),
+    KeptFileError: (
+        ("predict", "kits/silos/north", "test.csv"),
+        a_kept_upload_has_changed,
+        r"upload-0000.safetensors has changed since it was written; put upload-0000.safetensors",
+    ),
     CollapseError: (
         ("run", "tickets.toml", "--output", "run", *OVERRIDES, *ONE_TOKEN),
         None,

@@ -421,8 +421,8 @@ def test_counts_are_hidden_without_a_bound_too(silo):
     """A kit says of privacy what was set, and nothing that only looks as if it were in force."""
     assert tomllib.loads((silo.kit / SILO_FILE).read_text())["privacy"] == {}
     assert sum(silo.would_send()["fields"]["class_counts"]) == len(silo.private())
-    change(silo.kit, privacy=PrivacyConfig(class_counts="hidden"))
-    assert tomllib.loads((silo.kit / SILO_FILE).read_text())["privacy"] == {"class_counts": "hidden"}
+    change(silo.kit, privacy=PrivacyConfig(hide_counts=True))
+    assert tomllib.loads((silo.kit / SILO_FILE).read_text())["privacy"] == {"hide_counts": True}
     hides = Silo(silo.kit, silo.cache)
     assert hides.would_send()["fields"]["class_counts"] == [0, 0]
     upload = decode_upload(hides.upload(hides.settings.experiment, 0).read_bytes())

@@ -149,6 +149,7 @@ def test_failures_one_class_and_lost_accuracy_are_told(tmp_path):
     summary["clients"]["north"]["rows"]["urgent"] = 0
     summary["llm"]["distinct_2"]["after"] = 0.3
     summary["clients"]["north"]["decision"] = {"accepted": False, "rows": 20, "before": 0.9, "after": 0.5}
+    summary["clients"]["north"]["decision"]["balanced"] = True
     summary["clients"]["south"]["decision"] = {"accepted": True, "rows": 20, "before": 0.5, "after": 0.9}
     (folder / "summary.json").write_text(json.dumps(summary))
     found = findings(view_of(folder))
@@ -165,7 +166,9 @@ def test_failures_one_class_and_lost_accuracy_are_told(tmp_path):
     console = Console(file=io.StringIO(), width=200)
     console.print(closing(summary))
     (told,) = [line for line in console.file.getvalue().splitlines() if "did not accept" in line]
-    assert told.startswith("north did not accept what came back. It was right on 0.500 of 20 held-out private rows")
+    assert told.startswith(
+        "north did not accept what came back. It was right on 0.500 of 20 held-out private rows, each"
+    )
     summary["privacy"] = {"north": {"epsilon": 8.0, "delta": 1e-5, "count_epsilon": 0.5}}
     (folder / "summary.json").write_text(json.dumps(summary))
     assert not any("one class" in finding.title for finding in findings(view_of(folder)))  # the 0 may be noise

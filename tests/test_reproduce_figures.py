@@ -26,8 +26,9 @@ from crosslm.reproduce.headline import headline
 from crosslm.reproduce.markdown import figure, headline_table, markdown_table, short
 from crosslm.reproduce.notes import notes
 from crosslm.reproduce.plan import BASE, RUN, Cell, Variation, choose, slug
-from crosslm.reproduce.report import other_starts
+from crosslm.reproduce.report import kept_cells, other_starts
 from crosslm.reproduce.scale import Finetuning, load_scale
+from crosslm.reproduce.store import Store
 from crosslm.reproduce.tables import (
     ALL_ROWS,
     all_tables,
@@ -104,6 +105,16 @@ def test_matthews_by_hand():
     assert matthews([1, 1, 1, 0, 0], [1, 1, 0, 0, 1]) == pytest.approx(1 / 6)
     assert matthews([0, 1], [1, 0]) == pytest.approx(-1)
     assert matthews([0, 1], [1, 1]) == 0
+
+
+def test_the_kept_cells_are_those_of_the_settings_as_they_are():
+    """A default that is changed, or a field that is renamed, would leave them out of the tables without a word."""
+    told = []
+    choice = choose(load_scale(None), [], [], [], None, "test", Path("."))
+    store = Store(Path(__file__).parents[1] / "benchmarks" / "results" / "reproduce", "test")
+    found = kept_cells(store, choice, told.append)
+    assert len(found) == len(list(store.folder.glob("cells/**/*.json")))
+    assert not [line for line in told if "left out" in line]
 
 
 def run_of(correct, declined=()):

@@ -277,6 +277,30 @@ def test_a_kept_file_that_changed_on_the_disk_is_named_and_decides_nothing(silo,
     assert silo.installed == 1
 
 
+def test_a_changed_file_is_no_answer_to_the_server(silo, federated, models, flower_run, monkeypatch):  # noqa: F811
+    """It asks again: a refusal would be for good, and the file may be put back."""
+    ask(silo, "upload", monkeypatch)
+    path = silo.state / "upload-0000.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    for kind, fields in (("upload", {}), ("not_used", {"reason": "none"})):
+        with pytest.raises(Exception, match=r"^KeptFileError$"):
+            ask(silo, kind, monkeypatch, **fields)
+    assert Silo(silo.kit, silo.cache).installed == 0
+    path.write_bytes(whole)
+    assert ask(silo, "upload", monkeypatch)["reply"]["status"] == "ok"
+
+
+def test_test_rows_that_cannot_be_read_hold_nothing_back(silo, federated, models, shell):  # noqa: F811
+    change(silo.kit, data=silo.settings.data.model_copy(update={"test": "other.csv"}))
+    silo = Silo(silo.kit, silo.cache)
+    _, download = answer(silo, Config.model_validate(federated), models)
+    (silo.kit / "other.csv").write_text("text,label\nday,grand\n")
+    assert silo.install(silo.settings.experiment, 0, encode(download))["accepted"] == 1.0
+    assert "the enhanced classifier is installed" in outcome(silo.decision(0))
+    assert "not tested: " in outcome(silo.decision(0))
+
+
 def test_what_was_trained_for_another_precision_and_cut_off_counts_no_more(silo, monkeypatch):  # noqa: F811
     change(silo.kit, wire_dtype="float16")
     silo = Silo(silo.kit, silo.cache)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 import sys
 import tomllib
@@ -96,6 +97,16 @@ def test_standard_input_is_a_text_a_line_and_only_rows_go_to_standard_output(she
     row = json.loads(out)
     assert (row["id"], row["body"]) == ("7", "a good, warm day")
     assert row["predicted"] in ("routine", "urgent")
+
+
+def test_what_is_not_utf8_is_counted_and_what_is_only_odd_is_not(shell, workplace, tmp_path):
+    run = workplace / "runs" / "tickets-1"
+    (tmp_path / "x.csv").write_bytes("text, label\na \ufffd day, routine\n".encode() + b"caf\xe9,urgent\n")
+    code, out, err = shell("predict", run, "--client", "north", tmp_path / "x.csv")
+    assert code == 0
+    assert [row["text"] for row in table(out)] == ["a \ufffd day", "caf\ufffd"]
+    assert "warning: 1 lines are not UTF-8" in err
+    assert re.search(r"accuracy \S+ on 2 rows that have a label", err)
 
 
 def test_rows_are_utf8_wherever_they_go(workplace, monkeypatch):

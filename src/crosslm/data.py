@@ -18,9 +18,9 @@ from crosslm.errors import DataError
 from crosslm.examples import Examples
 from crosslm.files import expanded
 from crosslm.hub import HUB, hub_rows
+from crosslm.rows import is_text
 
 NAMED_ROWS = 5
-SHOWN = 40  # letters of a label or column that an error shows
 
 
 @dataclass
@@ -53,7 +53,8 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
     """
     source, rows = hub_rows(name, data) if name.startswith(HUB) else _file_rows(name, data)
     loaded = Loaded(Examples([], []), source)
-    index = {label: place for place, label in enumerate(labels)}
+    index = {label.strip(): place for place, label in enumerate(labels)}
+    named = {theirs.strip(): ours.strip() for theirs, ours in data.label_names.items()}
     unknown: dict[str, list[int]] = {}
     for number, row in rows:
         for column in (data.text_column, data.label_column):
@@ -73,10 +74,10 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
                 f"{source}: row {number} has a text and no label: are there too few fields, or an unclosed quote in it "
                 "or above it? Give each row both"
             )
-        name = str(label).strip()
-        known = data.label_names.get(name, name)
+        told = str(label).strip()
+        known = named.get(told, told)
         if known not in index:
-            unknown.setdefault(name, []).append(number)
+            unknown.setdefault(told, []).append(number)
             continue
         loaded.examples.texts.append(" ".join(text.split()))
         loaded.examples.labels.append(index[known])
@@ -103,20 +104,20 @@ def _of_labels(unknown: Mapping[str, list[int]], labels: Sequence[str]) -> str:
 
 
 def _shown(label: str) -> str:
-    """A label in words; not one so long that it must be a private text, where columns were taken for each other."""
-    if len(label) > SHOWN:
+    """A label in words; not one so long that it may be a private text, where columns were taken for each other."""
+    if is_text(label):
         return f"a label of {len(label)} letters (is data.label_column the right column?)"
     return f"the label {label!r}"
 
 
 def _columns(found: Iterable[str], wanted: str, data: DataConfig) -> str:
-    """What columns there are, and how to have them read."""
+    """What columns there are, those that have the names of columns, and how to have them read."""
     names = list(map(str, found))
-    if any(len(name) > SHOWN or len(name.split()) > 2 for name in names):  # a private text, then
-        return "its first line does not look like names of columns; put them there"
-    told = ", ".join(names)
+    told = ", ".join("..." if is_text(name) else name for name in names)
     if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
         return f"{told}; separate fields by commas"
+    if any(map(is_text, names)):
+        return f"{told}; is the first line one of names? Put them there"
     return f"{told}; name yours in data.{'text_column' if wanted == data.text_column else 'label_column'}"
 
 
@@ -145,9 +146,10 @@ def read_text(path: Path) -> str:
     """
     try:
         content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise DataError(f"{path}: is UTF-16 and must be UTF-8; save it so (in a spreadsheet: CSV UTF-8)")
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig", "surrogateescape")
+        return content.decode("utf-8-sig", "surrogateescape")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; name one that is there") from error
     except (OSError, EOFError, zlib.error) as error:
@@ -185,7 +187,10 @@ def whole_text(path: Path) -> str:
 
 def _csv_header(path: Path, reader: "csv.DictReader[str]") -> list[str]:
     try:
-        return [name.strip() for name in reader.fieldnames or []]
+        header = [name.strip() for name in reader.fieldnames or []]
+        if twice := [name for name in set(header) if header.count(name) > 1 and not is_text(name)]:
+            raise DataError(f"{path}: has the column {twice[0]!r} twice; give each a name of its own")
+        return header
     except csv.Error as error:
         raise DataError(f"{path}: line 1 is not CSV; it must name the columns: {error}") from error
 

@@ -17,6 +17,10 @@ class ModelError(CrosslmError):
     """A model cannot be found, fails its checksum, or is of an unsupported kind."""
 
 
+class KeptFileError(ModelError):
+    """A model that a silo has kept on its disk cannot be read, or is not as it was written."""
+
+
 class CollapseError(ModelError):
     """The LLM hardly writes any text that can be used, or its update is not finite."""
 

@@ -310,7 +310,11 @@ class _Run:
 
     def _summary(self, before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
         config, journal, exchange = self.config, self.journal, self.exchange
-        told, nothing = told_counts(self.run.events()), [0] * len(self.task.labels)
+        rows = {name: examples.class_counts(len(self.task.labels)) for name, examples in self.split.private.items()}
+        if (how := config.privacy.told_counts) != "exact":
+            rows = {name: [0] * len(self.task.labels) for name in rows}
+        if how == "noisy":
+            rows |= told_counts(self.run.events())
         return {
             "task": config.name,
             "preset": config.preset,
@@ -332,7 +336,7 @@ class _Run:
             "clients": {
                 name: {
                     "model": self.specs[name].model_dump(),
-                    "rows": dict(zip(self.task.labels, told.get(name, nothing), strict=True)),  # not the private counts
+                    "rows": dict(zip(self.task.labels, rows[name], strict=True)),  # as they may be told
                     "bytes_up": exchange.bytes_up[name],
                     "bytes_down": exchange.bytes_down[name],
                     "decision": journal.decisions.get(name),

@@ -92,7 +92,7 @@ def _settle(leftover: Path) -> None:
     if leftover.name.endswith(ASIDE) and leftover.exists() and not whole.exists():
         leftover.rename(whole)
         sync(whole.parent)
-    elif leftover.is_dir():
+    elif leftover.is_dir() and not leftover.is_symlink():
         shutil.rmtree(leftover)
     else:
         leftover.unlink(missing_ok=True)
@@ -220,7 +220,10 @@ def expanded(path: str | Path) -> Path:
 
 def missing(path: Path) -> str:
     """That a path is not there, with what stands beside it under a similar name."""
-    beside = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+    try:
+        beside = sorted(entry.name for entry in path.parent.iterdir())
+    except OSError:  # no folder, or one that may not be read
+        beside = []
     near = difflib.get_close_matches(path.name, beside, n=1)
     return f"{path}: is not there" + (f"; did you mean {path.parent / near[0]}?" if near else "")
 

@@ -116,8 +116,9 @@ def declined(summary: Mapping[str, Any]) -> dict[str, str]:
     for client, facts in summary["clients"].items():
         decision = facts.get("decision")
         if decision and not decision["accepted"]:
+            alike = ", each label counting alike" if decision.get("balanced") else ""
             told[client] = (
-                f"It was right on {decision['after']:.3f} of {decision['rows']} held-out private rows, and the "
+                f"It was right on {decision['after']:.3f} of {decision['rows']} held-out private rows{alike}, and the "
                 f"classifier that {client} had on {decision['before']:.3f}: that one stays in use. CrossLM's "
                 "figure is of the one that came back."
             )

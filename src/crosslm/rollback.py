@@ -55,7 +55,7 @@ def roll_back(run: RunDir, client_id: str, output: Path) -> int:
         _copy_predictions(run, partial, [who for who in before[-1]["state"]["journal"]["returned"] if who not in later])
         origin = {
             "clients": sorted({*run.barred(), client_id}),
-            "of": run.path.name,
+            "of": run.path.resolve().name,
             "after_arrival": before[-1]["arrival"],
         }
         partial.write(ROLLBACK, json.dumps(origin, indent=2) + "\n")

@@ -6,7 +6,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +17,7 @@ from crosslm.errors import DataError, RunError
 Row = dict[str, object]
 NOT_UTF8 = "\ufffd"
 """What stands in the place of bytes that are not UTF-8."""
+SHOWN, SHOWN_WORDS = 40, 3  # letters and words of what an error shows as the name of a label or column
 
 
 class RowFormat(StrEnum):
@@ -42,7 +43,14 @@ def format_of(path: Path) -> RowFormat:
     return SUFFIXES[suffix]
 
 
-def rows_of_file(path: Path, text_column: str, kind: RowFormat) -> Iterator[Row]:
+def is_text(name: str) -> bool:
+    """Whether what should be the name of a label or column is so long that it may be a private text."""
+    return len(name) > SHOWN or len(name.split()) > SHOWN_WORDS
+
+
+def rows_of_file(
+    path: Path, text_column: str, kind: RowFormat, on_broken: Callable[[], None] = lambda: None
+) -> Iterator[Row]:
     """Rows of a file, gzipped or not, as :func:`rows_of`.
 
     Raises:
@@ -55,10 +63,12 @@ def rows_of_file(path: Path, text_column: str, kind: RowFormat) -> Iterator[Row]
         raise DataError(f"{path}: no such file; name one that is there") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read; is the file whole, and yours to read? {error}") from error
-    return rows_of(io.BytesIO(content), str(path), text_column, kind)
+    return rows_of(io.BytesIO(content), str(path), text_column, kind, on_broken)
 
 
-def rows_of(stream: BinaryIO, source: str, text_column: str, kind: RowFormat) -> Iterator[Row]:
+def rows_of(
+    stream: BinaryIO, source: str, text_column: str, kind: RowFormat, on_broken: Callable[[], None] = lambda: None
+) -> Iterator[Row]:
     """Rows as they come: ``text``: a text a line; ``csv`` with a header; ``jsonl``: an object a line.
 
     Bytes that are not UTF-8 become U+FFFD, so that no row is lost.
@@ -68,18 +78,19 @@ def rows_of(stream: BinaryIO, source: str, text_column: str, kind: RowFormat) ->
         source: its name, for messages.
         text_column: the column that is classified; every row of ``csv`` and ``jsonl`` must have it.
         kind: the format.
+        on_broken: told of each line with such bytes.
 
     Raises:
         DataError: a row is not of the format, or has no such column.
     """
-    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+    lines = _readable(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=""), on_broken)
     if kind is RowFormat.text:
         for line in lines:
             yield {text_column: line.rstrip("\r\n")}
         return
     for number, row in enumerate(_csv(lines, source) if kind is RowFormat.csv else _jsonl(lines, source), start=1):
         if text_column not in row:
-            columns = ", ".join(map(str, row))
+            columns = ", ".join("..." if is_text(str(name)) else str(name) for name in row)
             raise DataError(
                 f"{source}: row {number} has no column {text_column!r}; its columns are: {columns}; "
                 "name the right one with --text-column"
@@ -121,9 +132,18 @@ def write_rows(rows: Iterable[Row], kind: RowFormat, path: Path | None) -> int:
     return count
 
 
+def _readable(lines: Iterable[str], on_broken: Callable[[], None]) -> Iterator[str]:
+    for line in lines:
+        if any("\ud800" <= letter <= "\udfff" for letter in line):
+            on_broken()
+            line = "".join(NOT_UTF8 if "\ud800" <= letter <= "\udfff" else letter for letter in line)
+        yield line
+
+
 def _csv(lines: Iterable[str], source: str) -> Iterator[Row]:
     reader = csv.DictReader(lines)
     try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         for row in reader:
             if None in row:
                 raise DataError(

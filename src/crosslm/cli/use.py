@@ -76,22 +76,27 @@ def predict(
     check_output(output)
     slm, data = _classifier(run_folder, client)
     column = text_column or data.text_column
+    broken: list[None] = []
+
+    def is_broken() -> None:
+        broken.append(None)
+
     if file is None or str(file) == "-":
         if sys.stdin.isatty():
             errors.print("Reading texts from the terminal, one a line; Ctrl-D ends.", highlight=False)
         kind = given or RowFormat.text
-        rows = rows_of(sys.stdin.buffer, "standard input", column, kind)
+        rows = rows_of(sys.stdin.buffer, "standard input", column, kind, is_broken)
     else:
         kind = given or format_of(file)
-        rows = rows_of_file(file, column, kind)
-    right, labelled, broken = 0, 0, 0
+        rows = rows_of_file(file, column, kind, is_broken)
+    right, labelled = 0, 0
+    names = {theirs.strip(): ours for theirs, ours in data.label_names.items()}
 
     def counted() -> Iterator[Row]:
-        nonlocal right, labelled, broken
+        nonlocal right, labelled
         for row in classified(slm, rows, column):
-            label = str(row.get(data.label_column))
-            label = data.label_names.get(label, label)
-            broken += NOT_UTF8 in str(row[column])
+            label = str(row.get(data.label_column)).strip()
+            label = names.get(label, label)
             if row["predicted"] is not None and label in slm.labels:
                 labelled += 1
                 right += row["predicted"] == label
@@ -100,7 +105,9 @@ def predict(
     keeps_all = as_jsonl or kind is RowFormat.jsonl  # the rows of JSONL need not have the same columns
     write_rows(counted(), RowFormat.jsonl if keeps_all else RowFormat.csv, output)
     if broken:
-        told = f"warning: {broken} texts are not UTF-8 and were read with {NOT_UTF8} in them; save the file as UTF-8"
+        told = (
+            f"warning: {len(broken)} lines are not UTF-8 and were read with {NOT_UTF8} in them; save the file as UTF-8"
+        )
         errors.print(told, highlight=False, soft_wrap=True)
     if labelled:
         errors.print(f"accuracy {right / labelled:.3f} on {labelled} rows that have a label", highlight=False)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import float16, float32
 
 from crosslm.client import Client
-from crosslm.errors import FederationError, LeakError, ModelError, UploadError
+from crosslm.errors import DataError, FederationError, KeptFileError, LeakError, UploadError
 from crosslm.federation.intake import Intake, check_same_model
 from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names, refused
 from crosslm.federation.messages import decode_download, decode_upload, encode
@@ -24,7 +24,7 @@ from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.plain import plain
-from crosslm.records import Upload
+from crosslm.records import SlmState, Upload
 from crosslm.seeding import seed_for
 
 OF_THE_DOWNLOAD = (UploadError, LeakError, FederationError)
@@ -56,7 +56,8 @@ class Silo(SiloState):
         Raises:
             FederationError: the request is not one that this silo answers.
             DataError: the private file cannot be used.
-            ModelError: the SLM cannot be loaded, or what was kept of it has changed on the disk.
+            ModelError: the SLM cannot be loaded.
+            KeptFileError: what was kept of it has changed on the disk.
         """
         self._check(experiment, number)
         path = self._sent(number)
@@ -93,7 +94,7 @@ class Silo(SiloState):
             UploadError: the download is refused by the intake's checks.
             LeakError: it was trained on text that is too near to private text.
             DataError: the private file cannot be used.
-            ModelError: what was kept of an SLM has changed on the disk.
+            KeptFileError: what was kept of an SLM has changed on the disk.
         """
         self._check(experiment, number)
         if self.installed > number:
@@ -136,13 +137,20 @@ class Silo(SiloState):
             )
         check_same_model(upload.slm, download.slm, f"silo {settings.id}")
         before = client.slm
-        decision = dict(vars(client.install(download)))
-        if test := self.test():
-            returned = SLM.from_state(download.slm, str(before.device))
-            returned.order_labels(before.labels)
-            accuracies = {"before": before.accuracy(test), "after": returned.accuracy(test)}
-            decision |= {"test": {"rows": len(test)} | accuracies}
+        decision = vars(client.install(download)) | self._tested(before, download.slm)
         return decision, not download.metrics.get("no_say")
+
+    def _tested(self, before: SLM, state: SlmState) -> dict[str, Any]:
+        """What this silo's test rows say, if it has any. They decide nothing, nor do they stop anything."""
+        try:
+            test = self.test()
+        except DataError as error:
+            return {"not_tested": str(error)}
+        if test is None:
+            return {}
+        returned = SLM.from_state(state, str(before.device))
+        returned.order_labels(before.labels)
+        return {"test": {"rows": len(test), "before": before.accuracy(test), "after": returned.accuracy(test)}}
 
     def close(self, experiment: str, number: int, data: bytes) -> dict[str, float]:
         """Step 5 once more, when no more uploads come: try what came against the SLM in use, and keep the better.
@@ -257,17 +265,17 @@ class Silo(SiloState):
         """What :meth:`_keep` wrote.
 
         Raises:
-            ModelError: it cannot be read, or has changed. No :data:`OF_THE_DOWNLOAD`: put back, all goes on.
+            KeptFileError: it cannot be read, or has changed. No :data:`OF_THE_DOWNLOAD`: put back, all goes on.
         """
         hint = f"{path.name} and {_digest_of(path).name} back as they were, from a copy of the kit"
         try:
             data, digest = path.read_bytes(), _digest_of(path).read_bytes()
         except OSError as error:
-            raise ModelError(
+            raise KeptFileError(
                 f"silo {self.settings.id}: {error.filename} cannot be read: {error.strerror}; put {hint}"
             ) from error
         if hashlib.sha256(data).hexdigest().encode() != digest:
-            raise ModelError(f"silo {self.settings.id}: {path} has changed since it was written; put {hint}")
+            raise KeptFileError(f"silo {self.settings.id}: {path} has changed since it was written; put {hint}")
         return data
 
     def _mine(self, number: int) -> Upload:

@@ -39,6 +39,7 @@ def _figures(decision: Mapping[str, Any]) -> str:
     alike = ", each label counting alike" if decision.get("balanced") else ""
     parts = [_of_rows(decision, "held-out rows", alike)] if decision["rows"] else []
     parts += [_of_rows(test, "test rows")] if (test := decision.get("test")) else []
+    parts += [f"not tested: {plain(why)}"] if (why := decision.get("not_tested")) else []
     return f" ({'; '.join(parts)})" if parts else ""
 
 

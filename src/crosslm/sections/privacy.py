@@ -38,9 +38,11 @@ class PrivacyConfig(Section):
     center: bool = False
     """Under DP centre what the head reads by the mean over the private rows, told with noise within the budget (ours).
     Worth it where few rows train the head alone."""
-    class_counts: Literal["hidden", "noisy", "exact"] | None = None
-    """What the upload tells of the rows of each label. Not set: ``hidden`` (zeros) with ``epsilon``, else ``exact``.
-    ``noisy`` needs ``epsilon``, and ``exact`` is outside its bound."""
+    class_counts: Literal["hidden", "noisy", "exact"] = "hidden"
+    """Under DP, what the upload tells of the rows of each label: zeros, numbers with noise, or the numbers, which are
+    outside the bound."""
+    hide_counts: bool = False
+    """Without DP: tell zeros in the place of the rows of each label."""
     count_epsilon: Annotated[float, Field(gt=0)] = 0.5
     """Part of ``epsilon`` that noisy class counts take."""
     canaries: Annotated[int, Field(ge=0)] = 0
@@ -59,8 +61,10 @@ class PrivacyConfig(Section):
 
     @property
     def told_counts(self) -> Literal["hidden", "noisy", "exact"]:
-        """``class_counts``, or what holds where it is not set."""
-        return self.class_counts or ("exact" if self.epsilon is None else "hidden")
+        """What an upload tells of the rows of each label, with DP or without."""
+        if self.epsilon is not None:
+            return self.class_counts
+        return "hidden" if self.hide_counts else "exact"
 
     @property
     def epsilon_of_counts(self) -> float:
@@ -97,12 +101,6 @@ class PrivacyConfig(Section):
                 f"as it is; {advice}"
             )
         return f"{found} is not well below one over their number; {advice}"
-
-    @model_validator(mode="after")
-    def _noise_needs_a_bound(self) -> Self:
-        if self.class_counts == "noisy" and self.epsilon is None:
-            raise ValueError('class_counts = "noisy" needs epsilon; set it, or choose "hidden" or "exact"')
-        return self
 
     @model_validator(mode="after")
     def _no_leak_check_under_dp(self) -> Self:

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from crosslm import __version__
-from crosslm.errors import CrosslmError
+from crosslm.errors import CrosslmError, KeptFileError
 from crosslm.federation import leaving, messages
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.kits import KIT
@@ -31,6 +31,8 @@ def upload(message: Message, context: Context) -> Message:
         silo, number = _silo(), _round(request)
         _check_version(request, silo)
         file = silo.upload(str(request["experiment"]), number)
+    except KeptFileError as error:
+        raise _ask_again(message, error) from None
     except CrosslmError as error:
         return refusal(message, error)
     return Message(
@@ -53,9 +55,8 @@ def _installed(message: Message, take: Callable[[Silo, str, int, bytes], dict[st
         metrics = take(silo, str(request["experiment"]), number, data)
     except OF_THE_DOWNLOAD as error:
         return refusal(message, error)
-    except CrosslmError as error:  # the server asks again, and learns the kind of error alone
-        refusal(message, error)
-        raise RuntimeError(type(error).__name__) from None
+    except CrosslmError as error:
+        raise _ask_again(message, error) from None
     reply = {"reply": ConfigRecord(leaving.done(number)), "metrics": MetricRecord(dict(metrics))}
     return Message(RecordDict(reply), reply_to=message)
 
@@ -74,6 +75,8 @@ def not_used(message: Message, context: Context) -> Message:
         silo, number = _silo(), _round(request)
         assert isinstance(request, ConfigRecord)
         silo.not_used(str(request["experiment"]), number, str(request["reason"]))
+    except KeptFileError as error:
+        raise _ask_again(message, error) from None
     except CrosslmError as error:
         return refusal(message, error)
     return Message(RecordDict({"reply": ConfigRecord(leaving.done(number))}), reply_to=message)
@@ -96,6 +99,15 @@ def _check_version(request: object, silo: Silo) -> None:
             f"silo {silo.settings.id}: its crosslm {__version__} writes messages of version {messages.VERSION}; "
             f"the server's crosslm {crosslm} reads version {version}: install the same"
         )
+
+
+def _ask_again(message: Message, error: CrosslmError) -> RuntimeError:
+    """What ends this answer where something of the silo's own is amiss: nothing is decided, and the server asks again.
+
+    It learns the kind of error alone; the silo's own log has more.
+    """
+    refusal(message, error)
+    return RuntimeError(type(error).__name__)
 
 
 def refusal(message: Message, error: CrosslmError) -> Message:
