@@ -156,6 +156,14 @@ class Federation:
             party.stop()
 
 
+def is_gone(process):
+    """Whether a process has ended, though nobody may have taken it away yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 @pytest.fixture
 def start(federated, tmp_path):  # noqa: F811
     made = []
@@ -372,7 +380,7 @@ def test_processes_that_die_and_a_silo_that_never_answers(start, models):
     silos["killed"].process.wait()
     silos["killed"] = run.start("client", run.kit("killed"))
     run.until(lambda _: child_of(silos["killed"]) is not None, "a start after crosslm client was killed")
-    assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE  # which nobody may have taken away yet
+    run.until(lambda _, gone=orphan: is_gone(gone), "the end of what was left running")
 
     run.until(arrived("steady", "delivered"), "the steady silo's download")
     superlink = child_of(server)
@@ -391,7 +399,7 @@ def test_processes_that_die_and_a_silo_that_never_answers(start, models):
     server.process.wait()
     server = run.start("server", run.server_kit)
     run.until(lambda _: application_of(run) != before, "a start after crosslm server was killed")
-    assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE  # which nobody may have taken away yet
+    run.until(lambda _, gone=orphan: is_gone(gone), "the end of what was left running")
     (run.server_kit / "config.toml").write_text(tomli_w.dumps(tables))
     application = application_of(run)
     os.kill(application, signal.SIGKILL)  # the server application alone; crosslm server starts it again

@@ -72,6 +72,7 @@ class Child:
         for process in (orphan, *started):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        psutil.wait_procs([orphan, *started], timeout=5)  # its port is free when it is gone
 
     def died(self) -> bool:
         """Whether it was started and runs no more."""
