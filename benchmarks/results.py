@@ -125,18 +125,26 @@ def run_section(name: str, result: dict) -> list[str]:
     return [*lines, ""]
 
 
-CLOSING = {"closing-yahoo_answers": "Yahoo! Answers"}
+CLOSING = {"closing-sst2": "SST-2", "closing-ag_news": "AG News"}
+HOW_CLOSED = (
+    "With the settings of `crosslm reproduce`, preset recommended with `federation.closing` and `acceptance.balanced`, "
+    "on test rows; one run each."
+)
+EARLIER_CLOSING = {"closing-yahoo_answers": "Yahoo! Answers"}
+HOW_CLOSED_EARLIER = (
+    "Preset recommended with a pool of 256 texts and `federation.closing`, on validation rows, with the step 5 of "
+    "Yahoo! Answers as it was then; one run each (`crosslm run TASK --set data.test=validation.csv "
+    "--set selection.pool=256 --set federation.closing=true --set data.test_rows=600 --set data.judge_rows=500`, and "
+    "fewer rows for the LLM's own measures)."
+)
 
 
-def closing_section(runs: dict[str, dict]) -> list[str]:
+def closing_section(names: dict[str, str], how: str, loaded: dict[str, dict]) -> list[str]:
     """What all were taught once more in the end, beside what each had got at once."""
     lines = [
         "### Once more in the end (`federation.closing`)",
         "",
-        "Preset recommended with a pool of 256 texts and `federation.closing`, on validation rows; one run each "
-        "(`crosslm run TASK --set data.test=validation.csv --set selection.pool=256 --set federation.closing=true "
-        "--set data.test_rows=600 --set data.judge_rows=500`, and fewer rows for the LLM's own measures). "
-        "*At once* is what came back when the client arrived, *in the end* what it has after all have arrived.",
+        f"{how} *At once* is what came back when the client arrived, *in the end* what it has after all have arrived.",
         "",
     ]
     columns = (
@@ -146,10 +154,11 @@ def closing_section(runs: dict[str, dict]) -> list[str]:
         "Data-free KD, in the end",
         "CrossLM, in the end",
     )
-    for name, result in runs.items():
+    for name in filter(loaded.__contains__, names):
+        result = loaded[name]
         summary, closing = result["summary"], {event["client"]: event for event in result["closing"]}
         lines += [
-            f"{CLOSING[name]}, seed {summary['seed']}, {max(summary['test_rows'].values())} rows; commit "
+            f"{names[name]}, seed {summary['seed']}, {max(summary['test_rows'].values())} rows; commit "
             f"`{result['commit'][:10]}`, {result['date']}, {result['machine']}.",
             "",
             f"| arrival | client | {' | '.join(columns)} |",
@@ -505,6 +514,8 @@ def results_page(loaded: dict[str, dict]) -> str:
     for name, title in NAMES.items():
         if name in loaded:
             lines += run_section(title, loaded[name])
+    if not loaded.keys().isdisjoint(CLOSING):
+        lines += closing_section(CLOSING, HOW_CLOSED, loaded)
     if found := [loaded[name] for name in sorted(loaded) if name.startswith("step-5-texts-")]:
         lines += texts_section(found)
     if "preset-choices" in loaded:
@@ -533,8 +544,8 @@ def earlier_page(loaded: dict[str, dict]) -> str:
     for name, title in EARLIER_NAMES.items():
         if name in loaded:
             lines += run_section(title, loaded[name])
-    if closed := {name: loaded[name] for name in CLOSING if name in loaded}:
-        lines += closing_section(closed)
+    if not loaded.keys().isdisjoint(EARLIER_CLOSING):
+        lines += closing_section(EARLIER_CLOSING, HOW_CLOSED_EARLIER, loaded)
     if "llm-teacher" in loaded:
         lines += teacher_section(loaded["llm-teacher"])
     return "\n".join(lines).rstrip() + "\n"
