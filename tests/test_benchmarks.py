@@ -32,7 +32,8 @@ def loaded(name, monkeypatch):
 def cell(accuracy, auc, calibrated, epsilon, **changes):
     one = {"auc_interval": [0.4, 0.6], "tpr": 0.01, "tpr_interval": [0.0, 0.02]}
     private = None if epsilon is None else {"trained_layers": 0, "center": True, "clip": 1.0}
-    settings = {"model": "m", "pooling": "mean", "test_rows": 100, "reference": "alike", "privacy": private}
+    settings = {"model": "m", "pooling": "mean", "test_rows": 100, "canaries": 8, "reference": "alike"}
+    settings["privacy"] = private
     settings["fit"] = {"epochs": 2, "batch_size": 8, "learning_rate": 0.1}
     return {
         "epsilon": epsilon,
