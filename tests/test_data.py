@@ -101,6 +101,11 @@ def test_a_column_that_is_there_twice_is_named(tmp_path, data):
         load_examples("x.csv", data, LABELS)
 
 
+def test_other_columns_may_be_alike_and_have_no_name(tmp_path, data):
+    (tmp_path / "x.csv").write_text("id,text,id,label,,\n1,fine,2,good,,\n")
+    assert load_examples("x.csv", data, LABELS).examples == Examples(["fine"], [1])
+
+
 def test_of_columns_that_look_like_text_the_others_are_named(tmp_path, data):
     (tmp_path / "x.csv").write_text("id,The whole review of it,label\n1,b,good\n")
     with pytest.raises(DataError, match=r"no column 'text'; its columns are: id, \.\.\., label; is the first line one"):

@@ -132,6 +132,8 @@ def _file_rows(name: str, data: DataConfig) -> tuple[str, Iterator[tuple[int, di
         for column in (data.text_column, data.label_column):
             if column not in header:
                 raise DataError(f"{path}: no column {column!r}; its columns are: {_columns(header, column, data)}")
+            if header.count(column) > 1:
+                raise DataError(f"{path}: has the column {column!r} twice; give each a name of its own")
         return str(path), _csv_rows(path, reader)
     if kind == ".jsonl":
         return str(path), _json_rows(path, text)
@@ -187,10 +189,7 @@ def whole_text(path: Path) -> str:
 
 def _csv_header(path: Path, reader: "csv.DictReader[str]") -> list[str]:
     try:
-        header = [name.strip() for name in reader.fieldnames or []]
-        if twice := [name for name in set(header) if header.count(name) > 1 and not is_text(name)]:
-            raise DataError(f"{path}: has the column {twice[0]!r} twice; give each a name of its own")
-        return header
+        return [name.strip() for name in reader.fieldnames or []]
     except csv.Error as error:
         raise DataError(f"{path}: line 1 is not CSV; it must name the columns: {error}") from error
 

@@ -76,10 +76,11 @@ def predict(
     check_output(output)
     slm, data = _classifier(run_folder, client)
     column = text_column or data.text_column
-    broken: list[None] = []
+    broken = 0
 
     def is_broken() -> None:
-        broken.append(None)
+        nonlocal broken
+        broken += 1
 
     if file is None or str(file) == "-":
         if sys.stdin.isatty():
@@ -105,9 +106,7 @@ def predict(
     keeps_all = as_jsonl or kind is RowFormat.jsonl  # the rows of JSONL need not have the same columns
     write_rows(counted(), RowFormat.jsonl if keeps_all else RowFormat.csv, output)
     if broken:
-        told = (
-            f"warning: {len(broken)} lines are not UTF-8 and were read with {NOT_UTF8} in them; save the file as UTF-8"
-        )
+        told = f"warning: {broken} lines are not UTF-8 and were read with {NOT_UTF8} in them; save the file as UTF-8"
         errors.print(told, highlight=False, soft_wrap=True)
     if labelled:
         errors.print(f"accuracy {right / labelled:.3f} on {labelled} rows that have a label", highlight=False)

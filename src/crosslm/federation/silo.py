@@ -3,7 +3,6 @@
 A request that comes twice is answered from what :mod:`crosslm.federation.silo_state` keeps; nothing is trained twice.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 from torch import float16, float32
 
 from crosslm.client import Client
-from crosslm.errors import DataError, FederationError, KeptFileError, LeakError, UploadError
+from crosslm.errors import DataError, FederationError, LeakError, UploadError
 from crosslm.federation.intake import Intake, check_same_model
 from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names, refused
 from crosslm.federation.messages import decode_download, decode_upload, encode
 from crosslm.federation.silo_state import SiloState
-from crosslm.files import replace_folder, write_whole
+from crosslm.files import replace_folder
 from crosslm.leaks import LeakCheck
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.private_fit import PrivateTraining
@@ -247,37 +246,6 @@ class Silo(SiloState):
         path = self._unrounded(number)
         return decode_upload(self._kept(path if path.exists() else self._sent(number)))
 
-    def _sent(self, number: int) -> Path:
-        return self.state / f"upload-{number:04}.safetensors"
-
-    def _unrounded(self, number: int) -> Path:
-        return self.state / f"trained-{number:04}.safetensors"
-
-    def _downloaded(self, number: int) -> Path:
-        return self.state / f"download-{number:04}.safetensors"
-
-    def _keep(self, path: Path, data: bytes) -> None:
-        """Write a file whole, and before it its SHA-256, so that every file has one."""
-        write_whole(_digest_of(path), [hashlib.sha256(data).hexdigest().encode()])
-        write_whole(path, [data])
-
-    def _kept(self, path: Path) -> bytes:
-        """What :meth:`_keep` wrote.
-
-        Raises:
-            KeptFileError: it cannot be read, or has changed. No :data:`OF_THE_DOWNLOAD`: put back, all goes on.
-        """
-        hint = f"{path.name} and {_digest_of(path).name} back as they were, from a copy of the kit"
-        try:
-            data, digest = path.read_bytes(), _digest_of(path).read_bytes()
-        except OSError as error:
-            raise KeptFileError(
-                f"silo {self.settings.id}: {error.filename} cannot be read: {error.strerror}; put {hint}"
-            ) from error
-        if hashlib.sha256(data).hexdigest().encode() != digest:
-            raise KeptFileError(f"silo {self.settings.id}: {path} has changed since it was written; put {hint}")
-        return data
-
     def _mine(self, number: int) -> Upload:
         if not self._sent(number).exists():
             raise FederationError(
@@ -395,8 +363,3 @@ class Silo(SiloState):
                 self.settings.wire_dtype: rounded.accuracy(private),
             }
         self._keep_receipt("upload", number, receipt)
-
-
-def _digest_of(path: Path) -> Path:
-    """The file beside a kept one that has its SHA-256."""
-    return path.with_name(path.name + ".sha256")

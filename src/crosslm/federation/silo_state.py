@@ -4,6 +4,7 @@ The client application may run in a new process for each message, so everything 
 ``state`` folder. Nothing here loads a model, or PyTorch: the process that stays connected needs neither.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 from crosslm.config import DataConfig
 from crosslm.data import is_there, load_examples
-from crosslm.errors import DataError
+from crosslm.errors import DataError, KeptFileError
 from crosslm.examples import Examples
 from crosslm.federation.kits import SILO_FILE, SiloSettings, read_silo
 from crosslm.files import write_whole
@@ -153,3 +154,39 @@ class SiloState:
         kept = {"time": time.time(), "server": self.settings.server, **receipt}
         path = self.state / "receipts" / f"{kind}-{number:04}.json"
         write_whole(path, [(json.dumps(kept, indent=1) + "\n").encode()])
+
+    def _sent(self, number: int) -> Path:
+        return self.state / f"upload-{number:04}.safetensors"
+
+    def _unrounded(self, number: int) -> Path:
+        return self.state / f"trained-{number:04}.safetensors"
+
+    def _downloaded(self, number: int) -> Path:
+        return self.state / f"download-{number:04}.safetensors"
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        """Write a file whole, and before it its SHA-256, so that every file has one."""
+        write_whole(_digest_of(path), [hashlib.sha256(data).hexdigest().encode()])
+        write_whole(path, [data])
+
+    def _kept(self, path: Path) -> bytes:
+        """What :meth:`_keep` wrote.
+
+        Raises:
+            KeptFileError: it cannot be read, or has changed. Nothing is decided then: put back, all goes on.
+        """
+        hint = f"{path.name} and {_digest_of(path).name} back as they were, from a copy of the kit"
+        try:
+            data, digest = path.read_bytes(), _digest_of(path).read_bytes()
+        except OSError as error:
+            raise KeptFileError(
+                f"silo {self.settings.id}: {error.filename} cannot be read: {error.strerror}; put {hint}"
+            ) from error
+        if hashlib.sha256(data).hexdigest().encode() != digest:
+            raise KeptFileError(f"silo {self.settings.id}: {path} has changed since it was written; put {hint}")
+        return data
+
+
+def _digest_of(path: Path) -> Path:
+    """The file beside a kept one that has its SHA-256."""
+    return path.with_name(path.name + ".sha256")
