@@ -31,8 +31,7 @@ from starlette.routing import Route
 from crosslm import rundir
 from crosslm.config import AcceptanceConfig, Config, FederationConfig, PrivacyConfig
 from crosslm.errors import ConfigError, DataError, FederationError, LeakError, RunError, UploadError
-from crosslm.federation import keys
-from crosslm.federation import silo as silo_module
+from crosslm.federation import keys, silo_state
 from crosslm.federation import spool as spool_module
 from crosslm.federation.flower import carrier, client_app, gateway, processes, server_processes, silo_processes
 from crosslm.federation.flower import exchange as exchange_module
@@ -233,7 +232,7 @@ def test_a_file_is_written_whole_or_not_at_all_by_everybody(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space"):
         write_whole(tmp_path / "new" / "file", cut())
     assert (tmp_path / "new" / "file").read_bytes() == b"one whole"
-    for module in (rundir, spool_module, silo_module):
+    for module in (rundir, spool_module, silo_state):
         assert module.write_whole is write_whole
     spool = Spool(tmp_path / "spool")
     with pytest.raises(RunError, match="No space"):
