@@ -57,8 +57,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "llm": {"generation_floor": 5.0, "gamma_kl": 0.1},
         "selection": {"class_balance": True, "fraction": 1.0},
         "slm": {"soft_labels": True, "llm_judges": True},
+        "federation": {"closing": True},
         "gate": {"enabled": True, "teach_refused": True},
-        "acceptance": {"enabled": True},
+        "acceptance": {"enabled": True, "balanced": True},
     },
 }
 """What each preset sets; the file and ``--set`` go over it. ``docs/results.md`` has what was measured of it."""
