@@ -61,6 +61,26 @@ def test_the_mean_is_over_the_arriving_and_the_last_of_the_others(uploads, recei
     assert list(teachers.members) == ["south", "west", "east"]
 
 
+def test_the_same_texts_are_read_once_by_whom_has_not_changed(uploads, received, monkeypatch):
+    teachers = Teachers(RewardConfig(teachers=3, correct_prior=True))
+    for upload, slm in zip(uploads, received, strict=True):
+        teachers.accepted(upload, slm)
+    read, predict = [], SLM.predict_proba
+    monkeypatch.setattr(SLM, "predict_proba", lambda slm, texts: read.append(slm) or predict(slm, texts))
+    first = [teachers.probabilities(slm, upload, TEXTS) for upload, slm in zip(uploads, received, strict=True)]
+    assert len(read) == 3
+    again = dataclasses.replace(uploads[0])  # read from the disk anew, it is the same upload
+    assert torch.equal(teachers.probabilities(received[0], again, TEXTS), first[0])
+    assert len(read) == 3
+    weights = {name: value * 1.5 if value.is_floating_point() else value for name, value in again.slm.weights.items()}
+    other = dataclasses.replace(again, slm=dataclasses.replace(again.slm, weights=weights))
+    slm = SLM.from_state(other.slm)
+    changed = teachers.probabilities(slm, other, TEXTS)  # another upload is read, though of the same client and round
+    assert read[3:] == [slm]
+    torch.testing.assert_close(changed, first[0] + (corrected(other, slm) - corrected(again, received[0])) / 3)
+    assert len(read) == 3 + 3
+
+
 def test_others_judge_for_one_that_may_not(uploads, received):
     teachers = Teachers(RewardConfig(teachers=3, correct_prior=True))
     assert teachers.of_others(received[0], uploads[0], TEXTS) is None
