@@ -69,8 +69,8 @@ def kept(llm: LLM, row: list[int], stops: tuple[str, ...]) -> list[int]:
 class Side:
     """One way to write the same batch, and what it has written."""
 
-    def __init__(self, llm: LLM, batch: int) -> None:
-        self.llm, self.prompts = llm, prompts_for(llm, batch)
+    def __init__(self, llm: LLM, prompts: list[tuple[int, ...]]) -> None:
+        self.llm, self.prompts = llm, prompts
         self.seed = 0
         self.tokens: list[int] = []
         self.rows: list[list[int]] = []
@@ -94,10 +94,10 @@ class Side:
 class Generate(Side):
     """``model.generate`` of transformers, on the plain model."""
 
-    def __init__(self, llm: LLM, batch: int, folder: str, dtype: torch.dtype) -> None:
-        super().__init__(llm, batch)
+    def __init__(self, llm: LLM, prompts: list[tuple[int, ...]], folder: str, dtype: torch.dtype) -> None:
+        super().__init__(llm, prompts)
         longest = max(map(len, self.prompts))
-        self.ids = torch.zeros(batch, longest, dtype=torch.long)
+        self.ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         self.mask = torch.zeros_like(self.ids)
         for row, prompt in enumerate(self.prompts):
             self.ids[row, longest - len(prompt) :] = torch.tensor(prompt)
@@ -161,16 +161,17 @@ def main() -> None:
     options = arguments(__doc__, batch={"type": int, "default": 64})
     repeats, batch, device = (1, 16, options.device) if options.quick else (3, options.batch, options.device)
     folder = original_llm(demo_config(False), cache_folder(), print)
-    exact, ours, trimmed = (
-        Side(demo_llm(vocabulary, device, dtype), batch)
+    llms = [
+        demo_llm(vocabulary, device, dtype)
         for vocabulary, dtype in ((False, "float32"), (False, "auto"), (True, "auto"))
-    )
+    ]
+    exact, ours, trimmed = (Side(llm, prompts_for(llm, batch)) for llm in llms)
     sides = {
-        "hf": Generate(exact.llm, batch, folder, torch.float32),
+        "hf": Generate(exact.llm, exact.prompts, folder, torch.float32),
         "ours": ours,
         "ours_float32": exact,
         "trimmed": trimmed,
-        "hf_same_dtype": Generate(exact.llm, batch, folder, ours.llm.model.dtype),
+        "hf_same_dtype": Generate(exact.llm, exact.prompts, folder, ours.llm.model.dtype),
     }
     same = {"float32": same_tokens(exact, sides["hf"]), "ours": same_tokens(ours, sides["hf"])}
     for side in sides.values():

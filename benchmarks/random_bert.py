@@ -27,8 +27,13 @@ def random_bert(folder: Path, megabytes: float) -> None:
         pad_token_id=0,
     )
     BertForMaskedLM(config).save_pretrained(folder)
+    word_tokenizer(folder, words)
+
+
+def word_tokenizer(folder: Path, words: int, **more: str) -> None:
+    """Write a tokenizer of so many made-up words; ``more``: roles that special tokens have too."""
     vocabulary = {word: place for place, word in enumerate([*SPECIAL, *(f"w{n}" for n in range(words - len(SPECIAL)))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names | more).save_pretrained(folder)
