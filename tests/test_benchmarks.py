@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import BAD, GOOD, sentences, tiny_llm
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from crosslm.config import Config, SynthesisConfig
 from crosslm.examples import Examples
@@ -231,6 +232,56 @@ def test_a_recorded_step_is_timed_as_one_and_never_while_it_is_recorded(models, 
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=is_recording: now)
         assert gpu.timed(lambda: "done", "step")() == "done"
         assert (bool(waited), bool(gpu.seconds)) == (not is_recording, not is_recording)
+
+
+def test_other_families_are_measured_and_checked(quick, monkeypatch):
+    def tiny(module):
+        sizes = {"vocab_size": 100, "bos_token_id": 0, "eos_token_id": 0}
+        small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        gpt2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, **sizes)
+        families = {
+            "gpt2": lambda _: GPT2LMHeadModel(gpt2),
+            "llama": lambda _: LlamaForCausalLM(LlamaConfig(**small, **sizes)),
+        }
+        monkeypatch.setattr(module, "FAMILIES", families)
+
+    figures = quick("families", tiny)
+    for family in ("gpt2", "llama"):
+        assert figures[family]["generation"]["same_greedy_texts"] == 1.0
+        assert figures[family]["update"]["largest_relative_difference"] < 1e-3
+        tokens = figures[family]["generation"]["tokens_per_second"]
+        assert tokens["ours"]["median"] > 0 < tokens["hf"]["median"]
+
+    def spoil(module):
+        tiny(module)
+        difference = module.difference
+        monkeypatch.setattr(module, "difference", lambda ours, plain: 1 + difference(ours, plain))
+
+    with pytest.raises(SystemExit, match=r"do not agree.*: gpt2: losses: 1, at most 0.001 is allowed; llama: losses"):
+        quick("families", spoil)
+
+
+def test_leads_are_measured_and_checked(quick, models, config, monkeypatch):
+    def tiny(module):
+        monkeypatch.setattr(module, "folder", lambda _: str(models / "gemma3"))
+        monkeypatch.setattr(torch, "compile", lambda decoder, dynamic: decoder)  # it takes a minute
+
+    figures = quick("leads", tiny)
+    assert {"ratio_compiled_read", "ratio_int8_read", "ratio_int8_write", "ratio_upper_half_update"} <= set(figures)
+    off = figures["nats_from_float32"]
+    assert off["compiled"] == off["ours"] == {"largest": 0.0, "mean": 0.0}  # all in float32 here
+    assert 0 < off["int8"]["mean"] < 0.5
+
+    def spoil(module):
+        tiny(module)
+        monkeypatch.setattr(module, "in_int8", lambda decoder: decoder.apply(broken))
+
+    def broken(part):
+        if isinstance(part, torch.nn.Linear):
+            part.weight.data.fill_(float("nan"))
+
+    with pytest.raises(SystemExit, match=r"do not agree.*: mean log-probability, int8: nan"):
+        quick("leads", spoil)
 
 
 def test_a_figure_inside_another_has_a_row(monkeypatch):
