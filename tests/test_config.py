@@ -181,6 +181,10 @@ def put(section, key, value):
         (lambda tables: tables["data"].pop("test"), r"data: test must name a file"),
         (lambda tables: tables["data"].pop("train"), r"either data.train .* or a \[\[clients\]\] table"),
         (lambda tables: tables.update(clients=[{"id": "a", "train": "x"}]), r"either data.train"),
+        *(
+            (lambda tables, name=name: tables.update(clients=[{"id": name, "train": "x"}]), rf"0: id must {why}")
+            for name, why in (("mean", "not be 'mean'"), ("north.partial", "not end with '.partial'"))
+        ),
         (lambda tables: tables.update(name="../up"), r"name: .*pattern"),
         (put("llm", "learning_rate", float("nan")), r"llm.learning_rate: .*finite"),
     ],

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from crosslm.files import PARTIAL
 from crosslm.sections.section import Positive, Section
 
 Paraphrases = Annotated[
@@ -68,6 +69,8 @@ class ClientConfig(Section):
                 raise ValueError(f"{name} needs a model of the client's own")
         if self.id == "mean":
             raise ValueError("id must not be 'mean', which is what the mean over clients is called")
+        if self.id.endswith(PARTIAL):
+            raise ValueError(f"id must not end with {PARTIAL!r}, which is what half-written files are called")
         return self
 
 
