@@ -330,8 +330,7 @@ def teacher_section(result: dict) -> list[str]:
 
 NAMES = {"demo": "The demo", "sst2-paper": "SST-2, preset paper"}
 EARLIER_NAMES = {
-    "demo-float32": "The demo with the LLM in float32, without `federation.closing`; beside other work, so its minutes say "
-    "nothing",
+    "demo-float32": "The demo with the LLM in float32, beside other work, so that its minutes say nothing",
     "demo-llm-judges": "The demo with `slm.llm_judges`, as preset recommended has it",
     "demo-intended-labels": "The demo with `slm.intended_labels` in the preset, in place of `slm.llm_judges`",
     "demo-judges-alone": "The demo before `slm.intended_labels` was in the preset, and with `slm.interpolation = 0.7`",
