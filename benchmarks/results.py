@@ -139,8 +139,8 @@ CLOSING = {
     "closing-ag_news-float32": "AG News on another machine, with the LLM in float32",
 }
 HOW_CLOSED = (
-    "Preset recommended with seed 0, on test rows; the first four are the runs of Table 4. Data-free KD is taught by the "
-    "same judges each time."
+    "Preset recommended with seed 0, on test rows; the first four are the runs of Table 4. The same judges teach "
+    "Data-free KD each time."
 )
 EARLIER_CLOSING = {"closing-yahoo_answers-earlier": "Yahoo! Answers"}
 HOW_CLOSED_EARLIER = (
