@@ -97,7 +97,7 @@ class Federation:
         tables["clients"] = [{**clients[place % len(clients)], "id": name} for place, name in enumerate(names)]
         if len(names) > len(clients):
             tables["clients"][0]["model"] = tables["llm"]["model"]  # a third architecture: gpt2 can be a classifier too
-        tables["federation"] = federation
+        tables["federation"] = {"closing": False, **federation}
         tables["gate"] = {"enabled": False}  # models this small classify no better than chance
         ports = free_ports(len(names) + 2)
         self.folder, self.parties = folder, []
