@@ -243,7 +243,7 @@ def test_every_synthetic_text_says_where_it_comes_from(finished):
         counts[row["source"], row["step"]] = counts.get((row["source"], row["step"]), 0) + 1
     assert counts == {
         ("base", None): 6, ("final", None): 4,
-        ("drafts", 1): 4, ("pool", 1): 6, ("drafts", 2): 4, ("pool", 2): 6,
+        ("drafts", 1): 4, ("pool", 1): 6, ("drafts", 2): 4, ("pool", 2): 6, ("closing", None): 6,
     }  # fmt: skip
     assert {row["client"] for row in rows if row["step"]} == {"north", "south"}
     assert all(row["client"] is None for row in rows if not row["step"])

@@ -26,16 +26,14 @@ class SentenceEncoder:
         with loading(
             f"selection.encoder {folder!r} cannot be loaded as a sentence transformer", "sentence-transformers"
         ):
-            model = SentenceTransformer(folder, device=device)
-
+            self._model = SentenceTransformer(folder, device=device)
         # the original LLM's texts come again with each client, and what all learn in the end too
-        @lru_cache(maxsize=2)
-        def vectors(texts: tuple[str, ...]) -> Tensor:
-            found = model.encode(list(texts), batch_size=64, convert_to_tensor=True, show_progress_bar=False)
-            return torch.as_tensor(found).float()
-
-        self._vectors = vectors
+        self._vectors = lru_cache(maxsize=2)(self._read)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """``(texts, dimensions)``, in fp32, where the model is; of the last two sets of texts it is known."""
         return self._vectors(tuple(texts))
+
+    def _read(self, texts: tuple[str, ...]) -> Tensor:
+        vectors = self._model.encode(list(texts), batch_size=64, convert_to_tensor=True, show_progress_bar=False)
+        return torch.as_tensor(vectors).float()
