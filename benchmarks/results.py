@@ -166,26 +166,39 @@ def closing_section(names: dict[str, str], how: str, loaded: dict[str, dict]) ->
         "Data-free KD, in the end",
         "CrossLM, in the end",
     )
-    for name in filter(loaded.__contains__, names):
-        result = loaded[name]
-        summary, closing = result["summary"], {event["client"]: event for event in result["closing"]}
+    known = {name: closing_rows(loaded[name]) for name in names if name in loaded}
+    lines += [f"| mean of the clients | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    lines += [f"| {names[name]} | {in_cells(means_of(rows))} |" for name, rows in known.items()]
+    for name, rows in known.items():
+        result, summary = loaded[name], loaded[name]["summary"]
         lines += [
+            "",
             f"{names[name]}, seed {summary['seed']}, {max(summary['test_rows'].values())} rows; commit "
             f"`{result['commit'][:10]}`, {result['date']}, {result['machine']}.",
             "",
             f"| arrival | client | {' | '.join(columns)} |",
             f"| --- | --- |{' ---: |' * len(columns)}",
         ]
-        rows = []
-        for step in result["steps"]:
-            end = closing[step["client"]]
-            at_once = [step[f"slm/{method}"] for method in ("standalone", "data_free_kd", "accuracy")]
-            rows.append([*at_once, end["slm/data_free_kd"], end["slm/crosslm"]])
-            taken = "" if end["accepted"] else " (not taken)"
-            lines.append(f"| {step['step']} | {step['client']}{taken} | {in_cells(rows[-1])} |")
-        means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-        lines += [f"| | mean | {in_cells(means)} |", ""]
-    return lines
+        lines += [f"| {number} | {client} | {in_cells(row)} |" for (number, client), row in rows.items()]
+        lines.append(f"| | mean | {in_cells(means_of(rows))} |")
+    return [*lines, ""]
+
+
+def closing_rows(result: dict) -> dict[tuple[int, str], list[float]]:
+    """By arrival and client the figures of a run's closing table."""
+    closing = {event["client"]: event for event in result["closing"]}
+    rows = {}
+    for step in result["steps"]:
+        end = closing[step["client"]]
+        at_once = [step[f"slm/{method}"] for method in ("standalone", "data_free_kd", "accuracy")]
+        taken = "" if end["accepted"] else " (not taken)"
+        rows[step["step"], step["client"] + taken] = [*at_once, end["slm/data_free_kd"], end["slm/crosslm"]]
+    return rows
+
+
+def means_of(rows: dict[tuple[int, str], list[float]]) -> list[float]:
+    """The mean of each column."""
+    return [sum(column) / len(rows) for column in zip(*rows.values(), strict=True)]
 
 
 def texts_section(results: list[dict]) -> list[str]:

@@ -307,7 +307,6 @@ def test_a_closing_download_goes_to_its_silo_and_is_answered(exchange, kits, tmp
 
 def test_a_closing_download_that_is_refused_is_owed_no_more(exchange, kits, tmp_path):  # noqa: F811
     change(kits / "silos" / "silo-0", closing=True)
-    change(kits / "silos" / "silo-1", closing=False)
     served(exchange)
     for name in SILOS:
         exchange.spool.close_silo(name, 0, b"no download")
