@@ -20,12 +20,15 @@ from typing import Any
 import torch
 from generation import demo_config, demo_llm, prompts_for, sampling
 from measure import agree, arguments, finish, in_turn, peak_memory, ratio, spread
+from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from update import Ours, drafts_and_rewards, folder
 
+from crosslm.models.causal import load_causal, lora_config
 from crosslm.models.decoding import decode
 from crosslm.models.head import head_logps
+from crosslm.models.llm import LLM
 from crosslm.records import SyntheticSet
 
 TOLERANCE = 1.0
@@ -122,20 +125,26 @@ def reading_and_writing(repeats: int, batch: int) -> dict[str, Any]:
     }
 
 
+def upper_llm() -> LLM:
+    """The demo's LLM with adapters in the upper half of its layers alone."""
+    config = demo_config(True).llm
+    model, tokenizer = load_causal(folder(True), config, "cpu")
+    adapters, layers = lora_config(model, config), model.config.num_hidden_layers
+    lower = "|".join(map(str, range(layers // 2)))
+    adapters.exclude_modules = rf".*\.layers\.({lower})\..*"  # layers_to_transform knows nothing of "all-linear"
+    torch.manual_seed(0)
+    return LLM(get_peft_model(model, adapters), tokenizer, config)
+
+
 def upper_half(repeats: int, count: int) -> dict[str, Any]:
     """The update with adapters everywhere, and in the upper half of the layers."""
     drafts, rewards = drafts_and_rewards(demo_llm(True, "cpu"), count)
-    upper = demo_llm(True, "cpu")
-    layers = upper.model.config.num_hidden_layers
-    for name, parameter in upper.model.named_parameters():
-        below = any(f".layers.{layer}." in name for layer in range(layers // 2))
-        if parameter.requires_grad and below:
-            parameter.requires_grad = False
+    upper = upper_llm()
     sides = {"ours": Ours(demo_llm(True, "cpu"), drafts, rewards), "upper": Ours(upper, drafts, rewards)}
     seconds = in_turn({name: side.update for name, side in sides.items()}, repeats)
     return {
         "ratio_upper_half_update": ratio(seconds["ours"], seconds["upper"]),
-        "layers": layers,
+        "trainable": {name: sum(map(Tensor.numel, side.start.values())) for name, side in sides.items()},
         "update_seconds": {name: spread(values) for name, values in seconds.items()},
     }
 

@@ -268,6 +268,7 @@ def test_leads_are_measured_and_checked(quick, models, config, monkeypatch):
 
     figures = quick("leads", tiny)
     assert {"ratio_compiled_read", "ratio_int8_read", "ratio_int8_write", "ratio_upper_half_update"} <= set(figures)
+    assert figures["trainable"]["upper"] == figures["trainable"]["ours"] / 2
     off = figures["nats_from_float32"]
     assert off["compiled"] == off["ours"] == {"largest": 0.0, "mean": 0.0}  # all in float32 here
     assert 0 < off["int8"]["mean"] < 0.5
