@@ -373,8 +373,8 @@ def test_a_silo_tries_it_against_what_it_has_and_only_after_its_round(silo, fede
     silo, experiment = Silo(silo.kit, silo.cache), silo.settings.experiment
     _, download = answer(silo, Config.model_validate(federated), models)
     with pytest.raises(FederationError, match="a closing download of round 0, and 0 are complete"):
-        silo.close(experiment, 0, encode(download))
-    silo.install(experiment, 0, encode(download))
+        silo.close(experiment, 0, [encode(download)])
+    silo.install(experiment, 0, [encode(download)])
     had = {name: value.clone() for name, value in silo.slm().model.state_dict().items()}
     tried = []
 
@@ -385,7 +385,7 @@ def test_a_silo_tries_it_against_what_it_has_and_only_after_its_round(silo, fede
     monkeypatch.setattr(Client, "_try", decide)
     other = {name: value * 2 if value.is_floating_point() else value for name, value in download.slm.weights.items()}
     worse = dataclasses.replace(download, slm=dataclasses.replace(download.slm, weights=other))
-    assert silo.close(experiment, 0, encode(worse)) == {"round": 0.0, "accepted": 0.0}
+    assert silo.close(experiment, 0, [encode(worse)]) == {"round": 0.0, "accepted": 0.0}
     assert not differs(tried[0], had)
     assert not differs(silo.slm().model.state_dict(), had)
     assert "worse (0.750 before, 0.250 with it, on 4 held-out rows)" in closing_outcome(silo.closed)

@@ -304,9 +304,9 @@ def test_a_silo_trains_once_uploads_and_installs_what_comes_back(silo, federated
     upload, download = answer(silo, Config.model_validate(federated), models)
     assert silo.upload(experiment, 0) == silo.state / "upload-0000.safetensors"
     assert len(silo.receipts()) == 1  # the second request trained nothing
-    assert silo.install(experiment, 0, encode(download)) == {"round": 0.0, "accepted": 1.0}
+    assert silo.install(experiment, 0, [encode(download)]) == {"round": 0.0, "accepted": 1.0}
     assert silo.installed == 1
-    assert silo.install(experiment, 0, encode(download)) == {
+    assert silo.install(experiment, 0, [encode(download)]) == {
         "round": 0.0,
         "accepted": 1.0,
     }  # a confirmation that was lost
@@ -316,11 +316,48 @@ def test_a_silo_trains_once_uploads_and_installs_what_comes_back(silo, federated
     assert upload.client_id == "silo-0"
 
 
+def test_a_download_goes_to_the_disk_as_it_comes(silo, federated, models):
+    _, download = answer(silo, Config.model_validate(federated), models)
+    data = encode(download)
+    half, written = len(data) // 2, []
+
+    def coming(end):
+        yield data[:half]
+        written.append((silo.state / "incoming.safetensors.partial").stat().st_size)
+        yield from end()
+
+    def is_cut_off():
+        raise OSError("the line is dead")
+
+    with pytest.raises(OSError, match="the line is dead"):
+        silo.install(silo.settings.experiment, 0, coming(is_cut_off))
+    assert silo.installed == 0  # nothing is decided
+    assert not list(silo.state.glob("incoming*"))
+    silo.install(silo.settings.experiment, 0, coming(lambda: [data[half:]]))
+    assert min(written) > half - 2**13  # the rest is in the file's own buffer
+    assert (silo.state / "download-0000.safetensors").read_bytes() == data
+    assert not list(silo.state.glob("incoming*"))
+
+
+def test_a_download_that_is_too_large_completes_the_round_without_it(silo, federated, models):
+    _, download = answer(silo, Config.model_validate(federated), models)
+
+    def coming():
+        yield encode(download)
+        raise UploadError("the message has more than 9 bytes")
+
+    with pytest.raises(UploadError, match="more than 9 bytes"):
+        silo.install(silo.settings.experiment, 0, coming())
+    assert silo.installed == 1
+    assert "more than 9 bytes" in silo.decision(0)["refused"]
+    assert not list(silo.state.glob("*incoming*"))
+
+
 def test_the_second_round_starts_from_the_enhanced_slm(silo, federated, models):
     change(silo.kit, max_participations=2)
     silo = Silo(silo.kit, silo.cache)
     _, download = answer(silo, Config.model_validate(federated), models)
-    silo.install(silo.settings.experiment, 0, encode(download))
+    silo.install(silo.settings.experiment, 0, [encode(download)])
     again = decode_upload(silo.upload(silo.settings.experiment, 1).read_bytes())
     assert again.client_round == 1
     assert silo.client().rounds == 1
@@ -333,12 +370,12 @@ def test_a_silo_decides_what_it_answers(silo):
         silo.upload("another", 0)
     with pytest.raises(FederationError, match="agrees to 1 uploads"):
         silo.upload(silo.settings.experiment, 1)
-    for ask in (silo.upload, partial(silo.install, data=b""), partial(silo.not_used, reason="")):
+    for ask in (silo.upload, partial(silo.install, parts=[]), partial(silo.not_used, reason="")):
         with pytest.raises(FederationError, match="was asked about round -1; the first must be 0"):
             ask(silo.settings.experiment, -1)
     assert not list(silo.state.glob("upload-*"))
     with pytest.raises(FederationError, match="never uploaded"):
-        silo.install(silo.settings.experiment, 0, b"")
+        silo.install(silo.settings.experiment, 0, [])
     (silo.kit / "silo-0.csv").unlink()
     with pytest.raises(DataError, match=r"silo-0\.csv"):
         silo.upload(silo.settings.experiment, 0)
@@ -363,7 +400,7 @@ def test_what_comes_back_is_checked(silo, federated, models, what):
         client = "silo-1"
     state = type(upload.slm)(upload.slm.architecture, upload.slm.tokenizer, labels, length, weights)
     with pytest.raises((FederationError, UploadError), match="silo-0"):
-        silo.install(silo.settings.experiment, 0, encode(Download(client, 0, 1, {}, state)))
+        silo.install(silo.settings.experiment, 0, [encode(Download(client, 0, 1, {}, state))])
     assert silo.installed == 1  # the round is complete, with the SLM that was trained here
     kept = silo.slm().model.state_dict()
     assert all(weight.equal(upload.slm.weights[name]) for name, weight in kept.items())
@@ -384,7 +421,7 @@ def test_counts_go_out_in_the_order_of_the_outputs_and_come_back_in_the_silos_ow
     upload, download = answer(silo, Config.model_validate(federated), models)
     assert upload.slm.labels == tuple(reversed(labels))
     assert upload.class_counts == counts[::-1]
-    silo.install(silo.settings.experiment, 0, encode(download))
+    silo.install(silo.settings.experiment, 0, [encode(download)])
     assert Silo(silo.kit, tmp_path).client().told_counts == counts
 
 
@@ -1140,7 +1177,7 @@ def test_the_silos_budget_holds_over_processes(silo, federated, models):
     change(silo.kit, privacy=noisy, acceptance=AcceptanceConfig(), max_participations=2)
     silo = Silo(silo.kit, silo.cache)
     first, download = answer(silo, Config.model_validate(federated), models)
-    silo.install(silo.settings.experiment, 0, encode(download))
+    silo.install(silo.settings.experiment, 0, [encode(download)])
     second = decode_upload(Silo(silo.kit, silo.cache).upload(silo.settings.experiment, 1).read_bytes())
     assert second.class_counts == first.class_counts  # told again, not drawn again
     assert first.metrics["dp/epsilon"] < second.metrics["dp/epsilon"] <= 8.0
@@ -1154,7 +1191,7 @@ def test_a_raised_number_of_uploads_does_not_raise_the_silos_bound(silo, federat
     change(silo.kit, privacy=PrivacyConfig(epsilon=8.0), acceptance=AcceptanceConfig())
     silo = Silo(silo.kit, silo.cache)
     _, download = answer(silo, Config.model_validate(federated), models)
-    silo.install(silo.settings.experiment, 0, encode(download))
+    silo.install(silo.settings.experiment, 0, [encode(download)])
     change(silo.kit, max_participations=2)
     with pytest.raises(
         ConfigError, match=r"privacy\.epsilon = 8\.0 is spent: the 1 upload\(s\) so far cost (7\.99|8\.00) of"
@@ -1172,7 +1209,7 @@ def test_a_leak_stops_the_return_at_the_silo(silo, federated, models):
     _, download = answer(silo, Config.model_validate(federated), models)
     near = dataclasses.replace(download, texts=(silo.private().texts[0],))
     with pytest.raises(LeakError, match=r"privacy\.max_shared_words"):
-        silo.install(silo.settings.experiment, 0, encode(near))
+        silo.install(silo.settings.experiment, 0, [encode(near)])
     assert not silo.decision(0)["accepted"]
 
 

@@ -96,11 +96,11 @@ def test_the_classifier_in_use_is_whole_whenever_the_silo_dies(silo, federated, 
         with monkeypatch.context() as patch:
             patch.setattr(SLM if name == "save" else Silo, name, dies)
             with pytest.raises(OSError, match="No space"):
-                silo.install(experiment, 0, encode(download))
+                silo.install(experiment, 0, [encode(download)])
         assert silo.installed == 0
         assert (silo.state / "download-0000.safetensors").is_file()
         assert {path.name for path in silo.state.glob("slm*")} == left
-    silo.install(experiment, 0, encode(download))
+    silo.install(experiment, 0, [encode(download)])
     before = (used / "model.safetensors").read_bytes()
     silo.upload(experiment, 1)
     with monkeypatch.context() as patch:
@@ -130,7 +130,7 @@ def test_a_silo_that_starts_again_has_its_classifier_back(silo, monkeypatch):  #
 
 def test_a_silo_whose_classifier_had_no_say_is_told(silo, federated, models):  # noqa: F811
     _, download = answer(silo, Config.model_validate(federated), models)
-    silo.install(silo.settings.experiment, 0, encode(dataclasses.replace(download, metrics={"no_say": 1.0})))
+    silo.install(silo.settings.experiment, 0, [encode(dataclasses.replace(download, metrics={"no_say": 1.0}))])
     assert silo.decision(0)["no_say"]
     assert "the gate did not let the classifier that was sent judge" in outcome(silo.decision(0))
 
@@ -144,7 +144,7 @@ def test_a_round_whose_return_is_refused_is_complete(silo, federated, models):  
     upload, download = answer(silo, Config.model_validate(federated), models)
     near = dataclasses.replace(download, texts=(silo.private().texts[0],))
     with pytest.raises(LeakError):
-        silo.install(silo.settings.experiment, 0, encode(near))
+        silo.install(silo.settings.experiment, 0, [encode(near)])
     assert silo.installed == 1
     assert silo.private().texts[0] not in json.dumps(silo.decision(0))
     assert "what came back was refused (LeakError: " in outcome(silo.decision(0))
@@ -154,7 +154,7 @@ def test_a_round_whose_return_is_refused_is_complete(silo, federated, models):  
     assert all(weight.equal(upload.slm.weights[name]) for name, weight in weights.items())
     assert (silo.state / "slm" / "model.safetensors").exists()
     with pytest.raises(FederationError, match="round 0 is complete without an SLM: LeakError"):
-        silo.install(silo.settings.experiment, 0, encode(download))  # the answer was lost
+        silo.install(silo.settings.experiment, 0, [encode(download)])  # the answer was lost
     assert decode_upload(silo.upload(silo.settings.experiment, 1).read_bytes()).client_round == 1
 
 
@@ -255,9 +255,9 @@ def test_a_kept_file_that_changed_on_the_disk_is_named_and_decides_nothing(silo,
     change(silo.kit, max_participations=2, closing=True)
     silo, experiment = Silo(silo.kit, silo.cache), silo.settings.experiment
     _, download = answer(silo, Config.model_validate(federated), models)
-    silo.install(experiment, 0, encode(download))
+    silo.install(experiment, 0, [encode(download)])
     if name == "closing":
-        silo.close(experiment, 0, encode(download))
+        silo.close(experiment, 0, [encode(download)])
     path = silo.state / f"{name}.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -273,7 +273,7 @@ def test_a_kept_file_that_changed_on_the_disk_is_named_and_decides_nothing(silo,
     with pytest.raises(ModelError, match="upload-0001"):  # it is not sent once more as it is now
         silo.upload(experiment, 1)
     with pytest.raises(ModelError, match="upload-0001"):
-        silo.install(experiment, 1, encode(dataclasses.replace(download, client_round=1)))
+        silo.install(experiment, 1, [encode(dataclasses.replace(download, client_round=1))])
     assert silo.installed == 1
 
 
@@ -296,7 +296,7 @@ def test_test_rows_that_cannot_be_read_hold_nothing_back(silo, federated, models
     silo = Silo(silo.kit, silo.cache)
     _, download = answer(silo, Config.model_validate(federated), models)
     (silo.kit / "other.csv").write_text("text,label\nday,grand\n")
-    assert silo.install(silo.settings.experiment, 0, encode(download))["accepted"] == 1.0
+    assert silo.install(silo.settings.experiment, 0, [encode(download)])["accepted"] == 1.0
     assert "the enhanced classifier is installed" in outcome(silo.decision(0))
     assert "not tested: " in outcome(silo.decision(0))
 
@@ -342,7 +342,7 @@ def test_a_silo_that_took_half_precision_installs_it(silo, federated, models):  
     change(silo.kit, wire_dtype="float16")
     silo = Silo(silo.kit, silo.cache)
     _, download = answer(silo, Config.model_validate(federated), models)
-    assert silo.install(silo.settings.experiment, 0, encode(download))["accepted"] == 1.0
+    assert silo.install(silo.settings.experiment, 0, [encode(download)])["accepted"] == 1.0
     weights = silo.slm().model.state_dict()
     assert all(weight.equal(download.slm.weights[name].to(weight.dtype)) for name, weight in weights.items())
 
@@ -378,7 +378,7 @@ def test_a_silo_says_what_it_does_and_why_it_refused(silo, federated, models, fl
     assert "round 0: trained; nothing has come back yet" in said()
     ask(silo, "upload", monkeypatch, number=7)
     assert "refused a request 0 s ago: silo silo-0: agrees to 1 uploads (max_participations)" in said()
-    silo.install(silo.settings.experiment, 0, encode(download))
+    silo.install(silo.settings.experiment, 0, [encode(download)])
     assert "round 0: complete: the enhanced classifier is installed" in said()
     (silo.kit / "silo-0.csv").unlink()
     (silo.state / "now.json").unlink()
@@ -397,7 +397,7 @@ def test_a_silo_measures_on_its_own_test_rows_and_tells_nobody(silo, federated, 
     _, download = answer(silo, Config.model_validate(federated), models)
     code, out, err = shell("predict", str(silo.kit), str(silo.kit / "other.csv"))
     before = float(re.search(r"accuracy (\S+) on 3 rows", err)[1])
-    told = silo.install(silo.settings.experiment, 0, encode(download))
+    told = silo.install(silo.settings.experiment, 0, [encode(download)])
     assert set(told) == {"round", "accepted"}
     figures = silo.decision(0)["test"]
     assert (figures["rows"], round(figures["before"], 3)) == (3, before)

@@ -3,7 +3,7 @@
 A request that comes twice is answered from what :mod:`crosslm.federation.silo_state` keeps; nothing is trained twice.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,17 @@ class Silo(SiloState):
         self.now("waiting", number)
         return path
 
-    def install(self, experiment: str, number: int, data: bytes) -> dict[str, float]:
+    def install(self, experiment: str, number: int, parts: Iterable[bytes]) -> dict[str, float]:
         """Step 5: keep the enhanced SLM, as ``state/slm`` for transformers.
 
         A round whose download is refused is complete all the same: the server sends none of it again, and this silo
         goes on with the SLM that it has. Where something of this silo's own is amiss (a file that is not there or has
         changed, a GPU that is gone), nothing is decided, and the server sends it again.
+
+        Args:
+            experiment: whom the message is from.
+            number: the round.
+            parts: the bytes of the download, one after the other; they go to the disk as they come.
 
         Returns:
             What the server is told: the round, whether the SLM was accepted, and no more.
@@ -100,7 +105,8 @@ class Silo(SiloState):
             return self._confirmation(number)
         upload = self._mine(number)
         try:
-            decision, had_say = self._install(number, data, upload)
+            with self._incoming(parts) as file:
+                decision, had_say = self._install(number, file, upload)
         except OF_THE_DOWNLOAD as error:
             self._use(SLM.from_state(upload.slm))
             self._keep_receipt("install", number, {"answer": refused(error)})
@@ -111,16 +117,16 @@ class Silo(SiloState):
         self._complete(number, decision | ({} if had_say else {"no_say": True}))
         return told
 
-    def _install(self, number: int, data: bytes, upload: Upload) -> tuple[dict[str, Any], bool]:
+    def _install(self, number: int, file: Path, upload: Upload) -> tuple[dict[str, Any], bool]:
         client = self.client()
         told = upload.counts_of(self.settings.labels)
         client.restore(upload.slm, number + 1, told, self._told(number + 1))
-        decision, had_say = self._try(number, data, upload, client)
-        self._keep(self._downloaded(number), data)
+        decision, had_say = self._try(number, file, upload, client)
+        self._keep_file(self._downloaded(number), file)
         self._use(client.slm)
         return decision, had_say
 
-    def _try(self, number: int, data: bytes, upload: Upload, client: Client) -> tuple[dict[str, Any], bool]:
+    def _try(self, number: int, file: Path, upload: Upload, client: Client) -> tuple[dict[str, Any], bool]:
         """Check a download that answers an upload, and let a client with the SLM in use have it.
 
         Returns:
@@ -128,7 +134,7 @@ class Silo(SiloState):
             in it (``gate.teach_refused``).
         """
         settings = self.settings
-        download = Intake(settings.labels, settings.intake).download(data, settings.id)
+        download = Intake(settings.labels, settings.intake).download(file, settings.id)
         if download.client_round != number:
             raise FederationError(
                 f"silo {settings.id}: asked to install round {number}, got the download of round "
@@ -151,13 +157,13 @@ class Silo(SiloState):
         returned.order_labels(before.labels)
         return {"test": {"rows": len(test), "before": before.accuracy(test), "after": returned.accuracy(test)}}
 
-    def close(self, experiment: str, number: int, data: bytes) -> dict[str, float]:
+    def close(self, experiment: str, number: int, parts: Iterable[bytes]) -> dict[str, float]:
         """Step 5 once more, when no more uploads come: try what came against the SLM in use, and keep the better.
 
         Args:
             experiment: whom the message is from.
             number: the round of the upload that it was made of.
-            data: the download.
+            parts: of the download, as for :meth:`install`.
 
         Returns:
             As :meth:`install`.
@@ -181,13 +187,14 @@ class Silo(SiloState):
         if self.closed is None:
             try:
                 client = self.client()
-                decision, _ = self._try(number, data, self._mine(number), client)
+                with self._incoming(parts) as file:
+                    decision, _ = self._try(number, file, self._mine(number), client)
+                    if decision["accepted"]:
+                        self._keep_file(self.state / CLOSING, file)
             except OF_THE_DOWNLOAD as error:
                 self._keep_receipt("close", number, {"answer": refused(error)})
                 self._close({"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
                 raise
-            if decision["accepted"]:
-                self._keep(self.state / CLOSING, data)
             self._use(client.slm)
             told = confirmation(number, decision["accepted"])
             self._keep_receipt("close", number, {"answer": done(number), "metrics": told})

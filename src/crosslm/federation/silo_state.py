@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from crosslm.data import is_there, load_examples
 from crosslm.errors import DataError, KeptFileError
 from crosslm.examples import Examples
 from crosslm.federation.kits import SILO_FILE, SiloSettings, read_silo
-from crosslm.files import write_whole
+from crosslm.files import partial_of, rename, write_whole
 
 
 class SiloState:
@@ -168,6 +169,24 @@ class SiloState:
         """Write a file whole, and before it its SHA-256, so that every file has one."""
         write_whole(_digest_of(path), [hashlib.sha256(data).hexdigest().encode()])
         write_whole(path, [data])
+
+    @contextmanager
+    def _incoming(self, parts: Iterable[bytes]) -> Iterator[Path]:
+        """What comes in parts, in a file for as long as it is looked at, unless :meth:`_keep_file` gives it a name."""
+        path = self.state / "incoming.safetensors"
+        try:
+            write_whole(path, parts)
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+            partial_of(path).unlink(missing_ok=True)
+
+    def _keep_file(self, path: Path, file: Path) -> None:
+        """Keep a file that is in the same folder as :meth:`_keep` would, under this name."""
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        write_whole(_digest_of(path), [digest.encode()])
+        rename(file, path)
 
     def _kept(self, path: Path) -> bytes:
         """What :meth:`_keep` wrote.

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,13 +46,13 @@ def install(message: Message, context: Context) -> Message:
     return _installed(message, Silo.install)
 
 
-def _installed(message: Message, take: Callable[[Silo, str, int, bytes], dict[str, float]]) -> Message:
+def _installed(message: Message, take: Callable[[Silo, str, int, Iterable[bytes]], dict[str, float]]) -> Message:
     request, arrays = message.content["request"], message.content["message"]
     try:
         silo, number = _silo(), _round(request)
         assert isinstance(arrays, ArrayRecord)
-        data = b"".join(joined(arrays, silo.settings.intake.max_bytes))
-        metrics = take(silo, str(request["experiment"]), number, data)
+        parts = joined(arrays, silo.settings.intake.max_bytes)
+        metrics = take(silo, str(request["experiment"]), number, parts)
     except OF_THE_DOWNLOAD as error:
         return refusal(message, error)
     except CrosslmError as error:
