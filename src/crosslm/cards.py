@@ -101,6 +101,8 @@ text that a language model wrote and that {_judges(client, summary)}.
 from transformers import pipeline
 
 classify = pipeline("text-classification", model="FOLDER OR REPOSITORY")
+# cut as in its training; without that, long texts fail
+print(classify("A text.", truncation=True, max_length={config.slm.max_length}))
 ```
 
 ## Training
@@ -108,6 +110,8 @@ classify = pipeline("text-classification", model="FOLDER OR REPOSITORY")
 | | |
 | --- | --- |
 | base model | {_layers(about["model"])} |
+| licence of the base model | {_licence(str(about["model"]["model"]))} |
+| licence of the LLM that wrote its synthetic texts | {_licence(config.llm.model)} |
 | private training rows | {rows} |
 | synthetic texts chosen for its last update | {selected} |
 | preset | {config.preset} |

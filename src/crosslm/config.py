@@ -75,7 +75,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """All randomness of a run is drawn from it."""
     device: str = "auto"
-    """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
+    """``auto`` (CUDA if there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
     tracking: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] | None = None
     """Where figures go besides the run folder. Not set: TensorBoard where it is installed; ``[]``: nowhere."""
     task: TaskConfig

@@ -174,7 +174,7 @@ def _of_recommended_alone(slm: Sequence[Part]) -> list[dict[str, Any]]:
     return [
         row("apart, preset recommended: its own Standalone", slm, column(OWN_STANDALONE), SHARE),
         row("apart, preset recommended: CrossLM - that, points", slm, change(CROSSLM, OWN_STANDALONE), POINTS),
-        row("apart, preset recommended: every SLM that came back, accepted or not", slm, column(RETURNED), SHARE),
+        row("apart, preset recommended: what came at arrival, or in the end if taken", slm, column(RETURNED), SHARE),
         row("apart, preset recommended: that - Data-free KD, points", slm, change(RETURNED, DATA_FREE_KD), POINTS),
     ]
 

@@ -36,7 +36,7 @@ class FitConfig(Section):
     patience: Annotated[int, Field(ge=0)] = 0
     """Stop after so many epochs without a lower hold-out loss and go back to the best; 0: never."""
     holdout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the rows that is held out when ``patience`` is set."""
+    """Share of the rows that is held out where ``patience`` is set or ``acceptance.enabled`` is."""
 
 
 class SLMConfig(Section):
@@ -47,7 +47,7 @@ class SLMConfig(Section):
     max_length: Positive = 128
     """Tokens of a text that the SLM reads."""
     freeze_embeddings: bool = False
-    """Train all but the word vectors."""
+    """Train all but the word vectors, which would tell which words were in the rows (docs/privacy.md)."""
     private: FitConfig = FitConfig(epochs=8, patience=3)
     """Step 1: training on the private rows."""
     synthetic: FitConfig = FitConfig(epochs=3, learning_rate=3e-5)
