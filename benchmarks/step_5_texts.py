@@ -38,7 +38,6 @@ from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.enhancement import pool_rewards, select, soft_labels, train_on_synthetic
 from crosslm.federation.messages import decode_upload
-from crosslm.gate import as_rewarding
 from crosslm.loaded import load_models
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, resolve_device
@@ -51,6 +50,7 @@ from crosslm.seeding import seed_for
 from crosslm.server import Server, receive_slm
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
+from crosslm.teachers import as_rewarding
 
 VARIANTS = {
     "Data-free KD": [("original", "original", 1.0)],

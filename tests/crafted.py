@@ -101,12 +101,15 @@ def _raw(good, canary):
         "an infinite number": '{"w": 1e999}',
         "an open string": '"' + '\\"' * 200_000,
         "not UTF-8": "\udcff\udcfe",
+        "half a character": '{"__metadata__": {"crosslm": "\\ud800"}}',
         "the metadata twice": '{"__metadata__": {"crosslm": "{}"}, "__metadata__": {"crosslm": "{}"}}',
         "only metadata": '{"__metadata__": {"crosslm": "{}"}}',
         "no metadata": '{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
     }.items():
         raw = text.encode("utf-8", "surrogateescape")
         yield f"header: {name}", struct.pack("<Q", len(raw)) + raw + bytes(4), HEADERS.get(name, "is not JSON")
+    raw = ('{"Ģ": [' + "[]," * 200_000 + '[]], "Ģ": 1}').encode("utf-16-le")  # its first byte is that of a quote
+    yield "header: UTF-16", struct.pack("<Q", len(raw)) + raw + bytes(4), "is not JSON"
 
 
 def _tables(good):
@@ -199,7 +202,9 @@ def _fields(good):
     for value in ([], [1], [1, 2, 3], [-1, 1], [1.5, 2], ["1", "2"], {"bad": 1}, [10**30, 1], [True, False]):
         message = "one for each label" if value in ([], [1], [1, 2, 3]) else "whole numbers"
         yield inner(f"class counts {value}", message, lambda f, v=value: f.update(class_counts=v))
-    for value in ([], {"x": "1"}, {"x": None}, {"x" * 1000: 1}, {f"m{n}": 1 for n in range(500)}, {"x": [1]}):
+    yield inner("half a character in a metric", "is not JSON", lambda f: f.update(metrics={"x\ud800": 1.0}))
+    names = ({"": 1}, {"a name": 1}, {"x\n": 1}, {"\u202e": 1})
+    for value in ([], {"x": "1"}, {"x": None}, {"x" * 1000: 1}, {f"m{n}": 1 for n in range(500)}, {"x": [1]}, *names):
         yield inner(f"metrics {str(value)[:30]}", "metrics", lambda f, v=value: f.update(metrics=v))
     for value in (
         [],

@@ -29,8 +29,8 @@ LAYERS = [
     {"models.private_mean", "models.accounting"},
     {"models.private_layers"},
     {"models.private_fit"},
-    {"synthesis", "classification", "client", "gate", "llm_update"},
-    {"enhancement", "teachers"},
+    {"synthesis", "classification", "client", "llm_update", "teachers"},
+    {"enhancement", "gate"},
     {"server", "evaluate", "rundir"},
     {
         "baselines",

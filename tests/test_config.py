@@ -211,6 +211,12 @@ def test_an_override_that_cannot_be_is_refused(write, override):
         load(write(), (override,))
 
 
+def test_a_file_of_an_editor_that_marks_utf8_is_read(write):
+    path = write()
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert load(path).name == "tiny"
+
+
 def test_a_file_that_is_not_there_or_not_toml_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"the packaged ones are .*demo"):
         load("no such thing")

@@ -196,6 +196,21 @@ def test_a_client_shut_out_by_a_rollback_leaves_no_trace(small_file, small, tmp_
     assert "'nobody' has not changed the LLM; those that have: client-0, client-1" in err
 
 
+def test_a_rollback_keeps_the_uploads_of_those_who_do_not_come_again(settings, tmp_path, command):
+    settings["gate"] = {"enabled": False}
+    file = tmp_path / "tiny.toml"
+    file.write_text(tomli_w.dumps(settings))
+    run = tmp_path / "run"
+    assert command("run", file, "--output", run)[0] == 0
+    first, second = (Checkpoints(RunDir(run)).read(number)["cause"]["client"] for number in (1, 2))
+    assert command("rollback", run, "--client", second)[0] == 0
+    copy = tmp_path / f"run-without-{second}"
+    assert contents(copy / "uploads") == {
+        name: data for name, data in contents(run / "uploads").items() if name.startswith(f"{first}/")
+    }
+    assert not (copy / "uploads" / second).exists()
+
+
 def test_a_rollback_to_what_was_pruned_says_so(small_file, small, tmp_path, command):
     small["gate"] = {"enabled": False}
     small["checkpoint"] = {"keep": 1}

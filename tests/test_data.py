@@ -156,13 +156,32 @@ def test_an_error_quotes_no_private_text(tmp_path, data, name, content):
         ("x.jsonl", "[1]\n", r"x.jsonl: line 1 must be an object"),
         ("x.txt", "a", r"x.txt: must be .csv"),
         ("x.csv.gz", "not gzip", r"x.csv.gz: cannot be read"),
-        ("x.csv", 'text,label\n"' + "a" * 200_000 + ",good\n", r"x.csv: line \d+ is not CSV"),
+        (
+            "x.csv",
+            'text,label\n"' + "a" * 200_000 + ",good\n",
+            r"x.csv: line 2 is not CSV, or begins a row that is not",
+        ),
+        (
+            "x.csv",
+            'label,text\ngood,one\nbad,"two\ngood,three\n',
+            r"x.csv: line 3 is not CSV.*a quote that is not closed",
+        ),
+        ("x.csv", 'text,label\n"a,good\nb,bad\n"c",good\nd,bad\n', r"x.csv: line 2 is not CSV"),
+        ("x.csv", 'text,"label\na,good\n', r"x.csv: line 1 is not CSV"),
+        ("x.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}\n", r"x.jsonl: line 1 is not JSON"),
     ],
 )
 def test_what_is_wrong_is_named_with_file_and_row(tmp_path, data, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         load_examples(name, data, LABELS)
+
+
+def test_a_long_text_with_quotes_and_line_breaks_is_one_row(tmp_path, data):
+    text = 'she said "no", and\r\n' * 10_000
+    (tmp_path / "x.csv").write_bytes(as_csv([(text, "bad"), ("short", "good")]).encode())
+    loaded = load_examples("x.csv", data, LABELS)
+    assert loaded.examples.texts == [" ".join(text.split()), "short"]
 
 
 def test_a_missing_file_says_where_to_set_the_folder(data):

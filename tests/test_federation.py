@@ -177,6 +177,8 @@ def test_provisioning_says_what_is_wrong(federated, settings, kits):
 
 def test_settings_that_are_wrong_are_named(kits):
     kit = kits / "silos" / "silo-0"
+    (kit / SILO_FILE).write_text((kit / SILO_FILE).read_text(), encoding="utf-8-sig")
+    assert read_silo(kit).id == "silo-0"
     with pytest.raises(FederationError, match=r"is the kit of a silo; start it with: crosslm client"):
         read_server(kit)
     with pytest.raises(FederationError, match=r"no server\.toml"):

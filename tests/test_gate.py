@@ -24,6 +24,7 @@ from crosslm.config import Config, FitConfig
 from crosslm.errors import QuarantineError, UploadError
 from crosslm.examples import Examples
 from crosslm.gate import Gate
+from crosslm.measures import measure_slm
 from crosslm.models.slm import SLM
 from crosslm.records import SyntheticSet, SyntheticText
 
@@ -278,6 +279,8 @@ def test_an_slm_that_breaks_on_a_text_is_an_upload_that_is_refused(settings, hon
     monkeypatch.setattr(slm, "predict_proba", breaks)
     with pytest.raises(UploadError, match="cannot classify: IndexError"):
         gate_for(settings).judge(slm, honest["north"])
+    with pytest.raises(UploadError, match="cannot classify: IndexError"):  # on the server's test rows, before the gate
+        measure_slm(None, "standalone", "north", slm, Examples(["a film"], [0]), 0)
 
     class PanicException(BaseException):
         """As the tokenizers' Rust library raises it."""

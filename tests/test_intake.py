@@ -14,6 +14,7 @@ from conftest import TASK
 from crafted import CHARSMAP, crafted, joined, parts
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 
 from crosslm.config import Config
 from crosslm.errors import UploadError
@@ -75,6 +76,21 @@ def test_every_crafted_upload_is_refused_and_the_next_one_is_served(good, task, 
     assert grown * (1 if sys.platform == "darwin" else 1024) < 512 * 2**20
     assert time.monotonic() - started < 60
     assert check(good, task, config).client_id == "north"
+
+
+def test_positions_that_begin_behind_the_padding_are_not_counted_twice(models, task, config, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(models / "bert")
+    tokenizer.save_pretrained(tmp_path)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    places = {"max_position_embeddings": 32, "pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
+    RobertaForSequenceClassification(RobertaConfig(**small, **places)).save_pretrained(tmp_path)
+    slm = SLM.load(str(tmp_path), ("good", "bad"), 99, 0)
+    longest = 32 - tokenizer.pad_token_id - 1
+    assert slm.max_length == longest
+    state = slm.to_state()
+    assert check(encode(Upload("north", 0, (4, 5), {}, state)), task, config).slm.max_length == longest
+    with pytest.raises(UploadError, match=f"its max_length is 32; the architecture reads 1 to {longest} tokens"):
+        check(encode(Upload("north", 0, (4, 5), {}, dataclasses.replace(state, max_length=32))), task, config)
 
 
 def test_a_file_is_not_read_before_its_header_has_passed(good, task, config, tmp_path):

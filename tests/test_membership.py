@@ -1,6 +1,7 @@
 """The attacks' figures, by hand."""
 
 import math
+import tracemalloc
 import unicodedata
 
 import pytest
@@ -114,6 +115,18 @@ def test_longest_shared_words_by_hand():
     assert longest_shared(texts, private) == [4, 1, 0, 0]
     assert longest_shared(["the patient came in on monday"], private) == [6]
     assert longest_shared(["a"], []) == [0]
+    assert longest_shared([], ["a"]) == []
+
+
+def test_a_text_that_is_copied_whole_takes_no_memory_for_each_length():
+    private = [" ".join(f"w{row}x{place}" for place in range(300)) for row in range(20)]
+    tracemalloc.start()
+    try:
+        assert longest_shared([private[7], "w1x3 w1x4 w1x6"], private) == [300, 2]
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 16 * 2**20  # with the sequences of all lengths it is ten times as much
 
 
 def test_nearest_similarity_by_hand():

@@ -20,10 +20,10 @@ from crosslm.client import Client
 from crosslm.config import FitConfig
 from crosslm.errors import ModelError, UploadError
 from crosslm.examples import Examples
-from crosslm.models.architecture import MODEL_TYPES
+from crosslm.models.architecture import MODEL_TYPES, longest_text
 from crosslm.models.rows import batches as row_batches
 from crosslm.models.rows import hold_out
-from crosslm.models.slm import SLM, _longest
+from crosslm.models.slm import SLM
 
 LABELS = ("bad", "good")
 EXAMPLES = Examples(sentences(BAD) + sentences(GOOD), [0] * 40 + [1] * 40)
@@ -60,7 +60,7 @@ def test_a_text_has_at_most_as_many_tokens_as_the_model_has_positions(config, po
     if config.model_type == "roberta":
         config.max_position_embeddings = 514
     model = AutoModelForSequenceClassification.from_config(config).eval()
-    assert _longest(model, 9) == positions
+    assert longest_text(model, 9) == positions
     model(torch.full((1, positions), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((1, positions + 1), 5))

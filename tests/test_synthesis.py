@@ -47,6 +47,10 @@ def test_eq_2_labels_are_uniform_and_follow_the_seed():
         ("Really?! Yes (truly.) and", False, "Really?! Yes (truly.)"),
         ("it cost 3.50 and", False, ""),
         ("no end at all", False, ""),
+        ("这部电影很好。我喜欢它。后来", False, "这部电影很好。我喜欢它。"),
+        ("「本当に？」と彼は", False, "「本当に？」"),
+        ("यह फ़िल्म अच्छी है। और", False, "यह फ़िल्म अच्छी है।"),
+        ("هل أعجبك؟ نعم", False, "هل أعجبك؟"),
     ],
 )
 def test_clean(raw, finished, expected):

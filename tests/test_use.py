@@ -133,6 +133,11 @@ def test_a_pipe_is_read_no_further_than_needed(finished):
     assert len(taken) == ROWS_AT_ONCE
 
 
+def test_columns_without_a_name_are_no_columns_of_one_name():
+    rows = list(rows_of(io.BytesIO(b"text,,\na,,\n"), "here", "text", RowFormat.csv))
+    assert [row["text"] for row in rows] == ["a"]
+
+
 def test_bytes_that_are_not_utf8_lose_no_row():
     rows = list(rows_of(io.BytesIO(b"fine\r\nbr\xffken\n"), "here", "text", RowFormat.text))
     assert [row["text"] for row in rows] == ["fine", "br\ufffdken"]
@@ -143,6 +148,10 @@ def test_bytes_that_are_not_utf8_lose_no_row():
     [
         ("a.csv", 'body\n"x"\n', r"a.csv: row 1 has no column 'text'; its columns are: body; .*--text-column"),
         ("a.csv", "text\nx,y\n", "a.csv: line 2 has more fields than the header"),
+        ("a.csv", 'text,id\na,1\n"b,2\nc,3\n', "a.csv: line 3 is not CSV"),
+        ("a.csv", "text,text\na,b\n", "a.csv: has the column 'text' twice; give each a name of its own"),
+        ("a.csv", "text,id,id\na,1,2\n", "a.csv: has the column 'id' twice"),
+        ("a.jsonl", '{"text": ' + "9" * 5000 + "}\n", "a.jsonl: line 1 is not JSON"),
         ("a.jsonl", "[1]\n", "a.jsonl: line 1 must be an object"),
         ("a.jsonl", "{\n", "a.jsonl: line 1 is not JSON"),
         ("a.xlsx", "", r"a.xlsx: must be .csv, .jsonl or .txt"),

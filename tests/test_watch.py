@@ -42,6 +42,24 @@ def test_events_come_as_they_are_written_and_half_a_line_waits(tmp_path):
     assert list(seen) in ([], [None])
 
 
+def test_a_run_that_was_taken_back_is_followed_on(tmp_path):
+    run = started(tmp_path / "run")
+    seen = follow(run, pause=lambda _: None)
+    for number in range(4):
+        run.event("warning", message=f"number {number}")
+    assert [next(seen)["message"] for _ in range(4)] == [f"number {number}" for number in range(4)]
+    path = run.path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]))  # as --resume does
+    assert next(seen) is None
+    run.event("warning", message="again")
+    assert next(seen)["message"] == "again"
+    path.write_bytes(b"".join(lines[:1]))  # and it is longer than before when it is looked at again
+    run.event("warning", message="another" + "r" * len(lines[1]) * 2)
+    run.event("warning", message="last")
+    assert [event["message"][:7] for event in (next(seen), next(seen))] == ["another", "last"]
+
+
 def test_it_ends_with_a_failed_run_but_not_with_one_that_was_taken_up_again(tmp_path):
     run = started(tmp_path / "run")
     run.event("end", error="OSError: disk full")

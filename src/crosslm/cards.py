@@ -102,7 +102,7 @@ from transformers import pipeline
 
 classify = pipeline("text-classification", model="FOLDER OR REPOSITORY")
 # cut as in its training; without that, long texts fail
-print(classify("A text.", truncation=True, max_length={config.slm.max_length}))
+classify("A text.", truncation=True, max_length={config.slm.max_length})
 ```
 
 ## Training

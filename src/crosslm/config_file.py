@@ -49,7 +49,7 @@ def load(
             f"no configuration {str(source)!r}: not a file, and the packaged ones are {', '.join(packaged())}"
         )
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as a TOML file, which it must be: {error}") from error
     given = merged(given, over)

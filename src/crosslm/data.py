@@ -1,14 +1,13 @@
 """Texts from files: labelled ones in CSV or JSONL, and plain ones."""
 
 import codecs
-import csv
 import difflib
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from crosslm.errors import DataError
 from crosslm.examples import Examples
 from crosslm.files import expanded
 from crosslm.hub import HUB, hub_rows
-from crosslm.rows import is_text
+from crosslm.rows import csv_rows, is_text, json_rows
 
 NAMED_ROWS = 5
 
@@ -126,18 +125,18 @@ def _file_rows(name: str, data: DataConfig) -> tuple[str, Iterator[tuple[int, di
     text = read_text(path)
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        header = _csv_header(path, reader)
-        reader.fieldnames = header
-        for column in (data.text_column, data.label_column):
-            if column not in header:
-                raise DataError(f"{path}: no column {column!r}; its columns are: {_columns(header, column, data)}")
-            if header.count(column) > 1:
-                raise DataError(f"{path}: has the column {column!r} twice; give each a name of its own")
-        return str(path), _csv_rows(path, reader)
+        return str(path), csv_rows(io.StringIO(text, newline=""), str(path), partial(_check_header, path, data))
     if kind == ".jsonl":
-        return str(path), _json_rows(path, text)
+        return str(path), json_rows(text.split("\n"), str(path))
     raise DataError(f"{path}: must be .csv, .csv.gz, .jsonl or .jsonl.gz")
+
+
+def _check_header(path: Path, data: DataConfig, header: list[str]) -> None:
+    for column in (data.text_column, data.label_column):
+        if column not in header:
+            raise DataError(f"{path}: no column {column!r}; its columns are: {_columns(header, column, data)}")
+        if header.count(column) > 1:
+            raise DataError(f"{path}: has the column {column!r} twice; give each a name of its own")
 
 
 def read_text(path: Path) -> str:
@@ -185,39 +184,6 @@ def whole_text(path: Path) -> str:
     if broken := [number for number, line in enumerate(text.splitlines(), start=1) if _is_broken(line)]:
         raise DataError(f"{path}: line {broken[0]} is not UTF-8; write the file anew as UTF-8, or without that line")
     return text
-
-
-def _csv_header(path: Path, reader: "csv.DictReader[str]") -> list[str]:
-    try:
-        return [name.strip() for name in reader.fieldnames or []]
-    except csv.Error as error:
-        raise DataError(f"{path}: line 1 is not CSV; it must name the columns: {error}") from error
-
-
-def _csv_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        for number, row in enumerate(reader, start=1):
-            if None in row:
-                raise DataError(
-                    f"{path}: line {reader.line_num} has more fields than the header; put texts with commas in quotes"
-                )
-            yield number, row
-    except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num} is not CSV (an unclosed quote?): {error}") from error
-
-
-def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: line {number} is not JSON; each line must be an object: {error}") from error
-        if not isinstance(row, dict):
-            kind = type(row).__name__
-            raise DataError(f"{path}: line {number} must be an object with the columns as keys, found a {kind}")
-        yield number, row
 
 
 def is_there(name: str, data: DataConfig) -> bool:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from crosslm.algorithm.agreement import correlation, label_auc, normal_quantile, upper_correlation
-from crosslm.algorithm.rewards import correct_prior
-from crosslm.config import Config, RewardConfig
-from crosslm.errors import ConfigError, QuarantineError, UploadError
+from crosslm.config import Config
+from crosslm.errors import ConfigError, QuarantineError
 from crosslm.examples import Examples
 from crosslm.models.slm import SLM
 from crosslm.records import SyntheticSet, Upload
+from crosslm.teachers import as_rewarding, stranger_proba
 
 OTHERS = 2
 """With fewer accepted others there is no majority to agree with."""
@@ -164,27 +164,3 @@ def only_label(upload: Upload) -> str | None:
     labels = [label for label, rows in zip(upload.slm.labels, upload.class_counts, strict=True) if rows]
     is_noisy = bool(upload.metrics.get("dp/count_epsilon"))
     return labels[0] if len(labels) == 1 and not is_noisy else None
-
-
-def stranger_proba(slm: SLM, texts: list[str]) -> Tensor:
-    """``S(.|x)`` of each text by an SLM that came from elsewhere, ``(texts, labels)``.
-
-    Raises:
-        UploadError: it fails on a text, or gives what is no probability.
-    """
-    try:
-        probabilities = slm.predict_proba(texts)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of the tokenizers' Rust library is no Exception
-        raise UploadError(f"the SLM cannot classify: {type(error).__name__}: {str(error)[:120]}") from error
-    if not probabilities.isfinite().all():
-        raise UploadError("the SLM gives probabilities that are not finite")
-    return probabilities
-
-
-def as_rewarding(slm: SLM, probabilities: Tensor, upload: Upload, config: RewardConfig) -> Tensor:
-    """The probabilities that rewards are made of: with ``reward.correct_prior`` freed of the training shares."""
-    if not config.correct_prior:
-        return probabilities
-    return correct_prior(probabilities, torch.tensor(upload.counts_of(slm.labels)))

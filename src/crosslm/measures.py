@@ -14,6 +14,7 @@ from crosslm.progress import Progress
 from crosslm.records import SyntheticSet
 from crosslm.rundir import RunDir
 from crosslm.task import Task
+from crosslm.teachers import stranger_proba
 
 LLM_MEASURES = ("nlu_accuracy", "nlg_accuracy", "nlg_judge_accuracy", "distinct_2", "perplexity")
 
@@ -92,8 +93,11 @@ def measure_slm(
 
     Returns:
         The accuracy, and the confusion counts.
+
+    Raises:
+        UploadError: it fails on a row.
     """
-    predicted: list[int] = slm.predict_proba(test.texts).argmax(dim=1).tolist()
+    predicted: list[int] = stranger_proba(slm, test.texts).argmax(dim=1).tolist()
     run.save_predictions(f"slm/{method}/{who}", test.labels, predicted)
     right = [given == label for given, label in zip(predicted, test.labels, strict=True)]
     run.event("test", method=method, client=who, rows=rows, right="".join(str(int(value)) for value in right))

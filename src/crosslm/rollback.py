@@ -52,7 +52,11 @@ def roll_back(run: RunDir, client_id: str, output: Path) -> int:
         partial = RunDir(work)
         _copy(run, partial, checkpoints, before)
         later = {record["cause"].get("client") for record in records if record["arrival"] >= first}
-        _copy_predictions(run, partial, [who for who in before[-1]["state"]["journal"]["returned"] if who not in later])
+        done = [who for who in before[-1]["state"]["journal"]["returned"] if who not in later]
+        _copy_predictions(run, partial, done)
+        for who in done:  # for an audit: the others upload again
+            if (uploaded := run.path / "uploads" / who).is_dir():
+                shutil.copytree(uploaded, partial.path / "uploads" / who)
         origin = {
             "clients": sorted({*run.barred(), client_id}),
             "of": run.path.resolve().name,

@@ -9,10 +9,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from crosslm.errors import DataError, RunError
+from crosslm.files import partial_of
 
 Row = dict[str, object]
 NOT_UTF8 = "\ufffd"
@@ -88,7 +90,8 @@ def rows_of(
         for line in lines:
             yield {text_column: line.rstrip("\r\n")}
         return
-    for number, row in enumerate(_csv(lines, source) if kind is RowFormat.csv else _jsonl(lines, source), start=1):
+    found = csv_rows(lines, source, partial(_once, source)) if kind is RowFormat.csv else json_rows(lines, source)
+    for number, row in found:
         if text_column not in row:
             columns = ", ".join("..." if is_text(str(name)) else str(name) for name in row)
             raise DataError(
@@ -140,32 +143,67 @@ def _readable(lines: Iterable[str], on_broken: Callable[[], None]) -> Iterator[s
         yield line
 
 
-def _csv(lines: Iterable[str], source: str) -> Iterator[Row]:
-    reader = csv.DictReader(lines)
+def csv_rows(
+    lines: Iterable[str], source: str, check_header: Callable[[list[str]], None]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a CSV file with their numbers, the first row of data being 1.
+
+    Args:
+        lines: of the file, with their ends.
+        source: its name, for messages.
+        check_header: told of the columns before any row; may raise.
+
+    Raises:
+        DataError: it is not CSV, as with a quote that is not closed, or a row has too many fields.
+    """
+    csv.field_size_limit(2**31 - 1)  # a long text is no error; a quote without an end is (strict)
+    reader, line = csv.DictReader(lines, strict=True), 1
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-        for row in reader:
+        check_header(list(reader.fieldnames))
+        line = reader.line_num + 1
+        for number, row in enumerate(reader, start=1):
             if None in row:
                 raise DataError(
                     f"{source}: line {reader.line_num} has more fields than the header; put texts with commas in quotes"
                 )
-            yield dict(row)
+            yield number, row
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{source}: line {reader.line_num} is not CSV (an unclosed quote?): {error}") from error
+        raise DataError(
+            f"{source}: line {line} is not CSV, or begins a row that is not: is there a quote that is not closed? "
+            f"{error}"
+        ) from error
 
 
-def _jsonl(lines: Iterable[str], source: str) -> Iterator[Row]:
+def json_rows(lines: Iterable[str], source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Objects of a JSONL file with the numbers of their lines; empty lines are passed over.
+
+    Raises:
+        DataError: a line is not a JSON object.
+    """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{source}: line {number} is not JSON; each line must be an object: {error}") from error
         if not isinstance(row, dict):
             kind = type(row).__name__
-            raise DataError(f"{source}: line {number} must be an object with a text in it, found a {kind}")
-        yield row
+            raise DataError(f"{source}: line {number} must be an object with the columns as keys, found a {kind}")
+        yield number, row
+
+
+def _once(source: str, header: list[str]) -> None:
+    """Of two columns of one name, one would be lost."""
+    for name in filter(None, header):
+        if header.count(name) > 1:
+            raise DataError(f"{source}: has the column {_shown(name)} twice; give each a name of its own")
+
+
+def _shown(name: str) -> str:
+    return "..." if is_text(name) else repr(name)
 
 
 @contextmanager
@@ -175,10 +213,10 @@ def _opened(path: Path | None) -> Iterator[TextIO]:
             sys.stdout.reconfigure(encoding="utf-8")  # data, whatever the terminal can show
         yield sys.stdout
         return
-    partial = path.with_name(path.name + ".partial")
+    begun = partial_of(path)
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
+        with begun.open("w", encoding="utf-8", newline="") as file:
             yield file
-        partial.replace(path)
+        begun.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        begun.unlink(missing_ok=True)

@@ -14,7 +14,8 @@ from crosslm.seeding import seed_for
 from crosslm.task import Task
 
 REDRAW_CANDIDATES = 8
-SENTENCE_END = re.compile(r"[.!?]['\")\]]*(?=\s|$)")
+SENTENCE_END = re.compile(r"[.!?؟۔।॥]['\")\]]*(?=\s|$)|[。！？]['\")\]」』”’）]*")
+"""Where a sentence ends: before white space, in Chinese and Japanese without it."""
 
 
 def draw_labels(count: int, num_classes: int, seed: int) -> list[int]:

@@ -14,9 +14,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from crosslm.algorithm.rewards import correct_prior
 from crosslm.config import RewardConfig
 from crosslm.errors import UploadError
-from crosslm.gate import as_rewarding, stranger_proba
 from crosslm.models.slm import SLM
 from crosslm.records import Upload
 
@@ -113,3 +113,27 @@ class Teachers:
         self.members[upload.client_id] = Teacher(upload, slm)
         for name in list(self.members)[: -self.config.teachers]:
             del self.members[name]
+
+
+def stranger_proba(slm: SLM, texts: list[str]) -> Tensor:
+    """``S(.|x)`` of each text by an SLM that came from elsewhere, ``(texts, labels)``.
+
+    Raises:
+        UploadError: it fails on a text, or gives what is no probability.
+    """
+    try:
+        probabilities = slm.predict_proba(texts)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers' Rust library is no Exception
+        raise UploadError(f"the SLM cannot classify: {type(error).__name__}: {str(error)[:120]}") from error
+    if not probabilities.isfinite().all():
+        raise UploadError("the SLM gives probabilities that are not finite")
+    return probabilities
+
+
+def as_rewarding(slm: SLM, probabilities: Tensor, upload: Upload, config: RewardConfig) -> Tensor:
+    """The probabilities that rewards are made of: with ``reward.correct_prior`` freed of the training shares."""
+    if not config.correct_prior:
+        return probabilities
+    return correct_prior(probabilities, torch.tensor(upload.counts_of(slm.labels)))

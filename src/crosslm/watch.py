@@ -1,10 +1,11 @@
 """Following a run from another terminal, by its ``metrics.jsonl``."""
 
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -42,7 +43,7 @@ def follow(run: RunDir, pause: Callable[[float], None] = time.sleep) -> Iterator
         news = b""
         if path.is_file():
             with path.open("rb") as file:
-                file.seek(at)
+                at = _start_of_line(file, at)
                 news = file.read()
         whole = news[: news.rfind(b"\n") + 1]  # the last line may be half written
         at += len(whole)
@@ -57,6 +58,14 @@ def follow(run: RunDir, pause: Callable[[float], None] = time.sleep) -> Iterator
                 return
             yield None
             pause(PAUSE)
+
+
+def _start_of_line(file: BinaryIO, at: int) -> int:
+    """Go to this place or, where a run that goes on has taken the end of the file back, to the last line before it."""
+    at = min(at, file.seek(0, os.SEEK_END))
+    while at and file.seek(at - 1) >= 0 and file.read(1) != b"\n":
+        at -= 1
+    return file.seek(at)
 
 
 def sentence(event: Event) -> str | None:

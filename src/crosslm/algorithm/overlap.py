@@ -45,19 +45,18 @@ def longest_shared(texts: Sequence[str], private: Sequence[str]) -> list[int]:
         texts: to be looked at.
         private: to be looked for.
     """
-    grams: dict[int, set[tuple[str, ...]]] = {}
-    sources = [words(text) for text in private]
-    longest = max((len(source) for source in sources), default=0)
-    found = []
-    for text in texts:
-        tokens, length = words(text), 0
-        while length < min(len(tokens), longest):
-            if length + 1 not in grams:
-                grams[length + 1] = {gram for source in sources for gram in _grams(source, length + 1)}
-            if not any(gram in grams[length + 1] for gram in _grams(tokens, length + 1)):
-                break
-            length += 1
-        found.append(length)
+    sources, tokens = [words(text) for text in private], [words(text) for text in texts]
+    found, length = [0] * len(tokens), 0
+    alive = list(range(len(tokens)))
+    while alive:  # by length, so that no more is held than the sequences of one length, of the fewer texts
+        length += 1
+        wanted = {gram for place in alive for gram in _grams(tokens[place], length)}
+        shared = [wanted.intersection(_grams(source, length)) for source in sources]
+        sources = [source for source, some in zip(sources, shared, strict=True) if some]
+        both = set().union(*shared)
+        alive = [place for place in alive if not both.isdisjoint(_grams(tokens[place], length))]
+        for place in alive:
+            found[place] = length
     return found
 
 

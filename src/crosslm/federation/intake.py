@@ -21,11 +21,12 @@ from crosslm.errors import FederationError, UploadError
 from crosslm.federation import strict_json
 from crosslm.federation.messages import MAX_HEADER, VERSION, decode_download, decode_upload
 from crosslm.federation.tokenizer_rules import check_tokenizer
-from crosslm.models.architecture import SPECIAL_TOKENS, check_architecture, on_meta
+from crosslm.models.architecture import SPECIAL_TOKENS, check_architecture, longest_text, on_meta
 from crosslm.records import Download, SlmState, Upload
 from crosslm.task import Task
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+METRIC = re.compile(r"[A-Za-z0-9/_.-]{1,64}")
 MAX_TENSORS, MAX_NAME = 4096, 256
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 FLOATS = ("F32", "F16", "BF16")
@@ -135,7 +136,7 @@ def _checked(
     model = on_meta(architecture, len(labels))
     _check_tensors(table, model.state_dict())
     _in_time(deadline, bounds)
-    longest, places = slm["max_length"], getattr(model.config, "max_position_embeddings", 2**20)
+    longest, places = slm["max_length"], longest_text(model, 2**20)
     if type(longest) is not int or not 0 < longest <= places:
         raise UploadError(f"its max_length is {str(longest)[:40]}; the architecture reads 1 to {places} tokens")
     check_tokenizer(_object(slm["tokenizer"], "tokenizer"), SPECIAL_TOKENS, model.config.vocab_size)
@@ -208,7 +209,7 @@ def _fields(header: Mapping[str, Any], kind: str, client_id: str) -> dict[str, A
     if set(metadata) != {"crosslm"} or not isinstance(metadata["crosslm"], str):
         raise UploadError("its metadata must be the one entry 'crosslm'")
     fields = _object(
-        strict_json.parse(metadata["crosslm"].encode("utf-8", "surrogatepass"), "metadata", 16 * MAX_TENSORS),
+        strict_json.parse(metadata["crosslm"].encode(), "metadata", 16 * MAX_TENSORS),
         "metadata",
     )
     if fields.get("version") != VERSION or fields.get("kind") != kind:
@@ -224,8 +225,10 @@ def _fields(header: Mapping[str, Any], kind: str, client_id: str) -> dict[str, A
     if not all(type(number) is int and 0 <= number <= MAX_COUNT for number in numbers):
         raise UploadError(f"its round, step or class counts are {str(numbers)[:80]}; whole numbers from 0 are needed")
     metrics = _object(fields["metrics"], "metrics")
-    if len(metrics) > MAX_METRICS or any(len(name) > MAX_NAME for name in metrics):
-        raise UploadError(f"its metrics are more than {MAX_METRICS}, or have names that are too long")
+    if len(metrics) > MAX_METRICS or not all(map(METRIC.fullmatch, metrics)):
+        raise UploadError(
+            f"its metrics are more than {MAX_METRICS}, or have names of other signs than letters, digits and / _ . -"
+        )
     if not all(type(value) in (int, float) and math.isfinite(value) for value in metrics.values()):
         raise UploadError("its metrics are not all finite numbers")
     texts = _listed(fields.get("texts", []))

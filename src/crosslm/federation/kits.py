@@ -192,7 +192,7 @@ def _read(kit: Path, name: str, kind: type[Kit]) -> Kit:
             f"{kit}: has no {name}, so it is no kit of this kind; name a folder that crosslm provision made"
         )
     try:
-        return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FederationError(f"{path}: cannot be read as a TOML file: {error}; mend it") from error
     except ValidationError as error:

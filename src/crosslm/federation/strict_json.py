@@ -9,6 +9,7 @@ from crosslm.errors import UploadError
 MAX_DEPTH = 32
 # possessive and with an optional end: linear, whatever comes
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+ESCAPED = re.compile(rb"\\u[dD][89a-fA-F]")
 BRACKETS = re.compile(rb"[\[\]{}]")
 
 
@@ -16,13 +17,13 @@ def parse(data: bytes, what: str, max_values: int) -> Any:
     """The value in these bytes.
 
     Args:
-        data: UTF-8.
+        data: UTF-8, and no other encoding: the bounds count bytes of it.
         what: the name of it, for messages.
         max_values: at most so many values at all depths together; what Python needs for each is
             some hundred bytes, so this bounds memory.
 
     Raises:
-        UploadError: not JSON, too many values, too deep, a name twice, or NaN or infinity.
+        UploadError: not JSON, too many values, too deep, a name twice, NaN or infinity, or half a character.
     """
     structure = STRING.sub(b"", data)
     if sum(map(structure.count, (b"[", b"{", b","))) > max_values:
@@ -33,7 +34,11 @@ def parse(data: bytes, what: str, max_values: int) -> Any:
         if depth > MAX_DEPTH:
             raise UploadError(f"its {what} is nested deeper than {MAX_DEPTH}")
     try:
-        return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+        if ESCAPED.search(data):  # half of a pair cannot be written down anywhere
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except (ValueError, RecursionError) as error:
         raise UploadError(f"its {what} is not JSON as it must be: {str(error)[:120]}") from error
 

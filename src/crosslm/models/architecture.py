@@ -140,6 +140,13 @@ def on_meta(architecture: Mapping[str, Any], num_labels: int) -> Any:
         raise UploadError(f"its architecture cannot be: {_shown(error)}") from error
 
 
+def longest_text(model: Any, otherwise: int) -> int:
+    """Tokens that a model has positions for; RoBERTa and its like count them from behind the padding's."""
+    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    first = getattr(embeddings, "padding_idx", None)
+    return int(getattr(model.config, "max_position_embeddings", otherwise)) - (0 if first is None else first + 1)
+
+
 def _check_value(key: str, value: object, depth: int) -> None:
     if value is None or isinstance(value, bool):
         return

@@ -21,7 +21,7 @@ from transformers import (
 from crosslm.config import Config, FitConfig, SLMSpec
 from crosslm.errors import UploadError
 from crosslm.examples import Examples
-from crosslm.models.architecture import SPECIAL_TOKENS, special_tokens, travelling
+from crosslm.models.architecture import SPECIAL_TOKENS, longest_text, special_tokens, travelling
 from crosslm.models.pretrained import agree_on_padding, pretrained_classifier
 from crosslm.models.rows import batches, hold_out
 from crosslm.records import SlmState
@@ -74,7 +74,7 @@ class SLM:
         """
         model, tokenizer = pretrained_classifier(folder, labels, seed, num_hidden_layers, pooling)
         outputs = [model.config.id2label[place] for place in range(len(labels))]
-        slm = cls(model.to(device), tokenizer, outputs, min(max_length, _longest(model, max_length)))
+        slm = cls(model.to(device), tokenizer, outputs, min(max_length, longest_text(model, max_length)))
         slm.order_labels(labels)
         slm.freeze_embeddings(freeze_embeddings)
         return slm
@@ -348,10 +348,3 @@ class SLM:
         wanted = one_hot(labels, len(self.labels)).float() if targets is None else targets
         loss = float(-(wanted * probabilities.clamp_min(1e-9).log()).sum(dim=1).mean())
         return loss, float((probabilities.argmax(dim=1) == labels).float().mean())
-
-
-def _longest(model: Any, otherwise: int) -> int:
-    """Tokens that a model has positions for; RoBERTa and its like count them from behind the padding's."""
-    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    first = getattr(embeddings, "padding_idx", None)
-    return int(getattr(model.config, "max_position_embeddings", otherwise)) - (0 if first is None else first + 1)
