@@ -264,6 +264,19 @@ def test_perplexity_by_the_definition(models, family):
         llm.perplexity("a", 1)
 
 
+def test_perplexity_counts_each_token_once_over_many_windows(models, family, monkeypatch):
+    monkeypatch.setattr(llm_module, "PERPLEXITY_WINDOW", 5)
+    llm = tiny_llm(models, family)
+    ids = llm.tokenizer.encode("a good film and a bad day. " * 4, add_special_tokens=False)
+    assert len(ids) > 22
+    windows = [ids[start : min(start + 5, 22)] for start in range(0, 22, 5)]
+    with torch.no_grad():
+        logps = torch.cat([plain_logps(llm.model, [llm.tokenizer.bos_token_id, *window]) for window in windows])
+    assert len(logps) == 22
+    found = llm.perplexity("a good film and a bad day. " * 4, 22)
+    assert found == pytest.approx(float((-logps).mean().exp()), rel=1e-3)
+
+
 def test_the_name_of_a_special_token_in_a_text_is_characters_to_perplexity(models, family):
     llm = tiny_llm(models, family)
     name = llm.tokenizer.all_special_tokens[0]

@@ -20,10 +20,11 @@ from crosslm.examples import Examples
 from crosslm.llm_update import anchor_texts, backward, hold_to, tokens_stated
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
-from crosslm.records import SyntheticSet
+from crosslm.records import SyntheticSet, SyntheticText
 from crosslm.seeding import seed_for
 from crosslm.server import Server, receive_slm
 from crosslm.synthesis import synthesize
+from crosslm.task import Task
 from crosslm.teachers import Teachers
 
 EXAMPLES = Examples(sentences(BAD, 20) + sentences(GOOD, 20), [0] * 20 + [1] * 20)
@@ -103,6 +104,45 @@ def plain_objective(server, drafts, rewards, statements):
         kl = token_kl(logits[x], reference_logits[x]).sum()
         total = total - rewards[place] * (logps - reference_logps) - 0.1 * stated_logps + 0.05 * kl
     return total / len(drafts.samples)
+
+
+TWO_WAYS = Task(
+    ("bad", "good"),
+    "{text} It is",
+    (("Write: ",), ("Write: ",)),
+    (("This is bad.", "I call {text} bad."), ("This is good.", "I call {text} good.")),
+    ("bad", "good"),
+)
+
+
+def test_eq_7_reads_a_text_and_a_statement_of_the_label_that_it_was_written_for(models):
+    assert TWO_WAYS.stated("A film.", 1, 0) == "A film. This is good."
+    assert TWO_WAYS.stated("a film", 0, 1) == "I call a film bad."
+    llm = tiny_llm(models, "gpt2")
+    drafts = SyntheticSet([SyntheticText(f"a film {n}", n % 2, "", (1,), (2,), 0) for n in range(40)])
+    said = [llm.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens_stated(llm, TWO_WAYS, drafts, 3)]
+    ways = [[TWO_WAYS.stated(sample.text, sample.label, way) for way in (0, 1)] for sample in drafts.samples]
+    drawn = [both.index(one) for both, one in zip(ways, said, strict=True)]  # each is one of the two of its label
+    assert 10 < sum(drawn) < 30
+    assert tokens_stated(llm, TWO_WAYS, drafts, 3) == tokens_stated(llm, TWO_WAYS, drafts, 3)
+    assert tokens_stated(llm, TWO_WAYS, drafts, 3) != tokens_stated(llm, TWO_WAYS, drafts, 4)
+
+
+def test_an_update_meets_every_draft_once():
+    drafts = SyntheticSet([SyntheticText("", 0, "", (1,), (2,) * (1 + 7 * n % 11), n) for n in range(23)])
+    batches = llm_update.batches_of_like_length(drafts, 4, 0)
+    assert sorted(place for batch in batches for place in batch) == list(range(23))
+    assert sorted(map(len, batches)) == [3, 4, 4, 4, 4, 4]
+    spread = [max(1 + 7 * n % 11 for n in batch) - min(1 + 7 * n % 11 for n in batch) for batch in batches]
+    assert max(spread) <= 3  # of 11 lengths, two drafts or three of each
+
+
+def test_an_arrival_may_have_several_updates_each_of_fresh_texts(models, config, task, upload):
+    _, record = server_for(config, task, models, iterations=2).step(upload)
+    (first, _), (second, _) = record.drafts
+    assert not set(first.texts) & set(second.texts)
+    assert len(record.updates) == 4  # of eight drafts in batches of four, twice
+    assert record.updates[2]["kl_loss"] > 0
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 16])
@@ -545,6 +585,19 @@ def test_vectors_stay_where_they_were_made_and_diversities_come_back(models, tas
     receipts, _ = select(SyntheticSet(pool.samples), torch.ones(4), encoder, SelectionConfig(fraction=0.5))
     assert met == ["meta"]
     assert [receipt.diversity for receipt in receipts] == [1.0] * 4
+
+
+def test_diversity_is_exact_up_to_so_many_texts_and_approximate_beyond(models, task, config, monkeypatch):
+    encoder, met = SentenceEncoder(str(models / "encoder")), []
+    for name in ("diversity", "approximate_diversity"):
+        monkeypatch.setattr(
+            enhancement, name, lambda vectors, name=name: (met.append(name), torch.ones(len(vectors)))[1]
+        )
+    monkeypatch.setattr(enhancement, "EXACT_TEXTS", 4)
+    for count in (4, 5):
+        pool = synthesize(tiny_llm(models, "gpt2"), task, config.synthesis, count, 1)
+        select(pool, torch.ones(count), encoder, SelectionConfig(fraction=0.5))
+    assert met == ["diversity", "approximate_diversity"]
 
 
 def test_the_llm_has_a_say_in_what_is_kept(models, task, config):

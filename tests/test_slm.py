@@ -66,6 +66,48 @@ def test_a_text_has_at_most_as_many_tokens_as_the_model_has_positions(config, po
         model(torch.full((1, positions + 1), 5))
 
 
+def test_the_learning_rate_rises_and_falls_as_told(models):
+    slm = SLM.load(str(models / "bert"), LABELS, 32, 0)
+    fit = FitConfig(epochs=2, batch_size=4, warmup_fraction=0.5, learning_rate=1.0, weight_decay=0.3)
+    optimizer, schedule = slm.optimizer(fit, 7)  # two batches an epoch, the second of three rows
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.0, 0.5, 1.0, 0.5])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+def test_training_follows_the_schedule_and_clips_the_gradient(models, monkeypatch):
+    slm = SLM.load(str(models / "bert"), LABELS, 32, 0)
+    stepped, norms = [], []
+    made = slm.optimizer
+
+    def watched(config, rows):
+        optimizer, schedule = made(config, rows)
+        real = optimizer.step
+
+        def step(*arguments, **options):
+            gradients = [p.grad for p in slm.model.parameters() if p.grad is not None]
+            norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
+            stepped.append(optimizer.param_groups[0]["lr"])
+            return real(*arguments, **options)
+
+        optimizer.step = step
+        return optimizer, schedule
+
+    monkeypatch.setattr(slm, "optimizer", watched)
+    with torch.no_grad():  # so that the gradient is larger than is let through
+        slm.model.classifier.weight.mul_(100)
+    slm.fit(
+        EXAMPLES.take(range(0, 80, 10)), FitConfig(epochs=2, batch_size=4, warmup_fraction=0.5, learning_rate=1e-3), 0
+    )
+    assert stepped == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])
+    assert norms[0] == pytest.approx(1.0, abs=1e-3)
+
+
 def test_every_row_comes_once_among_rows_of_like_length():
     rows = [[0] * (1 + (7 * place) % 29) for place in range(203)]
     batches = row_batches(rows, 8, torch.Generator().manual_seed(0))

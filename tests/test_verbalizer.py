@@ -17,6 +17,17 @@ def test_eq_1_by_hand():
     torch.testing.assert_close(label_probabilities(logps + 7), expected)
 
 
+def test_of_a_long_text_the_first_tokens_are_read(models, task, monkeypatch):
+    llm = tiny_llm(models, "gpt2")
+    monkeypatch.setattr(classification, "MAX_TOKENS", 3)
+    start = llm.shorten("good bad good bad good", 3)
+    assert len(llm.tokenizer.encode(start, add_special_tokens=False)) == 3
+    long, short = (class_probabilities(llm, task, [text]) for text in ("good bad good bad good", start))
+    assert long.equal(short)
+    monkeypatch.setattr(classification, "MAX_TOKENS", 99)
+    assert not class_probabilities(llm, task, ["good bad good bad good"]).equal(short)
+
+
 def test_texts_of_like_length_are_read_together_and_each_keeps_its_place(models, task, monkeypatch):
     llm, read = tiny_llm(models, "gpt2"), []
     texts = [" ".join(["good", "bad"] * (place * 7 % 13 + 1)) for place in range(13)]
