@@ -2,6 +2,8 @@
 
 import json
 
+from crosslm.arrivals import reward_hacking
+
 LABELS = ["routine", "urgent"]
 HOSTILE = '</td><script>document.title = "taken"</script><img src=x onerror="document.title=\'taken\'">'
 
@@ -58,6 +60,9 @@ def step(number, client, reward, judge, texts):
             "reward/pool": reward,
             "diversity/pool": 0.4,
             "distinct_2/pool": 0.6,
+            "texts/drafts": 200.0,
+            "texts/pool": 400.0,
+            "judge/drafts": judge,
             "judge/pool": judge,
             "judge/selected": judge,
             "selected": 4.0,
@@ -116,6 +121,7 @@ def write_run(folder, arrivals=(("north", 0.2, 0.90), ("south", 0.5, 0.70)), ext
             for client in clients
         },
         "peak_memory_bytes": 2**30,
+        "reward_hacking": reward_hacking(events),
     } | changes
     (folder / "config.toml").write_text(CONFIG)
     (folder / "metrics.jsonl").write_text(

@@ -70,7 +70,7 @@ def test_the_judges_agreement_is_that_of_all_drafts_together():
     record = StepRecord(pool=written("good", "bad", "bad", "bad"))
     record.drafts = [(written("good"), torch.zeros(1)), (written("good", "bad", "bad"), torch.zeros(3))]
     # 1 of 1 and 1 of 3: 2 of 4, and not the mean of 1 and 1/3
-    assert arrivals.judge_measures(says_good, record) == {"judge/drafts": 0.5, "judge/pool": 0.25}
+    assert arrivals.judge_measures(says_good, record) == pytest.approx({"judge/drafts": 0.5, "judge/pool": 0.25})
     record.drafts = []
     assert arrivals.judge_measures(says_good, record) == {"judge/pool": 0.25}
 

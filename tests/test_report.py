@@ -17,7 +17,7 @@ from crosslm.cli import main as cli
 from crosslm.errors import RunError
 from crosslm.html_report.collect import Arrival, RunView, Sample, representative, selection_reasons
 from crosslm.html_report.findings import findings
-from crosslm.html_report.intervals import binomial_interval, difference_is_noise, paired_gain_interval
+from crosslm.html_report.intervals import binomial_interval, paired_gain_interval
 from crosslm.html_report.page import differences, gain_interval, number, render
 from crosslm.report import closing
 from crosslm.rundir import RunDir
@@ -89,12 +89,6 @@ def test_clients_on_the_same_rows_share_a_draw():
     assert other[1] - other[0] == pytest.approx((same[1] - same[0]) / 2, rel=0.2)  # four times the rows
 
 
-def test_noise_is_a_difference_within_1_96_standard_errors():
-    # at 0.5 and 100 rows the standard error of a difference is sqrt(2 / 4 / 100) = 0.0707
-    assert difference_is_noise(0.565, 0.435, 100)
-    assert not difference_is_noise(0.58, 0.42, 100)
-
-
 def row(label, reward, kept):
     return {"label": label, "reward": reward, "kept": kept}
 
@@ -118,11 +112,17 @@ def test_a_large_pool_is_shown_by_its_best_kept_and_others_of_all_ranks():
     assert representative(pool, 100) == pool
 
 
-def test_reward_hacking_is_warned_of(tmp_path):
+def test_reward_hacking_is_warned_of_where_the_run_found_it(tmp_path):
     (found,) = findings(view_of(write_run(tmp_path / "run")))
-    assert found.title == "reward hacking is likely"
+    assert found.title == "reward hacking over the whole run"
     assert "rose from +0.20 to +0.50" in found.text
     assert "fell from 0.900 to 0.700" in found.text
+    second = {"reward_hacking": {"arrivals": [2], "whole_run": False}}
+    (found,) = findings(view_of(write_run(tmp_path / "another", **second)))
+    assert found.title == "reward hacking is likely"
+    assert "In arrival 2 the mean reward rose from +0.40 before the LLM's update to +0.50 after it" in found.text
+    assert "please the SLM of south" in found.text
+    assert findings(view_of(write_run(tmp_path / "no-judge", reward_hacking=None))) == []
 
 
 @pytest.mark.parametrize(

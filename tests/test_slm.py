@@ -85,17 +85,14 @@ def test_training_follows_the_schedule_and_clips_the_gradient(models, monkeypatc
     stepped, norms = [], []
     made = slm.optimizer
 
+    def before(optimizer, *_):
+        gradients = [parameter.grad for parameter in slm.model.parameters() if parameter.grad is not None]
+        norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
+        stepped.append(optimizer.param_groups[0]["lr"])
+
     def watched(config, rows):
         optimizer, schedule = made(config, rows)
-        real = optimizer.step
-
-        def step(*arguments, **options):
-            gradients = [p.grad for p in slm.model.parameters() if p.grad is not None]
-            norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
-            stepped.append(optimizer.param_groups[0]["lr"])
-            return real(*arguments, **options)
-
-        optimizer.step = step
+        optimizer.register_step_pre_hook(before)
         return optimizer, schedule
 
     monkeypatch.setattr(slm, "optimizer", watched)

@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 from crosslm.html_report.collect import RunView
-from crosslm.html_report.intervals import difference_is_noise
 from crosslm.privacy import how_told
 from crosslm.report import declined, waited_for
 
@@ -51,36 +49,29 @@ def _journal(view: RunView) -> Iterator[Finding]:
 
 
 def _reward_hacking(view: RunView) -> Iterator[Finding]:
-    """The reward rises while the independent judge, who never serves as reward, falls by more than noise."""
-    learned = [arrival for arrival in view.arrivals if "reward/drafts" in arrival.measures]  # the LLM, of that SLM
-    for earlier, later in pairwise(learned):
-        if not all("judge/pool" in arrival.measures for arrival in (earlier, later)):
-            continue
-        (reward, judge), (reward_after, judge_after) = (
-            (arrival.measures["reward/pool"], arrival.measures["judge/pool"]) for arrival in (earlier, later)
+    """Where the run itself found it (:func:`crosslm.arrivals.reward_hacking`), with the figures."""
+    found = view.summary.get("reward_hacking") or {}
+    served = {arrival.step: arrival for arrival in view.arrivals if "reward/drafts" in arrival.measures}
+    for step in found.get("arrivals", ()):
+        measures, client = served[step].measures, served[step].client
+        yield Finding(
+            "warning",
+            "reward hacking is likely",
+            f"In arrival {step} the mean reward rose from {measures['reward/drafts']:+.2f} before the LLM's update to "
+            f"{measures['reward/pool']:+.2f} after it, while the independent judge fell from "
+            f"{measures['judge/drafts']:.3f} to {measures['judge/pool']:.3f}: the LLM may have learned to please the "
+            f"SLM of {client} rather than to write to the label. "
+            "Read the texts of that arrival; raise llm.gamma_kl or lower llm.learning_rate.",
         )
-        rows = int(view.config["selection"]["pool"])
-        if reward_after > reward and judge_after < judge and not difference_is_noise(judge, judge_after, rows):
-            yield Finding(
-                "warning",
-                "reward hacking is likely",
-                f"From arrival {earlier.step} to {later.step} the mean reward rose from {reward:+.2f} to "
-                f"{reward_after:+.2f} while the independent judge fell from {judge:.3f} to {judge_after:.3f}: the LLM "
-                f"may have learned to please the SLM of {later.client} rather than to write to the label. "
-                "Read the texts of that arrival; raise llm.gamma_kl or lower llm.learning_rate.",
-            )
-    slms, judges = view.summary["llm"].get("nlg_accuracy", {}), view.summary["llm"].get("nlg_judge_accuracy", {})
-    rows = int(view.config["evaluation"]["nlg_samples"])
-    values = [measure.get(moment) for measure in (slms, judges) for moment in ("before", "after")]
-    if all(value is not None for value in values):
-        before, after, judged, judged_after = values
-        if after > before and judged_after < judged and not difference_is_noise(judged, judged_after, rows):
-            yield Finding(
-                "warning",
-                "reward hacking over the whole run",
-                f"The clients' SLMs find the label in {after:.3f} of what the LLM writes ({before:.3f} before), "
-                f"the independent judge in {judged_after:.3f} ({judged:.3f} before).",
-            )
+    if found.get("whole_run"):
+        first, last = (served[step].measures for step in (min(served), max(served)))
+        yield Finding(
+            "warning",
+            "reward hacking over the whole run",
+            f"From the first arrival's texts to the last one's the mean reward rose from {first['reward/pool']:+.2f} "
+            f"to {last['reward/pool']:+.2f}, while the independent judge fell from {first['judge/pool']:.3f} to "
+            f"{last['judge/pool']:.3f}.",
+        )
 
 
 def _silos(view: RunView) -> Iterator[Finding]:

@@ -1,6 +1,5 @@
 """How far a measured share may be from the truth, from the test rows that it was measured on."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,9 +55,3 @@ def paired_gain_interval(
         rng=np.random.default_rng(0),
     )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
-
-
-def difference_is_noise(first: float, second: float, rows: int) -> bool:
-    """Whether two shares of ``rows`` rows each differ by less than 1.96 standard errors of their difference."""
-    pooled = (first + second) / 2
-    return abs(first - second) <= 1.96 * math.sqrt(2 * pooled * (1 - pooled) / rows)
