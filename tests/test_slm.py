@@ -172,6 +172,34 @@ def test_causal_classifiers_are_known_by_their_head(model_type):
     assert hasattr(model, "score") == (model_type in {"gemma3_text", "gpt2", "llama", "qwen2", "qwen3"})
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_type_has_an_output_layer_that_can_be_made_new(model_type):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = AutoConfig.for_model(model_type, **sizes, num_labels=7, vocab_size=20, pad_token_id=0)
+    slm = SLM(AutoModelForSequenceClassification.from_config(config), None, [f"label {n}" for n in range(7)], 8)
+    before = {name: value.clone() for name, value in slm.model.state_dict().items()}
+    slm.new_head(0)
+    changed = [name for name, value in slm.model.state_dict().items() if not value.equal(before[name])]
+    assert changed[0].endswith(("classifier.weight", "out_proj.weight", "score.weight"))
+    assert {before[name].shape[0] for name in changed} == {7}
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "gemma3"])
+def test_a_new_head_tells_nothing_and_leaves_the_rest_as_it_is(models, kind):
+    slm = SLM.load(str(models / kind), LABELS, 32, 0)
+    slm.fit(EXAMPLES.take(range(40)), FitConfig(epochs=3, batch_size=8, learning_rate=3e-3), 0)  # all of one label
+    assert slm.predict_proba(EXAMPLES.texts)[:, 0].min() > 0.6
+    before = {name: value.clone() for name, value in slm.model.state_dict().items()}
+    slm.new_head(3)
+    changed = [name for name, value in slm.model.state_dict().items() if not value.equal(before[name])]
+    assert all(value.shape[0] == len(LABELS) for name, value in before.items() if name in changed)
+    assert 1 <= len(changed) <= 2  # weight and, where there is one, bias
+    assert (slm.predict_proba(EXAMPLES.texts) - 0.5).abs().max() < 0.1
+    again = SLM.load(str(models / kind), LABELS, 32, 9)
+    again.new_head(3)
+    assert again.model.state_dict()[changed[0]].equal(slm.model.state_dict()[changed[0]])
+
+
 def test_patience_takes_the_best_epoch_back(slm):
     contradictory = Examples(EXAMPLES.texts, [0, 1] * 40)
     metrics = slm.fit(contradictory, FitConfig(epochs=30, learning_rate=1e-2, patience=1, holdout_fraction=0.25), 0)

@@ -14,11 +14,14 @@ from crosslm.algorithm.soft_labels import without_preference
 from crosslm.classification import class_probabilities
 from crosslm.client import Client
 from crosslm.config import RewardConfig
+from crosslm.enhancement import train_on_synthetic
 from crosslm.errors import QuarantineError, UploadError
 from crosslm.examples import Examples
 from crosslm.gate import Verdict
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
+from crosslm.progress import Progress
+from crosslm.records import SyntheticSet, SyntheticText
 from crosslm.server import Server, receive_slm
 from crosslm.teachers import Teachers
 
@@ -207,6 +210,35 @@ def test_who_is_refused_is_taught_and_changes_nothing_for_others(models, config,
     again, once_more = server.step(uploads[1]), server.step(uploads[1])
     assert again[1].pool.texts != once_more[1].pool.texts != record.pool.texts
     assert not told.refusal
+
+
+@pytest.mark.parametrize(
+    ("counts", "changes", "begins_anew"),
+    [
+        ((0, 40), {}, True),
+        ((0, 40), {"new_head": False}, False),
+        ((0, 40), {"teach_refused": False}, False),  # as under preset paper, whose SLMs all have a say
+        ((1, 39), {}, False),
+        ((0, 0), {}, False),  # hidden
+    ],
+)
+def test_who_knows_one_label_begins_step_5_with_a_new_head(
+    models, config, task, uploads, monkeypatch, counts, changes, begins_anew
+):
+    gate = config.gate.model_copy(update={"enabled": True, "teach_refused": True, **changes})
+    private = config.slm.private.model_copy(update={"epochs": 5, "patience": 1, "holdout_fraction": 0.5})
+    fields = config.slm.model_copy(update={"private": private, "interpolation": 0.5})
+    config = config.model_copy(update={"gate": gate, "slm": fields})
+    upload, begun, made = dataclasses.replace(uploads[0], class_counts=counts), [], SLM.new_head
+    monkeypatch.setattr(SLM, "new_head", lambda slm, seed: (begun.append(seed), made(slm, seed)))
+    mixed = []
+    monkeypatch.setattr(SLM, "interpolate", lambda *_: mixed.append(True))
+    slm = receive_slm(upload, task, config)
+    pool = SyntheticSet([SyntheticText(text, n % 2, "", (1,), (2,), n) for n, text in enumerate(TEXTS)])
+    metrics = train_on_synthetic(slm, pool, [0, 1, 2, 3], None, upload, config, Progress(), "north")
+    assert bool(begun) == begins_anew
+    assert metrics["epochs"] == (5 if begins_anew else 2)  # all of them, whatever patience says
+    assert bool(mixed) != begins_anew  # half of the old layer would undo it
 
 
 def test_who_has_no_say_and_fails_on_a_text_is_refused(models, config, task, uploads, monkeypatch):

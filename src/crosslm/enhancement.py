@@ -89,6 +89,9 @@ def train_on_synthetic(
 ) -> dict[str, float]:
     """Train an SLM on the selected texts of a pool.
 
+    With ``gate.new_head`` one whose rows all have one label begins with a new output layer, and learns as long as in
+    step 1.
+
     Args:
         slm: to train.
         pool: of texts.
@@ -105,19 +108,21 @@ def train_on_synthetic(
     Raises:
         UploadError: it cannot be trained, for whatever reason.
     """
-    texts = pool.examples(kept)
-    with progress.stage(
-        "train SLM on synthetic text", detail, len(texts) * config.slm.synthetic.epochs, "rows"
-    ) as advance:
+    texts, fit = pool.examples(kept), config.slm.synthetic
+    seed = seed_for(config.seed, "synthetic", upload.client_id, upload.client_round)
+    begins_anew = bool(texts and config.gate.teaches and config.gate.new_head and upload.only_label)
+    if begins_anew:
+        fit = config.slm.private.model_copy(update={"patience": 0})
+        slm.new_head(seed)
+    with progress.stage("train SLM on synthetic text", detail, len(texts) * fit.epochs, "rows") as advance:
         if not len(texts):
             return {}
-        seed = seed_for(config.seed, "synthetic", upload.client_id, upload.client_round)
         try:
-            metrics = slm.fit(texts, config.slm.synthetic, seed, advance, None if targets is None else targets[kept])
+            metrics = slm.fit(texts, fit, seed, advance, None if targets is None else targets[kept])
         except Exception as error:  # it came from elsewhere: it may be too large here, or made so that it fails
             why = f"{type(error).__name__}: {str(error)[:120]}"
             raise UploadError(f"client {upload.client_id}: its SLM cannot be trained: {why}; look at it") from error
-        if config.slm.interpolation < 1:
+        if config.slm.interpolation < 1 and not begins_anew:
             slm.interpolate(upload.slm.weights, config.slm.interpolation)
         return metrics
 

@@ -100,7 +100,7 @@ class Gate:
 
     def _probe(self, slm: SLM, upload: Upload) -> Verdict:
         bounds, texts = self.config.gate, [*self.fixed.texts, *self.latest.texts]
-        if only := only_label(upload):
+        if only := upload.only_label:
             why = (
                 f"all its rows are {only!r}, so that its SLM cannot tell that label from others; "
                 "give it rows of other labels too"
@@ -157,10 +157,3 @@ class Gate:
                     f"its correlation with {len(others)} others is {value:.3f} (at most {upper:.3f}); {least} is needed"
                 )
         return reasons
-
-
-def only_label(upload: Upload) -> str | None:
-    """The label that all rows have, as the upload tells them; None for several, and where they are hidden or noisy."""
-    labels = [label for label, rows in zip(upload.slm.labels, upload.class_counts, strict=True) if rows]
-    is_noisy = bool(upload.metrics.get("dp/count_epsilon"))
-    return labels[0] if len(labels) == 1 and not is_noisy else None

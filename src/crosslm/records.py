@@ -102,6 +102,13 @@ class Upload:
         told = dict(zip(self.slm.labels, self.class_counts, strict=False))
         return tuple(told[label] for label in labels if label in told)
 
+    @property
+    def only_label(self) -> str | None:
+        """The label that all rows have, as is told here; None for several, and where they are hidden or noisy."""
+        labels = [label for label, rows in zip(self.slm.labels, self.class_counts, strict=True) if rows]
+        is_noisy = bool(self.metrics.get("dp/count_epsilon"))
+        return labels[0] if len(labels) == 1 and not is_noisy else None
+
 
 @dataclass(frozen=True)
 class Download:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from crosslm.errors import ModelError
 from crosslm.models.private_noise import gaussian
-from crosslm.models.slm import PREDICTION_BATCH, SLM
+from crosslm.models.slm import PREDICTION_BATCH, SLM, output_layer
 
 
 def check_center(folder: str, who: str) -> None:
@@ -37,15 +37,12 @@ def last_linear(model: Any, who: str = "the classifier") -> nn.Linear:
     Raises:
         ModelError: it has no bias to put the mean into.
     """
-    body = f"{model.base_model_prefix}."
-    linears = [
-        module for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.startswith(body)
-    ]
-    if not linears or linears[-1].bias is None:
+    layer = output_layer(model)
+    if layer.bias is None:
         raise ModelError(
             f"{who}: privacy.center needs a head with a bias; leave center out, or choose another of slm.models"
         )
-    return linears[-1]
+    return layer
 
 
 @torch.no_grad()

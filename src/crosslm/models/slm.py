@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import Linear
 from torch.nn.functional import cross_entropy, one_hot
 from transformers import (
     AutoConfig,
@@ -26,6 +27,7 @@ from crosslm.models.pretrained import agree_on_padding, pretrained_classifier
 from crosslm.models.rows import batches, hold_out
 from crosslm.records import SlmState
 
+HEAD_SPREAD = 0.02  # of the weights of a new output layer, as transformers has it for BERT
 PREDICTION_BATCH = 64
 Of = TypeVar("Of")
 
@@ -176,6 +178,15 @@ class SLM:
             self.model.load_state_dict(best)
         self.model.eval()
         return metrics
+
+    def new_head(self, seed: int) -> None:
+        """Put an output layer that tells nothing yet in the place of the one that there is; all below it stays."""
+        outputs = output_layer(self.model)
+        first = HEAD_SPREAD * torch.randn(outputs.weight.shape, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            outputs.weight.copy_(first)
+            if outputs.bias is not None:
+                outputs.bias.zero_()
 
     def interpolate(self, earlier: Mapping[str, Tensor], share: float) -> None:
         """Move the weights back towards earlier ones: ``share * now + (1 - share) * earlier``.
@@ -348,3 +359,11 @@ class SLM:
         wanted = one_hot(labels, len(self.labels)).float() if targets is None else targets
         loss = float(-(wanted * probabilities.clamp_min(1e-9).log()).sum(dim=1).mean())
         return loss, float((probabilities.argmax(dim=1) == labels).float().mean())
+
+
+def output_layer(model: Any) -> Linear:
+    """The layer of a sequence classifier that makes its outputs: the last one that is no part of its body."""
+    body = f"{model.base_model_prefix}."
+    return [layer for name, layer in model.named_modules() if isinstance(layer, Linear) and not name.startswith(body)][
+        -1
+    ]

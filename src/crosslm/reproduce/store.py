@@ -25,7 +25,7 @@ SLM_FIELDS = ("models", "max_length", "freeze_embeddings", "private")
 STEP_5 = {
     "slm": ("synthetic", "soft_labels", "intended_labels", "llm_judges", "interpolation"),
     "selection": ("fraction", "score", "llm_posterior", "nonpositive_rewards", "class_balance", "encoder"),
-    "gate": ("teach_refused",),
+    "gate": ("teach_refused", "new_head"),
     "federation": ("closing",),
     "acceptance": ("balanced", "margin", "confidence"),
 }
