@@ -10,7 +10,6 @@ from io import BytesIO
 
 import numpy as np
 
-CANARY = "canary-was-here"
 CHARSMAP = struct.pack("<II", 4, 0) + b"a"
 """Of a Precompiled normalizer: a trie of one unit, and the begin of what may take a character's place."""
 

@@ -20,7 +20,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import tiny_llm
+from conftest import PATIENCE, tiny_llm
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -633,9 +633,8 @@ def test_a_silo_that_is_gone_before_it_has_sent_is_no_error_of_the_gateway(monke
     assert sent[0]["status"] == 499
 
 
-def test_many_silos_that_stop_in_the_midst_of_a_request_shut_nobody_out(monkeypatch, kits):
-    """Over real sockets, without TLS: more than the connections that httpx has by default."""
-    import httpx
+def behind_a_gateway(kit, ask):
+    """What ``ask`` gives, called with the port of a gateway before a server that answers; real sockets, no TLS."""
     import uvicorn
 
     async def superlink(request):
@@ -649,32 +648,51 @@ def test_many_silos_that_stop_in_the_midst_of_a_request_shut_nobody_out(monkeypa
 
     async def asked():
         inner, inner_socket, port = serving(Starlette(routes=[Route("/{path:path}", superlink, methods=["POST"])]))
-        outer, outer_socket, open_port = serving(gateway.gateway(f"http://127.0.0.1:{port}", kits / "server"))
+        outer, outer_socket, open_port = serving(gateway.gateway(f"http://127.0.0.1:{port}", kit))
         tasks = [asyncio.create_task(each.serve([at])) for each, at in ((inner, inner_socket), (outer, outer_socket))]
-        head = b"POST /v1/fleet/push-object HTTP/1.1\r\nHost: server\r\nContent-Length: 10\r\n\r\nhalf"
-        lines = []
         while not (inner.started and outer.started):
             await asyncio.wait(tasks, timeout=0.05, return_when=asyncio.FIRST_EXCEPTION)
             assert not any(task.done() for task in tasks)
-        for _ in range(110):
-            reader, writer = await asyncio.open_connection("127.0.0.1", open_port)
-            writer.write(head)
-            lines.append((reader, writer))
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{open_port}", trust_env=False) as client:
-            told = asyncio.create_task(lines[0][0].readline())
-            answer = await client.post("/v1/fleet/pull-messages", content=b"body", timeout=60)
-        assert not told.done()  # it did not have to wait for one of them to be given up
-        stalled = await told
-        for _, writer in lines:
-            writer.close()
+        found = await ask(open_port)
         inner.should_exit = outer.should_exit = True
         await asyncio.gather(*tasks)
-        return answer.text, stalled
+        return found
 
-    monkeypatch.setattr(gateway, "PART_TIME", 20.0)
-    answered, stalled = asyncio.run(asked())
-    assert answered == "inner answer"
-    assert b" 408 " in stalled
+    return asyncio.run(asked())
+
+
+async def half_a_request(port):
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"POST /v1/fleet/push-object HTTP/1.1\r\nHost: server\r\nContent-Length: 10\r\n\r\nhalf")
+    return reader, writer
+
+
+def test_many_silos_that_stop_in_the_midst_of_a_request_shut_nobody_out(monkeypatch, kits):
+    """More than the connections that httpx has by default."""
+    import httpx
+
+    async def ask(port):
+        lines = [await half_a_request(port) for _ in range(110)]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            answer = await client.post("/v1/fleet/pull-messages", content=b"body", timeout=PATIENCE)
+        assert not any(reader.at_eof() for reader, _ in lines)  # it did not wait for one to be given up
+        for _, writer in lines:
+            writer.close()
+        return answer.text
+
+    monkeypatch.setattr(gateway, "PART_TIME", 2 * PATIENCE)
+    assert behind_a_gateway(kits / "server", ask) == "inner answer"
+
+
+def test_a_silo_that_stops_in_the_midst_of_a_request_is_given_up(monkeypatch, kits):
+    async def ask(port):
+        reader, writer = await half_a_request(port)
+        told = await reader.readline()
+        writer.close()
+        return told
+
+    monkeypatch.setattr(gateway, "PART_TIME", 0.1)
+    assert b" 408 " in behind_a_gateway(kits / "server", ask)
 
 
 # -- the exchange over a grid ----------------------------------------------------------------
@@ -743,7 +761,7 @@ def turn(exchange, times=1):
 
 
 def wait_until(happened):
-    end = time.monotonic() + 50
+    end = time.monotonic() + PATIENCE
     while not happened():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -997,9 +1015,9 @@ def test_a_restarted_server_goes_on_where_the_journal_says(exchange, kits, tmp_p
 
 
 def test_each_thread_wakes_the_other(exchange, monkeypatch):
-    """Nothing waits for the next look, which is a minute away here."""
+    """Nothing waits for the next look, which is far away here."""
     for module in (carrier, exchange_module):
-        monkeypatch.setattr(module, "POLL", 60.0)
+        monkeypatch.setattr(module, "POLL", PATIENCE)
     started = time.monotonic()
     exchange.start()
     served = []
@@ -1007,10 +1025,10 @@ def test_each_thread_wakes_the_other(exchange, monkeypatch):
         if (upload := exchange.receive()) is not None:
             served.append(upload.client_id)
             exchange.send(echo(upload))
-    assert exchange.drain(50) == []
+    assert exchange.drain(PATIENCE) == []
     assert not exchange.carrier.thread.is_alive()
     assert sorted(served) == ["silo-0", "silo-1"]
-    assert time.monotonic() - started < 50
+    assert time.monotonic() - started < PATIENCE
 
 
 def test_an_answer_whose_parts_do_not_come_delays_no_other_silo(exchange, monkeypatch):
@@ -1039,13 +1057,13 @@ def test_an_answer_whose_parts_do_not_come_delays_no_other_silo(exchange, monkey
     come.set()
     wait_until(lambda: exchange.spool.of("silo-0"))
     exchange.send(echo(exchange.receive()))
-    assert exchange.drain(50) == []
+    assert exchange.drain(PATIENCE) == []
 
 
 def test_a_failure_of_the_carrying_thread_is_not_silent(exchange):
     exchange.grid.get_nodes = None
     exchange.start()
-    exchange.carrier.thread.join(10)
+    exchange.carrier.thread.join(PATIENCE)
     with pytest.raises(TypeError):
         exchange.finished()
 

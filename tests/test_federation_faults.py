@@ -14,6 +14,7 @@ import tomllib
 import numpy as np
 import psutil
 import pytest
+from conftest import PATIENCE
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -213,7 +214,7 @@ def test_a_full_disk_is_told_with_its_file_and_what_to_do(exchange, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(spool_module, "write_whole", full)
         exchange.start()
-        exchange.carrier.thread.join(10)
+        exchange.carrier.thread.join(PATIENCE)
         with pytest.raises(RunError, match=r"silo-0-0000-up\.part: cannot be written: No space left.*make room"):
             exchange.finished()
         with pytest.raises(RunError, match="crosslm server"):
@@ -356,9 +357,9 @@ def test_a_gateway_that_ends_is_opened_again(kits, monkeypatch):  # noqa: F811
     monkeypatch.setattr(server, "_register_and_run", lambda: None)
     try:
         server._open_gateway()
-        server.gateway.join(10)
+        server.gateway.join(PATIENCE)
         server._keep_up()
-        server.gateway.join(10)
+        server.gateway.join(PATIENCE)
         assert notes[1] == "the gateway ended and is started again"
         assert len(served) == 2
     finally:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassif
 from crosslm.config import Config
 from crosslm.errors import UploadError
 from crosslm.federation import intake
-from crosslm.federation.intake import UNFORESEEN, check_download, check_upload
+from crosslm.federation.intake import UNFORESEEN, Intake
 from crosslm.federation.messages import encode
 from crosslm.federation.tokenizer_rules import _check_part
 from crosslm.models.architecture import MODEL_TYPES, check_architecture, on_meta, travelling
@@ -35,7 +35,7 @@ def good(models):
 
 
 def check(data, task, config):
-    return check_upload(data, task, config, "north")
+    return Intake(task.labels, config.intake).upload(data, "north")
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "llama", "gemma3"])
@@ -143,19 +143,20 @@ def test_the_time_is_looked_at_until_the_last_number_is_checked(good, task, conf
 def test_an_id_that_is_a_path_is_refused(good, task, config):
     for name in ("../north", "", "a/b", ".", "x" * 65, "north\n"):
         with pytest.raises(UploadError, match="its id must be"):
-            check_upload(good, task, config, name)
+            Intake(task.labels, config.intake).upload(good, name)
 
 
 def test_a_download_is_checked_the_same_way(good, task, config, tmp_path):
+    downloads = Intake(task.labels, config.intake).download
     upload = check(good, task, config)
     data = encode(Download("north", 0, 1, {"selected": 3.0}, upload.slm))
-    assert check_download(data, task, config, "north").step == 1
+    assert downloads(data, "north").step == 1
     with pytest.raises(UploadError, match="client north: what the server returned is refused: expected a download"):
-        check_download(good, task, config, "north")
+        downloads(good, "north")
     refused = 0
     for name, crafted_data, _ in crafted(data, tmp_path / "canary", "download"):
         with pytest.raises(UploadError, match="what the server returned"):
-            check_download(crafted_data, task, config, "north")
+            downloads(crafted_data, "north")
         refused += 1
         assert name
     assert refused >= 200

@@ -69,5 +69,5 @@ def test_eq_8_is_never_negative_and_zero_for_equal_models(seed):
 
 
 def test_eq_9_by_hand_with_the_papers_gammas():
-    total = objective(torch.tensor([-2.0]), torch.tensor([30.0]), torch.tensor([4.0]))
+    total = objective(torch.tensor([-2.0]), torch.tensor([30.0]), torch.tensor([4.0]), 1.0, 0.1, 0.05)
     torch.testing.assert_close(total, torch.tensor([1 * -2.0 + 0.1 * 30.0 + 0.05 * 4.0]))

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from crosslm.config import Config, FitConfig, SLMSpec
 from crosslm.errors import ModelError
 from crosslm.examples import Examples
-from crosslm.federation.intake import check_upload
+from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
 from crosslm.finished import run
 from crosslm.models.pretrained import check_spec
@@ -46,7 +46,9 @@ def test_it_travels_and_is_kept_as_an_ordinary_bert(models, task, config, tmp_pa
     assert slm.model.config.num_hidden_layers == 2
     slm.fit(Examples(sentences(BAD) + sentences(GOOD), [0] * 40 + [1] * 40), FitConfig(epochs=1), 0)
     expected = slm.predict_proba(TEXTS)
-    received = check_upload(encode(Upload("north", 0, (40, 40), {}, slm.to_state())), task, config, "north")
+    received = Intake(task.labels, config.intake).upload(
+        encode(Upload("north", 0, (40, 40), {}, slm.to_state())), "north"
+    )
     torch.testing.assert_close(SLM.from_state(received.slm).predict_proba(TEXTS), expected)
     slm.save(str(tmp_path))
     torch.testing.assert_close(SLM.load_trained(str(tmp_path)).predict_proba(TEXTS), expected)

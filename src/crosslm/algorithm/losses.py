@@ -95,9 +95,9 @@ def objective(
     generation: Tensor,
     language_modeling: Tensor,
     kl: Tensor,
-    gamma_generation: float = 1.0,
-    gamma_language_modeling: float = 0.1,
-    gamma_kl: float = 0.05,
+    gamma_generation: float,
+    gamma_language_modeling: float,
+    gamma_kl: float,
 ) -> Tensor:
     """The LLM's objective, Eq. 9: ``g1 L_g + g2 L_t + g3 L_r``.
 

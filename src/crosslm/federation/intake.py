@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crosslm.config import Config, IntakeConfig
+from crosslm.config import IntakeConfig
 from crosslm.errors import FederationError, UploadError
 from crosslm.federation import strict_json
 from crosslm.federation.messages import MAX_HEADER, VERSION, decode_download, decode_upload
 from crosslm.federation.tokenizer_rules import check_tokenizer
 from crosslm.models.architecture import SPECIAL_TOKENS, check_architecture, longest_text, on_meta
 from crosslm.records import Download, SlmState, Upload
-from crosslm.task import Task
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 METRIC = re.compile(r"[A-Za-z0-9/_.-]{1,64}")
@@ -47,7 +46,15 @@ class Intake:
     bounds: IntakeConfig
 
     def upload(self, data: bytes | Path, client_id: str) -> Upload:
-        """As :func:`check_upload`."""
+        """The upload in these bytes or this file, after every check.
+
+        Args:
+            data: as it came; of a file only the header is read before the header has passed.
+            client_id: who sent it, as the carrier knows.
+
+        Raises:
+            UploadError: it is refused; names the client and the reason.
+        """
         with _refusing(f"client {client_id}: "):
             deadline = time.monotonic() + self.bounds.max_seconds
             upload = decode_upload(_checked(data, "upload", self.labels, self.bounds, client_id, deadline))
@@ -55,36 +62,16 @@ class Intake:
         return upload
 
     def download(self, data: bytes | Path, client_id: str) -> Download:
-        """As :func:`check_download`."""
+        """The download in these bytes or this file, after the same checks as :meth:`upload`.
+
+        Raises:
+            UploadError: it is refused; names the client and the reason.
+        """
         with _refusing(f"client {client_id}: what the server returned is refused: "):
             deadline = time.monotonic() + self.bounds.max_seconds
             download = decode_download(_checked(data, "download", self.labels, self.bounds, client_id, deadline))
             _check_numbers(download.slm, self.bounds, deadline)
         return download
-
-
-def check_upload(data: bytes | Path, task: Task, config: Config, client_id: str) -> Upload:
-    """The upload in these bytes or this file, after every check.
-
-    Args:
-        data: as it came; of a file only the header is read before the header has passed.
-        task: whose labels it must have.
-        config: ``intake`` has the bounds.
-        client_id: who sent it, as the carrier knows.
-
-    Raises:
-        UploadError: it is refused; names the client and the reason.
-    """
-    return Intake(task.labels, config.intake).upload(data, client_id)
-
-
-def check_download(data: bytes | Path, task: Task, config: Config, client_id: str) -> Download:
-    """The download in these bytes or this file, after the same checks as :func:`check_upload`.
-
-    Raises:
-        UploadError: it is refused; names the client and the reason.
-    """
-    return Intake(task.labels, config.intake).download(data, client_id)
 
 
 def check_same_model(mine: SlmState, returned: SlmState, who: str) -> None:

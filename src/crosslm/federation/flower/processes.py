@@ -32,7 +32,6 @@ class Child:
     command: list[str]
     kit: Path
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
-    started: float = field(default=0.0, init=False)
     offset: int = field(default=0, init=False)
     """Where in the log this start's words begin."""
 
@@ -45,7 +44,6 @@ class Child:
         """Start it; what an earlier start left behind is ended first."""
         self.log.parent.mkdir(exist_ok=True)
         self._stop_orphan()
-        self.started = time.time()
         with self.log.open("ab") as log:
             self.offset = log.tell()
             self.process = subprocess.Popen(
