@@ -138,7 +138,7 @@ def poisoned(private: Examples, attack: str, labels: int, trigger: str) -> Examp
 
 def constant(upload: Upload) -> Upload:
     """The classifier with a last layer that reads nothing and says one label of every text."""
-    layers = SLM.from_state(upload.slm).model.named_modules()
+    layers = SLM.from_state(upload.slm, upload.slm.labels).model.named_modules()
     count = len(upload.slm.labels)
     *_, name = (name for name, layer in layers if getattr(layer, "out_features", None) == count)
     changed = {f"{name}.weight": torch.zeros_like(upload.slm.weights[f"{name}.weight"])}

@@ -192,8 +192,8 @@ def one_label_section(loaded: dict[str, dict]) -> list[str]:
     lines = [
         "### Silos of one label (`gate.new_head`)",
         "",
-        "Dirichlet 0.1, seed 0, preset recommended, on test rows: the run of the table of label skew, and before it the "
-        "same where step 5 began with the output layer that came and went on for three epochs, on the same texts.",
+        "Dirichlet 0.1, seed 0, preset recommended, on test rows: the run of the table of label skew, and before it "
+        "the same where step 5 began with the output layer that came and went on for three epochs, on the same texts.",
         "",
         "| task, client | Standalone | Data-free KD, as it came | CrossLM, as it came | Data-free KD, new layer | "
         "CrossLM, new layer | ceiling |",

@@ -113,8 +113,7 @@ class Study:
         said["trained"] = {"trained": self._said("trained", "trained", self.pools["trained"])}
         self.said = said
         self.judged = {name: self._opinion(name, pool.texts) for name, pool in self.pools.items()}
-        judge = SLM.from_state(snapshot.slm_state(get(state["kept"]["judge"])), self.config.device)
-        judge.order_labels(self.task.labels)
+        judge = SLM.from_state(snapshot.slm_state(get(state["kept"]["judge"])), self.task.labels, self.config.device)
         self.found = {name: judge.predict_proba(pool.texts).argmax(dim=1) for name, pool in self.pools.items()}
         self.uploads = [decode_upload(get(name)) for name in state["journal"]["first"].values()]
 

@@ -96,9 +96,9 @@ def test_few_rows_lost_by_chance_are_no_reason(models, monkeypatch, lost, gained
         ]
 
     monkeypatch.setattr(SLM, "predict_proba", opinion)
-    assert client._try(SLM.from_state(upload.slm)).accepted is accepted
+    assert client._try(SLM.from_state(upload.slm, upload.slm.labels)).accepted is accepted
     client._acceptance = AcceptanceConfig(enabled=True, confidence=0.5, margin=0.0)
-    assert client._try(SLM.from_state(upload.slm)).accepted is (lost <= gained)
+    assert client._try(SLM.from_state(upload.slm, upload.slm.labels)).accepted is (lost <= gained)
 
 
 def holding_out(client, labels, monkeypatch):
@@ -118,10 +118,10 @@ def test_balanced_each_label_counts_alike(models, monkeypatch):
 
     monkeypatch.setattr(SLM, "predict_proba", opinion)
     client._acceptance = AcceptanceConfig(enabled=True, margin=0.0, confidence=0.5)
-    decision = client._try(SLM.from_state(upload.slm))
+    decision = client._try(SLM.from_state(upload.slm, upload.slm.labels))
     assert (decision.accepted, decision.before, decision.after) == (False, pytest.approx(0.8), pytest.approx(0.6))
     client._acceptance = AcceptanceConfig(enabled=True, margin=0.0, confidence=0.5, balanced=True)
-    decision = client._try(SLM.from_state(upload.slm))
+    decision = client._try(SLM.from_state(upload.slm, upload.slm.labels))
     assert (decision.accepted, decision.before, decision.after) == (True, pytest.approx(0.5), pytest.approx(0.75))
     assert decision.balanced
 
@@ -142,7 +142,7 @@ def test_balanced_a_loss_of_the_few_is_refused(models, monkeypatch):
     monkeypatch.setattr(SLM, "predict_proba", opinion)
     for balanced, confidence, accepted in ((False, 0.71, True), (True, 0.71, False), (True, 0.73, True)):
         client._acceptance = AcceptanceConfig(enabled=True, margin=0.0, confidence=confidence, balanced=balanced)
-        assert client._try(SLM.from_state(upload.slm)).accepted is accepted
+        assert client._try(SLM.from_state(upload.slm, upload.slm.labels)).accepted is accepted
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_probability_of_just_the_bound_is_sure_enough(models, monkeypatch, los
     monkeypatch.setattr(SLM, "predict_proba", opinion)
     for sure, accepted in ((confidence, False), (confidence + 0.01, True)):
         client._acceptance = AcceptanceConfig(enabled=True, margin=0.0, confidence=sure)
-        assert client._try(SLM.from_state(upload.slm)).accepted is accepted
+        assert client._try(SLM.from_state(upload.slm, upload.slm.labels)).accepted is accepted
 
 
 def test_a_loss_of_just_the_margin_is_accepted(models, monkeypatch):
@@ -177,7 +177,7 @@ def test_a_loss_of_just_the_margin_is_accepted(models, monkeypatch):
     for margin, accepted in ((0.1, True), (0.09, False)):
         for balanced in (False, True):
             client._acceptance = AcceptanceConfig(enabled=True, margin=margin, confidence=0.5, balanced=balanced)
-            assert client._try(SLM.from_state(upload.slm)).accepted is accepted
+            assert client._try(SLM.from_state(upload.slm, upload.slm.labels)).accepted is accepted
 
 
 def test_the_margin_and_the_switch_are_fields(models, worse):

@@ -200,7 +200,7 @@ def gate_for(settings, wrong=0.35, **values):
 
 
 def judged(gate, upload):
-    slm = SLM.from_state(upload.slm)
+    slm = SLM.from_state(upload.slm, upload.slm.labels)
     slm.order_labels(("bad", "good"))
     return gate.judge(slm, upload)
 
@@ -268,7 +268,7 @@ def test_a_small_probe_refuses_only_what_is_plainly_bad(settings, honest, hostil
 
 
 def test_an_slm_that_breaks_on_a_text_is_an_upload_that_is_refused(settings, honest, monkeypatch):
-    slm = SLM.from_state(honest["north"].slm)
+    slm = SLM.from_state(honest["north"].slm, honest["north"].slm.labels)
     monkeypatch.setattr(slm, "predict_proba", lambda texts: torch.full((len(texts), 2), float("nan")))
     with pytest.raises(UploadError, match="not finite"):
         gate_for(settings).judge(slm, honest["north"])
@@ -310,7 +310,8 @@ def test_an_upload_is_probed_once(settings, honest, hostile, monkeypatch):
     real = SLM.predict_proba
     monkeypatch.setattr(SLM, "predict_proba", lambda slm, texts: probed.append(len(texts)) or real(slm, texts))
     slms = {
-        name: SLM.from_state(upload.slm) for name, upload in (("good", honest["north"]), ("bad", hostile["constant"]))
+        name: SLM.from_state(upload.slm, upload.slm.labels)
+        for name, upload in (("good", honest["north"]), ("bad", hostile["constant"]))
     }
     for slm in slms.values():
         slm.order_labels(("bad", "good"))

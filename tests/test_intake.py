@@ -51,7 +51,7 @@ def test_an_honest_upload_passes_unchanged(models, task, config, kind, tmp_path)
         assert dataclasses.replace(received, slm=upload.slm) == upload
         assert received.slm.architecture == upload.slm.architecture
         assert all(torch.equal(value, upload.slm.weights[name]) for name, value in received.slm.weights.items())
-        rebuilt = SLM.from_state(received.slm)
+        rebuilt = SLM.from_state(received.slm, received.slm.labels)
         assert torch.allclose(rebuilt.predict_proba(["a good day."]), slm.predict_proba(["a good day."]))
     half = {name: value.half() if value.is_floating_point() else value for name, value in upload.slm.weights.items()}
     check(encode(dataclasses.replace(upload, slm=dataclasses.replace(upload.slm, weights=half))), task, config)
@@ -178,7 +178,8 @@ def rebuilt_or_refused(data):
     """What passes can be rebuilt; what does not is refused by a check that knew what it was looking for."""
     reason = ""
     try:
-        SLM.from_state(check(data, Task.from_config(CONFIG.task), CONFIG).slm)
+        slm = check(data, Task.from_config(CONFIG.task), CONFIG).slm
+        SLM.from_state(slm, slm.labels)
     except UploadError as refusal:
         reason = str(refusal)
     assert UNFORESEEN not in reason

@@ -49,7 +49,7 @@ def test_it_travels_and_is_kept_as_an_ordinary_bert(models, task, config, tmp_pa
     received = Intake(task.labels, config.intake).upload(
         encode(Upload("north", 0, (40, 40), {}, slm.to_state())), "north"
     )
-    torch.testing.assert_close(SLM.from_state(received.slm).predict_proba(TEXTS), expected)
+    torch.testing.assert_close(SLM.from_state(received.slm, received.slm.labels).predict_proba(TEXTS), expected)
     slm.save(str(tmp_path))
     torch.testing.assert_close(SLM.load_trained(str(tmp_path)).predict_proba(TEXTS), expected)
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.num_hidden_layers == 2

@@ -93,7 +93,7 @@ def test_half_precision_on_the_wire_changes_next_to_nothing_of_a_trained_minilm(
     slm.fit(training, FitConfig(epochs=3, batch_size=8, learning_rate=1e-4, patience=0), 0)
     state = slm.to_state()
     sent = decode_upload(encode(Upload("north", 0, (20, 20), {}, state.in_dtype(torch.float16))))
-    rounded = SLM.from_state(sent.slm)
+    rounded = SLM.from_state(sent.slm, sent.slm.labels)
     exact, changed = slm.predict_proba(others.texts), rounded.predict_proba(others.texts)
     assert not exact.equal(changed)
     assert (exact - changed).abs().max() < 0.005

@@ -536,13 +536,13 @@ def test_labels_are_mapped_by_name(models, config, task, upload):
     downloads = []
     for each in (skewed, turned):
         download, record = server_for(config, task, models).step(each)
-        slm = SLM.from_state(download.slm)
+        slm = SLM.from_state(download.slm, download.slm.labels)
         slm.order_labels(task.labels)
         downloads.append((download, slm.predict_proba(record.pool.texts), record.receipts))
     (first, probabilities, receipts), (second, turned_probabilities, turned_receipts) = downloads
     assert first.slm.labels == ("bad", "good")
     assert second.slm.labels == ("good", "bad")
-    assert SLM.from_state(second.slm).model.config.id2label == {0: "good", 1: "bad"}
+    assert SLM.from_state(second.slm, second.slm.labels).model.config.id2label == {0: "good", 1: "bad"}
     assert [receipt.kept for receipt in receipts] == [receipt.kept for receipt in turned_receipts]
     torch.testing.assert_close(probabilities, turned_probabilities, atol=1e-4, rtol=1e-4)
     assert (probabilities[:, 0] - probabilities[:, 1]).abs().max() > 1e-3
@@ -643,7 +643,7 @@ def test_the_llms_own_judgement_reaches_the_slm(models, task, config, upload, mo
     slm = config.slm.model_copy(update={"soft_labels": True, "llm_judges": True, "synthetic": fit})
     server = server_for(config.model_copy(update={"slm": slm}), task, models)
     download, record = server.step(upload)
-    found = SLM.from_state(download.slm).predict_proba(record.pool.texts)
+    found = SLM.from_state(download.slm, download.slm.labels).predict_proba(record.pool.texts)
     assert found[:, task.labels.index("good")].mean() > 0.9
 
 

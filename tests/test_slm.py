@@ -152,14 +152,14 @@ def test_a_causal_classifier_and_its_tokenizer_pad_alike(models, tmp_path, famil
     slm = SLM.load(str(folder), LABELS, 32, 0)
     slm.save(str(tmp_path / "saved"))
     state = slm.to_state()
-    for each in (slm, SLM.from_state(state), SLM.load_trained(str(tmp_path / "saved"))):
+    for each in (slm, SLM.from_state(state, state.labels), SLM.load_trained(str(tmp_path / "saved"))):
         assert (each.model.config.pad_token_id, each.tokenizer.pad_token_id) == (expected, expected)
         assert not pads_otherwise(each)
     # and one that was sent away, or kept, with two of them
     torn = dataclasses.replace(state, architecture=state.architecture | {"pad_token_id": 7})
     described = json.loads((tmp_path / "saved" / "config.json").read_text())
     (tmp_path / "saved" / "config.json").write_text(json.dumps(described | {"pad_token_id": 7}))
-    for again in (SLM.from_state(torn), SLM.load_trained(str(tmp_path / "saved"))):
+    for again in (SLM.from_state(torn, torn.labels), SLM.load_trained(str(tmp_path / "saved"))):
         assert not pads_otherwise(again)
         again.model.config.pad_token_id = 7
         assert pads_otherwise(again)
@@ -210,7 +210,7 @@ def test_patience_takes_the_best_epoch_back(slm):
 
 def test_the_state_is_the_same_classifier(slm):
     slm.fit(EXAMPLES, FitConfig(epochs=1), 1)
-    again = SLM.from_state(slm.to_state())
+    again = SLM.from_state(slm.to_state(), slm.labels)
     assert again.labels == LABELS
     assert again.max_length == slm.max_length
     torch.testing.assert_close(again.predict_proba(EXAMPLES.texts), slm.predict_proba(EXAMPLES.texts))
@@ -268,7 +268,7 @@ def test_a_state_that_cannot_be_is_refused(models):
     }
     for message, bad in cases.items():
         with pytest.raises(UploadError, match=message):
-            SLM.from_state(bad)
+            SLM.from_state(bad, bad.labels)
 
 
 def test_a_folder_that_is_no_classifier_is_refused(tmp_path):

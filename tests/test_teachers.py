@@ -77,7 +77,7 @@ def test_the_same_texts_are_read_once_by_whom_has_not_changed(uploads, received,
     assert len(read) == 3
     weights = {name: value * 1.5 if value.is_floating_point() else value for name, value in again.slm.weights.items()}
     other = dataclasses.replace(again, slm=dataclasses.replace(again.slm, weights=weights))
-    slm = SLM.from_state(other.slm)
+    slm = SLM.from_state(other.slm, other.slm.labels)
     changed = teachers.probabilities(slm, other, TEXTS)  # another upload is read, though of the same client and round
     assert read[3:] == [slm]
     torch.testing.assert_close(changed, first[0] + (corrected(other, slm) - corrected(again, received[0])) / 3)

@@ -145,8 +145,7 @@ class Client:
         """
         if self._leaks:
             self._leaks.check(download.texts)
-        returned = SLM.from_state(download.slm, str(self.slm.device))
-        returned.order_labels(self.slm.labels)
+        returned = SLM.from_state(download.slm, self.slm.labels, str(self.slm.device))
         returned.freeze_embeddings(not self.slm.model.get_input_embeddings().weight.requires_grad)
         decision = self._try(returned)
         if decision.accepted:
@@ -177,9 +176,7 @@ class Client:
                 "what is spent of privacy.epsilon cannot be known; start a new run"
             )
         frozen = not self.slm.model.get_input_embeddings().weight.requires_grad
-        labels = self.slm.labels
-        self.slm = SLM.from_state(state, str(self.slm.device))
-        self.slm.order_labels(labels)
+        self.slm = SLM.from_state(state, self.slm.labels, str(self.slm.device))
         self.slm.freeze_embeddings(frozen)
         self.rounds, self.told_counts, self.told_metrics = rounds, told_counts, tuple(told_metrics)
         if self._privacy:

@@ -221,8 +221,9 @@ class _Run:
                 f"{self.run.path}: the data files have changed since this run began; put them back as they were"
             )
         if self._kept["judge"]:
-            self.journal.judge = SLM.from_state(snapshot.slm_state(get(self._kept["judge"])), self.config.device)
-            self.journal.judge.order_labels(self.task.labels)
+            self.journal.judge = SLM.from_state(
+                snapshot.slm_state(get(self._kept["judge"])), self.task.labels, self.config.device
+            )
         self.judge_accuracy, self.before = self._kept["judge_accuracy"], self._kept["before"]
         self.journal.base_pool = snapshot.texts_of(get(self._kept["base_pool"]))
         self.journal.base_said = json.loads(get(self._kept["base_said"]))

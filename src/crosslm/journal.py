@@ -90,8 +90,7 @@ class RunJournal:
             self._set_apart(upload, record.refusal, record.gate, step=step)
         if record.refusal and who not in self._returned:  # so it is no judge of what the LLM writes in the end either
             del self.standalone[who], self._first[who]
-        slm = SLM.from_state(download.slm, self.config.device)
-        slm.order_labels(self.task.labels)
+        slm = SLM.from_state(download.slm, self.task.labels, self.config.device)
         self._test("crosslm", who, slm)
         self.run.save_slm(who, slm)
         self._returned[who] = self.checkpoints.put(slm_bytes(download.slm))
@@ -145,8 +144,7 @@ class RunJournal:
         """
         upload, download, record = self._closing.pop(who)
         if accepted:
-            returned = SLM.from_state(download.slm, self.config.device)
-            returned.order_labels(self.task.labels)
+            returned = SLM.from_state(download.slm, self.task.labels, self.config.device)
             self._test("crosslm", who, returned)
             self.run.save_slm(who, returned)
         if accepted and self.config.federation.participations == 1:

@@ -84,7 +84,8 @@ def _copy(run: RunDir, partial: RunDir, checkpoints: Checkpoints, records: list[
         if path.name.startswith(("base", *steps)):
             partial.write_data(f"synthetic/{path.name}", path.read_bytes())
     for client_id, name in state["journal"]["returned"].items():
-        partial.save_slm(client_id, SLM.from_state(slm_state(target.get(name))))
+        slm = slm_state(target.get(name))
+        partial.save_slm(client_id, SLM.from_state(slm, slm.labels))
     previous = run.path / "slm-previous"
     for client_id in state["journal"]["returned"]:
         if (previous / client_id).is_dir():

@@ -284,7 +284,7 @@ class RunDir:
         """Write a client's classifier as it came, for ``crosslm audit``; a later one takes the place of an earlier."""
         from crosslm.models.slm import SLM
 
-        self.save_slm(upload.client_id, SLM.from_state(upload.slm), "uploads")
+        self.save_slm(upload.client_id, SLM.from_state(upload.slm, upload.slm.labels), "uploads")
 
     def save_llm(self, llm: LLM) -> None:
         """Write the adapter folder for PEFT, or the whole model after full fine-tuning."""

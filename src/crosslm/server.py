@@ -299,7 +299,6 @@ def receive_slm(upload: Upload, task: Task, config: Config) -> SLM:
     for name, weight in upload.slm.weights.items():
         if not weight.isfinite().all():
             raise UploadError(f"{who}: its weight {name} is not finite; lower slm.private.learning_rate there")
-    slm = SLM.from_state(upload.slm, config.device)
-    slm.order_labels(task.labels)
+    slm = SLM.from_state(upload.slm, task.labels, config.device)
     slm.freeze_embeddings(config.slm.freeze_embeddings)
     return slm

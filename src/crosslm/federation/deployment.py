@@ -166,8 +166,7 @@ class Deployment:
         who, step = upload.client_id, download.step
         for texts in record.written:
             self._count(texts)
-        slm = SLM.from_state(download.slm, self.config.device)
-        slm.order_labels(self.task.labels)
+        slm = SLM.from_state(download.slm, self.task.labels, self.config.device)
         self.run.save_slm(who, slm)
         self.run.save_llm(self.server.llm)
         if self.test is not None:
@@ -219,10 +218,9 @@ class Deployment:
 
     def closed(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """Keep the SLM that goes back in the end; with test rows, it is measured."""
-        who, slm = upload.client_id, SLM.from_state(download.slm, self.config.device)
+        who, slm = upload.client_id, SLM.from_state(download.slm, self.task.labels, self.config.device)
         if who in {event["client"] for event in self._events_of("closing")}:  # it was not sent before a restart
             return
-        slm.order_labels(self.task.labels)
         self.run.save_slm(who, slm)
         self._learned_in_the_end |= set(record.kept)
         self.run.save_synthetic(CLOSING_POOL, self.task.labels, record.pool, kept=self._learned_in_the_end)

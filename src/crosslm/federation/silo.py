@@ -108,7 +108,7 @@ class Silo(SiloState):
             with self._incoming(parts) as file:
                 decision, had_say = self._install(number, file, upload)
         except OF_THE_DOWNLOAD as error:
-            self._use(SLM.from_state(upload.slm))
+            self._use(SLM.from_state(upload.slm, upload.slm.labels))
             self._keep_receipt("install", number, {"answer": refused(error)})
             self._complete(number, {"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
             raise
@@ -153,8 +153,7 @@ class Silo(SiloState):
             return {"not_tested": str(error)}
         if test is None:
             return {}
-        returned = SLM.from_state(state, str(before.device))
-        returned.order_labels(before.labels)
+        returned = SLM.from_state(state, before.labels, str(before.device))
         return {"test": {"rows": len(test), "before": before.accuracy(test), "after": returned.accuracy(test)}}
 
     def close(self, experiment: str, number: int, parts: Iterable[bytes]) -> dict[str, float]:
@@ -218,7 +217,8 @@ class Silo(SiloState):
         self._check(experiment, number)
         if self.installed > number:
             return
-        self._use(SLM.from_state(self._mine(number).slm))
+        state = self._mine(number).slm
+        self._use(SLM.from_state(state, state.labels))
         self._keep_receipt("not-used", number, {"answer": done(number)})
         self._complete(number, {"accepted": False, "rows": 0, "not_used": plain(reason[:MAX_REASON])})
 
@@ -283,8 +283,7 @@ class Silo(SiloState):
                 state = self._uploaded(number).slm
         else:
             return self._pretrained(device)
-        slm = SLM.from_state(state, device)
-        slm.order_labels(settings.labels)
+        slm = SLM.from_state(state, settings.labels, device)
         slm.freeze_embeddings(settings.freeze_embeddings)
         return slm
 
@@ -305,8 +304,7 @@ class Silo(SiloState):
                     f"start it with: crosslm client {self.kit}"
                 )
             return self.slm()
-        slm = SLM.from_state(self._uploaded(0).slm, resolve_device(self.settings.device))
-        slm.order_labels(self.settings.labels)
+        slm = SLM.from_state(self._uploaded(0).slm, self.settings.labels, resolve_device(self.settings.device))
         return slm
 
     def _pretrained(self, device: str) -> SLM:
@@ -363,8 +361,7 @@ class Silo(SiloState):
         receipt: dict[str, Any] = {"bytes_sent": len(data), "answer": done(number)} | contents(self._as_sent(upload))
         if self.settings.wire_dtype != "float32":
             private = self.private()
-            rounded = SLM.from_state(self._as_sent(upload).slm, str(slm.device))
-            rounded.order_labels(slm.labels)
+            rounded = SLM.from_state(self._as_sent(upload).slm, slm.labels, str(slm.device))
             receipt["accuracy_on_private_rows"] = {
                 "float32": slm.accuracy(private),
                 self.settings.wire_dtype: rounded.accuracy(private),

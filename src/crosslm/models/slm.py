@@ -272,11 +272,17 @@ class SLM:
         return SlmState(architecture, tokenizer, labels, self.max_length, weights)
 
     @classmethod
-    def from_state(cls, state: SlmState, device: str = "cpu") -> "SLM":
+    def from_state(cls, state: SlmState, labels: Sequence[str], device: str = "cpu") -> "SLM":
         """The classifier that :meth:`to_state` took apart. No code comes with it.
+
+        Args:
+            state: of it.
+            labels: its labels in the order in which it is to speak of them, as for :meth:`order_labels`.
+            device: for the weights.
 
         Raises:
             UploadError: the architecture is unknown, or the weights do not fit it.
+            ValueError: its labels are others.
         """
         architecture = dict(state.architecture)
         model_type = architecture.pop("model_type", None)
@@ -300,7 +306,9 @@ class SLM:
         model.config.id2label = dict(enumerate(state.labels))
         model.config.label2id = {label: index for index, label in enumerate(state.labels)}
         agree_on_padding(model, tokenizer)
-        return cls(model.to(device), tokenizer, state.labels, state.max_length)
+        slm = cls(model.to(device), tokenizer, state.labels, state.max_length)
+        slm.order_labels(labels)
+        return slm
 
     def save(self, folder: str) -> None:
         """Write a folder that ``AutoModelForSequenceClassification.from_pretrained`` loads."""
