@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import pytest
+import tomli_w
 import torch
 import transformers
 from hypothesis import settings as hypothesis_settings
@@ -51,6 +52,8 @@ transformers.utils.logging.disable_progress_bar()
 # a shared machine is slow at times, and the same examples every time make a failure one of the code
 hypothesis_settings.register_profile("ours", deadline=None, derandomize=True, max_examples=60)
 hypothesis_settings.load_profile("ours")
+
+pytest_plugins = ["of_federations", "of_uploads"]
 
 PATIENCE = 600.0
 """Seconds to wait for another process: far more than it takes, since a shared machine is slow at times."""
@@ -292,3 +295,28 @@ def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         return code, captured.out, captured.err
 
     return called
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command as a shell would; gives the exit code and both outputs."""
+
+    def called(*arguments):
+        monkeypatch.setattr("sys.argv", ["crosslm", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    monkeypatch.setattr(cli.console, "width", 100)
+    return called
+
+
+@pytest.fixture
+def config_file(settings, tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(tomli_w.dumps(settings))
+    return path

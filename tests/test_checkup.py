@@ -9,7 +9,6 @@ import tomllib
 
 import pytest
 import tomli_w
-from test_federation import federated  # noqa: F401  the fixture
 
 import crosslm
 from crosslm import doctor
@@ -44,7 +43,7 @@ def change(kit, **fields):
 
 
 @pytest.fixture
-def kits(federated, tmp_path, data_folder):  # noqa: F811
+def kits(federated, tmp_path, data_folder):
     folder = made(federated, tmp_path / "kits")
     (folder / "silos" / "silo-0" / "silo-0.csv").write_bytes((data_folder / "silo-0.csv").read_bytes())
     return folder
@@ -120,7 +119,7 @@ def test_a_good_silo_kit_before_and_while_the_server_runs(kits, shell, serving):
     assert "answers with a certificate of this federation" in out
 
 
-def test_a_silo_sees_that_another_federation_answers(kits, federated, shell, serving, tmp_path):  # noqa: F811
+def test_a_silo_sees_that_another_federation_answers(kits, federated, shell, serving, tmp_path):
     other = made(federated, tmp_path / "other", f"localhost:{port_of(kits)}")
     serving(other / "server", port_of(kits))
     code, out, _ = shell("doctor", kits / "silos" / "silo-0")
@@ -143,7 +142,7 @@ def test_a_port_that_is_taken_and_one_that_the_server_itself_has(kits, shell, se
     ("days", "code", "message"),
     [(0, 2, "error   server.crt: has expired on "), (10, 0, "warning server.crt: expires in 9 days, on ")],
 )
-def test_certificates_that_end(federated, shell, tmp_path, monkeypatch, days, code, message):  # noqa: F811
+def test_certificates_that_end(federated, shell, tmp_path, monkeypatch, days, code, message):
     monkeypatch.setattr(provision_module, "VALID_DAYS", days)
     kits = made(federated, tmp_path / "kits")
     found, out, _ = shell("doctor", kits / "server")
@@ -159,7 +158,7 @@ def test_certificates_that_end(federated, shell, tmp_path, monkeypatch, days, co
         (["ca.crt"], "server.crt: was not signed by the authority in ca.crt"),
     ],
 )
-def test_files_of_two_federations_do_not_fit(kits, federated, shell, tmp_path, names, message):  # noqa: F811
+def test_files_of_two_federations_do_not_fit(kits, federated, shell, tmp_path, names, message):
     other = made(federated, tmp_path / "other")
     for name in names:
         (kits / "server" / name).write_bytes((other / "server" / name).read_bytes())
@@ -294,7 +293,7 @@ def test_without_the_extra_it_says_so_and_looks_no_further(kits, shell, monkeypa
     assert "server.crt" not in out
 
 
-def test_a_kit_says_which_wheel_to_install(federated, tmp_path):  # noqa: F811
+def test_a_kit_says_which_wheel_to_install(federated, tmp_path):
     made(federated, tmp_path / "plain")
     made({**federated, "privacy": {"epsilon": 8.0}}, tmp_path / "private")
     for path, extras in (

@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from test_federation import answer, change, echo, exchange, federated, flower_run, kits, silo, turn  # noqa: F401
-from test_teachers import ShutTo, received, server_of, uploads  # noqa: F401
+from of_federations import answer, change, echo, turn
+from of_uploads import ShutTo, server_of
 
 from crosslm import experiment, journal
 from crosslm.algorithm.rewards import label_rewards
@@ -38,7 +38,7 @@ def differs(one, other):
     return any(not torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_in_the_end_who_came_first_is_taught_by_all_and_by_the_llm_as_it_is_then(models, config, task, uploads):  # noqa: F811
+def test_in_the_end_who_came_first_is_taught_by_all_and_by_the_llm_as_it_is_then(models, config, task, uploads):
     server = server_of(models, config, task, soft_labels=True, llm_judges=True)
     original = synthesize(server.llm, task, config.synthesis, 12, 0)
     served = [server.step(upload) for upload in uploads]
@@ -61,7 +61,7 @@ def test_in_the_end_who_came_first_is_taught_by_all_and_by_the_llm_as_it_is_then
     assert (server.llm.fingerprint(), list(server.teachers.members), server.steps) == (before, judges, 3)
 
 
-def test_who_has_no_say_has_none_in_the_end_either(models, config, task, uploads):  # noqa: F811
+def test_who_has_no_say_has_none_in_the_end_either(models, config, task, uploads):
     config = config.model_copy(update={"gate": config.gate.model_copy(update={"teach_refused": True})})
     server = server_of(models, config, task)
     server.gate = ShutTo("south")
@@ -192,7 +192,7 @@ def test_who_comes_twice_is_taught_from_its_last_upload_and_leaves_data_free_kd_
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text('{"text": "a"}\n')])
 def test_texts_that_have_gone_meanwhile_are_named(closed, tmp_path, monkeypatch, damage):
-    def damaged(exchange, server, journal, between):  # noqa: F811
+    def damaged(exchange, server, journal, between):
         damage(tmp_path / "run/synthetic/step-0002-pool.jsonl")
         close(exchange, server, journal, between)
 
@@ -212,7 +212,7 @@ def test_a_run_that_dies_in_it_ends_as_one_that_never_did(closed, tmp_path, monk
     config = Config.model_validate(closed)
     whole = run_local(config, tmp_path / "whole", tmp_path)
 
-    def dies(exchange, server, journal, between):  # noqa: F811
+    def dies(exchange, server, journal, between):
         monkeypatch.setattr(server, "close", lambda *_: sys.exit("killed"))
         close(exchange, server, journal, between)
 
@@ -225,7 +225,7 @@ def test_a_run_that_dies_in_it_ends_as_one_that_never_did(closed, tmp_path, monk
     assert len(events(tmp_path / "run", "closing")) == 2
 
 
-def test_an_slm_that_fails_on_the_last_texts_is_left_out(models, config, task, uploads, monkeypatch):  # noqa: F811
+def test_an_slm_that_fails_on_the_last_texts_is_left_out(models, config, task, uploads, monkeypatch):
     server = server_of(models, config, task)
     records = [server.step(upload)[1] for upload in uploads[:2]]
     done, fails = [], server.teachers.probabilities
@@ -263,7 +263,7 @@ def test_an_slm_that_fails_on_the_last_texts_is_left_out(models, config, task, u
 # -- between machines ------------------------------------------------------------------------
 
 
-def served(exchange):  # noqa: F811
+def served(exchange):
     """Both silos have what came at once."""
     turn(exchange, 2)
     for _ in SILOS:
@@ -273,7 +273,7 @@ def served(exchange):  # noqa: F811
     assert exchange.spool.not_delivered(SILOS) == []
 
 
-def test_a_closing_download_goes_to_its_silo_and_is_answered(exchange, kits, tmp_path):  # noqa: F811
+def test_a_closing_download_goes_to_its_silo_and_is_answered(exchange, kits, tmp_path):
     for name in SILOS:
         change(kits / "silos" / name, closing=True)
     exchange.config = exchange.carrier.config = exchange.config.model_copy(update={"closing": True})
@@ -305,7 +305,7 @@ def test_a_closing_download_goes_to_its_silo_and_is_answered(exchange, kits, tmp
     assert len(exchange.grid.pushed) == pushed  # nothing more is asked
 
 
-def test_a_closing_download_that_is_refused_is_owed_no_more(exchange, kits, tmp_path):  # noqa: F811
+def test_a_closing_download_that_is_refused_is_owed_no_more(exchange, kits, tmp_path):
     change(kits / "silos" / "silo-0", closing=True)
     served(exchange)
     for name in SILOS:
@@ -326,7 +326,7 @@ def test_a_closing_download_that_is_refused_is_owed_no_more(exchange, kits, tmp_
         other.close(other.settings.experiment, 0, b"")
 
 
-def test_after_the_end_nothing_is_asked_or_served_by_a_server_that_is_started_again_either(exchange, tmp_path):  # noqa: F811
+def test_after_the_end_nothing_is_asked_or_served_by_a_server_that_is_started_again_either(exchange, tmp_path):
     exchange.config = exchange.carrier.config = exchange.config.model_copy(
         update={"arrivals": 1, "participations": 2, "closing": True}
     )
@@ -344,7 +344,7 @@ def test_after_the_end_nothing_is_asked_or_served_by_a_server_that_is_started_ag
     spool.close()
 
 
-def test_the_servers_status_says_who_was_closed(exchange, kits, shell):  # noqa: F811
+def test_the_servers_status_says_who_was_closed(exchange, kits, shell):
     spool = Spool(kits / "server" / "spool")
     spool.put("silo-0", 0, [b"an upload"])
     spool.delivered("silo-0", 0)
@@ -357,7 +357,7 @@ def test_the_servers_status_says_who_was_closed(exchange, kits, shell):  # noqa:
     assert "worse on its held-out rows" in out
 
 
-def test_who_has_ended_is_asked_for_no_more_uploads(exchange):  # noqa: F811
+def test_who_has_ended_is_asked_for_no_more_uploads(exchange):
     exchange.config = exchange.carrier.config = exchange.config.model_copy(update={"arrivals": 1, "participations": 2})
     exchange.grid.online = ["silo-0"]
     turn(exchange, 2)
@@ -368,7 +368,7 @@ def test_who_has_ended_is_asked_for_no_more_uploads(exchange):  # noqa: F811
     assert [kind for _, kind, _ in exchange.grid.pushed] == ["train.upload", "train.install"]
 
 
-def test_a_silo_tries_it_against_what_it_has_and_only_after_its_round(silo, federated, models, monkeypatch):  # noqa: F811
+def test_a_silo_tries_it_against_what_it_has_and_only_after_its_round(silo, federated, models, monkeypatch):
     change(silo.kit, closing=True)
     silo, experiment = Silo(silo.kit, silo.cache), silo.settings.experiment
     _, download = answer(silo, Config.model_validate(federated), models)
@@ -391,7 +391,7 @@ def test_a_silo_tries_it_against_what_it_has_and_only_after_its_round(silo, fede
     assert "worse (0.750 before, 0.250 with it, on 4 held-out rows)" in closing_outcome(silo.closed)
 
 
-def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, monkeypatch, shell):  # noqa: F811
+def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, monkeypatch, shell):
     notes, asked = [], []
     change(silo.kit, closing=True)
     silo = Silo(silo.kit, silo.cache)
@@ -419,7 +419,7 @@ def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, m
     assert "in the end: nothing more comes" in out
 
 
-def test_a_server_stays_until_its_silos_know_that_all_is_over(kits, monkeypatch):  # noqa: F811
+def test_a_server_stays_until_its_silos_know_that_all_is_over(kits, monkeypatch):
     config = kits / "server" / "config.toml"
     config.write_text(config.read_text().replace("closing = false", "closing = true"))
     server = server_processes.ServerProcesses(kits / "server", lambda _: None)

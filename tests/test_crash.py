@@ -1,6 +1,6 @@
 """A crash loses nothing: killed anywhere, a run goes on and ends as one that never was killed."""
 
-# ruff: noqa: F811  fixtures of another module
+
 
 import errno
 import hashlib
@@ -18,7 +18,6 @@ import pytest
 import tomli_w
 from conftest import PATIENCE
 from crash_driver import POINTS
-from test_end_to_end import command, config_file  # noqa: F401
 
 from crosslm import experiment, rundir
 from crosslm.checkpoint import Checkpoints

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from crosslm import experiment, reevaluate
 from crosslm import server as server_module
 from crosslm.checkpoint import Checkpoints
-from crosslm.cli import main as cli
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.errors import CollapseError
@@ -22,31 +21,6 @@ from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.rundir import RunDir
 from crosslm.synthesis import synthesize
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run a command as a shell would; gives the exit code and both outputs."""
-
-    def called(*arguments):
-        monkeypatch.setattr("sys.argv", ["crosslm", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    monkeypatch.setattr(cli.console, "width", 100)
-    return called
-
-
-@pytest.fixture
-def config_file(settings, tmp_path):
-    path = tmp_path / "tiny.toml"
-    path.write_text(tomli_w.dumps(settings))
-    return path
 
 
 def numbers(summary):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import BAD, GOOD, TASK, sentences
 from made_run import write_run
+from of_federations import MemoryGrid
 from rich.console import Console
-from test_federation import MemoryGrid, flower_run  # noqa: F401  the latter a fixture
 from test_tracking import Keeps
 
 from crosslm import experiment, tracking

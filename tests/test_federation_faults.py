@@ -15,20 +15,10 @@ import numpy as np
 import psutil
 import pytest
 from conftest import PATIENCE
+from of_federations import change, echo, from_kit, turn
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
-from test_federation import (  # noqa: F401  fixtures too
-    change,
-    echo,
-    exchange,
-    federated,
-    flower_run,
-    from_kit,
-    kits,
-    silo,
-    turn,
-)
 
 from crosslm.config import Config, FederationConfig
 from crosslm.errors import FederationError, RunError, UploadError
@@ -77,7 +67,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_reply_that_is_none_is_that_silos_failure_and_the_others_are_served(exchange, what):  # noqa: F811
+def test_a_reply_that_is_none_is_that_silos_failure_and_the_others_are_served(exchange, what):
     content, reason = BROKEN[what]
     told = []
     exchange.on_failure = lambda *given: told.append(given)
@@ -98,7 +88,7 @@ def test_a_reply_that_is_none_is_that_silos_failure_and_the_others_are_served(ex
     assert not list(exchange.spool.folder.glob("*part*"))
 
 
-def test_a_message_that_flower_cannot_put_together_is_its_silos_failure_too(exchange, monkeypatch):  # noqa: F811
+def test_a_message_that_flower_cannot_put_together_is_its_silos_failure_too(exchange, monkeypatch):
     import httpx
 
     pull, errors = exchange.grid.pull_messages, [httpx.ConnectError("no SuperLink"), ValueError("no such object")]
@@ -118,7 +108,7 @@ def test_a_message_that_flower_cannot_put_together_is_its_silos_failure_too(exch
     assert exchange.receive().client_id == "silo-1"
 
 
-def test_what_a_silo_says_reaches_no_terminal_as_it_is(exchange, caplog):  # noqa: F811
+def test_what_a_silo_says_reaches_no_terminal_as_it_is(exchange, caplog):
     told = []
     exchange.on_failure = lambda *given: told.append(given)
     words = {"status": "refused", "reason": "full\x1b]0;root\x07\x1b[2J"}
@@ -139,7 +129,7 @@ def test_what_a_silo_says_reaches_no_terminal_as_it_is(exchange, caplog):  # noq
     assert "\x1b" not in caplog.text
 
 
-def test_what_a_server_says_reaches_no_terminal_as_it_is(silo, exchange, monkeypatch, caplog):  # noqa: F811
+def test_what_a_server_says_reaches_no_terminal_as_it_is(silo, exchange, monkeypatch, caplog):
     request = {"experiment": silo.settings.experiment, "round": 0, "version": 99, "crosslm": "9\x1b[2J"}
     message = Message(RecordDict({"request": ConfigRecord(request)}), 100, "train.upload", ttl=60)
     from_kit(silo.kit, monkeypatch)(message)
@@ -152,7 +142,7 @@ def test_what_a_server_says_reaches_no_terminal_as_it_is(silo, exchange, monkeyp
         silo_processes.ask(silo)
 
 
-def test_an_install_that_is_answered_with_nonsense_is_owed_no_more(exchange):  # noqa: F811
+def test_an_install_that_is_answered_with_nonsense_is_owed_no_more(exchange):
     exchange.grid.online = ["silo-0"]
     turn(exchange, 2)
     exchange.send(echo(exchange.receive()))
@@ -167,7 +157,7 @@ def test_an_install_that_is_answered_with_nonsense_is_owed_no_more(exchange):  #
 # -- bounds ----------------------------------------------------------------------------------
 
 
-def test_an_upload_that_is_too_large_is_cut_off_and_the_next_one_taken(exchange):  # noqa: F811
+def test_an_upload_that_is_too_large_is_cut_off_and_the_next_one_taken(exchange):
     most = 10 * 2**20
     exchange.intake = type(exchange.intake)(
         exchange.intake.labels, exchange.intake.bounds.model_copy(update={"max_bytes": most})
@@ -190,7 +180,7 @@ def test_bytes_are_counted_before_more_of_them_are_read():
     assert sum(map(len, joined(split([bytes(17)]), 17))) == 17
 
 
-def test_a_file_of_the_spool_that_is_too_large_is_not_read(exchange, monkeypatch):  # noqa: F811
+def test_a_file_of_the_spool_that_is_too_large_is_not_read(exchange, monkeypatch):
     turn(exchange, 2)
     bounds = exchange.intake.bounds.model_copy(update={"max_bytes": 1000})
     exchange.intake = type(exchange.intake)(exchange.intake.labels, bounds)
@@ -204,7 +194,7 @@ def test_a_file_of_the_spool_that_is_too_large_is_not_read(exchange, monkeypatch
 # -- a full disk -----------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_told_with_its_file_and_what_to_do(exchange, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_told_with_its_file_and_what_to_do(exchange, monkeypatch):
     """And ends the server: to start again does not help."""
 
     def full(path, parts):
@@ -232,7 +222,7 @@ def test_a_journal_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("honest", [True, False], ids=["says so", "does not say so"])
-def test_the_gateway_lets_no_request_through_that_is_too_large(kits, monkeypatch, honest):  # noqa: F811
+def test_the_gateway_lets_no_request_through_that_is_too_large(kits, monkeypatch, honest):
     import httpx
 
     real, passed = httpx.AsyncClient, []
@@ -272,7 +262,7 @@ def test_what_flower_sends_at_once_fits_through_the_gateway():
 
 
 @pytest.mark.parametrize(("command", "kit"), [("server", "server"), ("client", "silos/silo-0")])
-def test_a_kit_is_run_by_one_process(kits, shell, monkeypatch, command, kit):  # noqa: F811
+def test_a_kit_is_run_by_one_process(kits, shell, monkeypatch, command, kit):
     """And the first one goes on: nothing of it is ended."""
     kit = kits / kit
     code = (
@@ -330,7 +320,7 @@ def with_port(kit, port):
     )
 
 
-def test_a_port_that_is_taken_ends_the_server_before_anything_is_started(kits, shell, monkeypatch):  # noqa: F811
+def test_a_port_that_is_taken_ends_the_server_before_anything_is_started(kits, shell, monkeypatch):
     monkeypatch.setattr(processes.Child, "start", lambda _: pytest.fail("something was started"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -341,7 +331,7 @@ def test_a_port_that_is_taken_ends_the_server_before_anything_is_started(kits, s
     assert f"server.toml: cannot listen on 127.0.0.1:{port} (bind, and the port of address): Address already" in said
 
 
-def test_a_gateway_that_ends_is_opened_again(kits, monkeypatch):  # noqa: F811
+def test_a_gateway_that_ends_is_opened_again(kits, monkeypatch):
     notes, served = [], []
 
     def ends(kit, listening, superlink_port):
@@ -371,7 +361,7 @@ def test_a_gateway_that_ends_is_opened_again(kits, monkeypatch):  # noqa: F811
 # -- keys and old uploads --------------------------------------------------------------------
 
 
-def test_a_silo_with_another_silos_key_is_told_whose_it_is(kits, silo, monkeypatch):  # noqa: F811
+def test_a_silo_with_another_silos_key_is_told_whose_it_is(kits, silo, monkeypatch):
     answer = io.BytesIO(b"0 silo-1")
     answer.headers = {}
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: answer)
@@ -384,7 +374,7 @@ def test_a_silo_with_another_silos_key_is_told_whose_it_is(kits, silo, monkeypat
         silo_processes.rounds_complete(silo)
 
 
-def test_an_old_upload_is_not_taken_as_that_of_a_new_round(exchange, kits, monkeypatch):  # noqa: F811
+def test_an_old_upload_is_not_taken_as_that_of_a_new_round(exchange, kits, monkeypatch):
     exchange.config = exchange.carrier.config = FederationConfig(participations=2)
     exchange.grid.online = ["silo-0"]
     kit = kits / "silos" / "silo-0"
@@ -415,7 +405,7 @@ class Killed(BaseException):
     """As a process that is killed: nothing is cleaned up."""
 
 
-def test_provisioning_that_is_cut_off_anywhere_is_completed_by_the_same_command(federated, tmp_path, monkeypatch):  # noqa: F811
+def test_provisioning_that_is_cut_off_anywhere_is_completed_by_the_same_command(federated, tmp_path, monkeypatch):
     config, write = Config.model_validate(federated), provision_module._file
     provision(config, "localhost:9400", tmp_path / "whole")
     expected = sorted(str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*"))
@@ -453,7 +443,7 @@ def test_provisioning_that_is_cut_off_anywhere_is_completed_by_the_same_command(
     assert writes > 15
 
 
-def test_parts_of_a_federation_that_are_away_are_named(kits, federated):  # noqa: F811
+def test_parts_of_a_federation_that_are_away_are_named(kits, federated):
     config = Config.model_validate(federated)
     (kits / "server").rename(kits.parent / "server")
     with pytest.raises(FederationError, match=r"holds the kit of silo-0 and no server/server\.toml"):
@@ -469,7 +459,7 @@ def test_parts_of_a_federation_that_are_away_are_named(kits, federated):  # noqa
 
 
 @pytest.mark.parametrize("unit", ["server/crosslm-server.service", "silos/silo-0/crosslm-silo.service"])
-def test_systemd_starts_again_what_died_and_not_what_is_complete_or_wrong(kits, unit):  # noqa: F811
+def test_systemd_starts_again_what_died_and_not_what_is_complete_or_wrong(kits, unit):
     parsed = configparser.ConfigParser()
     parsed.read(kits / unit)
     assert parsed["Service"]["Restart"] == "on-failure"
@@ -479,7 +469,7 @@ def test_systemd_starts_again_what_died_and_not_what_is_complete_or_wrong(kits, 
 # -- Flower's own commands -------------------------------------------------------------------
 
 
-def test_flowers_own_commands_find_the_server_of_a_kit_wherever_it_is(kits, tmp_path, shell, monkeypatch):  # noqa: F811
+def test_flowers_own_commands_find_the_server_of_a_kit_wherever_it_is(kits, tmp_path, shell, monkeypatch):
     """With the environment that the documentation says, as a shell takes it; also after the kit was moved."""
     kit = tmp_path / "it is mine"
     (kits / "server").rename(kit)

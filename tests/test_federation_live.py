@@ -21,7 +21,6 @@ import psutil
 import pytest
 import tomli_w
 from conftest import PATIENCE
-from test_federation import federated  # noqa: F401  the fixture
 
 from crosslm.config import Config
 from crosslm.config_file import load
@@ -165,7 +164,7 @@ def is_gone(process):
 
 
 @pytest.fixture
-def start(federated, tmp_path):  # noqa: F811
+def start(federated, tmp_path):
     made = []
 
     def started(names, **federation):

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tomli_w
-from test_end_to_end import command  # noqa: F401
 
 from crosslm import llm_cache
 from crosslm.config import Config, merged
@@ -138,7 +137,7 @@ def test_a_cache_that_cannot_be_written_is_named(settings, tmp_path):
         run(settings, tmp_path, "run", llm_cache=tmp_path / "file")
 
 
-def test_the_command_has_it(settings, tmp_path, command):  # noqa: F811
+def test_the_command_has_it(settings, tmp_path, command):
     config = tmp_path / "my.toml"
     config.write_text(tomli_w.dumps(settings))
     options = ("--llm-cache", tmp_path / "llm", "--cache-dir", tmp_path)

@@ -11,7 +11,6 @@ import zipfile
 import pytest
 import uvicorn
 from conftest import PATIENCE
-from test_federation import federated, flower_run, kits, silo  # noqa: F401  fixtures
 from test_federation_live import free_ports
 
 from crosslm.errors import FederationError
@@ -104,7 +103,7 @@ class Node:
 
 
 @pytest.fixture
-def node(silo, monkeypatch, flower_run):  # noqa: F811
+def node(silo, monkeypatch, flower_run):
     for name, value in environment(silo.kit).items():
         monkeypatch.setenv(name, value)
     made = Node()
@@ -112,7 +111,7 @@ def node(silo, monkeypatch, flower_run):  # noqa: F811
     made.stop()
 
 
-def request(silo):  # noqa: F811
+def request(silo):
     fields = {"experiment": silo.settings.experiment, "round": 0, "version": messages.VERSION, "crosslm": "any"}
     return Message(RecordDict({"request": ConfigRecord(fields)}), 1, "train.upload", ttl=3600)
 
@@ -136,7 +135,7 @@ def test_flower_itself_would_run_what_the_server_sends(tmp_path, monkeypatch):
     assert written.exists()
 
 
-def test_code_that_the_server_sends_is_not_run_and_not_even_unpacked(node, silo, tmp_path):  # noqa: F811
+def test_code_that_the_server_sends_is_not_run_and_not_even_unpacked(node, silo, tmp_path):
     written = tmp_path / "canary"
     node.receives(request(silo), canary(written))
     assert answered(node)
@@ -148,7 +147,7 @@ def test_code_that_the_server_sends_is_not_run_and_not_even_unpacked(node, silo,
     assert len(node.state.get_messages_legacy(is_reply=True)) == 1
 
 
-def test_the_genuine_app_is_answered_by_the_installed_crosslm(node, silo):  # noqa: F811
+def test_the_genuine_app_is_answered_by_the_installed_crosslm(node, silo):
     node.receives(request(silo), bundle(GENUINE))
     assert answered(node)
     assert node.reply().metadata.message_type == "train.upload"
@@ -157,7 +156,7 @@ def test_the_genuine_app_is_answered_by_the_installed_crosslm(node, silo):  # no
     assert not answered(node)
 
 
-def test_when_the_process_that_answers_dies_so_does_the_one_that_started_it(node, silo, monkeypatch):  # noqa: F811
+def test_when_the_process_that_answers_dies_so_does_the_one_that_started_it(node, silo, monkeypatch):
     """The SuperNode would wait for the rest of the answer for ever; the silo starts both again."""
     node.receives(request(silo), bundle(GENUINE))
     run = tasks.subprocess.run
@@ -167,7 +166,7 @@ def test_when_the_process_that_answers_dies_so_does_the_one_that_started_it(node
         answered(node)
 
 
-def test_tasks_of_other_kinds_are_not_taken(node, silo, tmp_path):  # noqa: F811
+def test_tasks_of_other_kinds_are_not_taken(node, silo, tmp_path):
     node.receives(request(silo), canary(tmp_path / "canary"), TaskType.AGENT_APP)
     assert not answered(node)
 
@@ -210,7 +209,7 @@ def test_the_genuine_bundle_passes_as_flower_builds_it():
     check_bundle(bundle(GENUINE))
 
 
-def test_an_unforeseen_error_is_told_without_its_words(silo, flower_run, monkeypatch, caplog):  # noqa: F811
+def test_an_unforeseen_error_is_told_without_its_words(silo, flower_run, monkeypatch, caplog):
     def fails(*_):
         raise RuntimeError("a private sentence")
 

@@ -7,17 +7,7 @@ import re
 
 import pytest
 import torch
-from test_federation import (  # noqa: F401  fixtures
-    answer,
-    change,
-    exchange,
-    federated,
-    flower_run,
-    from_kit,
-    kits,
-    silo,
-    turn,
-)
+from of_federations import answer, change, from_kit, turn
 
 from crosslm.client import Client
 from crosslm.config import Config, PrivacyConfig
@@ -36,7 +26,7 @@ from crosslm.models.slm import SLM
 from flwr.app import ConfigRecord, Message, RecordDict  # isort: skip
 
 
-def ask(silo, kind, monkeypatch, number=0, message=None, **fields):  # noqa: F811
+def ask(silo, kind, monkeypatch, number=0, message=None, **fields):
     """The answer of the silo's real application."""
     request = {"experiment": silo.settings.experiment, "round": number, "version": 1, "crosslm": "any", **fields}
     content = {"request": ConfigRecord(request)} | ({"message": message} if message else {})
@@ -49,7 +39,7 @@ def keys(content):
     return [*content["reply"], *(f"metrics.{name}" for name in content.get("metrics", {}))]
 
 
-def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, flower_run, monkeypatch, shell):  # noqa: F811
+def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, flower_run, monkeypatch, shell):
     promised = silo.would_send()
     sent = {"beside the upload": ask(silo, "upload", monkeypatch)}
     assert set(sent["beside the upload"]) == {"reply", "message"}
@@ -83,7 +73,7 @@ def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, 
         assert line in out
 
 
-def test_the_classifier_in_use_is_whole_whenever_the_silo_dies(silo, federated, models, monkeypatch):  # noqa: F811
+def test_the_classifier_in_use_is_whole_whenever_the_silo_dies(silo, federated, models, monkeypatch):
     """What came is on the disk before its folder, and the folder before the decision."""
     change(silo.kit, max_participations=2)
     silo, experiment, used = Silo(silo.kit, silo.cache), silo.settings.experiment, silo.state / "slm"
@@ -113,7 +103,7 @@ def test_the_classifier_in_use_is_whole_whenever_the_silo_dies(silo, federated, 
     assert (used / "model.safetensors").read_bytes() != before
 
 
-def test_a_silo_that_starts_again_has_its_classifier_back(silo, monkeypatch):  # noqa: F811
+def test_a_silo_that_starts_again_has_its_classifier_back(silo, monkeypatch):
     """One that was killed between moving the old folder aside and naming the new one."""
     aside = silo.state / f"slm{ASIDE}"
     aside.mkdir(parents=True)
@@ -128,14 +118,14 @@ def test_a_silo_that_starts_again_has_its_classifier_back(silo, monkeypatch):  #
     assert (silo.state / "slm" / "model.safetensors").read_bytes() == b"old"
 
 
-def test_a_silo_whose_classifier_had_no_say_is_told(silo, federated, models):  # noqa: F811
+def test_a_silo_whose_classifier_had_no_say_is_told(silo, federated, models):
     _, download = answer(silo, Config.model_validate(federated), models)
     silo.install(silo.settings.experiment, 0, [encode(dataclasses.replace(download, metrics={"no_say": 1.0}))])
     assert silo.decision(0)["no_say"]
     assert "the gate did not let the classifier that was sent judge" in outcome(silo.decision(0))
 
 
-def test_a_round_whose_return_is_refused_is_complete(silo, federated, models):  # noqa: F811
+def test_a_round_whose_return_is_refused_is_complete(silo, federated, models):
     """Nothing more comes for it: crosslm client ends, or goes on with the SLM that it has."""
     federated["privacy"] = {"max_shared_words": 2}
     privacy = PrivacyConfig(max_shared_words=2)
@@ -158,7 +148,7 @@ def test_a_round_whose_return_is_refused_is_complete(silo, federated, models):  
     assert decode_upload(silo.upload(silo.settings.experiment, 1).read_bytes()).client_round == 1
 
 
-def test_a_download_that_was_refused_does_not_end_the_silos_part(exchange, kits, tmp_path, monkeypatch):  # noqa: F811
+def test_a_download_that_was_refused_does_not_end_the_silos_part(exchange, kits, tmp_path, monkeypatch):
     for name in ("silo-0", "silo-1"):
         change(kits / "silos" / name, max_participations=2)
     exchange.config = exchange.carrier.config = exchange.config.model_copy(update={"participations": 2})
@@ -186,8 +176,8 @@ def test_a_download_that_was_refused_does_not_end_the_silos_part(exchange, kits,
     ],
 )
 def test_a_refused_silo_is_told_without_figures_and_comes_again_as_in_one_process(
-    exchange,  # noqa: F811
-    kits,  # noqa: F811
+    exchange,
+    kits,
     tmp_path,
     error,
     told,
@@ -204,7 +194,7 @@ def test_a_refused_silo_is_told_without_figures_and_comes_again_as_in_one_proces
     turn(exchange, 2)
     assert exchange.grid.pushed[-1] == ("silo-0", "train.not_used", 0)
     assert exchange.spool.complete("silo-0") == 1
-    silo = Silo(kits / "silos" / "silo-0", tmp_path)  # noqa: F811
+    silo = Silo(kits / "silos" / "silo-0", tmp_path)
     assert silo.installed == 1
     assert silo.decision(0)["not_used"] == told
     turn(exchange, 2)
@@ -224,7 +214,7 @@ def test_a_refused_silo_is_told_without_figures_and_comes_again_as_in_one_proces
     assert all(weight.equal(found.slm.weights[name]) for name, weight in expected.slm.weights.items())
 
 
-def test_the_last_refusal_is_told_before_the_server_goes(exchange, monkeypatch):  # noqa: F811
+def test_the_last_refusal_is_told_before_the_server_goes(exchange, monkeypatch):
     exchange.grid.online = ["silo-0"]
     turn(exchange, 2)
     exchange.receive()
@@ -234,7 +224,7 @@ def test_the_last_refusal_is_told_before_the_server_goes(exchange, monkeypatch):
     assert exchange.spool.complete("silo-0") == 1
 
 
-def test_a_silo_that_is_added_is_asked_once_the_server_was_started_again(exchange, tmp_path):  # noqa: F811
+def test_a_silo_that_is_added_is_asked_once_the_server_was_started_again(exchange, tmp_path):
     exchange.grid.handlers["late"] = lambda message: None
     exchange.grid.online.append("late")
     turn(exchange, 2)
@@ -250,7 +240,7 @@ def test_a_silo_that_is_added_is_asked_once_the_server_was_started_again(exchang
 
 
 @pytest.mark.parametrize("name", ["upload-0000", "download-0000", "closing"])
-def test_a_kept_file_that_changed_on_the_disk_is_named_and_decides_nothing(silo, federated, models, name):  # noqa: F811
+def test_a_kept_file_that_changed_on_the_disk_is_named_and_decides_nothing(silo, federated, models, name):
     """The privacy budget that is spent is read from the uploads."""
     change(silo.kit, max_participations=2, closing=True)
     silo, experiment = Silo(silo.kit, silo.cache), silo.settings.experiment
@@ -277,7 +267,7 @@ def test_a_kept_file_that_changed_on_the_disk_is_named_and_decides_nothing(silo,
     assert silo.installed == 1
 
 
-def test_a_changed_file_is_no_answer_to_the_server(silo, federated, models, flower_run, monkeypatch):  # noqa: F811
+def test_a_changed_file_is_no_answer_to_the_server(silo, federated, models, flower_run, monkeypatch):
     """It asks again: a refusal would be for good, and the file may be put back."""
     ask(silo, "upload", monkeypatch)
     path = silo.state / "upload-0000.safetensors"
@@ -291,7 +281,7 @@ def test_a_changed_file_is_no_answer_to_the_server(silo, federated, models, flow
     assert ask(silo, "upload", monkeypatch)["reply"]["status"] == "ok"
 
 
-def test_test_rows_that_cannot_be_read_hold_nothing_back(silo, federated, models, shell):  # noqa: F811
+def test_test_rows_that_cannot_be_read_hold_nothing_back(silo, federated, models, shell):
     change(silo.kit, data=silo.settings.data.model_copy(update={"test": "other.csv"}))
     silo = Silo(silo.kit, silo.cache)
     _, download = answer(silo, Config.model_validate(federated), models)
@@ -301,7 +291,7 @@ def test_test_rows_that_cannot_be_read_hold_nothing_back(silo, federated, models
     assert "not tested: " in outcome(silo.decision(0))
 
 
-def test_what_was_trained_for_another_precision_and_cut_off_counts_no_more(silo, monkeypatch):  # noqa: F811
+def test_what_was_trained_for_another_precision_and_cut_off_counts_no_more(silo, monkeypatch):
     change(silo.kit, wire_dtype="float16")
     silo = Silo(silo.kit, silo.cache)
     with monkeypatch.context() as patch:
@@ -317,7 +307,7 @@ def test_what_was_trained_for_another_precision_and_cut_off_counts_no_more(silo,
     assert all(weight.equal(sent.slm.weights[name]) for name, weight in silo._uploaded(0).slm.weights.items())
 
 
-def test_half_precision_goes_both_ways_and_is_not_kept_at_the_silo(silo, federated, models):  # noqa: F811
+def test_half_precision_goes_both_ways_and_is_not_kept_at_the_silo(silo, federated, models):
     change(silo.kit, wire_dtype="float16")
     silo = Silo(silo.kit, silo.cache)
     upload, download = answer(silo, Config.model_validate(federated), models)
@@ -338,7 +328,7 @@ def test_half_precision_goes_both_ways_and_is_not_kept_at_the_silo(silo, federat
     assert abs(exact - rounded) <= 1 / len(silo.private())  # at most one row changes sides
 
 
-def test_a_silo_that_took_half_precision_installs_it(silo, federated, models):  # noqa: F811
+def test_a_silo_that_took_half_precision_installs_it(silo, federated, models):
     change(silo.kit, wire_dtype="float16")
     silo = Silo(silo.kit, silo.cache)
     _, download = answer(silo, Config.model_validate(federated), models)
@@ -347,7 +337,7 @@ def test_a_silo_that_took_half_precision_installs_it(silo, federated, models):  
     assert all(weight.equal(download.slm.weights[name].to(weight.dtype)) for name, weight in weights.items())
 
 
-def test_what_is_amiss_at_the_silo_itself_decides_nothing(silo, federated, models, flower_run, monkeypatch):  # noqa: F811
+def test_what_is_amiss_at_the_silo_itself_decides_nothing(silo, federated, models, flower_run, monkeypatch):
     silo.upload(silo.settings.experiment, 0)
     _, download = answer(silo, Config.model_validate(federated), models)
     rows = silo.kit / "silo-0.csv"
@@ -361,7 +351,7 @@ def test_what_is_amiss_at_the_silo_itself_decides_nothing(silo, federated, model
     assert Silo(silo.kit, silo.cache).installed == 1
 
 
-def test_a_silo_says_what_it_does_and_why_it_refused(silo, federated, models, flower_run, monkeypatch, shell):  # noqa: F811
+def test_a_silo_says_what_it_does_and_why_it_refused(silo, federated, models, flower_run, monkeypatch, shell):
     def said():
         code, out, _ = shell("status", str(silo.kit))
         assert code == 0
@@ -387,7 +377,7 @@ def test_a_silo_says_what_it_does_and_why_it_refused(silo, federated, models, fl
     assert "round 0: complete" in said()
 
 
-def test_a_silo_measures_on_its_own_test_rows_and_tells_nobody(silo, federated, models, shell):  # noqa: F811
+def test_a_silo_measures_on_its_own_test_rows_and_tells_nobody(silo, federated, models, shell):
     """What the classifier is worth is known where its user is: before and after, and by a prediction."""
     (silo.kit / "other.csv").write_text('text,label\n"good day",good\n"bad day",bad\n"good good",good\n')
     change(silo.kit, data=silo.settings.data.model_copy(update={"test": "other.csv"}))
@@ -413,7 +403,7 @@ def test_a_silo_measures_on_its_own_test_rows_and_tells_nobody(silo, federated, 
     assert out.splitlines()[0].startswith("text,label,predicted")
 
 
-def test_test_rows_that_are_not_there_are_not_measured_and_wrong_ones_stop_the_start(silo, shell):  # noqa: F811
+def test_test_rows_that_are_not_there_are_not_measured_and_wrong_ones_stop_the_start(silo, shell):
     change(silo.kit, data=silo.settings.data.model_copy(update={"test": "other.csv"}))
     assert Silo(silo.kit, silo.cache).test() is None
     (silo.kit / "other.csv").write_text("text,label\nday,grand\n")
@@ -446,7 +436,7 @@ def test_what_came_of_a_round_is_told_apart():
     assert "the gate has quarantined it" in told[3]
 
 
-def test_the_servers_status_says_since_when_a_silo_is_asked(kits, shell, monkeypatch):  # noqa: F811
+def test_the_servers_status_says_since_when_a_silo_is_asked(kits, shell, monkeypatch):
     spool = Spool(kits / "server" / "spool")
     spool.note("silo/silo-0", "1000 upload of round 0 asked for")
     spool.close()

@@ -6,43 +6,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BAD, GOOD, sentences, tiny_llm
+from conftest import GOOD, sentences
+from of_uploads import EXAMPLES, ShutTo, server_of
 
 from crosslm import journal, snapshot
 from crosslm.algorithm.rewards import correct_prior, label_rewards
 from crosslm.algorithm.soft_labels import without_preference
 from crosslm.classification import class_probabilities
-from crosslm.client import Client
 from crosslm.config import RewardConfig
 from crosslm.enhancement import train_on_synthetic
 from crosslm.errors import QuarantineError, UploadError
-from crosslm.examples import Examples
-from crosslm.gate import Verdict
-from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
 from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, SyntheticText
-from crosslm.server import Server, receive_slm
+from crosslm.server import receive_slm
 from crosslm.teachers import Teachers
 
-EXAMPLES = Examples(sentences(BAD, 20) + sentences(GOOD, 20), [0] * 20 + [1] * 20)
 TEXTS = sentences(GOOD, 5)
-
-
-@pytest.fixture
-def uploads(models, config, task):
-    """Of three clients, each with weights of its own and a silo of another size."""
-    made = []
-    for place, name in enumerate(("north", "south", "west")):
-        slm = SLM.load(str(models / "bert"), task.labels, 32, place)
-        upload = Client(name, EXAMPLES, slm, config.slm.private, place).train()
-        made.append(dataclasses.replace(upload, class_counts=(10 + 20 * place, 30)))
-    return made
-
-
-@pytest.fixture
-def received(uploads, task, config):
-    return [receive_slm(upload, task, config) for upload in uploads]
 
 
 def corrected(upload, slm):
@@ -115,12 +95,6 @@ def test_one_that_fails_later_judges_no_more(uploads, received, caplog):
     assert not teachers.members
 
 
-def server_of(models, config, task, **slm):
-    reward = config.reward.model_copy(update={"teachers": 2})
-    config = config.model_copy(update={"reward": reward, "slm": config.slm.model_copy(update=slm)})
-    return Server(config, task, tiny_llm(models, "gpt2"), SentenceEncoder(str(models / "encoder")))
-
-
 def test_one_that_fails_on_a_text_of_the_baseline_judges_on(monkeypatch):
     teachers = SimpleNamespace(members={"north": "a judge"})
 
@@ -165,21 +139,6 @@ def test_who_may_not_reward_the_llm_never_judges_beside_others(models, config, t
     with pytest.raises(QuarantineError):
         server.step(uploads[0])
     assert not server.teachers.members
-
-
-class ShutTo:
-    """A gate that lets nobody in of one name."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def judge(self, slm, upload):
-        if upload.client_id == self.name:
-            raise QuarantineError(f"client {upload.client_id}: quarantined", {"auc": 0.4})
-        return Verdict({"auc": 0.9}, torch.zeros(0, 2))
-
-    def accepted(self, verdict, upload, pool):
-        pass
 
 
 def test_who_is_refused_is_taught_and_changes_nothing_for_others(models, config, task, uploads):
