@@ -1,7 +1,5 @@
 """A crash loses nothing: killed anywhere, a run goes on and ends as one that never was killed."""
 
-
-
 import errno
 import hashlib
 import json

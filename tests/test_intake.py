@@ -5,7 +5,6 @@ import dataclasses
 import resource
 import struct
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -59,7 +58,7 @@ def test_an_honest_upload_passes_unchanged(models, task, config, kind, tmp_path)
 
 def test_every_crafted_upload_is_refused_and_the_next_one_is_served(good, task, config, tmp_path):
     canary = tmp_path / "canary"
-    names, started = set(), time.monotonic()
+    names = set()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name, data, message in crafted(good, canary):
         assert name not in names, name
@@ -74,7 +73,6 @@ def test_every_crafted_upload_is_refused_and_the_next_one_is_served(good, task, 
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert len(names) >= 200
     assert grown * (1 if sys.platform == "darwin" else 1024) < 512 * 2**20
-    assert time.monotonic() - started < 60
     assert check(good, task, config).client_id == "north"
 
 
