@@ -298,21 +298,10 @@ def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Run a command as a shell would; gives the exit code and both outputs."""
-
-    def called(*arguments):
-        monkeypatch.setattr("sys.argv", ["crosslm", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
+def command(shell, monkeypatch):
+    """The same, with lines of 100 columns."""
     monkeypatch.setattr(cli.console, "width", 100)
-    return called
+    return shell
 
 
 @pytest.fixture

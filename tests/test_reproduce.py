@@ -15,7 +15,6 @@ import tomli_w
 from conftest import PATIENCE
 from moments import BOTH, THREE, Dying, Failing, Recording, Sleeping
 
-from crosslm.cli import main as cli
 from crosslm.client import Client
 from crosslm.config import PRESETS
 from crosslm.errors import ConfigError, DataError, ModelError, RunError
@@ -119,27 +118,15 @@ def chosen(scale, data, *tables, tasks=(), presets=(), seeds=None, split="test")
     return choose(Scale.model_validate(scale), tables, tasks, presets, seeds, split, data)
 
 
-def command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr("sys.argv", ["crosslm", "reproduce", *map(str, arguments)])
-    monkeypatch.setattr(cli.console, "width", 100)
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as end:
-        code = end.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 def files(folder):
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*.json")}
 
 
-def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, capsys):
+def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, command):
     (tmp_path / "scale.toml").write_text(tomli_w.dumps(scale))
     output = tmp_path / "out"
     options = ["--data-dir", data, "--scale", tmp_path / "scale.toml", "--output", output, "--cache-dir", tmp_path]
-    code, out, err = command(monkeypatch, capsys, "4", "5", "6", "7", "8", *options)
+    code, out, err = command("reproduce", "4", "5", "6", "7", "8", *options)
     assert (code, err) == (0, ""), out
     cells = files(output / "test" / "cells")
     assert set(cells) == {
@@ -214,7 +201,7 @@ def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, capsys
 
     # once more: nothing is done again
     monkeypatch.setattr(jobs, "do", lambda *_: pytest.fail("done again"))
-    code, out, _ = command(monkeypatch, capsys, "4", "5", "6", "7", "8", *options)
+    code, out, _ = command("reproduce", "4", "5", "6", "7", "8", *options)
     assert code == 0
     assert "15 cells: 15 there, 0 to do" in out
     assert files(output / "test" / "cells") == cells
@@ -593,7 +580,7 @@ def test_cells_that_differ_in_step_5_alone_have_their_llm_in_common(scale, data,
     assert made["base"] > made["llm.gamma-kl-0.05"] > 0 == made["slm.soft-labels-false"]
 
 
-def test_the_command_passes_the_llms_cache_on(scale, data, tmp_path, quick, monkeypatch, capsys):
+def test_the_command_passes_the_llms_cache_on(scale, data, tmp_path, quick, command):
     (tmp_path / "scale.toml").write_text(tomli_w.dumps(scale))
     options = [
         "--data-dir",
@@ -605,7 +592,7 @@ def test_the_command_passes_the_llms_cache_on(scale, data, tmp_path, quick, monk
         "--cache-dir",
         tmp_path,
     ]
-    code, out, _ = command(monkeypatch, capsys, "5", *options, "--llm-cache", tmp_path / "llm")
+    code, out, _ = command("reproduce", "5", *options, "--llm-cache", tmp_path / "llm")
     assert code == 0, out
     cells = list((tmp_path / "out/test/cells").rglob("run.json"))
     assert cells
@@ -699,7 +686,7 @@ def test_two_at_once_are_refused(scale, data, tmp_path, quick):
     reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
 
 
-def test_the_tables_are_of_everything_that_is_there(scale, data, tmp_path, quick, capsys, monkeypatch):
+def test_the_tables_are_of_everything_that_is_there(scale, data, tmp_path, quick, command):
     reproduce(chosen(scale, data, "skew", presets=["recommended"]), tmp_path / "out", tmp_path)
     reproduce(chosen(scale, data, "4", "7", seeds=2), tmp_path / "out", tmp_path)
     text = (tmp_path / "out/test/tables.md").read_text()
@@ -738,13 +725,13 @@ def test_the_tables_are_of_everything_that_is_there(scale, data, tmp_path, quick
     assert (tmp_path / "results/headline.json").read_text() == (tmp_path / "out/test/headline.json").read_text()
     (tmp_path / "out/test/tables.md").unlink()
     options = ["--scale", tmp_path / "scale.toml", "--output", tmp_path / "out", "--data-dir", data]
-    code, out, _ = command(monkeypatch, capsys, "--render", *options)
+    code, out, _ = command("reproduce", "--render", *options)
     assert code == 0
     assert "to do" not in out
     assert (tmp_path / "out/test/tables.md").read_text() == text
 
 
-def test_wrong_input_is_found_before_anything_is_run(scale, data, tmp_path, quick, monkeypatch, capsys):
+def test_wrong_input_is_found_before_anything_is_run(scale, data, tmp_path, quick, command):
     for arguments, message in (
         (["9"], "no table '9'; there are: 4, 5, 6, 7, 8, skew, clients, rows, ablation"),
         (["4", "--tasks", "sst2", "imdb"], "'imdb' is no table but a task: name tasks with commas, --tasks sst2,imdb"),
@@ -753,7 +740,7 @@ def test_wrong_input_is_found_before_anything_is_run(scale, data, tmp_path, quic
         (["4", "--split", "train"], "no split 'train'; there are: test, validation"),
         (["4", "--scale", tmp_path / "no.toml"], "no.toml: cannot be read as a TOML file"),
     ):
-        code, _, err = command(monkeypatch, capsys, *arguments)
+        code, _, err = command("reproduce", *arguments)
         assert code == 2
         assert message in err
     (data / "rte" / "test.csv").unlink()
@@ -768,14 +755,14 @@ def test_wrong_input_is_found_before_anything_is_run(scale, data, tmp_path, quic
         load_scale(tmp_path / "bad.toml")
 
 
-def test_ctrl_c_says_how_to_go_on(scale, data, tmp_path, quick, monkeypatch, capsys):
+def test_ctrl_c_says_how_to_go_on(scale, data, tmp_path, quick, monkeypatch, command):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(work, "run_local", interrupted)
     (tmp_path / "scale.toml").write_text(tomli_w.dumps(scale))
     options = ["--scale", tmp_path / "scale.toml", "--output", tmp_path / "out", "--data-dir", data]
-    code, out, _ = command(monkeypatch, capsys, "4", *options)
+    code, out, _ = command("reproduce", "4", *options)
     assert code == 130
     assert "stopped; the same command goes on" in out
 
