@@ -167,6 +167,7 @@ def test_an_error_quotes_no_private_text(tmp_path, data, name, content):
             r"x.csv: line 3 is not CSV.*a quote that is not closed",
         ),
         ("x.csv", 'text,label\n"a,good\nb,bad\n"c",good\nd,bad\n', r"x.csv: line 2 is not CSV"),
+        ("x.csv", 'text,label\n"He said "hi" there",good\n', r"x.csv: line 2 is not CSV.*not doubled"),
         ("x.csv", 'text,"label\na,good\n', r"x.csv: line 1 is not CSV"),
         ("x.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}\n", r"x.jsonl: line 1 is not JSON"),
     ],

@@ -17,7 +17,7 @@ from test_tracking import Keeps
 from crosslm import experiment, tracking
 from crosslm.config import Config
 from crosslm.config_file import load
-from crosslm.errors import ConfigError, ModelError, QuarantineError, RunError
+from crosslm.errors import ConfigError, ModelError, QuarantineError, RunError, UploadError
 from crosslm.experiment import run_local
 from crosslm.federation.deployment import Deployment, measured_on
 from crosslm.federation.exchange import close, serve
@@ -32,6 +32,7 @@ from crosslm.finished import Run
 from crosslm.html_report.collect import RunView
 from crosslm.html_report.findings import findings
 from crosslm.html_report.page import render
+from crosslm.models.slm import SLM
 from crosslm.rundir import RunDir
 from crosslm.snapshot import slm_bytes
 from crosslm.tracking import figures_of
@@ -355,6 +356,36 @@ def test_a_quarantined_upload_is_an_event_with_its_figures(tables, local, tmp_pa
     assert "quarantined" in page
     assert "No silo was served." in page
     assert Run.open(tmp_path / "kit" / "run").clients == ()
+
+
+def test_an_upload_that_fails_on_a_test_row_is_refused_in_every_round(tables, local, tmp_path, monkeypatch):
+    upload, spared = decode_upload(local[1][0]), []
+    real = SLM.predict_proba
+
+    def breaks(slm, texts):
+        if spared and list(texts) == spared[0].test.texts:
+            raise IndexError("index out of range")
+        return real(slm, texts)
+
+    monkeypatch.setattr(SLM, "predict_proba", breaks)
+    for deployment in federation(tmp_path / "kit", tables, []):
+        spool = deployment.spool
+        for number in (0, 1):
+            spool.put(upload.client_id, number, [encode(dataclasses.replace(upload, client_round=number))])
+        spool.next()
+        spared.append(deployment)
+        with pytest.raises(UploadError, match="cannot classify: IndexError"):
+            deployment.uploaded(upload)
+        spared.clear()
+        deployment.uploaded(upload)
+        download, record = deployment.server.step(upload)
+        deployment.served(upload, download, record)
+        spool.serve(upload.client_id, 0, encode(download))
+        spool.next()
+        spared.append(deployment)
+        with pytest.raises(UploadError, match="cannot classify: IndexError"):
+            deployment.uploaded(dataclasses.replace(upload, client_round=1))
+        spared.clear()
 
 
 def test_who_has_no_say_is_served_and_is_no_measure_of_the_llm(tables, local, tmp_path):

@@ -200,8 +200,7 @@ def gate_for(settings, wrong=0.35, **values):
 
 
 def judged(gate, upload):
-    slm = SLM.from_state(upload.slm, upload.slm.labels)
-    slm.order_labels(("bad", "good"))
+    slm = SLM.from_state(upload.slm, ("bad", "good"))
     return gate.judge(slm, upload)
 
 
@@ -310,11 +309,9 @@ def test_an_upload_is_probed_once(settings, honest, hostile, monkeypatch):
     real = SLM.predict_proba
     monkeypatch.setattr(SLM, "predict_proba", lambda slm, texts: probed.append(len(texts)) or real(slm, texts))
     slms = {
-        name: SLM.from_state(upload.slm, upload.slm.labels)
+        name: SLM.from_state(upload.slm, ("bad", "good"))
         for name, upload in (("good", honest["north"]), ("bad", hostile["constant"]))
     }
-    for slm in slms.values():
-        slm.order_labels(("bad", "good"))
     assert gate.lets_in(slms["good"], honest["north"])
     assert gate.judge(slms["good"], honest["north"]).figures["auc"] > 0.5
     assert not gate.lets_in(slms["bad"], hostile["constant"])

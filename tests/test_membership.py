@@ -129,6 +129,20 @@ def test_a_text_that_is_copied_whole_takes_no_memory_for_each_length():
     assert most < 16 * 2**20  # with the sequences of all lengths it is ten times as much
 
 
+def test_however_much_private_text_there_is_it_takes_no_more_memory():
+    most = []
+    for rows in (500, 2000):
+        private = ["the patient came in on monday and went home again " * 3] * rows
+        tracemalloc.start()
+        try:
+            assert longest_shared(["the patient came in on tuesday"], private) == [5]
+            most.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    words_alone = 400 * 1500 * 8  # the words of more texts are held, not their sequences
+    assert most[1] - most[0] < 3 * words_alone
+
+
 def test_nearest_similarity_by_hand():
     vectors = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
     private = torch.tensor([[0.0, 5.0], [3.0, 0.0]])

@@ -427,6 +427,22 @@ def test_an_slm_that_cannot_be_trained_is_refused_and_changes_nothing(models, co
     assert (server.llm.fingerprint(), server.steps) == (before, 1)
 
 
+def test_an_slm_that_breaks_in_step_5_is_refused_and_changes_nothing(models, config, task, upload, monkeypatch):
+    server, fit = server_for(config, task, models), SLM.fit
+    before = server.llm.fingerprint()
+
+    def breaks(slm, *arguments, **options):
+        metrics = fit(slm, *arguments, **options)
+        with torch.no_grad():
+            next(slm.model.parameters()).view(-1)[0] = float("nan")
+        return metrics
+
+    monkeypatch.setattr(SLM, "fit", breaks)
+    with pytest.raises(UploadError, match=r"client north: step 5 left weights of its SLM that are not finite"):
+        server.step(upload)
+    assert (server.llm.fingerprint(), server.steps) == (before, 0)
+
+
 def test_an_update_that_breaks_in_its_second_batch_is_taken_back_too(models, config, task, upload, monkeypatch):
     server = server_for(config, task, models, batch_size=4)
     before, batches = server.llm.fingerprint(), []
@@ -536,8 +552,7 @@ def test_labels_are_mapped_by_name(models, config, task, upload):
     downloads = []
     for each in (skewed, turned):
         download, record = server_for(config, task, models).step(each)
-        slm = SLM.from_state(download.slm, download.slm.labels)
-        slm.order_labels(task.labels)
+        slm = SLM.from_state(download.slm, task.labels)
         downloads.append((download, slm.predict_proba(record.pool.texts), record.receipts))
     (first, probabilities, receipts), (second, turned_probabilities, turned_receipts) = downloads
     assert first.slm.labels == ("bad", "good")

@@ -179,15 +179,17 @@ def test_who_is_refused_is_taught_and_changes_nothing_for_others(models, config,
         ((0, 40), {"teach_refused": False}, False),  # as under preset paper, whose SLMs all have a say
         ((1, 39), {}, False),
         ((0, 0), {}, False),  # hidden
+        ((0, 40), {"epsilon": 8.0}, False),
     ],
 )
 def test_who_knows_one_label_begins_step_5_with_a_new_head(
     models, config, task, uploads, monkeypatch, counts, changes, begins_anew
 ):
     gate = config.gate.model_copy(update={"enabled": True, "teach_refused": True, **changes})
+    privacy = config.privacy.model_copy(update={"epsilon": changes.get("epsilon")})
     private = config.slm.private.model_copy(update={"epochs": 5, "patience": 1, "holdout_fraction": 0.5})
     fields = config.slm.model_copy(update={"private": private, "interpolation": 0.5})
-    config = config.model_copy(update={"gate": gate, "slm": fields})
+    config = config.model_copy(update={"gate": gate, "slm": fields, "privacy": privacy})
     upload, begun, made = dataclasses.replace(uploads[0], class_counts=counts), [], SLM.new_head
     monkeypatch.setattr(SLM, "new_head", lambda slm, seed: (begun.append(seed), made(slm, seed)))
     mixed = []

@@ -149,6 +149,7 @@ def test_bytes_that_are_not_utf8_lose_no_row():
         ("a.csv", 'body\n"x"\n', r"a.csv: row 1 has no column 'text'; its columns are: body; .*--text-column"),
         ("a.csv", "text\nx,y\n", "a.csv: line 2 has more fields than the header"),
         ("a.csv", 'text,id\na,1\n"b,2\nc,3\n', "a.csv: line 3 is not CSV"),
+        ("a.csv", 'text;label\n"a";"b"\n', r"row 1 has no column 'text'; its columns are: text;label; "),
         ("a.csv", "text,text\na,b\n", "a.csv: has the column 'text' twice; give each a name of its own"),
         ("a.csv", "text,id,id\na,1,2\n", "a.csv: has the column 'id' twice"),
         ("a.jsonl", '{"text": ' + "9" * 5000 + "}\n", "a.jsonl: line 1 is not JSON"),

@@ -89,8 +89,8 @@ def train_on_synthetic(
 ) -> dict[str, float]:
     """Train an SLM on the selected texts of a pool.
 
-    With ``gate.new_head`` one whose rows all have one label begins with a new output layer, and learns as long as in
-    step 1.
+    With ``gate.new_head`` one whose rows all have one label begins with a new output layer, and learns as in step 1;
+    not under DP, whose step 1 trains other layers at other rates.
 
     Args:
         slm: to train.
@@ -110,18 +110,24 @@ def train_on_synthetic(
     """
     texts, fit = pool.examples(kept), config.slm.synthetic
     seed = seed_for(config.seed, "synthetic", upload.client_id, upload.client_round)
-    begins_anew = bool(texts and config.gate.teaches and config.gate.new_head and upload.only_label)
+    begins_anew = config.gate.new_head and config.gate.teaches and upload.only_label and not config.privacy.epsilon
     if begins_anew:
         fit = config.slm.private.model_copy(update={"patience": 0})
-        slm.new_head(seed)
     with progress.stage("train SLM on synthetic text", detail, len(texts) * fit.epochs, "rows") as advance:
         if not len(texts):
             return {}
         try:
+            if begins_anew:
+                slm.new_head(seed)
             metrics = slm.fit(texts, fit, seed, advance, None if targets is None else targets[kept])
         except Exception as error:  # it came from elsewhere: it may be too large here, or made so that it fails
             why = f"{type(error).__name__}: {str(error)[:120]}"
             raise UploadError(f"client {upload.client_id}: its SLM cannot be trained: {why}; look at it") from error
+        if not slm.is_finite():
+            raise UploadError(
+                f"client {upload.client_id}: step 5 left weights of its SLM that are not finite; "
+                "lower slm.synthetic.learning_rate, or look at that client"
+            )
         if config.slm.interpolation < 1 and not begins_anew:
             slm.interpolate(upload.slm.weights, config.slm.interpolation)
         return metrics

@@ -90,14 +90,13 @@ def rows_of(
         for line in lines:
             yield {text_column: line.rstrip("\r\n")}
         return
-    found = csv_rows(lines, source, partial(_once, source)) if kind is RowFormat.csv else json_rows(lines, source)
+    if kind is RowFormat.csv:
+        found = csv_rows(lines, source, partial(_check_header, source, text_column))
+    else:
+        found = json_rows(lines, source)
     for number, row in found:
         if text_column not in row:
-            columns = ", ".join("..." if is_text(str(name)) else str(name) for name in row)
-            raise DataError(
-                f"{source}: row {number} has no column {text_column!r}; its columns are: {columns}; "
-                "name the right one with --text-column"
-            )
+            raise _no_column(source, number, text_column, row)
         yield row
 
 
@@ -171,8 +170,8 @@ def csv_rows(
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{source}: line {line} is not CSV, or begins a row that is not: is there a quote that is not closed? "
-            f"{error}"
+            f"{source}: line {line} is not CSV, or begins a row that is not: is there a quote that is not closed, or "
+            f"one within a quoted text that is not doubled? {error}"
         ) from error
 
 
@@ -195,11 +194,21 @@ def json_rows(lines: Iterable[str], source: str) -> Iterator[tuple[int, dict[str
         yield number, row
 
 
-def _once(source: str, header: list[str]) -> None:
-    """Of two columns of one name, one would be lost."""
+def _check_header(source: str, text_column: str, header: list[str]) -> None:
+    """The texts are there, and of two columns of one name one would be lost."""
+    if text_column not in header:
+        raise _no_column(source, 1, text_column, header)
     for name in filter(None, header):
         if header.count(name) > 1:
             raise DataError(f"{source}: has the column {_shown(name)} twice; give each a name of its own")
+
+
+def _no_column(source: str, number: int, text_column: str, columns: Iterable[str]) -> DataError:
+    told = ", ".join("..." if is_text(str(name)) else str(name) for name in columns)
+    return DataError(
+        f"{source}: row {number} has no column {text_column!r}; its columns are: {told}; "
+        "name the right one with --text-column"
+    )
 
 
 def _shown(name: str) -> str:

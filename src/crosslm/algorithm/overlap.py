@@ -51,9 +51,13 @@ def longest_shared(texts: Sequence[str], private: Sequence[str]) -> list[int]:
     while alive:  # by length, so that no more is held than the sequences of one length, of the fewer texts
         length += 1
         wanted = {gram for place in alive for gram in _grams(tokens[place], length)}
-        shared = [wanted.intersection(_grams(source, length)) for source in sources]
-        sources = [source for source, some in zip(sources, shared, strict=True) if some]
-        both = set().union(*shared)
+        both: set[tuple[str, ...]] = set()
+        having = []
+        for source in sources:
+            if some := wanted.intersection(_grams(source, length)):
+                both |= some
+                having.append(source)
+        sources = having
         alive = [place for place in alive if not both.isdisjoint(_grams(tokens[place], length))]
         for place in alive:
             found[place] = length

@@ -33,6 +33,7 @@ from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.split import test_rows
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
+from crosslm.teachers import stranger_proba
 
 Refuse = Callable[[str, int, Exception], None]
 
@@ -158,8 +159,13 @@ class Deployment:
         counts = list(upload.counts_of(self.task.labels))
         described = describe(upload) | {"class_counts": counts, "model_type": upload.slm.architecture.get("model_type")}
         self.run.event("upload", **described)
-        if self.test is not None and who not in {event["client"] for event in self._events_of("step")}:
-            measure_slm(self.run, "standalone", who, receive_slm(upload, self.task, self.config), self.test, 0)
+        if self.test is None:
+            return
+        slm = receive_slm(upload, self.task, self.config)
+        if who in {event["client"] for event in self._events_of("step")}:
+            stranger_proba(slm, self.test.texts)  # one that fails on a test row is refused now, and not after its step
+        else:
+            measure_slm(self.run, "standalone", who, slm, self.test, 0)
 
     def served(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """Keep what the step wrote and trained."""

@@ -214,7 +214,7 @@ def _fields(header: Mapping[str, Any], kind: str, client_id: str) -> dict[str, A
     metrics = _object(fields["metrics"], "metrics")
     if len(metrics) > MAX_METRICS or not all(map(METRIC.fullmatch, metrics)):
         raise UploadError(
-            f"its metrics are more than {MAX_METRICS}, or have names of other signs than letters, digits and / _ . -"
+            f"its metrics are more than {MAX_METRICS}, or have names that are not 1 to 64 letters, digits and / _ . -"
         )
     if not all(type(value) in (int, float) and math.isfinite(value) for value in metrics.values()):
         raise UploadError("its metrics are not all finite numbers")

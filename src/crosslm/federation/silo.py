@@ -304,8 +304,7 @@ class Silo(SiloState):
                     f"start it with: crosslm client {self.kit}"
                 )
             return self.slm()
-        slm = SLM.from_state(self._uploaded(0).slm, self.settings.labels, resolve_device(self.settings.device))
-        return slm
+        return SLM.from_state(self._uploaded(0).slm, self.settings.labels, resolve_device(self.settings.device))
 
     def _pretrained(self, device: str) -> SLM:
         settings = self.settings

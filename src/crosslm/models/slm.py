@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from crosslm.config import Config, FitConfig, SLMSpec
-from crosslm.errors import UploadError
+from crosslm.errors import ModelError, UploadError
 from crosslm.examples import Examples
 from crosslm.models.architecture import SPECIAL_TOKENS, longest_text, special_tokens, travelling
 from crosslm.models.pretrained import agree_on_padding, pretrained_classifier
@@ -178,6 +178,10 @@ class SLM:
             self.model.load_state_dict(best)
         self.model.eval()
         return metrics
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a number."""
+        return all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
 
     def new_head(self, seed: int) -> None:
         """Put an output layer that tells nothing yet in the place of the one that there is; all below it stays."""
@@ -370,8 +374,13 @@ class SLM:
 
 
 def output_layer(model: Any) -> Linear:
-    """The layer of a sequence classifier that makes its outputs: the last one that is no part of its body."""
+    """The layer of a sequence classifier that makes its outputs: the last one that is no part of its body.
+
+    Raises:
+        ModelError: there is none.
+    """
     body = f"{model.base_model_prefix}."
-    return [layer for name, layer in model.named_modules() if isinstance(layer, Linear) and not name.startswith(body)][
-        -1
-    ]
+    layers = [layer for name, layer in model.named_modules() if isinstance(layer, Linear) and not name.startswith(body)]
+    if not layers:
+        raise ModelError(f"{type(model).__name__} has no output layer that is known; choose another of slm.models")
+    return layers[-1]

@@ -132,7 +132,8 @@ class Store:
 def differences(cell: Cell, kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Names of the settings in which a kept cell differs from what would be done now.
 
-    A field that the cell does not know, being older, counts as its default: that is what was done then.
+    A field that the cell does not know, being older, counts as its default: that is what was done then. (It is not for
+    ``gate.new_head``: no silo of the cells that were kept before that had one label, but for two that were made again.)
     """
     try:
         # under preset paper what is missing gets its default

@@ -49,9 +49,10 @@ class GateConfig(Section):
     """An SLM that may not reward the LLM gets step 5 all the same: it learns from the LLM's texts, whose labels others
     judge (ours). Else it gets nothing back."""
     new_head: bool = True
-    """With ``teach_refused`` an SLM whose rows all have one label begins step 5 with a new output layer, and learns for
-    as long as ``slm.private`` says (ours): its own layer says that label of every text, and is further from telling
-    labels apart than one that has learned nothing."""
+    """With ``teach_refused`` an SLM whose rows all have one label, as its class counts tell where they are told
+    exactly, begins step 5 with a new output layer and learns as ``slm.private`` says (ours): its own layer says that
+    label of every text, and is further from telling labels apart than one that has learned nothing. Not with
+    ``privacy.epsilon``."""
     texts: Positive = 1024
     """At most so many texts of the original LLM, and as many of the last accepted arrival, to probe with."""
     min_texts: Positive = 100

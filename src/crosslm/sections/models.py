@@ -36,7 +36,8 @@ class FitConfig(Section):
     patience: Annotated[int, Field(ge=0)] = 0
     """Stop after so many epochs without a lower hold-out loss and go back to the best; 0: never."""
     holdout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the rows that is held out where ``patience`` is set or ``acceptance.enabled`` is."""
+    """Share of the rows that is held out where ``patience`` is set, and of ``slm.private`` where ``acceptance.enabled``
+    is."""
 
 
 class SLMConfig(Section):
