@@ -47,7 +47,7 @@ format: $(VENV)/.dev               ## mend what can be mended by itself
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev                ## measure speed and memory again (an hour); ARGS="--quick" for minutes, ARGS=--keep to write benchmarks/results/
-	for script in generation update families selection slm arrival federation; do \
+	for script in generation update families leads selection slm arrival federation; do \
 		$(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
 
 clean:                             ## remove the virtual environment
