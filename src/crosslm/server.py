@@ -1,7 +1,8 @@
 """The cloud side: steps 3, 4 and 5 for one arriving SLM (CrossLM, section 4)."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,10 +109,22 @@ class Server:
             if not self.config.gate.teach_refused:
                 raise
             return self._teach(slm, upload, StepRecord(gate=error.figures, refusal=str(error)))
-        before, judges, record = self._snapshot(), dict(self.teachers.members), StepRecord()
+        record = StepRecord()
+        with self._taken_back_if_it_fails(upload, record):
+            self._learn(slm, upload, record)  # steps 3 and 4
+            download = self._enhance(slm, upload, record)  # step 5
+        if self.gate and verdict:
+            self.gate.accepted(verdict, upload, record.pool)
+            record.gate = verdict.figures
+        self.remember(upload)
+        return download, record
+
+    @contextmanager
+    def _taken_back_if_it_fails(self, upload: Upload, record: StepRecord) -> Iterator[None]:
+        """Within it the LLM learns of an upload; where that ends in an error, it is as it was before."""
+        before, judges = self._snapshot(), dict(self.teachers.members)
         try:
-            self._learn(slm, upload, record)
-            download = self._enhance(slm, upload, record)
+            yield
         except UploadError as error:  # the SLM failed on a text that only the updated LLM wrote
             if before is None and record.updates:
                 raise ModelError(
@@ -128,11 +141,6 @@ class Server:
                 f"client {upload.client_id}: with its rewards the LLM broke, and is as it was before them; "
                 f"look at that client's data: {error}"
             ) from error
-        if self.gate and verdict:
-            self.gate.accepted(verdict, upload, record.pool)
-            record.gate = verdict.figures
-        self.remember(upload)
-        return download, record
 
     def _teach(self, slm: SLM, upload: Upload, record: StepRecord) -> tuple[Download, StepRecord]:
         """Step 5 for an SLM that has no say; all that others meet stays as it is."""
@@ -164,7 +172,7 @@ class Server:
         turn = ("taught", self.taught) if record.refusal else ("server", self._learned)
         seed = seed_for(self.config.seed, *turn, "pool")
         record.pool = self._synthesize(f"{upload.client_id}: texts to choose from", self.config.selection.pool, seed)
-        said = self._said(record.pool.texts, upload.client_id) if self._is_asked([record.refusal]) else None
+        said = self._said(record.pool.texts, upload.client_id) if self._is_asked(bool(record.refusal)) else None
         fitted = self._train(slm, upload, record, said)
         self.steps, self.taught = self.steps + 1, self.taught + bool(record.refusal)
         return self._download(slm, upload, record, fitted)
@@ -182,7 +190,7 @@ class Server:
         """
         half = self.config.selection.pool // 2
         pool = SyntheticSet(latest.samples[: self.config.selection.pool - half] + original.samples[:half])
-        return Closing(pool, self._said(pool.texts, "all clients") if self._is_asked(refusals) else None)
+        return Closing(pool, self._said(pool.texts, "all clients") if self._is_asked(any(refusals)) else None)
 
     def close(self, upload: Upload, refusal: str, closing: Closing) -> tuple[Download, StepRecord]:
         """Step 5 once more for an SLM that was served, by the LLM as it is in the end, and by all who judge.
@@ -198,12 +206,12 @@ class Server:
             UploadError: the SLM fails on a text.
         """
         slm, record = receive_slm(upload, self.task, self.config), StepRecord(pool=closing.pool, refusal=refusal)
-        fitted = self._train(slm, upload, record, closing.said if self._is_asked([refusal]) else None)
+        fitted = self._train(slm, upload, record, closing.said if self._is_asked(bool(refusal)) else None)
         return self._download(slm, upload, record, fitted), record
 
-    def _is_asked(self, refusals: Iterable[str]) -> bool:
+    def _is_asked(self, was_refused: bool) -> bool:
         """Whether step 5 needs the LLM's own judgement: always, or for an SLM that has no say."""
-        return self.config.asks_llm or any(refusals)
+        return self.config.asks_llm or was_refused
 
     def _said(self, texts: list[str], who: str) -> Tensor:
         with self.progress.stage("select", f"{who}: the LLM reads", len(texts), "texts") as advance:
