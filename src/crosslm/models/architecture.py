@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.nn import Linear
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSequenceClassification
 
 from crosslm.errors import ModelError, UploadError
@@ -145,6 +146,19 @@ def longest_text(model: Any, otherwise: int) -> int:
     embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     first = getattr(embeddings, "padding_idx", None)
     return int(getattr(model.config, "max_position_embeddings", otherwise)) - (0 if first is None else first + 1)
+
+
+def output_layer(model: Any) -> Linear:
+    """The layer of a sequence classifier that makes its outputs: the last one that is no part of its body.
+
+    Raises:
+        ModelError: there is none.
+    """
+    body = f"{model.base_model_prefix}."
+    layers = [layer for name, layer in model.named_modules() if isinstance(layer, Linear) and not name.startswith(body)]
+    if not layers:
+        raise ModelError(f"{type(model).__name__} has no output layer that is known; choose another of slm.models")
+    return layers[-1]
 
 
 def _check_value(key: str, value: object, depth: int) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from crosslm.errors import ModelError
+from crosslm.models.architecture import output_layer
 from crosslm.models.private_noise import gaussian
-from crosslm.models.slm import PREDICTION_BATCH, SLM, output_layer
+from crosslm.models.slm import PREDICTION_BATCH, SLM
 
 
 def check_center(folder: str, who: str) -> None:

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn import Linear
 from torch.nn.functional import cross_entropy, one_hot
 from transformers import (
     AutoConfig,
@@ -20,9 +19,9 @@ from transformers import (
 )
 
 from crosslm.config import Config, FitConfig, SLMSpec
-from crosslm.errors import ModelError, UploadError
+from crosslm.errors import UploadError
 from crosslm.examples import Examples
-from crosslm.models.architecture import SPECIAL_TOKENS, longest_text, special_tokens, travelling
+from crosslm.models.architecture import SPECIAL_TOKENS, longest_text, output_layer, special_tokens, travelling
 from crosslm.models.pretrained import agree_on_padding, pretrained_classifier
 from crosslm.models.rows import batches, hold_out
 from crosslm.records import SlmState
@@ -371,16 +370,3 @@ class SLM:
         wanted = one_hot(labels, len(self.labels)).float() if targets is None else targets
         loss = float(-(wanted * probabilities.clamp_min(1e-9).log()).sum(dim=1).mean())
         return loss, float((probabilities.argmax(dim=1) == labels).float().mean())
-
-
-def output_layer(model: Any) -> Linear:
-    """The layer of a sequence classifier that makes its outputs: the last one that is no part of its body.
-
-    Raises:
-        ModelError: there is none.
-    """
-    body = f"{model.base_model_prefix}."
-    layers = [layer for name, layer in model.named_modules() if isinstance(layer, Linear) and not name.startswith(body)]
-    if not layers:
-        raise ModelError(f"{type(model).__name__} has no output layer that is known; choose another of slm.models")
-    return layers[-1]
