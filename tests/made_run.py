@@ -167,6 +167,7 @@ def write_run_between_machines(folder):
         "confusion": {method: {} for method in summary["slm"]},
         "test_rows": dict.fromkeys(silos),
         "judge_accuracy": None,
+        "reward_hacking": reward_hacking(told),  # None: there is no judge
         "arrivals": [
             spooled(1, "north", "delivered", started_at=1.7e9 + 700, served_at=1.7e9 + 900, delivered_at=1.7e9 + 960),
             spooled(2, "south", "served", started_at=1.7e9 + 1300, served_at=1.7e9 + 1500),

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_run import HOSTILE, write_run
+from made_run import HOSTILE, write_run, write_run_between_machines
 from rich.console import Console
 
 from crosslm.cli import main as cli
@@ -123,6 +123,14 @@ def test_reward_hacking_is_warned_of_where_the_run_found_it(tmp_path):
     assert "In arrival 2 the mean reward rose from +0.40 before the LLM's update to +0.50 after it" in found.text
     assert "please the SLM of south" in found.text
     assert findings(view_of(write_run(tmp_path / "no-judge", reward_hacking=None))) == []
+
+
+def test_a_run_between_machines_is_shown_without_the_accuracies_that_nobody_knows(tmp_path):
+    view = view_of(write_run_between_machines(tmp_path / "run"))
+    assert "reward hacking" not in " ".join(finding.title for finding in findings(view))
+    page = render([view])
+    assert "Who uploaded when" in page
+    assert "was asked at 12:04" in page
 
 
 @pytest.mark.parametrize(
