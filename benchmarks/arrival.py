@@ -15,6 +15,7 @@ from measure import arguments, finish, peak_memory
 from sentence_transformers import SentenceTransformer
 
 from crosslm.client import Client
+from crosslm.data.split import load_split
 from crosslm.gate import Gate
 from crosslm.models import decoding, graph_decoding
 from crosslm.models import llm as llm_module
@@ -22,11 +23,10 @@ from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, model_folder
-from crosslm.preparation import client_specs, original_llm, public_texts
+from crosslm.preflight.preparation import client_specs, original_llm, public_texts
 from crosslm.records import Upload
-from crosslm.seeding import seed_for
 from crosslm.server import Server
-from crosslm.split import load_split
+from crosslm.support.seeding import seed_for
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 

@@ -31,17 +31,17 @@ from results import RESULTS, keep, provenance
 from crosslm.client import Client
 from crosslm.config import Config
 from crosslm.config_file import load
+from crosslm.data.examples import Examples
+from crosslm.data.split import load_split
 from crosslm.errors import ConfigError, CrosslmError, ModelError, RunError
-from crosslm.examples import Examples
 from crosslm.experiment import run_local
 from crosslm.federation.local import arrival_order
-from crosslm.finished import Run
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, resolve_device
 from crosslm.records import Upload
-from crosslm.rundir import RunDir
-from crosslm.seeding import seed_for
-from crosslm.split import load_split
+from crosslm.runs.finished import Run
+from crosslm.runs.rundir import RunDir
+from crosslm.support.seeding import seed_for
 
 ATTACKS = ("flipped", "constant", "random", "trigger", "copy")
 NONE = "none"

@@ -39,9 +39,9 @@ from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
 from crosslm.federation.spool import Spool
-from crosslm.files import parts_of
 from crosslm.models.slm import SLM
 from crosslm.records import Download, Upload
+from crosslm.support.files import parts_of
 
 LABELS = ("bad", "good")
 TINY = 0.1  # megabytes

@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM
 
 from crosslm.config import Config, SynthesisConfig
 from crosslm.config_file import load
-from crosslm.demo import prepare_data
+from crosslm.data.demo import prepare_data
 from crosslm.models.llm import LLM
 from crosslm.models.sources import cache_folder
-from crosslm.preparation import original_llm
+from crosslm.preflight.preparation import original_llm
 from crosslm.task import Task
 
 NEW_TOKENS = 32

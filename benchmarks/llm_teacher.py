@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from preset_choices import enhance, read_texts
 from results import keep, provenance
 
-from crosslm import demo
 from crosslm.algorithm.soft_labels import (
     LEAST,
     intended_label_accuracy,
@@ -34,15 +33,16 @@ from crosslm.algorithm.soft_labels import (
 )
 from crosslm.classification import class_probabilities
 from crosslm.config_file import load
+from crosslm.data.examples import Examples
+from crosslm.data.texts import demo
 from crosslm.enhancement import train_on_synthetic
-from crosslm.examples import Examples
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, resolve_device
-from crosslm.preparation import original_llm
-from crosslm.progress import Progress
+from crosslm.preflight.preparation import original_llm
 from crosslm.records import SyntheticSet, Upload
 from crosslm.server import receive_slm
+from crosslm.support.progress import Progress
 from crosslm.task import Task
 from crosslm.teachers import Teachers
 

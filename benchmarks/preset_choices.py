@@ -28,23 +28,23 @@ from results import RESULTS, keep, provenance
 
 from crosslm import evaluate
 from crosslm.algorithm.rewards import label_rewards
-from crosslm.checkpoint import Checkpoints
 from crosslm.classification import class_probabilities
 from crosslm.client import Client
 from crosslm.config import Config
 from crosslm.config_file import load
+from crosslm.data.split import load_split
 from crosslm.enhancement import select, soft_labels, train_on_synthetic
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, model_folder, resolve_device
-from crosslm.preparation import client_specs, original_llm, perplexity_text_of
-from crosslm.progress import Progress
+from crosslm.preflight.preparation import client_specs, original_llm, perplexity_text_of
 from crosslm.records import SyntheticSet, SyntheticText, Upload
-from crosslm.rundir import RunDir
-from crosslm.seeding import seed_for
+from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.rundir import RunDir
 from crosslm.server import Server, receive_slm
-from crosslm.split import load_split
+from crosslm.support.progress import Progress
+from crosslm.support.seeding import seed_for
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 from crosslm.teachers import Teachers

@@ -29,17 +29,17 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent))
 from results import RESULTS, keep, provenance
 
-from crosslm.audit import figures_of, losses, slm_exposures
-from crosslm.canaries import draw_canaries
 from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.config_file import load
-from crosslm.data import load_examples
-from crosslm.examples import Examples
-from crosslm.models.private_fit import PrivateTraining
-from crosslm.models.private_layers import as_under_dp
+from crosslm.data.examples import Examples
+from crosslm.data.texts import load_examples
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, model_folder
-from crosslm.seeding import seed_for
+from crosslm.privacy.audit import figures_of, losses, slm_exposures
+from crosslm.privacy.canaries import draw_canaries
+from crosslm.privacy.private_fit import PrivateTraining
+from crosslm.privacy.private_layers import as_under_dp
+from crosslm.support.seeding import seed_for
 
 NAME = "privacy-sst2"
 BUDGETS = {"none": None, "8": 8.0, "3": 3.0}

@@ -21,9 +21,9 @@ from privacy_table import privacy_table
 
 from crosslm.html_report.collect import RunView
 from crosslm.html_report.plots import accuracy_chart, llm_chart
-from crosslm.provenance import provenance
-from crosslm.report import llm_table, slm_table
 from crosslm.reproduce.markdown import markdown, markdown_table
+from crosslm.runs.report import llm_table, slm_table
+from crosslm.support.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

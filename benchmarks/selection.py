@@ -13,9 +13,9 @@ from measure import agree, arguments, finish, in_turn, peak_memory, peak_of, rat
 from sentence_transformers import util
 
 from crosslm.algorithm.selection import approximate_diversity, diversity
+from crosslm.data.split import load_split
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.sources import cache_folder, model_folder
-from crosslm.split import load_split
 
 
 def vectors(count: int, device: str) -> torch.Tensor:

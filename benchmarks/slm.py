@@ -16,10 +16,10 @@ from measure import agree, arguments, finish, in_turn, peak_memory, ratio, sprea
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from crosslm.config import FitConfig
-from crosslm.examples import Examples
+from crosslm.data.examples import Examples
+from crosslm.data.split import load_split
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, model_folder
-from crosslm.split import load_split
 
 
 class Rows(torch.utils.data.Dataset):

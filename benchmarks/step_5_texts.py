@@ -30,24 +30,24 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from results import keep, provenance
 
-from crosslm import snapshot
-from crosslm.checkpoint import Checkpoints
 from crosslm.classification import class_probabilities
 from crosslm.client import Client
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.enhancement import pool_rewards, select, soft_labels, train_on_synthetic
 from crosslm.federation.messages import decode_upload
-from crosslm.loaded import load_models
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, resolve_device
-from crosslm.preparation import prepare
-from crosslm.progress import Progress
-from crosslm.quiet import quiet_libraries
+from crosslm.preflight.preparation import prepare
 from crosslm.records import SyntheticSet, Upload
-from crosslm.rundir import RunDir
-from crosslm.seeding import seed_for
+from crosslm.runs import snapshot
+from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.loaded import load_models
+from crosslm.runs.rundir import RunDir
 from crosslm.server import Server, receive_slm
+from crosslm.support.progress import Progress
+from crosslm.support.quiet import quiet_libraries
+from crosslm.support.seeding import seed_for
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 from crosslm.teachers import as_rewarding

@@ -39,10 +39,10 @@ from transformers import (
 from crosslm.cli import main as cli
 from crosslm.config import Config, LLMConfig
 from crosslm.config_file import load
-from crosslm.finished import run
 from crosslm.models.llm import LLM
 from crosslm.models.tokens import load_tokenizer
-from crosslm.starter import Start, draft, write_start
+from crosslm.preflight.starter import Start, draft, write_start
+from crosslm.runs.finished import run
 from crosslm.task import Task
 
 torch.set_num_threads(1)  # for models this small more threads are slower

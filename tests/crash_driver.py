@@ -21,10 +21,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 import transformers
 
-from crosslm import checkpoint, client, evaluate, experiment, journal, llm_update, rundir, server
+from crosslm import client, evaluate, experiment, llm_update, server
 from crosslm.config_file import load
 from crosslm.federation import local
 from crosslm.models import llm, slm
+from crosslm.runs import checkpoint, journal, rundir
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

@@ -2,7 +2,7 @@
 
 import json
 
-from crosslm.arrivals import reward_hacking
+from crosslm.runs.arrivals import reward_hacking
 
 LABELS = ["routine", "urgent"]
 HOSTILE = '</td><script>document.title = "taken"</script><img src=x onerror="document.title=\'taken\'">'

@@ -4,11 +4,11 @@ import os
 import time
 from pathlib import Path
 
-from crosslm import provenance
 from crosslm.errors import RunError
-from crosslm.progress import Silent
 from crosslm.reproduce.jobs import Work, side_by_side
 from crosslm.reproduce.plan import Cell, Variation
+from crosslm.support import provenance
+from crosslm.support.progress import Silent
 
 BASE = Variation("base")
 BOTH = [Cell("sst2", "paper", BASE, 0, "run"), Cell("sst2", "ceiling", BASE, 0, "ceiling")]

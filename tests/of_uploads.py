@@ -7,8 +7,8 @@ import torch
 from conftest import BAD, GOOD, sentences, tiny_llm
 
 from crosslm.client import Client
+from crosslm.data.examples import Examples
 from crosslm.errors import QuarantineError
-from crosslm.examples import Examples
 from crosslm.gate import Verdict
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM

@@ -7,12 +7,11 @@ import pytest
 import torch
 from conftest import BAD, GOOD, sentences, tiny_llm
 
-from crosslm import experiment, journal
-from crosslm.checkpoint import Checkpoints
+from crosslm import experiment
 from crosslm.client import Client, Decision
 from crosslm.config import AcceptanceConfig, Config, FitConfig
+from crosslm.data.examples import Examples
 from crosslm.errors import RunError, StoppedError, UploadError
-from crosslm.examples import Examples
 from crosslm.experiment import run_local
 from crosslm.federation.local import LocalExchange
 from crosslm.html_report.collect import RunView
@@ -20,11 +19,13 @@ from crosslm.html_report.findings import findings
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
 from crosslm.records import Download
-from crosslm.report import about_no_say
-from crosslm.rollback import roll_back
-from crosslm.rundir import RunDir
+from crosslm.runs import journal
+from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.report import about_no_say
+from crosslm.runs.rollback import roll_back
+from crosslm.runs.rundir import RunDir
+from crosslm.runs.watch import sentence
 from crosslm.server import Server
-from crosslm.watch import sentence
 
 ROWS = Examples(sentences(BAD, 20) + sentences(GOOD, 20), [0] * 20 + [1] * 20)
 LABELS = ("bad", "good")

@@ -10,22 +10,22 @@ import pytest
 from conftest import BAD, GOOD, sentences
 from opacus.accountants import RDPAccountant
 
-from crosslm import doctor
 from crosslm.client import Client
 from crosslm.config import AcceptanceConfig, Config, FitConfig, PrivacyConfig
+from crosslm.data.examples import Examples
 from crosslm.errors import ConfigError, StoppedError
-from crosslm.examples import Examples
 from crosslm.experiment import run_local
 from crosslm.federation.kits import SiloSettings
-from crosslm.leaks import LeakCheck
-from crosslm.models.accounting import Mechanism, Spent, plan
-from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
-from crosslm.preparation import prepare
-from crosslm.privacy import privacy_line, privacy_summary
+from crosslm.preflight import doctor
+from crosslm.preflight.preparation import prepare
+from crosslm.privacy.accounting import Mechanism, Spent, plan
+from crosslm.privacy.bounds import privacy_line, privacy_summary
+from crosslm.privacy.leaks import LeakCheck
+from crosslm.privacy.private_fit import PrivateTraining
 from crosslm.records import Download
-from crosslm.rollback import roll_back
-from crosslm.rundir import RunDir
+from crosslm.runs.rollback import roll_back
+from crosslm.runs.rundir import RunDir
 
 EXAMPLES = Examples(sentences(BAD) + sentences(GOOD), [0] * 40 + [1] * 40)
 FIT = FitConfig(epochs=2, batch_size=20, learning_rate=1e-3)

@@ -12,44 +12,54 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # who may import whom: a module may import from its own layer's earlier names and all lower layers
 LAYERS = [
-    {"errors", "examples", "files", "plain", "seeding", "progress", "provenance", "quiet", "sections.section"},
+    {
+        "errors",
+        "data.examples",
+        "support.files",
+        "support.plain",
+        "support.seeding",
+        "support.progress",
+        "support.provenance",
+        "support.quiet",
+        "sections.section",
+    },
     {"sections.privacy", "sections.task", "sections.models", "sections.federation"},
     {"sections.method"},
     {"config"},
     {"config_file"},
-    {"task", "records", "rows", "hub", "models.loading"},
+    {"task", "records", "data.rows", "data.hub", "models.loading"},
     {"algorithm.rewards", "algorithm.losses", "algorithm.selection", "algorithm.agreement"}
     | {"algorithm.membership", "algorithm.overlap", "algorithm.soft_labels", "algorithm.verbalizer"},
-    {"data", "demo", "models.sources", "models.encoder", "models.head", "models.tokens"},
-    {"split", "models.vocabulary"},
+    {"data.texts", "data.demo", "models.sources", "models.encoder", "models.head", "models.tokens"},
+    {"data.split", "models.vocabulary"},
     {"models.architecture"},
-    {"models.decoding", "models.pooling", "models.rows", "leaks"},
+    {"models.decoding", "models.pooling", "models.rows", "privacy.leaks"},
     {"models.causal", "models.pretrained", "models.graph_decoding"},
-    {"models.llm", "models.slm", "canaries", "privacy", "models.private_noise"},
-    {"models.private_mean", "models.accounting"},
-    {"models.private_layers"},
-    {"models.private_fit"},
+    {"models.llm", "models.slm", "privacy.canaries", "privacy.bounds", "privacy.private_noise"},
+    {"privacy.private_mean", "privacy.accounting"},
+    {"privacy.private_layers"},
+    {"privacy.private_fit"},
     {"synthesis", "classification", "client", "llm_update", "teachers"},
     {"enhancement", "gate"},
-    {"server", "evaluate", "rundir"},
+    {"server", "evaluate", "runs.rundir"},
     {
         "baselines",
-        "arrivals",
-        "measures",
+        "runs.arrivals",
+        "runs.measures",
         "federation.exchange",
         "federation.messages",
         "federation.strict_json",
         "federation.silo_news",
-        "cards",
-        "memory",
-        "starter",
+        "runs.cards",
+        "preflight.memory",
+        "preflight.starter",
     },
     {"federation.tokenizer_rules", "federation.leaving"},
     {"federation.intake"},
-    {"federation.local", "checkpoint"},
-    {"preparation", "snapshot", "tracking"},
-    {"llm_cache"},
-    {"journal", "loaded"},
+    {"federation.local", "runs.checkpoint"},
+    {"preflight.preparation", "runs.snapshot", "runs.tracking"},
+    {"runs.llm_cache"},
+    {"runs.journal", "runs.loaded"},
     {"federation.keys", "federation.kits", "federation.spool"},
     {"federation.provision", "federation.silo_state"},
     {"federation.silo"},
@@ -60,9 +70,9 @@ LAYERS = [
     {"federation.flower.exchange"},
     {"federation.flower.server_app", "federation.flower.processes", "federation.flower.answer"},
     {"federation.flower.server_processes", "federation.flower.silo_processes"},
-    {"experiment", "doctor"},
-    {"finished", "federation.checkup"},
-    {"reevaluate", "rollback", "export", "audit"},
+    {"experiment", "preflight.doctor"},
+    {"runs.finished", "federation.checkup"},
+    {"runs.reevaluate", "runs.rollback", "runs.export", "privacy.audit"},
     {"reproduce.scale", "reproduce.bootstrap"},
     {"reproduce.benchmarks"},
     {"reproduce.plan"},
@@ -72,8 +82,8 @@ LAYERS = [
     {"reproduce.headline", "reproduce.markdown", "reproduce.plots", "reproduce.jobs"},
     {"reproduce.report"},
     {"reproduce.driver"},
-    {"report", "display", "html_report.intervals"},
-    {"html_report.collect", "watch"},
+    {"runs.report", "cli.display", "html_report.intervals"},
+    {"html_report.collect", "runs.watch"},
     {"html_report.findings", "html_report.plots"},
     {"html_report.page"},
     {"cli.app"},
@@ -130,8 +140,8 @@ def test_configuration_and_task_need_no_torch():
         "config_file",
         "task",
         "errors",
-        "seeding",
-        "progress",
+        "support.seeding",
+        "support.progress",
     ):
         path = SOURCE / f"{name.replace('.', '/')}.py"
         assert not any(module.split(".")[0] in ("torch", "transformers") for module in imports(path))
@@ -145,18 +155,21 @@ def test_configuration_and_task_need_no_torch():
             {f"federation.flower.{name}" for name in ("server_app", "client_app", "carrier", "exchange", "payload")}
             | {f"federation.flower.{name}" for name in ("answer", "replies", "tasks")},
         ),
-        ("datasets", {"hub", "export"}),
+        ("datasets", {"data.hub", "runs.export"}),
         ("peft", {"models.causal", "models.llm"}),
-        ("opacus", {"models.private_fit", "models.accounting"}),
+        ("opacus", {"privacy.private_fit", "privacy.accounting"}),
         ("sentence_transformers", {"models.encoder"}),
         ("typer", {module_name(path) for path in FILES if module_name(path).startswith("cli.")}),
-        ("subprocess", {"demo", "provenance", "federation.flower.processes", "federation.flower.tasks"}),
-        ("mlflow", {"tracking"}),
-        ("wandb", {"tracking"}),
-        ("trackio", {"tracking"}),
+        (
+            "subprocess",
+            {"data.demo", "support.provenance"} | {f"federation.flower.{name}" for name in ("processes", "tasks")},
+        ),
+        ("mlflow", {"runs.tracking"}),
+        ("wandb", {"runs.tracking"}),
+        ("trackio", {"runs.tracking"}),
         ("matplotlib", {"html_report.plots", "reproduce.plots"}),
         ("jinja2", {"html_report.page"}),
-        ("scipy", {"html_report.intervals", "models.accounting"}),
+        ("scipy", {"html_report.intervals", "privacy.accounting"}),
     ],
 )
 def test_a_library_is_used_in_its_place_only(library, allowed):
@@ -175,9 +188,9 @@ def test_nothing_trusts_what_it_loads():
 
 
 def test_files_are_written_by_their_writers_only():
-    writers = {"files", "rundir", "demo", "models.sources", "models.vocabulary", "models.llm", "models.slm"}
+    writers = {f"models.{name}" for name in ("sources", "vocabulary", "llm", "slm")}
     writers |= {f"federation.{name}" for name in ("provision", "flower.processes", "flower.server_processes")}
-    writers |= {"starter", "export", "rows"}
+    writers |= {"support.files", "data.demo", "data.rows", "preflight.starter", "runs.rundir", "runs.export"}
     for path in FILES:
         if re.search(r"write_text\(|write_bytes\(|\.open\(\"[wa]|save_pretrained\(", path.read_text()):
             assert module_name(path) in writers, path

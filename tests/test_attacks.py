@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crosslm.client import Client
 from crosslm.config import Config, FitConfig, IntakeConfig
+from crosslm.data.examples import Examples
 from crosslm.errors import ConfigError, CrosslmError
-from crosslm.examples import Examples
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
 from crosslm.models.slm import SLM

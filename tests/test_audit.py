@@ -12,24 +12,24 @@ import torch
 from conftest import BAD, GOOD, THINGS, tiny_llm
 from rich.console import Console
 
-from crosslm.audit import Rows, _Audit, attack_rows, audit_run, figures_of, llm_exposures, slm_exposures
-from crosslm.canaries import Canaries, draw_canaries
 from crosslm.cli import main as cli
 from crosslm.cli.audit import overlap_table
 from crosslm.client import Client
 from crosslm.config import Config, FitConfig, PrivacyConfig
+from crosslm.data.examples import Examples
 from crosslm.errors import ConfigError, DataError, RunError
-from crosslm.examples import Examples
 from crosslm.experiment import run_local
 from crosslm.html_report import page
 from crosslm.html_report.collect import RunView
 from crosslm.models.rows import hold_out
 from crosslm.models.slm import SLM
-from crosslm.preparation import client_specs
-from crosslm.privacy import privacy_line
-from crosslm.progress import Progress
-from crosslm.rundir import RunDir
-from crosslm.seeding import seed_for
+from crosslm.preflight.preparation import client_specs
+from crosslm.privacy.audit import Rows, _Audit, attack_rows, audit_run, figures_of, llm_exposures, slm_exposures
+from crosslm.privacy.bounds import privacy_line
+from crosslm.privacy.canaries import Canaries, draw_canaries
+from crosslm.runs.rundir import RunDir
+from crosslm.support.progress import Progress
+from crosslm.support.seeding import seed_for
 
 
 def rows(count, seed):
@@ -132,7 +132,7 @@ def test_a_leak_stops_the_return_in_a_run(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Client, "install", lambda self, download: sent.append(download.texts) or install(self, download)
     )
-    monkeypatch.setattr("crosslm.leaks.longest_shared", lambda texts, private: [9] * len(texts))
+    monkeypatch.setattr("crosslm.privacy.leaks.longest_shared", lambda texts, private: [9] * len(texts))
     run_local(Config.model_validate(settings), tmp_path / "run", tmp_path / "cache")
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     stopped = [event["error"] for event in events if event["event"] == "failure"]

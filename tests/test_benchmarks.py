@@ -13,7 +13,7 @@ from conftest import BAD, GOOD, sentences, tiny_llm
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from crosslm.config import Config, SynthesisConfig
-from crosslm.examples import Examples
+from crosslm.data.examples import Examples
 from crosslm.experiment import run_local
 from crosslm.models import graph_decoding
 from crosslm.models import llm as llm_module

@@ -11,7 +11,7 @@ import torch
 from of_federations import answer, change, echo, turn
 from of_uploads import ShutTo, server_of
 
-from crosslm import experiment, journal
+from crosslm import experiment
 from crosslm.algorithm.rewards import label_rewards
 from crosslm.classification import class_probabilities
 from crosslm.client import Client, Decision
@@ -26,9 +26,10 @@ from crosslm.federation.messages import encode
 from crosslm.federation.silo import Silo
 from crosslm.federation.silo_news import closing_outcome
 from crosslm.federation.spool import OVER, Spool
-from crosslm.files import write_whole
-from crosslm.rundir import RunDir
+from crosslm.runs import journal
+from crosslm.runs.rundir import RunDir
 from crosslm.server import Server, receive_slm
+from crosslm.support.files import write_whole
 from crosslm.synthesis import synthesize
 
 SILOS = ("silo-0", "silo-1")

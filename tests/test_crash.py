@@ -17,14 +17,15 @@ import tomli_w
 from conftest import PATIENCE
 from crash_driver import POINTS
 
-from crosslm import experiment, rundir
-from crosslm.checkpoint import Checkpoints
+from crosslm import experiment
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.errors import RunError, StoppedError
 from crosslm.experiment import run_local
 from crosslm.models.slm import SLM
-from crosslm.rundir import RunDir
+from crosslm.runs import rundir
+from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.rundir import RunDir
 
 CLOCK = ("time", "seconds", "peak_memory_bytes")
 """What differs between any two runs: wall-clock time, and the memory of the process."""
@@ -347,7 +348,7 @@ from pathlib import Path
 from crosslm.errors import RunError
 from crosslm.models.slm import SLM
 from crosslm.records import Upload
-from crosslm.rundir import METRICS, SESSIONS, RunDir
+from crosslm.runs.rundir import METRICS, SESSIONS, RunDir
 
 slm, run = SLM.load_trained(sys.argv[1]), RunDir(Path(sys.argv[2]))
 upload = Upload("north", 0, (1, 1), {}, slm.to_state())

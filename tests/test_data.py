@@ -11,12 +11,12 @@ from pydantic import ValidationError
 
 from crosslm.config import Config, DataConfig
 from crosslm.config_file import load
-from crosslm.data import load_examples, readable_lines
+from crosslm.data.examples import Examples
+from crosslm.data.split import balanced_sample, dirichlet_split, load_split
+from crosslm.data.split import test_rows as rows_to_test
+from crosslm.data.texts import load_examples, readable_lines
 from crosslm.errors import DataError
-from crosslm.examples import Examples
-from crosslm.preparation import public_texts
-from crosslm.split import balanced_sample, dirichlet_split, load_split
-from crosslm.split import test_rows as rows_to_test
+from crosslm.preflight.preparation import public_texts
 
 LABELS = ("bad", "good")
 ROWS = [("a good day", "good"), ('said "bad", twice', "bad"), ("über", "good")]

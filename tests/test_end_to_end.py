@@ -10,16 +10,17 @@ from markupsafe import escape
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
-from crosslm import experiment, reevaluate
+from crosslm import experiment
 from crosslm import server as server_module
-from crosslm.checkpoint import Checkpoints
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.errors import CollapseError
 from crosslm.experiment import run_local
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
-from crosslm.rundir import RunDir
+from crosslm.runs import reevaluate
+from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.rundir import RunDir
 from crosslm.synthesis import synthesize
 
 

@@ -374,7 +374,7 @@ def test_a_reader_that_goes_away_is_no_error(workplace, shell, monkeypatch):
         def write(self, _):
             raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("crosslm.rows.sys.stdout", Closed())
+    monkeypatch.setattr("crosslm.data.rows.sys.stdout", Closed())
     code, _, err = shell("predict", workplace / "runs" / "tickets-1", "--client", "north", stdin="x\n" * 200)
     assert (code, err) == (1, "")
 

@@ -11,10 +11,10 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard, HfApi, ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from crosslm import cards, export
 from crosslm.config_file import load
 from crosslm.errors import ConfigError, RunError
-from crosslm.finished import Run
+from crosslm.runs import cards, export
+from crosslm.runs.finished import Run
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from of_federations import MemoryGrid
 from rich.console import Console
 from test_tracking import Keeps
 
-from crosslm import experiment, tracking
+from crosslm import experiment
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.errors import ConfigError, ModelError, QuarantineError, RunError, UploadError
@@ -28,15 +28,16 @@ from crosslm.federation.intake import Intake
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
 from crosslm.federation.spool import Spool
-from crosslm.finished import Run
 from crosslm.html_report.collect import RunView
 from crosslm.html_report.findings import findings
 from crosslm.html_report.page import render
 from crosslm.models.slm import SLM
-from crosslm.rundir import RunDir
-from crosslm.snapshot import slm_bytes
-from crosslm.tracking import figures_of
-from crosslm.watch import watch
+from crosslm.runs import tracking
+from crosslm.runs.finished import Run
+from crosslm.runs.rundir import RunDir
+from crosslm.runs.snapshot import slm_bytes
+from crosslm.runs.tracking import figures_of
+from crosslm.runs.watch import watch
 
 # Flower, after our package has told it to be quiet
 from flwr.app import ConfigRecord, Message, RecordDict  # isort: skip

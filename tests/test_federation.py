@@ -28,7 +28,6 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from crosslm import rundir
 from crosslm.config import AcceptanceConfig, Config, FederationConfig, PrivacyConfig
 from crosslm.errors import ConfigError, DataError, FederationError, LeakError, RunError, UploadError
 from crosslm.federation import keys, silo_state
@@ -44,10 +43,11 @@ from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
 from crosslm.federation.silo import Silo
 from crosslm.federation.spool import OVER, Spool
-from crosslm.files import PART, parts_of, write_whole
 from crosslm.models.slm import SLM
 from crosslm.records import Download
-from crosslm.rundir import RunDir
+from crosslm.runs import rundir
+from crosslm.runs.rundir import RunDir
+from crosslm.support.files import PART, parts_of, write_whole
 
 # Flower writes these where a message is made; a plain process has to say what run it is in
 from flwr.app import ConfigRecord, Error, Message  # isort: skip
@@ -204,7 +204,7 @@ def test_a_file_is_written_whole_or_not_at_all_by_everybody(tmp_path, monkeypatc
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("crosslm.files.os.fsync", full)
+    monkeypatch.setattr("crosslm.support.files.os.fsync", full)
     with pytest.raises(RunError, match=r"a\.txt: cannot be written: No space"):
         run.write("a.txt", "second")
     assert (run.path / "a.txt").read_text() == "first"

@@ -29,7 +29,7 @@ from crosslm.federation.flower.payload import KIND, joined, split
 from crosslm.federation.kits import SERVER_FILE, dump, held, read_server, read_silo
 from crosslm.federation.provision import provision
 from crosslm.federation.spool import Spool
-from crosslm.files import PART
+from crosslm.support.files import PART
 
 # Flower, after our package has told it to be quiet
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict  # isort: skip

@@ -31,8 +31,8 @@ from crosslm.federation.provision import provision
 from crosslm.federation.spool import Spool
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
-from crosslm.seeding import seed_for
 from crosslm.server import Server
+from crosslm.support.seeding import seed_for
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from crosslm import files
-from crosslm.files import ASIDE, clear_partial, made_beside, replace_folder
-from crosslm.rundir import RunDir
+from crosslm.runs.rundir import RunDir
+from crosslm.support import files
+from crosslm.support.files import ASIDE, clear_partial, made_beside, replace_folder
 
 
 def written(text):

@@ -21,12 +21,12 @@ from crosslm.algorithm.agreement import (
 )
 from crosslm.client import Client
 from crosslm.config import Config, FitConfig
+from crosslm.data.examples import Examples
 from crosslm.errors import QuarantineError, UploadError
-from crosslm.examples import Examples
 from crosslm.gate import Gate
-from crosslm.measures import measure_slm
 from crosslm.models.slm import SLM
 from crosslm.records import SyntheticSet, SyntheticText
+from crosslm.runs.measures import measure_slm
 
 # -- the statistics --------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import crosslm
-from crosslm import rundir
+from crosslm.runs import rundir
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

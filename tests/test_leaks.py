@@ -7,14 +7,14 @@ import torch
 from conftest import BAD, GOOD, sentences
 from transformers import AutoTokenizer
 
-from crosslm.canaries import WORDS, draw_canaries, plant
 from crosslm.client import Client
 from crosslm.config import FitConfig, PrivacyConfig
+from crosslm.data.examples import Examples
 from crosslm.errors import LeakError, ModelError
-from crosslm.examples import Examples
 from crosslm.federation.messages import decode_download, encode
-from crosslm.leaks import LeakCheck
 from crosslm.models.slm import SLM
+from crosslm.privacy.canaries import WORDS, draw_canaries, plant
+from crosslm.privacy.leaks import LeakCheck
 from crosslm.records import Download
 
 PRIVATE = ["Mrs. Jones came in on Monday with a broken arm.", "a good day"]

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tomli_w
 
-from crosslm import llm_cache
 from crosslm.config import Config, merged
 from crosslm.errors import RunError
 from crosslm.experiment import run_local
 from crosslm.models.llm import LLM
+from crosslm.runs import llm_cache
 from crosslm.server import Server
 
 OTHER_STEP_5 = {"slm": {"synthetic": {"epochs": 3}}, "selection": {"class_balance": True}}

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from crosslm.client import Client
 from crosslm.config import FitConfig
+from crosslm.data.examples import Examples
 from crosslm.errors import UploadError
-from crosslm.examples import Examples
 from crosslm.federation.exchange import serve
 from crosslm.federation.local import LocalExchange, arrival_order
 from crosslm.models.slm import SLM

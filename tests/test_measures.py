@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from crosslm import arrivals
 from crosslm.evaluate import confusion_counts, distinct_ngrams
 from crosslm.records import Receipt, SyntheticSet, SyntheticText
+from crosslm.runs import arrivals
 from crosslm.server import StepRecord
 
 

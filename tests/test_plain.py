@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from crosslm.federation.silo_news import closing_outcome, doing, outcome
-from crosslm.plain import plain, plain_lines
-from crosslm.report import uploads_table, waited_for
-from crosslm.watch import sentence
+from crosslm.runs.report import uploads_table, waited_for
+from crosslm.runs.watch import sentence
+from crosslm.support.plain import plain, plain_lines
 
 HOSTILE = {
     "clears the screen": ("sent \x1b[2Jthere", "sent  [2Jthere"),

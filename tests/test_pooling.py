@@ -9,15 +9,15 @@ from torch.nn.functional import layer_norm
 from transformers import AutoModelForSequenceClassification
 
 from crosslm.config import Config, FitConfig, SLMSpec
+from crosslm.data.examples import Examples
 from crosslm.errors import ModelError
-from crosslm.examples import Examples
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
-from crosslm.finished import run
 from crosslm.models.pretrained import check_spec
 from crosslm.models.slm import SLM
-from crosslm.preparation import client_specs, describe_spec
+from crosslm.preflight.preparation import client_specs, describe_spec
 from crosslm.records import Upload
+from crosslm.runs.finished import run
 
 LABELS = ("bad", "good")
 TEXTS = ["a good film.", "bad", "the day was good and the film was bad and that was all of it."]

@@ -12,16 +12,16 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from crosslm.client import Client
 from crosslm.config import FitConfig, PrivacyConfig
+from crosslm.data.examples import Examples
 from crosslm.errors import ConfigError, ModelError
-from crosslm.examples import Examples
 from crosslm.models import accounting, private_layers, private_mean
-from crosslm.models.accounting import Mechanism, plan
 from crosslm.models.architecture import MODEL_TYPES
-from crosslm.models.private_fit import PrivateTraining, discrete_laplace, dp_sgd
-from crosslm.models.private_layers import EVERY_LAYER, HEAD_ONLY, frozen_below
-from crosslm.models.private_mean import _read_by_head, centred, noisy_mean
-from crosslm.models.private_noise import fresh_generator
 from crosslm.models.slm import SLM
+from crosslm.privacy.accounting import Mechanism, plan
+from crosslm.privacy.private_fit import PrivateTraining, discrete_laplace, dp_sgd
+from crosslm.privacy.private_layers import EVERY_LAYER, HEAD_ONLY, frozen_below
+from crosslm.privacy.private_mean import _read_by_head, centred, noisy_mean
+from crosslm.privacy.private_noise import fresh_generator
 
 LABELS = ("bad", "good")
 FIT = FitConfig(epochs=2, batch_size=20, learning_rate=1e-3)

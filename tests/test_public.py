@@ -15,7 +15,7 @@ from conftest import TINY_AMOUNTS
 import crosslm
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTED = ("crosslm", "crosslm.finished", "crosslm.export")
+DOCUMENTED = ("crosslm", "crosslm.runs.finished", "crosslm.runs.export")
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 

@@ -9,11 +9,11 @@ import pytest
 import tomli_w
 from transformers import AutoTokenizer
 
-from crosslm import starter
 from crosslm.cli import main as cli
 from crosslm.config import merged
 from crosslm.config_file import load
-from crosslm.split import load_split
+from crosslm.data.split import load_split
+from crosslm.preflight import starter
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

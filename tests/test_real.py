@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, pipeline
 from crosslm.cli import main as cli
 from crosslm.config import FitConfig
 from crosslm.config_file import load
-from crosslm.demo import prepare_data
+from crosslm.data.demo import prepare_data
+from crosslm.data.examples import Examples
 from crosslm.errors import DataError, ModelError
-from crosslm.examples import Examples
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.models import sources
 from crosslm.models.slm import SLM
-from crosslm.preparation import original_llm
+from crosslm.preflight.preparation import original_llm
 from crosslm.records import Upload
 
 SMALLEST = {

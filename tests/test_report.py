@@ -19,8 +19,8 @@ from crosslm.html_report.collect import Arrival, RunView, Sample, representative
 from crosslm.html_report.findings import findings
 from crosslm.html_report.intervals import binomial_interval, paired_gain_interval
 from crosslm.html_report.page import differences, gain_interval, number, render
-from crosslm.report import closing
-from crosslm.rundir import RunDir
+from crosslm.runs.report import closing
+from crosslm.runs.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
 

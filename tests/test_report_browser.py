@@ -8,7 +8,7 @@ from made_run import GATE, write_run, write_run_between_machines
 
 from crosslm.html_report.collect import RunView
 from crosslm.html_report.page import render
-from crosslm.rundir import RunDir
+from crosslm.runs.rundir import RunDir
 
 try:
     from axe_playwright_python.sync_playwright import Axe

@@ -17,9 +17,9 @@ from moments import BOTH, THREE, Dying, Failing, Recording, Sleeping
 
 from crosslm.client import Client
 from crosslm.config import PRESETS
+from crosslm.data.split import load_split
 from crosslm.errors import ConfigError, DataError, ModelError, RunError
 from crosslm.experiment import run_local
-from crosslm.progress import Silent
 from crosslm.reproduce import benchmarks, driver, jobs, report, work
 from crosslm.reproduce.driver import reproduce
 from crosslm.reproduce.jobs import Work, side_by_side
@@ -28,7 +28,7 @@ from crosslm.reproduce.scale import Scale, load_scale
 from crosslm.reproduce.store import Store, differences
 from crosslm.reproduce.tables import ALL_ROWS
 from crosslm.reproduce.work import settings_of
-from crosslm.split import load_split
+from crosslm.support.progress import Silent
 
 ROOT = Path(__file__).parents[1]
 LABELS = {

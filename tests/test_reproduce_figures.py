@@ -11,10 +11,9 @@ import pytest
 import torch
 from conftest import tiny_llm
 
-from crosslm import arrivals, provenance
 from crosslm.config_file import load
+from crosslm.data.examples import Examples
 from crosslm.evaluate import share_right
-from crosslm.examples import Examples
 from crosslm.models.sources import PACKAGES, cache_folder
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.records import SyntheticText
@@ -42,6 +41,8 @@ from crosslm.reproduce.tables import (
     table_7,
 )
 from crosslm.reproduce.work import digits
+from crosslm.runs import arrivals
+from crosslm.support import provenance
 from crosslm.task import Task
 
 

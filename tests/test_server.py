@@ -14,15 +14,15 @@ from crosslm.algorithm.losses import generation_loss, kl_loss, objective, token_
 from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
 from crosslm.client import Client
 from crosslm.config import Config, SelectionConfig
+from crosslm.data.examples import Examples
 from crosslm.enhancement import select
 from crosslm.errors import BrokenLLMError, CollapseError, ModelError, UploadError
-from crosslm.examples import Examples
 from crosslm.llm_update import anchor_texts, backward, hold_to, tokens_stated
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.slm import SLM
 from crosslm.records import SyntheticSet, SyntheticText
-from crosslm.seeding import seed_for
 from crosslm.server import Server, receive_slm
+from crosslm.support.seeding import seed_for
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 from crosslm.teachers import Teachers

@@ -20,8 +20,8 @@ from crosslm.federation.messages import decode_download, decode_upload, encode
 from crosslm.federation.silo import Silo
 from crosslm.federation.silo_news import doing, outcome
 from crosslm.federation.spool import Spool
-from crosslm.files import ASIDE
 from crosslm.models.slm import SLM
+from crosslm.support.files import ASIDE
 
 from flwr.app import ConfigRecord, Message, RecordDict  # isort: skip
 

@@ -18,8 +18,8 @@ from transformers import (
 
 from crosslm.client import Client
 from crosslm.config import FitConfig
+from crosslm.data.examples import Examples
 from crosslm.errors import ModelError, UploadError
-from crosslm.examples import Examples
 from crosslm.models.architecture import MODEL_TYPES, longest_text
 from crosslm.models.rows import batches as row_batches
 from crosslm.models.rows import hold_out

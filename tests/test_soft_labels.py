@@ -14,8 +14,8 @@ from crosslm.algorithm.soft_labels import (
 from crosslm.config import SLMConfig
 from crosslm.enhancement import pool_rewards, soft_labels, train_on_synthetic
 from crosslm.models.slm import SLM
-from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, SyntheticText, Upload
+from crosslm.support.progress import Progress
 
 
 def test_the_posterior_by_hand():

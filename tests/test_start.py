@@ -14,13 +14,13 @@ import torch
 from conftest import BAD, GOOD, TINY_AMOUNTS, sentences
 from transformers import AutoModel, BertConfig, Gemma3TextConfig
 
-from crosslm import doctor, memory, starter
 from crosslm.cli import main as cli
 from crosslm.cli.main import EXTRAS
 from crosslm.config import PRESETS
 from crosslm.config_file import load
 from crosslm.errors import ConfigError, ModelError
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
+from crosslm.preflight import doctor, memory, starter
 from crosslm.task import Task
 
 ROOT = Path(__file__).parents[1]
@@ -360,7 +360,7 @@ def test_one_file_that_is_split_is_counted_for_each_client(shell, settings, tmp_
 
 
 def test_the_doctor_looks_for_what_the_configuration_asks_for(shell, workplace, monkeypatch):
-    monkeypatch.setattr("crosslm.tracking._installed", lambda name: name == "trackio")
+    monkeypatch.setattr("crosslm.runs.tracking._installed", lambda name: name == "trackio")
     monkeypatch.setitem(sys.modules, "opacus", None)
     # the configuration of the fixture has all that the preset set, acceptance too
     changes = ("--set", "tracking=['wandb']", "--set", "privacy.epsilon=8", "--set", "acceptance.enabled=false")

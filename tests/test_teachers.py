@@ -9,7 +9,6 @@ import torch
 from conftest import GOOD, sentences
 from of_uploads import EXAMPLES, ShutTo, server_of
 
-from crosslm import journal, snapshot
 from crosslm.algorithm.rewards import correct_prior, label_rewards
 from crosslm.algorithm.soft_labels import without_preference
 from crosslm.classification import class_probabilities
@@ -17,9 +16,10 @@ from crosslm.config import RewardConfig
 from crosslm.enhancement import train_on_synthetic
 from crosslm.errors import QuarantineError, UploadError
 from crosslm.models.slm import SLM
-from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, SyntheticText
+from crosslm.runs import journal, snapshot
 from crosslm.server import receive_slm
+from crosslm.support.progress import Progress
 from crosslm.teachers import Teachers
 
 TEXTS = sentences(GOOD, 5)

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from crosslm import experiment, tracking
+from crosslm import experiment
 from crosslm.config import Config
 from crosslm.errors import ConfigError
 from crosslm.experiment import run_local
-from crosslm.rundir import RunDir
-from crosslm.tracking import figures_of, tracked, wanted
+from crosslm.runs import tracking
+from crosslm.runs.rundir import RunDir
+from crosslm.runs.tracking import figures_of, tracked, wanted
 
 
 def needs(name):
@@ -188,7 +189,7 @@ LOG = """
 import os
 import sys
 from pathlib import Path
-from crosslm.tracking import TRACKERS
+from crosslm.runs.tracking import TRACKERS
 tracker = TRACKERS[sys.argv[1]](Path.cwd(), {"seed": 1, "task": {"labels": ["a", "b"]}})
 tracker.log({"llm/loss": 2.0}, "update", 1)
 tracker.log({"slm/accuracy": 0.8, "slm/accuracy/a": 0.8}, "arrival", 1)

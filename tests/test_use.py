@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, pipeline
 
 import crosslm
 from crosslm.cli import main as cli
+from crosslm.data.rows import RowFormat, format_of, rows_of, rows_of_file
 from crosslm.errors import ConfigError, DataError, ModelError, RunError
-from crosslm.finished import ROWS_AT_ONCE, Run, classified
-from crosslm.rows import RowFormat, format_of, rows_of, rows_of_file
+from crosslm.runs.finished import ROWS_AT_ONCE, Run, classified
 
 
 @pytest.fixture(scope="module")

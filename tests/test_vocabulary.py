@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from crosslm.config import Config, LLMConfig
 from crosslm.errors import DataError, ModelError
-from crosslm.files import alone
 from crosslm.models.llm import LLM
 from crosslm.models.sources import lock_of
 from crosslm.models.vocabulary import cached_trim, tokenizer_words, trim_vocabulary
-from crosslm.preparation import original_llm
+from crosslm.preflight.preparation import original_llm
+from crosslm.support.files import alone
 
 TEXTS = CORPUS[:10]
 FAMILIES = ("gpt2", "llama", "gemma3", "bytefallback")

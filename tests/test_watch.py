@@ -16,8 +16,8 @@ from rich.console import Console
 from crosslm import experiment
 from crosslm.errors import RunError
 from crosslm.experiment import run_local
-from crosslm.rundir import RunDir
-from crosslm.watch import follow, sentence, watch
+from crosslm.runs.rundir import RunDir
+from crosslm.runs.watch import follow, sentence, watch
 
 
 def started(folder):
@@ -148,7 +148,9 @@ def test_the_command_ends_with_the_run_and_with_130_on_ctrl_c(tmp_path):
 
 
 def test_reading_a_run_does_not_wait_for_torch():
-    code = "import sys, crosslm.cli.main, crosslm.watch, crosslm.html_report.page; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, crosslm.cli.main, crosslm.runs.watch, crosslm.html_report.page; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -27,7 +27,7 @@ Making a run, and using what came of it; ``crosslm.Run.open`` opens one that is 
     (True, True)
 
 One arrival by hand, for a loop of one's own:
-    >>> from crosslm.split import load_split
+    >>> from crosslm.data.split import load_split
     >>> from crosslm.models.encoder import SentenceEncoder
     >>> rows = load_split(run.config).private["north"]
     >>> client = crosslm.Client("north", rows, run.slm("north"), run.config.slm.private, seed=0)
@@ -53,10 +53,10 @@ from crosslm.task import Task
 
 if TYPE_CHECKING:
     from crosslm.client import Client
-    from crosslm.export import export_run
-    from crosslm.finished import Prediction, Run, run
     from crosslm.models.llm import LLM
     from crosslm.models.slm import SLM
+    from crosslm.runs.export import export_run
+    from crosslm.runs.finished import Prediction, Run, run
     from crosslm.server import Server
 
 __all__ = [
@@ -79,12 +79,12 @@ __all__ = [
 _LAZY = {
     "Client": "client",
     "LLM": "models.llm",
-    "Prediction": "finished",
-    "Run": "finished",
+    "Prediction": "runs.finished",
+    "Run": "runs.finished",
     "SLM": "models.slm",
     "Server": "server",
-    "export_run": "export",
-    "run": "finished",
+    "export_run": "runs.export",
+    "run": "runs.finished",
 }
 
 

@@ -9,9 +9,9 @@ from crosslm.config import Config
 from crosslm.enhancement import pool_rewards, select, soft_labels, train_on_synthetic
 from crosslm.models.encoder import Encoder
 from crosslm.models.slm import SLM
-from crosslm.progress import Progress
 from crosslm.records import SyntheticSet, Upload
 from crosslm.server import receive_slm
+from crosslm.support.progress import Progress
 from crosslm.task import Task
 from crosslm.teachers import Teachers
 

@@ -7,16 +7,16 @@ import torch
 
 from crosslm.algorithm.agreement import balancing_weights, sign_test
 from crosslm.config import AcceptanceConfig, FitConfig
+from crosslm.data.examples import Examples
 from crosslm.errors import ConfigError
-from crosslm.examples import Examples
-from crosslm.leaks import LeakCheck
-from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.rows import hold_out
 from crosslm.models.slm import SLM
-from crosslm.progress import Progress
+from crosslm.privacy.leaks import LeakCheck
+from crosslm.privacy.private_fit import PrivateTraining
 from crosslm.records import Download, SlmState, Upload
 from crosslm.sections.privacy import NO_ACCEPTANCE, NO_LEAK_CHECK
-from crosslm.seeding import seed_for
+from crosslm.support.progress import Progress
+from crosslm.support.seeding import seed_for
 
 ROUNDING = 1e-9  # of means and probabilities: what is just ``acceptance.margin`` is not above it
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from crosslm.config import Config, merged
 from crosslm.errors import ConfigError
-from crosslm.files import expanded, missing
+from crosslm.support.files import expanded, missing
 
 
 def packaged() -> dict[str, Path]:

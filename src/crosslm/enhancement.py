@@ -25,9 +25,9 @@ from crosslm.config import Config, SelectionConfig, SLMConfig
 from crosslm.errors import UploadError
 from crosslm.models.encoder import Encoder
 from crosslm.models.slm import SLM
-from crosslm.progress import Progress
 from crosslm.records import Receipt, SyntheticSet, Upload
-from crosslm.seeding import seed_for
+from crosslm.support.progress import Progress
+from crosslm.support.seeding import seed_for
 
 
 def pool_rewards(pool: SyntheticSet, judged: Tensor | None, said: Tensor | None) -> Tensor:

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from crosslm.classification import class_probabilities
 from crosslm.config import Config
-from crosslm.examples import Examples
+from crosslm.data.examples import Examples
+from crosslm.data.split import balanced_sample
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
-from crosslm.progress import Progress
 from crosslm.records import SyntheticSet
-from crosslm.seeding import seed_for
-from crosslm.split import balanced_sample
+from crosslm.support.progress import Progress
+from crosslm.support.seeding import seed_for
 from crosslm.task import Task
 
 

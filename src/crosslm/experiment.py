@@ -10,9 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crosslm import arrivals, evaluate, snapshot
-from crosslm.cards import write_cards
-from crosslm.checkpoint import Checkpoints
+from crosslm import evaluate
 from crosslm.classification import class_probabilities
 from crosslm.client import Client
 from crosslm.config import Config
@@ -21,23 +19,26 @@ from crosslm.federation.exchange import close, serve
 from crosslm.federation.intake import Intake
 from crosslm.federation.local import LocalExchange
 from crosslm.gate import Gate
-from crosslm.journal import RunJournal
-from crosslm.llm_cache import CachedLLM, CachedServer, LLMCache
-from crosslm.loaded import Loaded, load_models
-from crosslm.measures import LLM_MEASURES, LLMMeter, peak_memory_bytes
-from crosslm.models.accounting import require_opacus
 from crosslm.models.slm import SLM
 from crosslm.models.sources import resolve_device
-from crosslm.preparation import Prepared, check_same, class_report, describe_spec, prepare
-from crosslm.privacy import privacy_summary, told_counts
-from crosslm.progress import Display, Progress
+from crosslm.preflight.preparation import Prepared, check_same, class_report, describe_spec, prepare
+from crosslm.privacy.accounting import require_opacus
+from crosslm.privacy.bounds import privacy_summary, told_counts
 from crosslm.records import SyntheticSet
-from crosslm.rundir import CONFIG, SUMMARY, RunDir, versions
-from crosslm.seeding import seed_for
+from crosslm.runs import arrivals, snapshot
+from crosslm.runs.cards import write_cards
+from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.journal import RunJournal
+from crosslm.runs.llm_cache import CachedLLM, CachedServer, LLMCache
+from crosslm.runs.loaded import Loaded, load_models
+from crosslm.runs.measures import LLM_MEASURES, LLMMeter, peak_memory_bytes
+from crosslm.runs.rundir import CONFIG, SUMMARY, RunDir, versions
+from crosslm.runs.tracking import tracked, wanted
 from crosslm.server import Server
+from crosslm.support.progress import Display, Progress
+from crosslm.support.seeding import seed_for
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
-from crosslm.tracking import tracked, wanted
 
 
 def run_local(
@@ -65,7 +66,7 @@ def run_local(
         make_client: called for each client as :class:`Client` is; what it gives takes part, a client that behaves
             otherwise too.
         llm_cache: folder where what the LLM writes, reads and learns is kept, so that a run which differs from an
-            earlier one only in its step 5 or its test rows does none of that again (:mod:`crosslm.llm_cache`).
+            earlier one only in its step 5 or its test rows does none of that again (:mod:`crosslm.runs.llm_cache`).
 
     Returns:
         What ``summary.json`` holds.

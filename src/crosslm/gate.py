@@ -13,8 +13,8 @@ from torch import Tensor
 
 from crosslm.algorithm.agreement import correlation, label_auc, normal_quantile, upper_correlation
 from crosslm.config import Config
+from crosslm.data.examples import Examples
 from crosslm.errors import ConfigError, QuarantineError
-from crosslm.examples import Examples
 from crosslm.models.slm import SLM
 from crosslm.records import SyntheticSet, Upload
 from crosslm.teachers import as_rewarding, stranger_proba

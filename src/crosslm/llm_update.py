@@ -10,7 +10,7 @@ from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.errors import CollapseError, ModelError
 from crosslm.models.llm import LLM
 from crosslm.records import SyntheticSet
-from crosslm.seeding import seed_for
+from crosslm.support.seeding import seed_for
 from crosslm.task import Task
 
 ANCHOR_TOKENS, ANCHORS_A_STEP = 48, 8

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from crosslm.examples import Examples
+from crosslm.data.examples import Examples
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from crosslm.llm_update import anchor_texts, one_pass
 from crosslm.models.encoder import Encoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
-from crosslm.progress import Progress
 from crosslm.records import Download, Receipt, SyntheticSet, Upload
-from crosslm.seeding import seed_for
+from crosslm.support.progress import Progress
+from crosslm.support.seeding import seed_for
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 from crosslm.teachers import Teacher, Teachers

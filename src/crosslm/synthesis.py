@@ -10,7 +10,7 @@ from crosslm.config import SynthesisConfig
 from crosslm.errors import CollapseError
 from crosslm.models.llm import LLM
 from crosslm.records import SyntheticSet, SyntheticText
-from crosslm.seeding import seed_for
+from crosslm.support.seeding import seed_for
 from crosslm.task import Task
 
 REDRAW_CANDIDATES = 8

@@ -7,8 +7,8 @@ import typer
 from rich.table import Table
 
 from crosslm.cli.app import CacheOption, RunArgument, app, console
-from crosslm.quiet import quiet_libraries
-from crosslm.rundir import RunDir
+from crosslm.runs.rundir import RunDir
+from crosslm.support.quiet import quiet_libraries
 
 
 @app.command()
@@ -21,9 +21,9 @@ def audit(
 ) -> None:
     """Attack a run's uploaded SLMs: who was in their training, what of it is in the LLM and its texts."""
     quiet_libraries()
-    from crosslm.audit import audit_run
-    from crosslm.display import display_for
+    from crosslm.cli.display import display_for
     from crosslm.models.sources import cache_folder
+    from crosslm.privacy.audit import audit_run
 
     figures = audit_run(RunDir.open(run_folder), cache_folder(cache_dir), shadows, display_for(console))
     for table in (membership_table(figures), overlap_table(figures), canary_table(figures)):

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from crosslm.cli.app import CacheOption, ConfigArgument, DataDirOption, SetOption, app, console
 from crosslm.config_file import load
-from crosslm.files import expanded
-from crosslm.plain import plain, plain_lines
-from crosslm.quiet import quiet_libraries
+from crosslm.support.files import expanded
+from crosslm.support.plain import plain, plain_lines
+from crosslm.support.quiet import quiet_libraries
 
 EnvironmentOption = Annotated[
     bool, typer.Option("--environment", help="Print the environment of Flower's own commands; start nothing.")

@@ -24,7 +24,7 @@ from crosslm.cli import (  # noqa: F401  their commands join the application
 )
 from crosslm.cli.app import app, console, errors
 from crosslm.errors import CrosslmError, PassingError, StoppedError
-from crosslm.plain import plain_lines
+from crosslm.support.plain import plain_lines
 
 EXTRAS = {
     "cryptography": "federation",

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from crosslm.cli.app import CacheOption, app, console
-from crosslm.quiet import quiet_libraries
+from crosslm.support.quiet import quiet_libraries
 
 
 @app.command("prepare-model")
@@ -26,7 +26,7 @@ def prepare_model(
 ) -> None:
     """Write a copy of a language model with fewer tokens, which is faster; use it as llm.model."""
     quiet_libraries()
-    from crosslm.data import readable_lines
+    from crosslm.data.texts import readable_lines
     from crosslm.models.sources import cache_folder, model_folder
     from crosslm.models.vocabulary import trim_vocabulary
 

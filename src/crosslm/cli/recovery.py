@@ -8,9 +8,9 @@ import typer
 from crosslm.cli.app import CacheOption, app, console
 from crosslm.cli.runs import finish
 from crosslm.errors import RunError
-from crosslm.plain import plain
-from crosslm.quiet import quiet_libraries
-from crosslm.rundir import CONFIG, SUMMARY, RunDir
+from crosslm.runs.rundir import CONFIG, SUMMARY, RunDir
+from crosslm.support.plain import plain
+from crosslm.support.quiet import quiet_libraries
 
 AnyRun = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not.")]
 RunOrKit = Annotated[
@@ -34,7 +34,7 @@ def status(folder: RunOrKit) -> None:
 
 def run_status(run_folder: Path) -> None:
     """What a run has done so far."""
-    from crosslm.checkpoint import Checkpoints
+    from crosslm.runs.checkpoint import Checkpoints
 
     run = RunDir.open(run_folder)
     checkpoints = Checkpoints(run)
@@ -79,7 +79,7 @@ def rollback(
     """Make a run without a client: as it was before that client came, and the others' later arrivals again."""
     quiet_libraries()
     from crosslm.config_file import load
-    from crosslm.rollback import roll_back
+    from crosslm.runs.rollback import roll_back
 
     beside = run_folder if run_folder.name not in ("", "..") else run_folder.resolve()
     target = output or beside.with_name(f"{beside.name}-without-{client}")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from crosslm.cli.app import RunArgument, app, console
-from crosslm.rundir import RunDir
+from crosslm.runs.rundir import RunDir
 
 OtherArgument = Annotated[
     Path | None, typer.Argument(metavar="[RUN_B]", help="Another run, to be put side by side with the first.")
@@ -18,7 +18,7 @@ def report(run_folder: RunArgument, other: OtherArgument = None) -> None:
     """Print a run's tables and write RUN/report.html; of two runs, RUN/compare-with-RUN_B.html."""
     from crosslm.html_report.collect import RunView
     from crosslm.html_report.page import render
-    from crosslm.report import closing
+    from crosslm.runs.report import closing
 
     runs = [RunDir.open(folder) for folder in (run_folder, other) if folder is not None]
     views = [RunView.read(run) for run in runs]
@@ -34,8 +34,8 @@ def report(run_folder: RunArgument, other: OtherArgument = None) -> None:
 @app.command()
 def watch(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that goes on.")]) -> None:
     """Follow a run from another terminal until it ends; Ctrl-C stops watching, not the run."""
-    from crosslm.report import closing
-    from crosslm.watch import watch as watch_run
+    from crosslm.runs.report import closing
+    from crosslm.runs.watch import watch as watch_run
 
     run = RunDir.open(run_folder)
     try:

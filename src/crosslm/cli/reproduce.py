@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from crosslm.cli.app import CacheOption, LLMCacheOption, app, console
-from crosslm.files import expanded
-from crosslm.quiet import quiet_libraries
+from crosslm.support.files import expanded
+from crosslm.support.quiet import quiet_libraries
 
 STOPPED = 130
 
@@ -48,7 +48,7 @@ def reproduce(
 ) -> None:
     """Run the experiments behind the paper's tables; may be stopped at any moment, the same command goes on."""
     quiet_libraries()
-    from crosslm.display import display_for
+    from crosslm.cli.display import display_for
     from crosslm.models.sources import cache_folder
     from crosslm.reproduce.driver import reproduce as run
     from crosslm.reproduce.plan import choose

@@ -20,8 +20,8 @@ from crosslm.cli.stopping import StopRequest
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.errors import StoppedError
-from crosslm.quiet import quiet_libraries
-from crosslm.rundir import CONFIG, RunDir, last_unfinished, next_free
+from crosslm.runs.rundir import CONFIG, RunDir, last_unfinished, next_free
+from crosslm.support.quiet import quiet_libraries
 
 ResumeOption = Annotated[
     bool,
@@ -70,7 +70,7 @@ def demo(
     resume: ResumeOption = False,
 ) -> None:
     """Run the packaged demo: four real silos (tweets, products, films, editorials), real weights."""
-    from crosslm.demo import prepare_data
+    from crosslm.data.demo import prepare_data
     from crosslm.models.sources import cache_folder
 
     folder = prepare_data(cache_folder(cache_dir), lambda message: console.print(message, highlight=False))
@@ -89,9 +89,9 @@ def evaluate(
     the folder, so that nothing is measured by it again.
     """
     quiet_libraries()
-    from crosslm.display import display_for
+    from crosslm.cli.display import display_for
     from crosslm.models.sources import cache_folder
-    from crosslm.reevaluate import evaluate_run
+    from crosslm.runs.reevaluate import evaluate_run
 
     measures = evaluate_run(RunDir.open(run_folder), cache_folder(cache_dir), display_for(console))
     for name, value in measures.items():
@@ -109,10 +109,10 @@ def _run(
 def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool, llm_cache: Path | None = None) -> None:
     """Run, or go on with a run, to its end or to Ctrl-C, and show its tables."""
     quiet_libraries()
-    from crosslm.display import display_for
+    from crosslm.cli.display import display_for
     from crosslm.experiment import run_local
     from crosslm.models.sources import cache_folder
-    from crosslm.report import closing
+    from crosslm.runs.report import closing
 
     try:
         with StopRequest() as stop:

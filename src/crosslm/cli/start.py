@@ -11,8 +11,8 @@ from rich.text import Text
 
 from crosslm.cli.app import CacheOption, DataDirOption, SetOption, app, console
 from crosslm.errors import ConfigError, RunError
-from crosslm.files import expanded
-from crosslm.quiet import quiet_libraries
+from crosslm.support.files import expanded
+from crosslm.support.quiet import quiet_libraries
 
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
@@ -66,7 +66,7 @@ def init(
     quiet_libraries()
     from crosslm.models.sources import cache_folder, check_model, model_folder
     from crosslm.models.tokens import load_tokenizer
-    from crosslm.starter import DEMO_LLM, DEMO_SLM, Start, draft, write_start
+    from crosslm.preflight.starter import DEMO_LLM, DEMO_SLM, Start, draft, write_start
 
     llm, slm, encoder = (_anywhere(model) for model in (llm or DEMO_LLM, slm or DEMO_SLM, encoder or DEMO_SLM))
     for key, model in (("--slm", slm), ("--encoder", encoder), ("--llm", llm)):
@@ -121,9 +121,9 @@ def doctor(
     is ok, warning or error, with what to do. The exit code is 2 if there is an error.
     """
     quiet_libraries()
-    from crosslm.doctor import examine
     from crosslm.federation.kits import is_kit
     from crosslm.models.sources import cache_folder
+    from crosslm.preflight.doctor import examine
 
     levels, cache = [], cache_folder(cache_dir)
     if config is not None and is_kit(Path(config)):

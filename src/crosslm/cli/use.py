@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crosslm.cli.app import CacheOption, RunArgument, app, console, errors
-from crosslm.quiet import quiet_libraries
-from crosslm.rows import NOT_UTF8, Row, RowFormat, check_output, format_of, rows_of, rows_of_file, write_rows
+from crosslm.data.rows import NOT_UTF8, Row, RowFormat, check_output, format_of, rows_of, rows_of_file, write_rows
+from crosslm.support.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from crosslm.config import DataConfig
@@ -34,8 +34,8 @@ def generate(
 ) -> None:
     """Write labelled text with the enhanced LLM of a run. Only the texts go to standard output."""
     quiet_libraries()
-    from crosslm.display import display_for
-    from crosslm.finished import Run
+    from crosslm.cli.display import display_for
+    from crosslm.runs.finished import Run
 
     check_output(output)
     run = Run.open(run_folder, cache_dir)
@@ -71,7 +71,7 @@ def predict(
     told on standard error.
     """
     quiet_libraries()
-    from crosslm.finished import classified
+    from crosslm.runs.finished import classified
 
     check_output(output)
     slm, data = _classifier(run_folder, client)
@@ -116,7 +116,7 @@ def _classifier(folder: Path, client: str) -> "tuple[SLM, DataConfig | SiloData]
     """A client's enhanced classifier of a run, or the one in use at a silo; and what columns its rows have."""
     from crosslm.errors import ConfigError
     from crosslm.federation.kits import SILO_FILE
-    from crosslm.finished import Run
+    from crosslm.runs.finished import Run
 
     if (folder / SILO_FILE).is_file():
         from crosslm.federation.silo import Silo
@@ -167,8 +167,8 @@ def export(
 ) -> None:
     """Copy a run's classifiers, LLM and synthetic text into a folder, each with a card, for other tools."""
     quiet_libraries()
-    from crosslm.export import PARTS, check_repository, export_run, push
-    from crosslm.finished import Run
+    from crosslm.runs.export import PARTS, check_repository, export_run, push
+    from crosslm.runs.finished import Run
 
     def say(message: str) -> None:
         console.print(message, highlight=False, markup=False, soft_wrap=True)

@@ -6,10 +6,8 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from crosslm import doctor
 from crosslm.config import Config, PrivacyConfig, SLMSpec
-from crosslm.data import is_there, load_examples
-from crosslm.doctor import Finding
+from crosslm.data.texts import is_there, load_examples
 from crosslm.errors import CrosslmError, DataError, FederationError
 from crosslm.federation.deployment import measured_text
 from crosslm.federation.flower.processes import program
@@ -26,7 +24,9 @@ from crosslm.federation.kits import (
 from crosslm.federation.silo import Silo
 from crosslm.federation.silo_state import SiloState
 from crosslm.models.sources import check_model, model_folder
-from crosslm.preparation import check_slm, client_specs, describe_spec, public_texts
+from crosslm.preflight import doctor
+from crosslm.preflight.doctor import Finding
+from crosslm.preflight.preparation import check_slm, client_specs, describe_spec, public_texts
 
 FEW_DAYS = 30
 News = Callable[[str], None]

@@ -6,31 +6,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from crosslm import arrivals, evaluate, snapshot
-from crosslm.cards import write_cards
-from crosslm.checkpoint import Checkpoints
+from crosslm import evaluate
 from crosslm.config import Config
-from crosslm.data import is_there
+from crosslm.data.examples import Examples
+from crosslm.data.split import test_rows
+from crosslm.data.texts import is_there
 from crosslm.errors import QuarantineError, UploadError
-from crosslm.examples import Examples
 from crosslm.federation.exchange import Served
 from crosslm.federation.messages import decode_upload, describe, encode
 from crosslm.federation.spool import Arrival, Spool
 from crosslm.federation.summary import accuracies, summary_of
 from crosslm.gate import Gate
-from crosslm.measures import LLMMeter, measure_slm
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.models.tokens import verbalizer_ids
-from crosslm.preparation import original_llm, perplexity_text_of, public_texts
-from crosslm.progress import Progress
+from crosslm.preflight.preparation import original_llm, perplexity_text_of, public_texts
 from crosslm.records import Download, SyntheticSet, Upload
-from crosslm.rundir import CLOSING_POOL, CONFIG, ENGINE, RunDir, versions
-from crosslm.seeding import seed_for
+from crosslm.runs import arrivals, snapshot
+from crosslm.runs.cards import write_cards
+from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.measures import LLMMeter, measure_slm
+from crosslm.runs.rundir import CLOSING_POOL, CONFIG, ENGINE, RunDir, versions
 from crosslm.server import Server, StepRecord, receive_slm
-from crosslm.split import test_rows
+from crosslm.support.progress import Progress
+from crosslm.support.seeding import seed_for
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
 from crosslm.teachers import stranger_proba

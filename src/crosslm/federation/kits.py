@@ -24,10 +24,10 @@ from crosslm.config import (
 )
 from crosslm.config_file import load
 from crosslm.errors import FederationError
-from crosslm.files import alone, missing
-from crosslm.rundir import KIT_FILE, LOCK
+from crosslm.runs.rundir import KIT_FILE, LOCK
 from crosslm.sections.privacy import NO_ACCEPTANCE
 from crosslm.sections.section import Positive, Section
+from crosslm.support.files import alone, missing
 
 KIT = "CROSSLM_KIT"
 """Environment variable that tells Flower's processes which kit they run."""

@@ -12,7 +12,7 @@ from crosslm.client import Client, Decision
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import decode_download, decode_upload, encode
 from crosslm.records import Download, Upload
-from crosslm.seeding import seed_for
+from crosslm.support.seeding import seed_for
 
 
 def arrival_order(client_ids: Sequence[str], participations: int, seed: int) -> list[str]:

@@ -23,9 +23,9 @@ from crosslm import __version__
 from crosslm.config import ClientConfig, Config
 from crosslm.errors import FederationError
 from crosslm.federation.kits import SERVER_FILE, SILO_FILE, ServerSettings, SiloData, SiloSettings, dump, read_server
-from crosslm.files import PARTIAL
 from crosslm.models.sources import PREFIX
-from crosslm.preparation import client_specs
+from crosslm.preflight.preparation import client_specs
+from crosslm.support.files import PARTIAL
 
 VALID_DAYS = 825
 WHEEL = f"crosslm-{__version__}-py3-none-any.whl"

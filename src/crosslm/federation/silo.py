@@ -16,15 +16,15 @@ from crosslm.federation.intake import Intake, check_same_model
 from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names, refused
 from crosslm.federation.messages import decode_download, decode_upload, encode
 from crosslm.federation.silo_state import SiloState
-from crosslm.files import replace_folder
-from crosslm.leaks import LeakCheck
 from crosslm.models.encoder import SentenceEncoder
-from crosslm.models.private_fit import PrivateTraining
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
-from crosslm.plain import plain
+from crosslm.privacy.leaks import LeakCheck
+from crosslm.privacy.private_fit import PrivateTraining
 from crosslm.records import SlmState, Upload
-from crosslm.seeding import seed_for
+from crosslm.support.files import replace_folder
+from crosslm.support.plain import plain
+from crosslm.support.seeding import seed_for
 
 OF_THE_DOWNLOAD = (UploadError, LeakError, FederationError)
 """What is wrong with what came, for good; anything else that goes wrong is this silo's own."""

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from crosslm.files import is_running
-from crosslm.plain import plain
+from crosslm.support.files import is_running
+from crosslm.support.plain import plain
 
 
 def outcome(decision: Mapping[str, Any]) -> str:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from crosslm.config import DataConfig
-from crosslm.data import is_there, load_examples
+from crosslm.data.examples import Examples
+from crosslm.data.texts import is_there, load_examples
 from crosslm.errors import DataError, KeptFileError
-from crosslm.examples import Examples
 from crosslm.federation.kits import SILO_FILE, SiloSettings, read_silo
-from crosslm.files import partial_of, rename, write_whole
+from crosslm.support.files import partial_of, rename, write_whole
 
 
 class SiloState:

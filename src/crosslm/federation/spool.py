@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from crosslm.errors import FederationError, RunError, UploadError
-from crosslm.files import partial_of, parts_of, rename, write_whole
+from crosslm.support.files import partial_of, parts_of, rename, write_whole
 
 TOLD = "told/"  # and a silo: how many of its rounds it has been told are complete
 NO_SAY = "no say/"  # and silo and round

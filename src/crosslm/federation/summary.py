@@ -5,13 +5,14 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from crosslm import arrivals, evaluate
+from crosslm import evaluate
 from crosslm.config import Config
-from crosslm.examples import Examples
+from crosslm.data.examples import Examples
 from crosslm.federation.spool import Spool
-from crosslm.measures import LLM_MEASURES, peak_memory_bytes
-from crosslm.privacy import privacy_summary
-from crosslm.rundir import ENGINE, RunDir, versions
+from crosslm.privacy.bounds import privacy_summary
+from crosslm.runs import arrivals
+from crosslm.runs.measures import LLM_MEASURES, peak_memory_bytes
+from crosslm.runs.rundir import ENGINE, RunDir, versions
 
 METHODS = ("standalone", "data_free_kd", "crosslm")
 Event = Mapping[str, Any]

@@ -9,7 +9,7 @@ from typing import Any
 
 from crosslm.errors import RunError
 from crosslm.html_report.intervals import Interval, binomial_interval, paired_gain_interval
-from crosslm.rundir import CONFIG, METRICS, RunDir
+from crosslm.runs.rundir import CONFIG, METRICS, RunDir
 
 MAX_SAMPLES = 2000
 METHODS = ("standalone", "data_free_kd", "crosslm")

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from crosslm.html_report.collect import RunView
-from crosslm.privacy import how_told
-from crosslm.report import declined, waited_for
+from crosslm.privacy.bounds import how_told
+from crosslm.runs.report import declined, waited_for
 
 COLLAPSE = 0.75  # of the different word pairs before
 FEW_TEST_ROWS = 50  # of which each is two points of accuracy
@@ -49,7 +49,7 @@ def _journal(view: RunView) -> Iterator[Finding]:
 
 
 def _reward_hacking(view: RunView) -> Iterator[Finding]:
-    """Where the run itself found it (:func:`crosslm.arrivals.reward_hacking`), with the figures."""
+    """Where the run itself found it (:func:`crosslm.runs.arrivals.reward_hacking`), with the figures."""
     found = view.summary.get("reward_hacking") or {}
     served = {arrival.step: arrival for arrival in view.arrivals if "reward/drafts" in arrival.measures}
     for step in found.get("arrivals", ()):

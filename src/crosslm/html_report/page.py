@@ -13,9 +13,9 @@ from markupsafe import Markup
 from crosslm.html_report.collect import METHODS, RunView
 from crosslm.html_report.findings import findings
 from crosslm.html_report.intervals import Interval
-from crosslm.privacy import PREFIX, hidden, in_words, privacy_line
-from crosslm.report import AT_THE_SILO, LLM_MEASURES, about_accuracy, measured, moment
-from crosslm.report import METHODS as METHOD_NAMES
+from crosslm.privacy.bounds import PREFIX, hidden, in_words, privacy_line
+from crosslm.runs.report import AT_THE_SILO, LLM_MEASURES, about_accuracy, measured, moment
+from crosslm.runs.report import METHODS as METHOD_NAMES
 
 LLM_ROWS = {"nlu_accuracy": "nlu_rows", "nlg_judge_accuracy": "nlg_samples"}
 

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from crosslm.html_report.collect import METHODS, Arrival, RunView
-from crosslm.report import METHODS as METHOD_NAMES
-from crosslm.report import measured
+from crosslm.runs.report import METHODS as METHOD_NAMES
+from crosslm.runs.report import measured
 
 INK, GRID = "#010101", "#020202"
 SERIES = ("#030303", "#040404", "#050505")

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from crosslm.config import Config, FitConfig, SLMSpec
+from crosslm.data.examples import Examples
 from crosslm.errors import UploadError
-from crosslm.examples import Examples
 from crosslm.models.architecture import SPECIAL_TOKENS, longest_text, output_layer, special_tokens, travelling
 from crosslm.models.pretrained import agree_on_padding, pretrained_classifier
 from crosslm.models.rows import batches, hold_out

@@ -20,7 +20,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, t
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from crosslm.errors import ConfigError, ModelError
-from crosslm.files import alone, expanded
+from crosslm.support.files import alone, expanded
 
 PREFIX = "package:"
 

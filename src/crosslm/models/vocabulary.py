@@ -19,9 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from crosslm.errors import ModelError
-from crosslm.files import alone
 from crosslm.models.loading import loading
 from crosslm.models.sources import lock_of
+from crosslm.support.files import alone
 
 PUNCTUATION = frozenset(string.punctuation)
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "decoder_start_token_id")

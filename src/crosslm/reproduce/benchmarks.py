@@ -16,15 +16,15 @@ from torch.nn.functional import cross_entropy
 from transformers import get_linear_schedule_with_warmup
 
 from crosslm.config import DataConfig, LLMConfig
-from crosslm.data import load_examples
+from crosslm.data.examples import Examples
+from crosslm.data.split import sample
+from crosslm.data.texts import load_examples
 from crosslm.errors import DataError
-from crosslm.examples import Examples
 from crosslm.models.llm import LLM
 from crosslm.models.rows import batches
 from crosslm.models.tokens import verbalizer_ids
 from crosslm.reproduce.scale import Finetuning
-from crosslm.seeding import seed_for
-from crosslm.split import sample
+from crosslm.support.seeding import seed_for
 from crosslm.task import Task
 
 PREDICTION_BATCH = 32

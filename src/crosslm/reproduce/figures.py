@@ -8,7 +8,7 @@ import numpy as np
 from crosslm.reproduce import plan
 from crosslm.reproduce.bootstrap import Array, Group, Means, bootstrap
 from crosslm.reproduce.plan import BASE, CEILING, ORIGINAL, RUN, RUNS_LLM, Cell
-from crosslm.seeding import seed_for
+from crosslm.support.seeding import seed_for
 
 OWN_STANDALONE, DATA_FREE_KD, CROSSLM, RETURNED = range(4)
 BEFORE, AFTER = range(2)

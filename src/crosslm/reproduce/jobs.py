@@ -20,13 +20,13 @@ import torch
 
 from crosslm.errors import CrosslmError
 from crosslm.models.sources import resolve_device
-from crosslm.progress import Display, Silent
-from crosslm.provenance import commit, machine
-from crosslm.quiet import quiet_libraries
 from crosslm.reproduce.plan import RUN, Cell, Choice
 from crosslm.reproduce.store import Store
 from crosslm.reproduce.work import do, settings_of
-from crosslm.rundir import versions
+from crosslm.runs.rundir import versions
+from crosslm.support.progress import Display, Silent
+from crosslm.support.provenance import commit, machine
+from crosslm.support.quiet import quiet_libraries
 
 
 @dataclass(frozen=True)

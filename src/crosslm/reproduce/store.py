@@ -16,7 +16,7 @@ from crosslm.config import Config
 from crosslm.errors import RunError
 from crosslm.reproduce.benchmarks import BENCHMARKS
 from crosslm.reproduce.plan import CEILING, ORIGINAL, RUNS_LLM, STANDALONE, Cell, leaves
-from crosslm.rundir import CONFIG, SUMMARY, RunDir
+from crosslm.runs.rundir import CONFIG, SUMMARY, RunDir
 
 MACHINES_OWN = (("data", "dir"), ("device",))
 CEILING_SECTIONS = ("seed", "task", "data", "clients")

@@ -7,23 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from crosslm.checkpoint import Checkpoints
 from crosslm.config import Config
+from crosslm.data.examples import Examples
+from crosslm.data.split import load_split
 from crosslm.errors import RunError, UnservedError
-from crosslm.examples import Examples
 from crosslm.experiment import run_local
-from crosslm.loaded import load_client
-from crosslm.measures import LLM_MEASURES
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
-from crosslm.preparation import client_specs
-from crosslm.progress import Display, Progress
+from crosslm.preflight.preparation import client_specs
 from crosslm.reproduce.benchmarks import fine_tune, matthews, start_llm
 from crosslm.reproduce.plan import CEILING, ORIGINAL, RUN, STANDALONE, Cell, Choice
 from crosslm.reproduce.store import MACHINES_OWN, Store
-from crosslm.rundir import SUMMARY, RunDir
-from crosslm.seeding import seed_for
-from crosslm.split import load_split
+from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.loaded import load_client
+from crosslm.runs.measures import LLM_MEASURES
+from crosslm.runs.rundir import SUMMARY, RunDir
+from crosslm.support.progress import Display, Progress
+from crosslm.support.seeding import seed_for
 
 KEPT_OF_A_SUMMARY = ("slm", "llm", "judge_accuracy", "reward_hacking", "clients", "test_rows", "tokens_generated")
 

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from crosslm.files import PARTIAL
 from crosslm.sections.section import Positive, Section
+from crosslm.support.files import PARTIAL
 
 Paraphrases = Annotated[
     tuple[Annotated[str, Field(min_length=1)], ...],

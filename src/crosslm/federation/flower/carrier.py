@@ -25,7 +25,7 @@ from crosslm.federation import messages
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.flower.replies import Answer, answer_in, pulled
 from crosslm.federation.spool import Arrival, Spool
-from crosslm.plain import plain
+from crosslm.support.plain import plain
 
 POLL = 0.5  # seconds after which each thread looks again, if the other has not woken it
 LONGEST_WAIT = 60.0  # seconds between two attempts at a silo that does not answer

@@ -15,9 +15,9 @@ from crosslm.federation import leaving, messages
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.kits import KIT
 from crosslm.federation.silo import OF_THE_DOWNLOAD, Silo
-from crosslm.files import parts_of
 from crosslm.models.sources import cache_folder
-from crosslm.plain import plain
+from crosslm.support.files import parts_of
+from crosslm.support.plain import plain
 
 app = ClientApp()
 logger = logging.getLogger(__name__)

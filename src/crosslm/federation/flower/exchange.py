@@ -13,8 +13,8 @@ from crosslm.federation.flower.carrier import POLL, TOLD, Carrier
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
 from crosslm.federation.spool import ENDED, Spool
-from crosslm.plain import plain
 from crosslm.records import Download, Upload
+from crosslm.support.plain import plain
 
 LATE = "it came when the run had ended; send it to the next run"
 MOST_TRIES = 5  # at an upload with which the server application ends

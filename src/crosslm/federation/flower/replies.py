@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from crosslm.errors import UploadError
-from crosslm.plain import plain
+from crosslm.support.plain import plain
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from crosslm.federation.intake import Intake
 from crosslm.federation.kits import KIT, read_server, server_config, silo_names
 from crosslm.federation.spool import OVER, Spool
 from crosslm.models.sources import cache_folder
-from crosslm.tracking import tracked, wanted
+from crosslm.runs.tracking import tracked, wanted
 
 app = ServerApp()
 

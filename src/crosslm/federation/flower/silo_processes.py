@@ -19,8 +19,8 @@ from crosslm.federation.keys import ASKED_AT, fingerprint
 from crosslm.federation.kits import SILO_FILE, read_silo
 from crosslm.federation.silo_news import closing_outcome, outcome
 from crosslm.federation.silo_state import SiloState
-from crosslm.files import settle_folder
-from crosslm.plain import plain
+from crosslm.support.files import settle_folder
+from crosslm.support.plain import plain
 
 REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it does not know
 REFUSED_PAUSE = 10.0  # seconds until a silo that was refused tries again

@@ -1,0 +1,1 @@
+"""Labelled and plain texts: where they come from and who has which."""

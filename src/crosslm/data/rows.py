@@ -1,0 +1,231 @@
+"""Rows of text in and out: files, standard input and standard output; CSV, JSONL or a text a line."""
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from crosslm.errors import DataError, RunError
+from crosslm.support.files import partial_of
+
+Row = dict[str, object]
+NOT_UTF8 = "\ufffd"
+"""What stands in the place of bytes that are not UTF-8."""
+SHOWN, SHOWN_WORDS = 40, 3  # letters and words of what an error shows as the name of a label or column
+
+
+class RowFormat(StrEnum):
+    """How rows are written down."""
+
+    csv = "csv"
+    jsonl = "jsonl"
+    text = "text"
+
+
+SUFFIXES = {".csv": RowFormat.csv, ".jsonl": RowFormat.jsonl, ".txt": RowFormat.text}
+
+
+def format_of(path: Path) -> RowFormat:
+    """What a file's name says of its format.
+
+    Raises:
+        DataError: nothing.
+    """
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path}: must be .csv, .jsonl or .txt (or one of these with .gz), or say --format")
+    return SUFFIXES[suffix]
+
+
+def is_text(name: str) -> bool:
+    """Whether what should be the name of a label or column is so long that it may be a private text."""
+    return len(name) > SHOWN or len(name.split()) > SHOWN_WORDS
+
+
+def rows_of_file(
+    path: Path, text_column: str, kind: RowFormat, on_broken: Callable[[], None] = lambda: None
+) -> Iterator[Row]:
+    """Rows of a file, gzipped or not, as :func:`rows_of`.
+
+    Raises:
+        DataError: it cannot be read, or a row is not of the format.
+    """
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; name one that is there") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read; is the file whole, and yours to read? {error}") from error
+    return rows_of(io.BytesIO(content), str(path), text_column, kind, on_broken)
+
+
+def rows_of(
+    stream: BinaryIO, source: str, text_column: str, kind: RowFormat, on_broken: Callable[[], None] = lambda: None
+) -> Iterator[Row]:
+    """Rows as they come: ``text``: a text a line; ``csv`` with a header; ``jsonl``: an object a line.
+
+    Bytes that are not UTF-8 become U+FFFD, so that no row is lost.
+
+    Args:
+        stream: is read no further than needed.
+        source: its name, for messages.
+        text_column: the column that is classified; every row of ``csv`` and ``jsonl`` must have it.
+        kind: the format.
+        on_broken: told of each line with such bytes.
+
+    Raises:
+        DataError: a row is not of the format, or has no such column.
+    """
+    lines = _readable(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=""), on_broken)
+    if kind is RowFormat.text:
+        for line in lines:
+            yield {text_column: line.rstrip("\r\n")}
+        return
+    if kind is RowFormat.csv:
+        found = csv_rows(lines, source, partial(_check_header, source, text_column))
+    else:
+        found = json_rows(lines, source)
+    for number, row in found:
+        if text_column not in row:
+            raise _no_column(source, number, text_column, row)
+        yield row
+
+
+def check_output(path: Path | None) -> None:
+    """Find out that a file may be written, before a model is loaded.
+
+    Raises:
+        RunError: it is there already, or its folder is not.
+    """
+    if path is not None and path.exists():
+        raise RunError(f"{path}: is there already and nothing is written over; name another --output")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise RunError(f"{path}: there is no folder {path.parent}; make it, or name another --output")
+
+
+def write_rows(rows: Iterable[Row], kind: RowFormat, path: Path | None) -> int:
+    """Write rows as they come; ``text`` is the column ``text`` alone.
+
+    Returns:
+        How many.
+    """
+    count = 0
+    with _opened(path) as file:
+        writer = None
+        for row in rows:
+            if kind is RowFormat.csv:
+                if writer is None:
+                    writer = csv.DictWriter(file, list(row), lineterminator="\n", restval="", extrasaction="ignore")
+                    writer.writeheader()
+                writer.writerow({name: "" if value is None else value for name, value in row.items()})
+            else:
+                file.write((str(row["text"]) if kind is RowFormat.text else json.dumps(row, ensure_ascii=False)) + "\n")
+            count += 1
+            file.flush()
+    return count
+
+
+def _readable(lines: Iterable[str], on_broken: Callable[[], None]) -> Iterator[str]:
+    for line in lines:
+        if any("\ud800" <= letter <= "\udfff" for letter in line):
+            on_broken()
+            line = "".join(NOT_UTF8 if "\ud800" <= letter <= "\udfff" else letter for letter in line)
+        yield line
+
+
+def csv_rows(
+    lines: Iterable[str], source: str, check_header: Callable[[list[str]], None]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a CSV file with their numbers, the first row of data being 1.
+
+    Args:
+        lines: of the file, with their ends.
+        source: its name, for messages.
+        check_header: told of the columns before any row; may raise.
+
+    Raises:
+        DataError: it is not CSV, as with a quote that is not closed, or a row has too many fields.
+    """
+    csv.field_size_limit(2**31 - 1)  # a long text is no error; a quote without an end is (strict)
+    reader, line = csv.DictReader(lines, strict=True), 1
+    try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        check_header(list(reader.fieldnames))
+        line = reader.line_num + 1
+        for number, row in enumerate(reader, start=1):
+            if None in row:
+                raise DataError(
+                    f"{source}: line {reader.line_num} has more fields than the header; put texts with commas in quotes"
+                )
+            yield number, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{source}: line {line} is not CSV, or begins a row that is not: is there a quote that is not closed, or "
+            f"one within a quoted text that is not doubled? {error}"
+        ) from error
+
+
+def json_rows(lines: Iterable[str], source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Objects of a JSONL file with the numbers of their lines; empty lines are passed over.
+
+    Raises:
+        DataError: a line is not a JSON object.
+    """
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{source}: line {number} is not JSON; each line must be an object: {error}") from error
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise DataError(f"{source}: line {number} must be an object with the columns as keys, found a {kind}")
+        yield number, row
+
+
+def _check_header(source: str, text_column: str, header: list[str]) -> None:
+    """The texts are there, and of two columns of one name one would be lost."""
+    if text_column not in header:
+        raise _no_column(source, 1, text_column, header)
+    for name in filter(None, header):
+        if header.count(name) > 1:
+            raise DataError(f"{source}: has the column {_shown(name)} twice; give each a name of its own")
+
+
+def _no_column(source: str, number: int, text_column: str, columns: Iterable[str]) -> DataError:
+    told = ", ".join("..." if is_text(str(name)) else str(name) for name in columns)
+    return DataError(
+        f"{source}: row {number} has no column {text_column!r}; its columns are: {told}; "
+        "name the right one with --text-column"
+    )
+
+
+def _shown(name: str) -> str:
+    return "..." if is_text(name) else repr(name)
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[TextIO]:
+    if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # data, whatever the terminal can show
+        yield sys.stdout
+        return
+    begun = partial_of(path)
+    try:
+        with begun.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        begun.replace(path)
+    finally:
+        begun.unlink(missing_ok=True)

@@ -1,0 +1,158 @@
+"""Which rows each client, the judge and the tests have (CrossLM, section 5.1)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from crosslm.config import Config
+from crosslm.data.examples import Examples
+from crosslm.data.texts import is_there, load_examples
+from crosslm.errors import DataError
+from crosslm.support.seeding import seed_for
+
+
+@dataclass
+class Split:
+    """All the labelled text of a run."""
+
+    private: dict[str, Examples]
+    """Training rows of each client."""
+    tests: dict[str, Examples]
+    """Test rows of each client."""
+    test: Examples
+    """Test rows for the LLM: those of all clients if they have their own."""
+    judge: Examples
+    """Held-out rows that no client has."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def load_split(config: Config) -> Split:
+    """Read every file that the configuration names and give each client its rows.
+
+    Raises:
+        DataError: a file, column or label is wrong, or a silo is empty; names file and row.
+    """
+    data, labels = config.data, config.task.labels
+    warnings: list[str] = []
+
+    def rows(name: str) -> Examples:
+        loaded = load_examples(name, data, labels)
+        warnings.extend(loaded.warnings())
+        return loaded.examples
+
+    # the same test rows for every seed of a run, so that seeds can be compared on them
+    test = balanced_sample(rows(str(data.test)), data.test_rows, len(labels), seed_for(0, "test"))
+    judge = rows(data.judge) if data.judge else Examples([], [])
+    if config.clients:
+        private = {client.id: rows(client.train) for client in config.clients}
+        tests = {client.id: rows(client.test) if client.test else test for client in config.clients}
+        if data.rows_per_client:
+            private = {
+                name: sample(examples, data.rows_per_client, seed_for(config.seed, "rows", name))
+                for name, examples in private.items()
+            }
+    else:
+        everything = rows(str(data.train))
+        if not data.judge:
+            if len(everything) - data.judge_rows < data.num_clients:
+                raise DataError(
+                    f"{data.train}: has {len(everything)} usable rows; data.judge_rows = {data.judge_rows} of them are "
+                    f"held out for the judge, which leaves too few for {data.num_clients} clients; set data.judge_rows"
+                )
+            order = np.random.default_rng(seed_for(config.seed, "judge")).permutation(len(everything)).tolist()
+            judge = everything.take(order[: data.judge_rows])
+            everything = everything.take(order[data.judge_rows :])
+        parts = dirichlet_split(
+            everything.labels, data.num_clients, data.alpha, data.rows_per_client, seed_for(config.seed, "split")
+        )
+        private = {f"client-{number}": everything.take(part) for number, part in enumerate(parts)}
+        tests = dict.fromkeys(private, test)
+    if data.judge:
+        judge = sample(judge, data.judge_rows, seed_for(config.seed, "judge"))
+    for name, examples in private.items():
+        counts = examples.class_counts(len(labels))
+        if not len(examples):
+            raise DataError(f"client {name}: no usable training rows; put labelled text into its file")
+        is_told = config.privacy.told_counts == "exact"  # else no file of the run may say it
+        if sum(count > 0 for count in counts) == 1 and is_told:
+            only = labels[int(np.argmax(counts))]
+            warnings.append(
+                f"client {name}: all {len(examples)} rows are {only!r}; its classifier can learn nothing else"
+            )
+    if not len(test):
+        raise DataError(f"{data.test}: no usable test rows; put labelled text into it")
+    for client in config.clients:
+        if not len(tests[client.id]):
+            raise DataError(f"client {client.id}: {client.test}: no usable test rows; put labelled text into it")
+    return Split(private, tests, test, judge, warnings)
+
+
+def test_rows(config: Config, warn: Callable[[str], None]) -> Examples | None:
+    """The rows of ``data.test`` as every seed of a run has them; None if the file is not there.
+
+    ``warn`` is told of rows that were left out.
+
+    Raises:
+        DataError: it is there and cannot be used.
+    """
+    data, labels = config.data, config.task.labels
+    if not is_there(str(data.test), data):
+        return None
+    loaded = load_examples(str(data.test), data, labels)
+    for line in loaded.warnings():
+        warn(line)
+    return balanced_sample(loaded.examples, data.test_rows, len(labels), seed_for(0, "test"))
+
+
+def dirichlet_split(
+    labels: Sequence[int], num_clients: int, alpha: float, rows_per_client: int | None, seed: int
+) -> list[list[int]]:
+    """Rows for each client, with a label mix of its own, after Hsu et al. 2019 (section 5.1, [36]).
+
+    Each client draws ``q ~ Dir(alpha * p)``, p being the label shares of all rows, and then rows
+    without replacement, each of a label drawn from q; when a label runs out, from the labels left.
+
+    Args:
+        labels: label index of each row.
+        num_clients: how many parts.
+        alpha: concentration; towards 0 each client has one label, towards infinity all have p.
+        rows_per_client: at most so many; an equal share of all rows if None.
+        seed: everything random follows from it.
+
+    Returns:
+        For each client indices into ``labels``; no row is in two parts.
+    """
+    generator = np.random.default_rng(seed)
+    classes, counts = np.unique(np.asarray(labels), return_counts=True)
+    left = [generator.permutation(np.flatnonzero(np.asarray(labels) == label)).tolist() for label in classes]
+    share = len(labels) // num_clients
+    size = share if rows_per_client is None else min(rows_per_client, share)
+    parts: list[list[int]] = []
+    for _ in range(num_clients):
+        mix = generator.dirichlet(alpha * counts / counts.sum())
+        part: list[int] = []
+        for _ in range(size):
+            weights = np.where([bool(rows) for rows in left], mix, 0.0)
+            if weights.sum() <= 0:  # the labels of this client's mix are used up
+                weights = np.array([float(len(rows)) for rows in left])
+            part.append(left[generator.choice(len(classes), p=weights / weights.sum())].pop())
+        parts.append(part)
+    return parts
+
+
+def sample(examples: Examples, rows: int | None, seed: int) -> Examples:
+    """At most so many rows, drawn without replacement."""
+    if rows is None or rows >= len(examples):
+        return examples
+    return examples.take(np.random.default_rng(seed).permutation(len(examples))[:rows].tolist())
+
+
+def balanced_sample(examples: Examples, rows: int | None, num_classes: int, seed: int) -> Examples:
+    """At most so many rows, as evenly over the labels as there are rows for it."""
+    if rows is None or rows >= len(examples):
+        return examples
+    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    by_label = [[row for row in order if examples.labels[row] == label] for label in range(num_classes)]
+    in_turn = [queue[place] for place in range(max(map(len, by_label))) for queue in by_label if place < len(queue)]
+    return examples.take(in_turn[:rows])

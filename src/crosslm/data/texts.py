@@ -1,0 +1,222 @@
+"""Texts from files: labelled ones in CSV or JSONL, and plain ones."""
+
+import codecs
+import difflib
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from crosslm.config import DataConfig
+from crosslm.config_file import packaged
+from crosslm.data.examples import Examples
+from crosslm.data.hub import HUB, hub_rows
+from crosslm.data.rows import csv_rows, is_text, json_rows
+from crosslm.errors import DataError
+from crosslm.support.files import expanded
+
+NAMED_ROWS = 5
+
+
+@dataclass
+class Loaded:
+    """Rows of a file, and which of them could not be used."""
+
+    examples: Examples
+    source: str
+    empty: list[int] = field(default_factory=list)
+    """Row numbers (the first row of data is 1) without text."""
+    not_utf8: list[int] = field(default_factory=list)
+
+    def warnings(self) -> list[str]:
+        """A line for each kind of row that was left out."""
+        kinds = (("no text", self.empty), ("not UTF-8; save the file as UTF-8", self.not_utf8))
+        return [f"{self.source}: {_counted(rows)} left out: {why}" for why, rows in kinds if rows]
+
+
+def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
+    """Rows of one file or hub dataset; rows without text or that are not UTF-8 are left out and counted.
+
+    Args:
+        name: CSV, CSV.gz or JSONL file in ``data.dir`` (``x.csv`` also finds ``x.csv.gz``), or
+            ``hf:DATASET[/CONFIG]:SPLIT``.
+        data: folder, column names, and what the data call the labels (``label_names``).
+        labels: the task's label names; a hub dataset's numbered labels are named by its features.
+
+    Raises:
+        DataError: not found, a column is missing, a label is not the task's, or rows are there and none can be used.
+    """
+    source, rows = hub_rows(name, data) if name.startswith(HUB) else _file_rows(name, data)
+    loaded = Loaded(Examples([], []), source)
+    index = {label.strip(): place for place, label in enumerate(labels)}
+    named = {theirs.strip(): ours.strip() for theirs, ours in data.label_names.items()}
+    unknown: dict[str, list[int]] = {}
+    for number, row in rows:
+        for column in (data.text_column, data.label_column):
+            if column not in row:
+                raise DataError(
+                    f"{source}: row {number} has no column {column!r}; its columns are: {_columns(row, column, data)}"
+                )
+        text, label = row[data.text_column], row[data.label_column]
+        if any(isinstance(value, str) and _is_broken(value) for value in (text, label)):
+            loaded.not_utf8.append(number)
+            continue
+        if not isinstance(text, str) or not text.strip():
+            loaded.empty.append(number)
+            continue
+        if label is None or not str(label).strip():
+            raise DataError(
+                f"{source}: row {number} has a text and no label: are there too few fields, or an unclosed quote in it "
+                "or above it? Give each row both"
+            )
+        told = str(label).strip()
+        known = named.get(told, told)
+        if known not in index:
+            unknown.setdefault(told, []).append(number)
+            continue
+        loaded.examples.texts.append(" ".join(text.split()))
+        loaded.examples.labels.append(index[known])
+    if unknown:
+        raise DataError(
+            f"{source}: {_of_labels(unknown, labels)}; the task's labels are {list(labels)}; correct the file, or say "
+            "in data.label_names which of them it is"
+        )
+    if not loaded.examples and (why := loaded.warnings()):
+        raise DataError(f"{'; '.join(why)}; no row is left, and it must have some")
+    return loaded
+
+
+def _of_labels(unknown: Mapping[str, list[int]], labels: Sequence[str]) -> str:
+    """Which labels the task does not know, where they stand, and what they may have been meant to be."""
+    told = []
+    for name, rows in list(unknown.items())[:NAMED_ROWS]:
+        near = difflib.get_close_matches(name.casefold(), labels, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        others = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
+        told.append(f"row {rows[0]}{others} has {_shown(name)}{meant}")
+    more = f", and {len(unknown) - NAMED_ROWS} labels more" if len(unknown) > NAMED_ROWS else ""
+    return ", ".join(told) + more
+
+
+def _shown(label: str) -> str:
+    """A label in words; not one so long that it may be a private text, where columns were taken for each other."""
+    if is_text(label):
+        return f"a label of {len(label)} letters (is data.label_column the right column?)"
+    return f"the label {label!r}"
+
+
+def _columns(found: Iterable[str], wanted: str, data: DataConfig) -> str:
+    """What columns there are, those that have the names of columns, and how to have them read."""
+    names = list(map(str, found))
+    told = ", ".join("..." if is_text(name) else name for name in names)
+    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+        return f"{told}; separate fields by commas"
+    if any(map(is_text, names)):
+        return f"{told}; is the first line one of names? Put them there"
+    return f"{told}; name yours in data.{'text_column' if wanted == data.text_column else 'label_column'}"
+
+
+def _file_rows(name: str, data: DataConfig) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
+    path = find_file(name, data)
+    text = read_text(path)
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind == ".csv":
+        return str(path), csv_rows(io.StringIO(text, newline=""), str(path), partial(_check_header, path, data))
+    if kind == ".jsonl":
+        return str(path), json_rows(text.split("\n"), str(path))
+    raise DataError(f"{path}: must be .csv, .csv.gz, .jsonl or .jsonl.gz")
+
+
+def _check_header(path: Path, data: DataConfig, header: list[str]) -> None:
+    for column in (data.text_column, data.label_column):
+        if column not in header:
+            raise DataError(f"{path}: no column {column!r}; its columns are: {_columns(header, column, data)}")
+        if header.count(column) > 1:
+            raise DataError(f"{path}: has the column {column!r} twice; give each a name of its own")
+
+
+def read_text(path: Path) -> str:
+    """A file's text, unpacked if it is gzipped; bytes that are not UTF-8 become lone surrogates.
+
+    Raises:
+        DataError: it cannot be read, or is UTF-16.
+    """
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{path}: is UTF-16 and must be UTF-8; save it so (in a spreadsheet: CSV UTF-8)")
+        return content.decode("utf-8-sig", "surrogateescape")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; name one that is there") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read; is the file whole, and yours to read? {error}") from error
+
+
+def readable_lines(path: Path, warn: Callable[[str], None]) -> list[str]:
+    """Lines of a text file, those that are not UTF-8 left out; ``warn`` is told of them.
+
+    Raises:
+        DataError: it cannot be read, or has no text.
+    """
+    everything = [line for line in read_text(path).splitlines() if line.strip()]
+    lines = [line for line in everything if not _is_broken(line)]
+    if len(lines) < len(everything):
+        warn(f"{path}: {len(everything) - len(lines)} of {len(everything)} lines left out: not UTF-8")
+    if not lines:
+        raise DataError(f"{path}: has no text; it must hold some in UTF-8")
+    return lines
+
+
+def whole_text(path: Path) -> str:
+    """A text file of which every line counts.
+
+    Raises:
+        DataError: it cannot be read, has no text, or has a line that is not UTF-8.
+    """
+    text = read_text(path)
+    if not text.strip():
+        raise DataError(f"{path}: has no text; it must hold some in UTF-8")
+    if broken := [number for number, line in enumerate(text.splitlines(), start=1) if _is_broken(line)]:
+        raise DataError(f"{path}: line {broken[0]} is not UTF-8; write the file anew as UTF-8, or without that line")
+    return text
+
+
+def is_there(name: str, data: DataConfig) -> bool:
+    """Whether :func:`find_file` would find it."""
+    try:
+        find_file(name, data)
+    except DataError:
+        return False
+    return True
+
+
+def find_file(name: str, data: DataConfig) -> Path:
+    """The file of this name in ``data.dir``, or the same with ``.gz``.
+
+    Raises:
+        DataError: neither is there.
+    """
+    path = expanded(data.dir) / name
+    for candidate in (path, path.with_name(path.name + ".gz")):
+        if candidate.is_file():
+            return candidate
+    hint = " (packaged configurations bring no data; crosslm demo fetches those of demo)"
+    is_packaged = path.parent in {file.parent for file in packaged().values()}
+    raise DataError(
+        f"{path}: no such file; set data.dir or --data-dir to the folder that it is in, or name another file in the "
+        f"configuration (--set data.train=FILE, for one){hint if is_packaged else ''}"
+    )
+
+
+def _is_broken(value: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _counted(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:NAMED_ROWS])) + (", ..." if len(rows) > NAMED_ROWS else "")
+    return f"{len(rows)} row{'s' if len(rows) > 1 else ''} ({shown})"

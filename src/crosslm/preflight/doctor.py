@@ -1,0 +1,349 @@
+"""What would stop a run, or make it disappoint, found before it starts."""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+
+from crosslm.config import Config, PrivacyConfig
+from crosslm.config_file import load
+from crosslm.data.examples import Examples
+from crosslm.data.split import load_split
+from crosslm.data.texts import find_file, load_examples
+from crosslm.errors import CrosslmError, DataError
+from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
+from crosslm.models.tokens import load_tokenizer, verbalizer_ids
+from crosslm.preflight.memory import Shape, available, estimate, in_gib
+from crosslm.preflight.preparation import check_slm, client_specs, describe_spec, perplexity_text_of, public_texts
+from crosslm.preflight.starter import SAMPLE
+from crosslm.privacy.accounting import require_opacus
+from crosslm.runs.tracking import wanted
+from crosslm.task import Task
+
+Level = Literal["ok", "warning", "error"]
+OLDEST_PYTHON = (3, 11)
+FEW_ROWS = 10  # of a label; fewer teach a classifier little
+FEW_TEST_ROWS = 50  # of which each is two points of accuracy
+SOME_DISK = 2 * 2**30
+OPTIONAL = {"demo": "the demo's models", "datasets": "hf: data and the export of synthetic text"}
+"""Extras whose packages are looked for, and what needs them."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    level: Level
+    subject: str
+    message: str
+    """What was found and, unless all is well, what to do."""
+
+    def __str__(self) -> str:
+        """Without its level."""
+        return f"{self.subject}: {self.message}"
+
+
+def examine(
+    source: str | None,
+    overrides: tuple[str, ...],
+    data_dir: str | None,
+    cache: Path,
+    on_news: Callable[[str], None] = lambda _: None,
+) -> Iterator[Finding]:
+    """Look at the machine and, with a configuration, at its models and data.
+
+    Models are made ready (a package's weights are converted, once), but none is loaded. Each finding
+    comes as soon as it is made.
+
+    Args:
+        source: path or name of a configuration, or None.
+        overrides: values over it, as of ``--set``.
+        data_dir: replaces ``data.dir``.
+        cache: where converted models are kept.
+        on_news: told before something takes long.
+    """
+    yield python()
+    yield from packages()
+    yield disk(cache, "cache folder")
+    if source is None:
+        yield device("auto")
+        yield Finding("ok", "configuration", "none given; crosslm doctor CONFIG looks at models and data too")
+        return
+    try:
+        config = load(source, overrides, data_dir)
+    except CrosslmError as error:
+        yield from (Finding("error", "configuration", line) for line in str(error).splitlines())
+        return
+    yield Finding("ok", "configuration", f"{source}: task {config.name}, labels {', '.join(config.task.labels)}")
+    yield disk(Path.cwd(), "folder that runs are written to")
+    there = device(config.device)
+    yield there
+    yield from asked_for(config)
+    silos = list(data(config))
+    yield from (finding for finding, _ in silos)
+    clients = [name for _, name in silos if name]
+    yield from models(config, clients, cache, on_news, memory_too=there.level != "error")
+
+
+def python() -> Finding:
+    """Whether this Python will do."""
+    if sys.version_info < OLDEST_PYTHON:
+        needed = ".".join(map(str, OLDEST_PYTHON))
+        return Finding("error", "python", f"{platform.python_version()}; crosslm needs {needed} or newer: install one")
+    return Finding("ok", "python", platform.python_version())
+
+
+def packages(needed: str | None = None) -> Iterator[Finding]:
+    """Whether what crosslm needs is installed, in a version that it knows.
+
+    Args:
+        needed: an extra without which the purpose at hand cannot be served.
+    """
+    shown = []
+    for line in requires("crosslm") or []:
+        requirement = Requirement(line)
+        extra = _extra(requirement)
+        if extra not in (None, needed, *OPTIONAL) or (requirement.marker and not _applies(requirement, extra)):
+            continue
+        wanted = f"pip install 'crosslm{f'[{extra}]' if extra else ''}'"
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            what = f"not installed; {f'only {OPTIONAL[extra]} need it: ' if extra in OPTIONAL else ''}{wanted}"
+            yield Finding("warning" if extra in OPTIONAL else "error", f"package {requirement.name}", what)
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            message = f"{found} is installed, {requirement.specifier} is needed: {wanted}"
+            yield Finding("warning" if extra in OPTIONAL else "error", f"package {requirement.name}", message)
+        elif not extra:
+            shown.append(f"{requirement.name} {found}")
+    yield Finding("ok", "packages", ", ".join(shown))
+
+
+def disk(folder: Path, what: str) -> Finding:
+    """Whether there is room where files will be written."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    message = f"{in_gib(free)} free for the {what}, {folder}"
+    if not os.access(there, os.W_OK):
+        return Finding("error", "disk", f"{folder}: cannot be written to; choose another {what}")
+    if free < SOME_DISK:
+        return Finding("warning", "disk", f"{message}; {in_gib(SOME_DISK)} is a good reserve: make room")
+    return Finding("ok", "disk", message)
+
+
+def asked_for(config: Config) -> Iterator[Finding]:
+    """Whether the packages are there that the configuration asks for: trackers, and Opacus for ``privacy.epsilon``."""
+    try:
+        if trackers := wanted(config):
+            yield Finding("ok", "tracking", ", ".join(trackers))
+    except CrosslmError as error:
+        yield Finding("error", "tracking", str(error))
+    yield from private(config.privacy)
+
+
+def private(privacy: PrivacyConfig) -> Iterator[Finding]:
+    """Whether Opacus is there, if a client is to train with differential privacy."""
+    if not privacy.epsilon:
+        return
+    try:
+        require_opacus()
+    except CrosslmError as error:
+        yield Finding("error", "privacy.epsilon", str(error))
+    else:
+        yield Finding("ok", "privacy.epsilon", f"{privacy.epsilon:g}, by DP-SGD at the client")
+
+
+def delta(privacy: PrivacyConfig, rows: int, who: str) -> Iterator[Finding]:
+    """Whether ``privacy.delta`` means anything with so many rows, if a client is to train with it."""
+    try:
+        doubt = privacy.check_delta(rows, who)
+    except CrosslmError as error:
+        yield Finding("error", "privacy.delta", str(error))
+    else:
+        yield from [Finding("warning", "privacy.delta", doubt)] if doubt else []
+
+
+def device(name: str) -> Finding:
+    """Whether the device is there, and how much memory it has."""
+    try:
+        found = resolve_device(name)
+    except CrosslmError as error:
+        return Finding("error", "device", f'{error}; set device = "auto"')
+    cores = f", {os.cpu_count()} cores" if found == "cpu" else ""
+    return Finding("ok", "device", f"{found}{cores}, {in_gib(available(found))} of memory free")
+
+
+def data(config: Config) -> Iterator[tuple[Finding, str | None]]:
+    """What each file holds; with a finding of a silo that can be used, its name."""
+    named: list[tuple[str, str, str | None]] = []  # a file of test rows has no client
+    for silo in config.clients:
+        named.append((f"client {silo.id}", silo.train, silo.id))
+        if silo.test:
+            named.append((f"client {silo.id}, test", silo.test, None))
+    failed = False
+    for subject, name, client in [*named, ("data.test", str(config.data.test), None)]:
+        try:
+            loaded = load_examples(name, config.data, config.task.labels)
+        except DataError as error:
+            failed = True
+            yield Finding("error", subject, str(error)), client
+            continue
+        yield count_rows(subject, loaded.source, loaded.examples, config.task.labels, test=client is None), client
+        yield from ((Finding("warning", subject, line), None) for line in loaded.warnings())
+    if failed:
+        return
+    try:
+        split = load_split(config)
+        perplexity_text_of(config)
+        public_texts(config)
+    except DataError as error:
+        yield Finding("error", "data", str(error)), None
+        return
+    for client, examples in split.private.items():
+        yield from ((finding, None) for finding in delta(config.privacy, len(examples), f"client {client}"))
+    if not config.clients:
+        for client, examples in split.private.items():
+            yield count_rows(f"client {client}", str(config.data.train), examples, config.task.labels), client
+    if not len(split.judge):
+        message = "no rows for an independent judge: what the LLM writes is judged by the clients' SLMs alone; "
+        yield Finding("warning", "data.judge", message + "name labelled text that no client has"), None
+
+
+def models(
+    config: Config, clients: list[str], cache: Path, on_news: Callable[[str], None], memory_too: bool
+) -> Iterator[Finding]:
+    """Whether every model is there, the labels' words can be told apart, and memory will do."""
+    named = {"llm.model": config.llm.model, "selection.encoder": config.selection.encoder}
+    named |= {f"slm.models.{place}": spec.model for place, spec in enumerate(config.slm.models)}
+    named |= {f"clients.{client.id}.model": client.model for client in config.clients if client.model}
+    folders: dict[str, str] = {}
+    yield from find_models(named, folders, cache, on_news)
+    yield from vocabulary_texts(config)
+    if config.llm.model in folders:
+        yield from verbalizers(config, folders[config.llm.model])
+    specs = {client: spec for client, spec in client_specs(config, clients).items() if spec.model in folders}
+    for client, spec in specs.items():
+        try:
+            check_slm(folders[spec.model], spec, config.privacy, f"client {client}")
+        except CrosslmError as error:
+            yield Finding("error", "model", str(error))
+        else:
+            yield Finding("ok", f"client {client}", f"trains {describe_spec(spec)}")
+    if memory_too and specs and set(folders) == set(named.values()):
+        slms = [folders[spec.model] for spec in specs.values()]
+        yield memory(config, folders[config.llm.model], slms, folders[config.selection.encoder])
+
+
+def vocabulary_texts(config: Config) -> Iterator[Finding]:
+    """Which texts that the LLM's vocabulary is trimmed to are not there."""
+    for name in config.llm.vocabulary_texts:
+        try:
+            check_model(name, "llm.vocabulary_texts") if name.startswith(PREFIX) else find_file(name, config.data)
+        except CrosslmError as error:
+            yield Finding("error", "llm.vocabulary_texts", str(error))
+
+
+def find_models(
+    named: Mapping[str, str], folders: dict[str, str], cache: Path, on_news: Callable[[str], None]
+) -> Iterator[Finding]:
+    """Whether these models are there.
+
+    Args:
+        named: by the key of the configuration.
+        folders: gets the folder of each that is there, by name.
+        cache: where converted models are kept.
+        on_news: told before something takes long.
+    """
+    for key, name in named.items():
+        try:
+            check_model(name, key)
+            folders[name] = folders.get(name) or model_folder(name, cache, on_news)
+        except CrosslmError as error:
+            yield Finding("error", "model", str(error))
+            continue
+        yield Finding("ok", "model", f"{key} = {name}")
+
+
+def count_rows(subject: str, source: str, examples: Examples, labels: Sequence[str], test: bool = False) -> Finding:
+    """How many rows of each label, and whether that is enough."""
+    counts = dict(zip(labels, examples.class_counts(len(labels)), strict=True))
+    message = f"{source}: {len(examples)} rows ({', '.join(f'{label} {count}' for label, count in counts.items())})"
+    none = [label for label, count in counts.items() if not count]
+    if not len(examples):
+        return Finding("error", subject, f"{message}; put labelled text into it")
+    if any(text.startswith(SAMPLE) for text in examples.texts):
+        return Finding(
+            "warning", subject, f"{message}; some are sample rows of crosslm init: put your own in their place"
+        )
+    if len(none) == len(labels) - 1:
+        return Finding("warning", subject, f"{message}; with one label only there is nothing to tell apart: add others")
+    if none:
+        return Finding("warning", subject, f"{message}; none of {', '.join(none)}: add some if there are any")
+    if test and len(examples) < FEW_TEST_ROWS:
+        return Finding(
+            "warning", subject, f"{message}; one row is {100 / len(examples):.0f} points of accuracy: add more"
+        )
+    few = [label for label, count in counts.items() if count < FEW_ROWS]
+    if few and not test:
+        return Finding("warning", subject, f"{message}; fewer than {FEW_ROWS} of {', '.join(few)}: add more")
+    return Finding("ok", subject, message)
+
+
+def verbalizers(config: Config, folder: str) -> Iterator[Finding]:
+    """Whether the LLM's tokenizer tells the labels' words apart by their first tokens."""
+    task = Task.from_config(config.task)
+    try:
+        tokenizer = load_tokenizer(folder, config.llm.model)
+        yield Finding("ok", "tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens")
+        found = verbalizer_ids(tokenizer, task)
+    except CrosslmError as error:
+        yield Finding("error", "verbalizers", str(error))
+        return
+    firsts = [f"{label} {tokenizer.decode([ids[0]])!r}" for label, ids in zip(task.labels, found, strict=True)]
+    yield Finding("ok", "verbalizers", f"told apart by their first tokens: {', '.join(firsts)}")
+    several = [label for label, ids in zip(task.labels, found, strict=True) if len(ids) > 1]
+    if several:
+        message = f"several tokens for {', '.join(several)}: classification by the LLM takes a pass for each label"
+        yield Finding("warning", "verbalizers", f"{message}; a shorter word is faster")
+
+
+def memory(config: Config, llm: str, slms: list[str], encoder: str) -> Finding:
+    """What a run may need at its peak, against what is free.
+
+    Args:
+        config: of the run.
+        llm: folder of the LLM.
+        slms: folder of each client's classifier.
+        encoder: folder of the sentence encoder.
+    """
+    try:
+        shapes = {folder: Shape.of(folder, causal=False) for folder in {*slms, encoder}}
+        need = estimate(config, Shape.of(llm), [shapes[folder] for folder in slms], shapes[encoder])
+    except (OSError, ValueError, AttributeError) as error:
+        return Finding("warning", "memory", f"no estimate: {error}; watch the first run")
+    free = available(resolve_device(config.device))
+    parts = ", ".join(f"{what} {in_gib(size)}" for what, size in need.parts.items())
+    message = f"some {in_gib(need.total)} needed (a high estimate: {parts}), {in_gib(free)} free"
+    if need.total > free:
+        what = "lower synthesis.batch_size and llm.micro_batch_size, or choose smaller models"
+        return Finding("warning", "memory", f"{message}; {what}")
+    return Finding("ok", "memory", message)
+
+
+def _extra(requirement: Requirement) -> str | None:
+    marker = str(requirement.marker or "")
+    return marker.split("extra == ")[1].strip("\"'() ") if "extra == " in marker else None
+
+
+def _applies(requirement: Requirement, extra: str | None) -> bool:
+    return bool(requirement.marker and requirement.marker.evaluate({"extra": extra or ""}))

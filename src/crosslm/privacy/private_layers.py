@@ -1,0 +1,107 @@
+"""Which classifiers, and which of their layers, are trained under DP."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from transformers import AutoConfig
+
+from crosslm.config import PrivacyConfig
+from crosslm.data.examples import Examples
+from crosslm.errors import ModelError
+from crosslm.models.slm import SLM
+from crosslm.privacy.private_mean import centred, check_center, noisy_mean
+
+EVERY_LAYER = (
+    "albert",
+    "bert",
+    "camembert",
+    "distilbert",
+    "electra",
+    "ernie",
+    "gemma3_text",
+    "gpt2",
+    "llama",
+    "mobilebert",
+    "qwen2",
+    "qwen3",
+    "roberta",
+    "xlm-roberta",
+)
+"""Model types all of whose layers get true gradients of each row."""
+HEAD_ONLY = ("deberta", "deberta-v2", "mpnet")
+"""Those that can be trained with ``trained_layers = 0``: their relative positions are looked up for a whole batch."""
+LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
+EMBEDDINGS = re.compile(r"embed|\bwte\b|\bwpe\b")
+
+
+def check_private(folder: str, privacy: PrivacyConfig, who: str) -> None:
+    """Find out that a model can be trained by DP-SGD as is asked, without loading its weights.
+
+    Raises:
+        ModelError: it cannot; says what can.
+    """
+    model_type = AutoConfig.from_pretrained(folder).model_type
+    if model_type in HEAD_ONLY and privacy.trained_layers != 0:
+        raise ModelError(
+            f"{who}: under privacy.epsilon a model of the type {model_type} can train its head alone; set "
+            "privacy.trained_layers = 0, or choose another of slm.models"
+        )
+    if model_type not in EVERY_LAYER + HEAD_ONLY:
+        raise ModelError(
+            f"{who}: a model of the type {model_type} cannot be trained with privacy.epsilon; choose one of "
+            f"{', '.join(EVERY_LAYER)}, or with privacy.trained_layers = 0 one of {', '.join(HEAD_ONLY)}"
+        )
+    if model_type == "albert" and privacy.trained_layers is not None:
+        raise ModelError(
+            f"{who}: the layers of a model of the type albert share their weights; leave privacy.trained_layers out, "
+            "or choose another of slm.models"
+        )
+    if privacy.center:
+        check_center(folder, who)
+
+
+@contextmanager
+def as_under_dp(slm: SLM, examples: Examples, privacy: PrivacyConfig) -> Iterator[None]:
+    """Train the same weights on the same input as DP-SGD does, without its noise: what an attacker would do.
+
+    Raises:
+        ModelError: as for :func:`frozen_below` and :func:`noisy_mean`.
+    """
+    with frozen_below(slm, privacy.trained_layers):
+        if not privacy.center:
+            yield
+            return
+        with centred(slm, noisy_mean(slm, slm.encode(examples.texts), 0.0, np.random.default_rng())):
+            yield
+
+
+@contextmanager
+def frozen_below(slm: SLM, layers: int | None) -> Iterator[None]:
+    """Train only the highest layers and what lies above them; 0: only the new head; None: what is trained anyhow.
+
+    Noise grows with the number of trained parameters, so fewer of them often learn more.
+
+    Raises:
+        ModelError: the model's layers cannot be told apart.
+    """
+    trained = {name: parameter for name, parameter in slm.model.named_parameters() if parameter.requires_grad}
+    if layers is not None:
+        body = f"{slm.model.base_model_prefix}."
+        numbers = {name: int(found.group(1)) for name in trained if (found := LAYER.search(name))}
+        if not numbers or not any(name.startswith(body) for name in trained):
+            raise ModelError(
+                "privacy.trained_layers: this classifier's layers have no numbers to tell them apart by; "
+                "leave trained_layers out, or choose another of slm.models"
+            )
+        lowest = max(numbers.values()) - layers + 1
+        for name, parameter in trained.items():
+            above = layers > 0 and name not in numbers and not EMBEDDINGS.search(name)
+            keep = not name.startswith(body) or above or numbers.get(name, -1) >= lowest
+            parameter.requires_grad_(keep)
+    try:
+        yield
+    finally:
+        for parameter in trained.values():
+            parameter.requires_grad_(True)

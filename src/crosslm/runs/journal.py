@@ -1,0 +1,254 @@
+"""What a run measures of each arrival and keeps in its folder: the journal that the loop reports to."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import tensor
+
+from crosslm import evaluate
+from crosslm.baselines import data_free_kd
+from crosslm.client import Client, Decision
+from crosslm.config import Config
+from crosslm.data.split import Split
+from crosslm.errors import CrosslmError, QuarantineError, UploadError
+from crosslm.federation.exchange import Served
+from crosslm.federation.messages import decode_upload, describe, encode
+from crosslm.models.slm import SLM
+from crosslm.records import Download, SyntheticSet, Upload
+from crosslm.runs import arrivals
+from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.measures import measure_slm
+from crosslm.runs.rundir import CLOSING_POOL, RunDir
+from crosslm.runs.snapshot import slm_bytes
+from crosslm.server import Server, StepRecord, receive_slm
+from crosslm.support.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class RunJournal:
+    """Measures Standalone, Data-free KD and CrossLM, and writes all that happens to the run folder."""
+
+    def __init__(
+        self, config: Config, split: Split, run: RunDir, checkpoints: Checkpoints, server: Server, progress: Progress
+    ) -> None:
+        self.config, self.split, self.run, self.checkpoints = config, split, run, checkpoints
+        self.server, self.task = server, server.task
+        self.progress = progress
+        self.judge: SLM | None = None
+        self.base_pool = SyntheticSet([])
+        self.base_said: list[list[float]] | None = None
+        """The original LLM's own probabilities of their labels (Eq. 1), where step 5 may ask it."""
+        self.accuracy: dict[str, dict[str, float]] = {"standalone": {}, "data_free_kd": {}, "crosslm": {}}
+        self.confusion: dict[str, dict[str, list[list[int]]]] = {method: {} for method in self.accuracy}
+        self.standalone: dict[str, SLM] = {}
+        """Each client's SLM as it came first."""
+        self.tokens_generated = 0
+        self.removed: dict[str, int] = {}
+        self.decisions: dict[str, dict[str, Any]] = {}
+        """What each client did with the last SLM that it got."""
+        self.cause: dict[str, Any] = {}
+        """Who arrived last, and what came of it."""
+        self._first: dict[str, str] = {}  # names of the kept uploads that standalone is made of
+        self._returned: dict[str, str] = {}  # names of the kept SLMs that went back last
+        self._last: dict[str, tuple[str, str]] = {}  # the kept upload that was served last, and why it has no say
+        self._closing: dict[str, tuple[Upload, Download, StepRecord]] = {}  # what waits for a client's yes in the end
+        self._closing_kept: set[int] = set()  # places of the last texts that somebody has learned
+
+    def uploaded(self, upload: Upload) -> None:
+        """Measure Standalone and Data-free KD when a client comes for the first time."""
+        who = upload.client_id
+        self.cause = {"client": who, "round": upload.client_round, "outcome": "refused"}
+        self.run.event("upload", **describe(upload) | {"class_counts": list(upload.counts_of(self.task.labels))})
+        self.run.save_upload(upload)
+        if who in self.accuracy["standalone"]:
+            return
+        slm = receive_slm(upload, self.task, self.config)
+        self._first[who] = self.checkpoints.put(encode(upload))
+        self.standalone[who] = slm
+        self._test("standalone", who, slm)
+        self._test("data_free_kd", who, self._data_free_kd(slm, upload))
+
+    def _data_free_kd(self, slm: SLM, upload: Upload, may_judge: bool | None = None) -> SLM:
+        server, size, known = self.server, self.config.selection.pool, self.base_said
+        pool, said = SyntheticSet(self.base_pool.samples[:size]), None if known is None else tensor(known[:size])
+        if may_judge is None:
+            may_judge = server.gate is None or not self.config.gate.teaches or server.gate.lets_in(slm, upload)
+        judges = dict(server.teachers.members)
+        try:
+            return data_free_kd(
+                upload, pool, self.config, self.task, server.encoder, self.progress, server.teachers, said, may_judge
+            )
+        finally:
+            server.teachers.members = judges  # a judge that fails on a text of the baseline's is none of its business
+
+    def served(self, upload: Upload, download: Download, record: StepRecord) -> None:
+        """Keep what the step wrote, and measure the SLM that goes back."""
+        who, step = upload.client_id, download.step
+        self.cause |= {"outcome": "taught" if record.refusal else "served", "step": step}
+        if record.refusal:
+            self._set_apart(upload, record.refusal, record.gate, step=step)
+        if record.refusal and who not in self._returned:  # so it is no judge of what the LLM writes in the end either
+            del self.standalone[who], self._first[who]
+        slm = SLM.from_state(download.slm, self.task.labels, self.config.device)
+        self._test("crosslm", who, slm)
+        self.run.save_slm(who, slm)
+        self._returned[who] = self.checkpoints.put(slm_bytes(download.slm))
+        if self.config.federation.closing:
+            self._last[who] = (self.checkpoints.put(encode(upload)), record.refusal)
+        for texts in record.written:
+            self.count(texts)
+        measures = arrivals.write_step(self.run, self.task, download, record, self._measures(who, record))
+        if message := arrivals.few_selected(who, record, self.config):
+            self.run.event("warning", message=message)
+            self.progress.note(f"warning: {message}")
+        self.progress.note(
+            f"step {step}: {who} {measures['slm/standalone']:.3f} -> {measures['slm/accuracy']:.3f} "
+            f"(data-free KD {measures['slm/data_free_kd']:.3f}), mean reward of its pool {measures['reward/pool']:+.2f}"
+        )
+
+    def last_served(self) -> list[Served]:
+        """The last upload of each client that was served; of nobody where it is one client."""
+
+        def reader(name: str) -> Callable[[], Upload]:
+            return lambda: decode_upload(self.checkpoints.get(name))
+
+        kept = self._last.values() if len(self._last) > 1 else ()
+        return [Served(reader(name), refusal) for name, refusal in kept]
+
+    def written(self) -> tuple[SyntheticSet, SyntheticSet]:
+        """What the original LLM wrote, and the pool of the last step."""
+        return self.base_pool, self.run.synthetic(f"step-{self.server.steps:04}-pool", self.task.labels)
+
+    def closing(self, pool: SyntheticSet) -> None:
+        """Keep the texts that are for all who were served."""
+        self._closing_kept = set()
+        self.run.save_synthetic(CLOSING_POOL, self.task.labels, pool, kept=self._closing_kept)
+
+    def not_closed(self, message: str) -> None:
+        """Somebody has no step 5 in the end."""
+        self.run.event("warning", message=message)
+        self.progress.note(f"warning: {message}")
+
+    def closed(self, upload: Upload, download: Download, record: StepRecord) -> None:
+        """Keep which of the texts it learned, and wait for the client to take the SLM or not."""
+        self._closing_kept |= set(record.kept)
+        self.run.save_synthetic(CLOSING_POOL, self.task.labels, record.pool, kept=self._closing_kept)
+        self._closing[upload.client_id] = (upload, download, record)
+
+    def _measure_closing(self, who: str, accepted: bool) -> None:
+        """A client has decided on what went back in the end; one that keeps what it got before is measured by that.
+
+        Data-free KD with it, by the same judges; but where clients come several times, whose uploads know of CrossLM's
+        returns.
+        """
+        upload, download, record = self._closing.pop(who)
+        if accepted:
+            returned = SLM.from_state(download.slm, self.task.labels, self.config.device)
+            self._test("crosslm", who, returned)
+            self.run.save_slm(who, returned)
+        if accepted and self.config.federation.participations == 1:
+            slm = receive_slm(upload, self.task, self.config)
+            self._test("data_free_kd", who, self._data_free_kd(slm, upload, may_judge=not record.refusal))
+        measures = {f"slm/{name}": self.accuracy[name][who] for name in ("data_free_kd", "crosslm")}
+        self.run.event("closing", client=who, accepted=accepted, **measures, **download.metrics)
+        self.progress.note(
+            f"in the end: {who} {self.accuracy['standalone'][who]:.3f} -> {measures['slm/crosslm']:.3f} "
+            f"(data-free KD {measures['slm/data_free_kd']:.3f})"
+        )
+
+    def _test(self, method: str, who: str, slm: SLM) -> None:
+        """Measure a client's SLM on its test rows, and keep which of them it got right."""
+        tests, test = list(self.split.tests.values()), self.split.tests[who]
+        self.accuracy[method][who], self.confusion[method][who] = measure_slm(
+            self.run, method, who, slm, test, tests.index(test)
+        )
+
+    def _measures(self, who: str, record: StepRecord) -> dict[str, float]:
+        """A client's SLM by three methods, and what the judge finds of the step's texts."""
+        kept = [sample for sample, receipt in zip(record.pool.samples, record.receipts, strict=True) if receipt.kept]
+        measures = {
+            "slm/standalone": self.accuracy["standalone"][who],
+            "slm/data_free_kd": self.accuracy["data_free_kd"][who],
+            "slm/accuracy": self.accuracy["crosslm"][who],
+        }
+        if self.judge:
+            measures |= arrivals.judge_measures(self.judge, record)
+        if self.judge and kept:
+            measures["judge/selected"] = evaluate.label_agreement(self.judge, SyntheticSet(kept))
+        return measures
+
+    def refused(self, upload: Upload, error: UploadError) -> None:
+        """An upload could not be used; what the gate has stopped is kept in ``quarantine/`` with its figures."""
+        who = upload.client_id
+        if who not in self.accuracy["crosslm"]:  # so that all means are of the same clients, those that were served
+            self.standalone.pop(who, None)
+            self._first.pop(who, None)
+            for method in ("standalone", "data_free_kd"):
+                self.accuracy[method].pop(who, None)
+                self.confusion[method].pop(who, None)
+        if not isinstance(error, QuarantineError):
+            self.failed(who, error)
+            return
+        self.cause |= {"outcome": "quarantined", "reason": str(error)}
+        self._set_apart(upload, str(error), error.figures)
+
+    def _set_apart(self, upload: Upload, reason: str, figures: dict[str, float], step: int | None = None) -> None:
+        """Keep what the gate has stopped, and why; with the number of the step where it was taught all the same."""
+        who, taught = upload.client_id, {} if step is None else {"step": step}
+        place = self.run.save_quarantined(f"{who}-{upload.client_round}", encode(upload), reason, figures)
+        self.run.event("gate", client=who, passed=False, reason=reason, **taught, **figures)
+        self.progress.note(f"{reason}; its upload and the figures are in {place}")
+
+    def failed(self, client_id: str, error: Exception) -> None:
+        """A client failed: an event of the run."""
+        self._closing.pop(client_id, None)
+        if self.cause.get("client") != client_id or self.cause.get("outcome") not in ("served", "taught"):
+            self.cause = {"client": client_id, "outcome": "failed", "reason": f"{type(error).__name__}: {error}"}
+        if not isinstance(error, CrosslmError):
+            logger.exception("client %s failed", client_id, exc_info=error)
+        self.run.event("failure", client=client_id, error=f"{type(error).__name__}: {error}")
+        self.progress.note(f"client {client_id} failed: {error}")
+
+    def decided(self, client: Client, decision: Decision) -> None:
+        """A client has tried what came back, and installed it or kept the one it had."""
+        is_closing = client.id in self._closing
+        if is_closing:
+            self._measure_closing(client.id, decision.accepted)
+        if not self.config.acceptance.enabled:
+            return
+        if decision.accepted or not is_closing:  # else it is as it was decided before
+            self.decisions[client.id] = vars(decision)
+        self.run.event("acceptance", client=client.id, **vars(decision))
+        if decision.accepted and client.previous is not None:
+            self.run.save_slm(client.id, client.previous, "slm-previous")
+        if not decision.accepted:
+            alike = ", each label counting alike" if decision.balanced else ""
+            self.progress.note(
+                f"client {client.id} keeps the SLM it had: {decision.after:.3f} instead of {decision.before:.3f} "
+                f"on {decision.rows} held-out private rows{alike}"
+            )
+
+    def count(self, texts: SyntheticSet) -> None:
+        """Add to the tokens generated and the texts removed."""
+        self.tokens_generated += texts.tokens_generated
+        for reason, number in texts.removed.items():
+            self.removed[reason] = self.removed.get(reason, 0) + number
+
+    # -- before and after a stop -------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything that :meth:`restore` needs."""
+        names = ("accuracy", "confusion", "tokens_generated", "removed", "decisions")
+        kept = {"first": self._first, "returned": self._returned, "last": self._last}
+        return {name: getattr(self, name) for name in names} | kept
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self.accuracy, self.confusion = state["accuracy"], state["confusion"]
+        self.tokens_generated = state["tokens_generated"]
+        self.removed, self.decisions = state["removed"], state["decisions"]
+        self._first, self._returned, self._last = state["first"], state["returned"], state.get("last", {})
+        for who, name in self._first.items():
+            self.standalone[who] = receive_slm(decode_upload(self.checkpoints.get(name)), self.task, self.config)

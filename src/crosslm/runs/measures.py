@@ -1,0 +1,110 @@
+"""The measures that runs in one process and between machines share; each prediction behind them is kept."""
+
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from crosslm import evaluate
+from crosslm.config import Config
+from crosslm.data.examples import Examples
+from crosslm.models.llm import LLM
+from crosslm.models.slm import SLM
+from crosslm.records import SyntheticSet
+from crosslm.runs.rundir import RunDir
+from crosslm.support.progress import Progress
+from crosslm.task import Task
+from crosslm.teachers import stranger_proba
+
+LLM_MEASURES = ("nlu_accuracy", "nlg_accuracy", "nlg_judge_accuracy", "distinct_2", "perplexity")
+
+
+@dataclass(frozen=True)
+class LLMMeter:
+    """Measures the LLM before and after, as far as there is something to measure it on."""
+
+    run: RunDir
+    config: Config
+    task: Task
+    progress: Progress
+    rows: Examples | None
+    """That it classifies (:func:`crosslm.evaluate.nlu_rows`)."""
+    text: str | None
+    """Whose perplexity is measured."""
+
+    def reading(self, llm: LLM, moment: str) -> dict[str, float]:
+        """How well it reads: ``nlu_accuracy`` (Eq. 1), ``perplexity``."""
+        measures = {}
+        if self.rows is not None:
+            predicted = evaluate.nlu_predictions(llm, self.task, self.rows, self.progress, moment)
+            self.run.save_predictions(f"nlu/{moment}", self.rows.labels, predicted)
+            measures["nlu_accuracy"] = evaluate.share_right(self.rows.labels, predicted)
+        if self.text is not None:
+            with self.progress.stage("evaluate", f"perplexity, {moment}", 1, "text") as advance:
+                measures["perplexity"] = llm.perplexity(self.text, self.config.evaluation.perplexity_tokens)
+                advance(1)
+        return measures
+
+    def writing(
+        self, written: Mapping[str, SyntheticSet], slms: Iterable[tuple[str, SLM]], judge: SLM | None = None
+    ) -> dict[str, dict[str, float]]:
+        """How well it writes, by the same judges at each moment.
+
+        Args:
+            written: what it wrote, by moment.
+            slms: the clients' SLMs as first uploaded, with their names; taken one at a time.
+            judge: the independent judge, if there is one.
+
+        Returns:
+            By moment ``nlg_accuracy`` (where there are SLMs), ``distinct_2`` and ``nlg_judge_accuracy``.
+        """
+        agreement: dict[str, list[float]] = {moment: [] for moment in written}
+        for who, slm in slms:
+            for moment, texts in written.items():
+                agreement[moment].append(self._share_right(f"nlg/{moment}/slm/{who}", slm, texts.examples()))
+        measures: dict[str, dict[str, float]] = {}
+        for moment, texts in written.items():
+            found = agreement[moment]
+            measures[moment] = {"nlg_accuracy": sum(found) / len(found)} if found else {}
+            measures[moment]["distinct_2"] = evaluate.distinct_ngrams(texts.texts)
+            if judge:
+                right = self._share_right(f"nlg/{moment}/judge", judge, texts.examples())
+                measures[moment]["nlg_judge_accuracy"] = right
+        return measures
+
+    def _share_right(self, name: str, slm: SLM, examples: Examples) -> float:
+        predicted = slm.predict_proba(examples.texts).argmax(dim=1).tolist()
+        self.run.save_predictions(name, examples.labels, predicted)
+        return evaluate.share_right(examples.labels, predicted)
+
+
+def measure_slm(
+    run: RunDir, method: str, who: str, slm: SLM, test: Examples, rows: int
+) -> tuple[float, list[list[int]]]:
+    """Try a client's SLM on test rows; the event ``test`` says which of them it got right.
+
+    Args:
+        run: where predictions and the event go.
+        method: ``standalone``, ``data_free_kd`` or ``crosslm``.
+        who: the client.
+        slm: with its labels in the task's order.
+        test: the rows.
+        rows: a number that clients with the same test rows share: their figures move together.
+
+    Returns:
+        The accuracy, and the confusion counts.
+
+    Raises:
+        UploadError: it fails on a row.
+    """
+    predicted: list[int] = stranger_proba(slm, test.texts).argmax(dim=1).tolist()
+    run.save_predictions(f"slm/{method}/{who}", test.labels, predicted)
+    right = [given == label for given, label in zip(predicted, test.labels, strict=True)]
+    run.event("test", method=method, client=who, rows=rows, right="".join(str(int(value)) for value in right))
+    return sum(right) / len(right), evaluate.confusion_counts(predicted, test.labels, len(slm.labels))
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,404 @@
+"""The run folder: the only place that writes what a run leaves behind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crosslm import __version__
+from crosslm.config import Config
+from crosslm.errors import RunError
+from crosslm.support.files import (
+    PARTIAL,
+    alone,
+    append_line,
+    clear_partial,
+    missing,
+    replace_folder,
+    whole_lines,
+    write_whole,
+)
+
+if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
+    from torch import Tensor
+
+    from crosslm.models.llm import LLM
+    from crosslm.models.slm import SLM
+    from crosslm.records import Receipt, SyntheticSet, Upload
+
+CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+CLOSING_POOL = "closing-pool"
+"""Name of the texts that all learn from when no more uploads come."""
+LOCK, ROLLBACK = ".lock", "rollback.json"
+SESSIONS = "sessions.jsonl"
+ENGINE = "flower"
+"""What carried the messages of a run between machines: a field of its first event and of its summary."""
+KIT_FILE = "server.toml"
+"""What a server's kit has in it; its run folder is ``run`` beside that."""
+
+
+class RunDir:
+    """``config.toml``, ``metrics.jsonl``, ``summary.json``, ``synthetic/``, ``uploads/``, ``slm/``, ``llm/``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        """Called with every event after it is written."""
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Find out that a new run may be written here.
+
+        Raises:
+            RunError: the folder holds something already.
+        """
+        begun = (LOCK, CONFIG + PARTIAL)  # by a run that was killed before it was one
+        if path.is_file() or (path.is_dir() and any(entry.name not in begun for entry in path.iterdir())):
+            unfinished = (path / CONFIG).exists() and not (path / SUMMARY).exists()
+            what = "another run" if (path / CONFIG).exists() else "other files"
+            hint = ", or go on with it: --resume" if unfinished else ""
+            raise RunError(f"{path}: holds {what} already and nothing is written over; choose another --output{hint}")
+
+    @classmethod
+    def create(cls, path: Path, config: Config) -> RunDir:
+        """A new run folder with the resolved configuration in it, for its owner alone to read.
+
+        A folder that is there already keeps the rights that it has.
+
+        Raises:
+            RunError: the folder holds something already, or cannot be written.
+        """
+        cls.check_free(path)
+        try:
+            _make_private(path)
+            run = cls(path)
+            run.write(CONFIG, config.dump())
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written; choose another --output: {error}") from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """An existing run folder.
+
+        Raises:
+            RunError: there is no run in it.
+        """
+        if (path / KIT_FILE).is_file():
+            raise RunError(f"{path}: is a server's kit; its run folder is {path / 'run'}: give that")
+        if not (path / CONFIG).is_file() and cls(path).is_locked():
+            raise RunError(f"{path}: its run has not begun yet, models are being loaded; try again in a minute")
+        if not path.exists():
+            raise RunError(f"{missing(path)}; give a run folder that crosslm run has made")
+        if not (path / CONFIG).is_file():
+            raise RunError(f"{path}: not a run folder (it has no {CONFIG}); give one that crosslm run has made")
+        return cls(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process from working in this folder; a process that dies lets go by itself.
+
+        Raises:
+            RunError: another one is at work here, or the folder cannot be written.
+        """
+        with ExitStack() as held:
+            try:
+                _make_private(self.path)
+                held.enter_context(alone(self.path / LOCK))
+            except BlockingIOError as error:
+                raise RunError(
+                    f"{self.path}: another process is at work on this run; wait for it, stop it, or use another folder"
+                ) from error
+            except OSError as error:
+                raise RunError(f"{self.path}: cannot be written: {error}; choose another --output") from error
+            yield
+
+    def is_locked(self) -> bool:
+        """Whether a process is at work here."""
+        if not (self.path / LOCK).exists():
+            return False
+        with (self.path / LOCK).open("r") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file whole or not at all."""
+        self.write_data(name, text.encode("utf-8"))
+
+    def write_data(self, name: str, data: bytes) -> None:
+        """Write a file whole or not at all (:func:`crosslm.support.files.write_whole`).
+
+        Raises:
+            RunError: it cannot be written; what was there before is still there.
+        """
+        target = self.path / name
+        with _writing(target):
+            write_whole(target, [data])
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one line to ``metrics.jsonl``, at once and whole.
+
+        Raises:
+            RunError: it cannot be written; the events before it are still there.
+        """
+        event = {"event": kind, "time": round(time.time(), 3), **fields}
+        with _writing(self.path / METRICS):
+            append_line(self.path / METRICS, json.dumps(event, ensure_ascii=False))
+        for listen in self.listeners:
+            listen(event)
+
+    def keep_events(self) -> int:
+        """Bring ``metrics.jsonl`` to the disk; gives its size.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        with _writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
+            os.fsync(file.fileno())
+            return file.seek(0, os.SEEK_END)
+
+    def go_back(self, events: int) -> None:
+        """Take away what was written after ``metrics.jsonl`` had this size and could not be finished."""
+        if (self.path / METRICS).exists():
+            with (self.path / METRICS).open("r+b") as file:
+                file.truncate(events)
+        clear_partial(self.path)
+
+    def note_session(self, kind: str) -> None:
+        """Append a line to ``sessions.jsonl``: a process began to work here. No part of the run's results.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        line = json.dumps({"event": kind, "time": round(time.time(), 3), "pid": os.getpid()})
+        with _writing(self.path / SESSIONS):
+            append_line(self.path / SESSIONS, line)
+
+    def barred(self) -> list[str]:
+        """Clients that a rollback has shut out from the beginning of this folder's own arrivals."""
+        return list(self._rollback().get("clients", []))
+
+    def rolled_back_from(self) -> str | None:
+        """The name of the run that ``crosslm rollback`` copied this one from, if it did."""
+        return self._rollback().get("of")
+
+    def _rollback(self) -> dict[str, Any]:
+        path = self.path / ROLLBACK
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+    def events(self) -> list[dict[str, Any]]:
+        """Everything that happened so far."""
+        return [json.loads(line) for line in whole_lines(self.path / METRICS)]
+
+    def is_between_machines(self) -> bool:
+        """Whether this is a run of ``crosslm server``, whose private rows and silos are elsewhere."""
+        lines = whole_lines(self.path / METRICS)
+        return any(f'"engine": "{ENGINE}"' in line and json.loads(line)["event"] == "start" for line in lines)
+
+    def check_in_one_process(self, wish: str) -> None:
+        """Find out that all clients of this run were in one process.
+
+        Args:
+            wish: what is to be done, as in "cannot be WISH".
+
+        Raises:
+            RunError: they were not; what is wanted needs private rows, which are at the silos.
+        """
+        if self.is_between_machines():
+            raise RunError(
+                f"{self.path}: is of a run between machines and cannot be {wish} here: private rows, and the training "
+                "on them, are at the silos. Give a run of crosslm run with rows of your own and the same configuration"
+            )
+
+    def save_synthetic(
+        self,
+        name: str,
+        labels: tuple[str, ...],
+        synthetic: SyntheticSet,
+        rewards: Tensor | None = None,
+        receipts: list[Receipt] | None = None,
+        kept: Collection[int] | None = None,
+    ) -> None:
+        """Write texts with all that is known of each, one JSON object a line; ``kept``: places of those learned."""
+        lines = []
+        for place, sample in enumerate(synthetic.samples):
+            row: dict[str, Any] = {"text": sample.text, "label": labels[sample.label], "prompt": sample.prompt}
+            if rewards is not None:
+                row["reward"] = float(rewards[place])
+            if receipts is not None:
+                row |= vars(receipts[place])
+            if kept is not None:
+                row["kept"] = place in kept
+            row |= {"seed": sample.seed, "prompt_ids": sample.prompt_ids, "completion_ids": sample.completion_ids}
+            lines.append(json.dumps(row, ensure_ascii=False))
+        self.write(f"synthetic/{name}.jsonl", "\n".join(lines) + "\n")
+
+    def synthetic(self, name: str, labels: tuple[str, ...]) -> SyntheticSet:
+        """The texts that :meth:`save_synthetic` wrote under this name.
+
+        Raises:
+            RunError: they cannot be read.
+        """
+        from crosslm.records import SyntheticSet, SyntheticText
+
+        def sample(row: dict[str, Any]) -> SyntheticText:
+            prompt, completion = tuple(row["prompt_ids"]), tuple(row["completion_ids"])
+            label = labels.index(row["label"])
+            return SyntheticText(row["text"], label, row["prompt"], prompt, completion, row["seed"])
+
+        return SyntheticSet(self._synthetic_rows(name, sample))
+
+    def kept_of(self, name: str) -> set[int]:
+        """The places of the texts that :meth:`save_synthetic` marked as learned.
+
+        Raises:
+            RunError: they cannot be read.
+        """
+        kept = self._synthetic_rows(name, lambda row: row["kept"])
+        return {place for place, is_kept in enumerate(kept) if is_kept}
+
+    def _synthetic_rows(self, name: str, read: Callable[[dict[str, Any]], Any]) -> list[Any]:
+        path = self.path / "synthetic" / f"{name}.jsonl"
+        try:
+            return [read(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path}: cannot be read: {error}; put it back as it was, or run again") from error
+
+    def save_quarantined(self, name: str, upload: bytes, reason: str, figures: dict[str, float]) -> Path:
+        """Keep an upload that may not be used, and why; gives where."""
+        self.write_data(f"quarantine/{name}.safetensors", upload)
+        self.write(f"quarantine/{name}.json", json.dumps({"reason": reason, **figures}, indent=2) + "\n")
+        return self.path / "quarantine"
+
+    def save_predictions(self, name: str, gold: Sequence[int], predicted: Sequence[int]) -> None:
+        """Write what was predicted for each row beside what is right, as places in the task's labels."""
+        self.write(f"predictions/{name}.json", json.dumps({"gold": gold, "predicted": predicted}) + "\n")
+
+    def save_slm(self, client_id: str, slm: SLM, folder: str = "slm") -> None:
+        """Write a classifier folder for transformers."""
+        self._write_folder(f"{folder}/{client_id}", slm.save)
+
+    def save_upload(self, upload: Upload) -> None:
+        """Write a client's classifier as it came, for ``crosslm audit``; a later one takes the place of an earlier."""
+        from crosslm.models.slm import SLM
+
+        self.save_slm(upload.client_id, SLM.from_state(upload.slm, upload.slm.labels), "uploads")
+
+    def save_llm(self, llm: LLM) -> None:
+        """Write the adapter folder for PEFT, or the whole model after full fine-tuning."""
+        self._write_folder("llm", llm.save)
+
+    def _write_folder(self, name: str, save: Callable[[str], None]) -> None:
+        """Write a folder whole or not at all (:func:`crosslm.support.files.replace_folder`).
+
+        Raises:
+            RunError: it cannot be written; what was there before is still there.
+        """
+        target = self.path / name
+        with _writing(target):
+            replace_folder(target, lambda folder: save(str(folder)))
+
+    def summarise(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json``; its presence says that the run is complete."""
+        self.write(SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        """Read ``summary.json``.
+
+        Raises:
+            RunError: the run has not been completed.
+        """
+        path = self.path / SUMMARY
+        if not path.is_file():
+            how = f"go on with it: crosslm run {self.path / CONFIG} --output {self.path} --resume"
+            if self.is_locked():
+                how = f"it is at work: crosslm watch {self.path}"
+            if self.is_between_machines():
+                kit = self.path.parent
+                how = f"start it again with crosslm server {kit}, and see with crosslm status {kit} who is waited for"
+            raise RunError(f"{self.path}: the run is not complete (it has no {SUMMARY}); {how}")
+        try:
+            loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path}: damaged; run the {CONFIG} beside it again: {error}") from error
+        if "slm" not in loaded:
+            raise RunError(
+                f"{path}: has no figures of classifiers (slm): damaged, or of an earlier version; "
+                f"run the {CONFIG} beside it again"
+            )
+        return loaded
+
+
+def check_elsewhere(folder: Path) -> None:
+    """Find out that a folder may be replaced by a new one: whoever is in it would be nowhere afterwards.
+
+    Raises:
+        RunError: it is the folder that this process is in.
+    """
+    if folder.resolve() == Path.cwd():
+        raise RunError(f"{folder}: is the folder that you are in; name a new one, in it or elsewhere")
+
+
+def _make_private(folder: Path) -> None:
+    """A run folder says much of the private rows (docs/privacy.md), and so is its owner's alone."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """What the disk does not let be written is an error of the run that names the file.
+
+    safetensors and tokenizers have exceptions of their own that are no OSError; the system's number is in their words.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise RunError(
+            f"{target}: cannot be written: {why}; nothing that was there is lost: make room, and go on with --resume"
+        ) from error
+
+
+def next_free(folder: Path, name: str) -> Path:
+    """``folder/name-1``, or the next number that is free."""
+    number = 1
+    while _is_taken(folder / f"{name}-{number}"):
+        number += 1
+    return folder / f"{name}-{number}"
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether anything is there but the lock of a run that did not begin (a model could not be loaded, say)."""
+    if not path.is_dir() or [entry.name for entry in path.iterdir()] != [LOCK]:
+        return path.exists()
+    return RunDir(path).is_locked()
+
+
+def last_unfinished(folder: Path, name: str) -> Path | None:
+    """The newest of ``folder/name-1``, ``-2``, ... if its run is not complete."""
+    number = 1
+    while _is_taken(folder / f"{name}-{number}"):
+        number += 1
+    last = folder / f"{name}-{number - 1}"
+    return last if number > 1 and (last / CONFIG).is_file() and not (last / SUMMARY).exists() else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    packages = ("torch", "transformers", "peft", "sentence-transformers", "tokenizers", "numpy")
+    # crosslm itself may be run from its source, not installed
+    own = {"python": platform.python_version(), "crosslm": __version__}
+    return own | {package: version(package) for package in packages}
