@@ -123,7 +123,7 @@ def write_start(folder: Path, start: Start, task: TaskConfig) -> list[Path]:
 
 def as_toml(start: Start, task: TaskConfig) -> str:
     """The configuration, with a comment on what a user will want to change."""
-    template = Template((files("crosslm") / "starter.toml.template").read_text(encoding="utf-8"))
+    template = Template((files("crosslm.preflight") / "starter.toml.template").read_text(encoding="utf-8"))
     return template.substitute(
         name=start.name,
         labels=", ".join(map(_value, task.labels)),
