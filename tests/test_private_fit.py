@@ -14,9 +14,9 @@ from crosslm.client import Client
 from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.data.examples import Examples
 from crosslm.errors import ConfigError, ModelError
-from crosslm.models import accounting, private_layers, private_mean
 from crosslm.models.architecture import MODEL_TYPES
 from crosslm.models.slm import SLM
+from crosslm.privacy import accounting, private_layers, private_mean
 from crosslm.privacy.accounting import Mechanism, plan
 from crosslm.privacy.private_fit import PrivateTraining, discrete_laplace, dp_sgd
 from crosslm.privacy.private_layers import EVERY_LAYER, HEAD_ONLY, frozen_below
