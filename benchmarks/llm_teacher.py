@@ -33,8 +33,8 @@ from crosslm.algorithm.soft_labels import (
 )
 from crosslm.classification import class_probabilities
 from crosslm.config_file import load
-from crosslm.data.examples import Examples
 from crosslm.data import demo
+from crosslm.data.examples import Examples
 from crosslm.enhancement import train_on_synthetic
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
