@@ -43,6 +43,7 @@ FIT = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "patience": 0}
 HEADLINE = {
     "slm_gain_vs_standalone",
     "slm_gain_vs_data_free_kd",
+    "slm_gain_vs_data_free_kd_of_paper",
     "nlu_gain",
     "nlg_judge_gain",
     "generalization_min_change",

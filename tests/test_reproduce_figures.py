@@ -30,6 +30,7 @@ from crosslm.reproduce.scale import Finetuning, load_scale
 from crosslm.reproduce.store import Store
 from crosslm.reproduce.tables import (
     ALL_ROWS,
+    OVER_PAPER,
     all_tables,
     cell,
     change,
@@ -231,6 +232,32 @@ def test_both_presets_are_compared_with_the_standalone_of_all_rows():
     only = replace(choice, scale=choice.scale.model_copy(update={"tasks": ("sst2",)}))
     assert headline(figures, only)["recommended"]["slm_gain_vs_standalone"] == 0
     assert headline(figures, only)["paper"]["slm_gain_vs_standalone"] == 25
+
+
+def test_the_gain_over_the_data_free_kd_of_preset_paper_is_of_the_seeds_and_clients_that_both_have():
+    llm = {"nlu/before": "01", "nlu/after": "01"}
+    paper = {"slm/standalone/a": "1100", "slm/data_free_kd/a": "1000", "slm/crosslm/a": "1111", **llm}
+    paper |= {"slm/standalone/gone": "0000", "slm/data_free_kd/gone": "0000", "slm/crosslm/gone": "0000"}
+    recommended = {"slm/standalone/a": "1100", "slm/data_free_kd/a": "1111", "slm/crosslm/a": "1110", **llm}
+    recommended |= {"slm/standalone/new": "0000", "slm/crosslm/new": "1111"}
+    figures = Figures(
+        {
+            Cell("sst2", "paper", Variation(BASE), 0, RUN): run_of(paper),
+            Cell("sst2", "recommended", Variation(BASE), 0, RUN): run_of(recommended),
+            Cell("sst2", "recommended", Variation(BASE), 1, RUN): run_of(recommended),  # nothing to compare it with
+            Cell("imdb", "recommended", Variation(BASE), 0, RUN): run_of(recommended),
+        }
+    )
+    assert figures.gain_over_data_free_kd_of_paper("sst2", "recommended").point == pytest.approx([1 / 4, 3 / 4])
+    assert figures.gain_over_data_free_kd_of_paper("imdb", "recommended") is None
+    (gain, none, average) = ours(table_4(figures, ("sst2", "imdb"), ("paper", "recommended")))[OVER_PAPER]
+    assert (gain["value"], gain["seeds"], none, average) == (50, 1, None, None)
+    choice = choose(load_scale(), ["4"], ["sst2"], [], 1, "test", Path("DATA"))
+    only = replace(choice, scale=choice.scale.model_copy(update={"tasks": ("sst2",)}))
+    assert headline(figures, only)["recommended"]["slm_gain_vs_data_free_kd_of_paper"] == 50
+    assert headline(figures, only)["paper"]["slm_gain_vs_data_free_kd_of_paper"] == 37.5
+    assert "The last of our rows is against that one" in " ".join(notes("4", figures, choice))
+    assert "The last of our rows" not in " ".join(notes("skew", figures, choice))
 
 
 def test_the_least_and_the_mean_change_of_the_benchmarks():

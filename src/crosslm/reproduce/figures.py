@@ -72,6 +72,25 @@ class Figures:
 
         return self._bootstrap(("gain", task, preset, variation, baseline), pairs, groups)
 
+    def gain_over_data_free_kd_of_paper(self, task: str, preset: str) -> Means | None:
+        """Columns Data-free KD of preset ``paper`` and CrossLM of a preset: the same seeds' clients.
+
+        Preset ``paper`` teaches by the labels that the untrained LLM's texts were written for, as the paper does. The
+        run's own Data-free KD under ``recommended`` has the judges of that run beside them.
+        """
+        rivals = self.runs(task, "paper")
+        pairs = {
+            seed: {"paper": outcomes(rivals[seed]), "run": outcomes(run)}
+            for seed, run in self.runs(task, preset).items()
+            if seed in rivals
+        }
+
+        def groups(pair: dict[str, Any]) -> list[Group] | None:
+            rival, ours = pair["paper"], pair["run"]
+            return clients_group([(rival[who][DATA_FREE_KD], ours[who][CROSSLM]) for who in ours if who in rival])
+
+        return self._bootstrap(("gain over data-free kd of paper", task, preset), pairs, groups)
+
     def standalone(self, task: str) -> Means | None:
         """One column: the SLMs on all private rows, before anything came back."""
 

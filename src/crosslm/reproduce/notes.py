@@ -19,6 +19,11 @@ SAME_STANDALONE = (
     "own Standalone has learned from fewer. Gains of both presets are against a Standalone that has learned from "
     "all, as under preset paper."
 )
+WHICH_DATA_FREE_KD = (
+    "Data-free KD is that of the same preset. Under recommended it too has the judgement of all SLMs and of the "
+    "untrained LLM, and so what the silos know; under paper it learns the labels that its texts were written for, as "
+    "in the paper. The last of our rows is against that one."
+)
 SEEDS = "A difference or ratio is of the seeds that both have, and so not that of the means above it. Seeds: {}."
 SLM_JUDGES = "By the SLMs: those of clients whose upload was refused or had no say are left out."
 
@@ -33,8 +38,9 @@ def notes(key: str, figures: Figures, choice: Choice) -> list[str]:
     """The notes of a table, by its key."""
     said = {"6": [SLM_JUDGES], "7": [MAJORITY, NOISY_LEAST]}.get(key, [])
     if key in CLASSIFIERS:
-        seeds = [SEEDS.format(", ".join(figures.seeds_of_classifiers(choice.tasks)))] if key == "4" else []
-        said = [ENDS_UP, SAME_STANDALONE, *seeds, *kept_their_own(key, figures, choice)]
+        of_table_4 = [WHICH_DATA_FREE_KD, SEEDS.format(", ".join(figures.seeds_of_classifiers(choice.tasks)))]
+        said = [ENDS_UP, SAME_STANDALONE, *(of_table_4 if key == "4" else ())]
+        said += kept_their_own(key, figures, choice)
     if key in WHOLE_LLMS:
         said = [*said, *dict.fromkeys(line for run in _runs(key, choice) for line in _of_llms(*run, figures))]
     others = key in LLMS and any(figures.has_other_llms(*run) for run in _runs(key, choice))

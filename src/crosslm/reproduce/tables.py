@@ -53,6 +53,7 @@ SHARE, POINTS, PERCENT, PERPLEXITY, CORRELATION = "share", "points", "percent", 
 OF_SEEDS = (PERCENT, PERPLEXITY, CORRELATION)
 """Of these no rows are drawn, seeds alone."""
 ALL_ROWS = "Standalone (on all private rows, as under preset paper)"
+OVER_PAPER = "apart, preset recommended: CrossLM - Data-free KD of preset paper, points"
 Part = Means | None
 Statistic = Callable[[Array], Array]
 
@@ -166,6 +167,8 @@ def table_4(figures: Figures, tasks: Sequence[str], presets: Sequence[Preset]) -
     rows.append(row("ceiling: one SLM on all clients' text", ceilings, column(0), SHARE))
     if "recommended" in presets:
         rows += _of_recommended_alone([figures.slm(task, "recommended") for task in tasks])
+        over_paper = [figures.gain_over_data_free_kd_of_paper(task, "recommended") for task in tasks]
+        rows.append(row(OVER_PAPER, over_paper, change(ENHANCED, STANDALONE), POINTS))
     return table("4", [*tasks, "average"], rows)
 
 
