@@ -23,8 +23,8 @@ from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, model_folder
-from crosslm.preflight.preparation import client_specs, original_llm, public_texts
 from crosslm.records import Upload
+from crosslm.runs.preparation import client_specs, original_llm, public_texts
 from crosslm.server import Server
 from crosslm.support.seeding import seed_for
 from crosslm.synthesis import synthesize

@@ -26,7 +26,7 @@ from crosslm.config_file import load
 from crosslm.data.demo import prepare_data
 from crosslm.models.llm import LLM
 from crosslm.models.sources import cache_folder
-from crosslm.preflight.preparation import original_llm
+from crosslm.runs.preparation import original_llm
 from crosslm.task import Task
 
 NEW_TOKENS = 32

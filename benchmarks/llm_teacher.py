@@ -39,8 +39,8 @@ from crosslm.enhancement import train_on_synthetic
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, resolve_device
-from crosslm.preflight.preparation import original_llm
 from crosslm.records import SyntheticSet, Upload
+from crosslm.runs.preparation import original_llm
 from crosslm.server import receive_slm
 from crosslm.support.progress import Progress
 from crosslm.task import Task

@@ -38,9 +38,9 @@ from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, model_folder, resolve_device
-from crosslm.preflight.preparation import client_specs, original_llm, perplexity_text_of
 from crosslm.records import SyntheticSet, SyntheticText, Upload
 from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.preparation import client_specs, original_llm, perplexity_text_of
 from crosslm.runs.rundir import RunDir
 from crosslm.server import Server, receive_slm
 from crosslm.support.progress import Progress

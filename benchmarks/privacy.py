@@ -35,10 +35,10 @@ from crosslm.data.examples import Examples
 from crosslm.data.texts import load_examples
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, model_folder
-from crosslm.privacy.audit import figures_of, losses, slm_exposures
 from crosslm.privacy.canaries import draw_canaries
 from crosslm.privacy.private_fit import PrivateTraining
 from crosslm.privacy.private_layers import as_under_dp
+from crosslm.runs.audit import figures_of, losses, slm_exposures
 from crosslm.support.seeding import seed_for
 
 NAME = "privacy-sst2"

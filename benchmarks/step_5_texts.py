@@ -38,11 +38,11 @@ from crosslm.enhancement import pool_rewards, select, soft_labels, train_on_synt
 from crosslm.federation.messages import decode_upload
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, resolve_device
-from crosslm.preflight.preparation import prepare
 from crosslm.records import SyntheticSet, Upload
 from crosslm.runs import snapshot
 from crosslm.runs.checkpoint import Checkpoints
 from crosslm.runs.loaded import load_models
+from crosslm.runs.preparation import prepare
 from crosslm.runs.rundir import RunDir
 from crosslm.server import Server, receive_slm
 from crosslm.support.progress import Progress

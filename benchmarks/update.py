@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM
 from crosslm.llm_update import batches_of_like_length, tokens_stated
 from crosslm.models.llm import LLM
 from crosslm.models.sources import cache_folder
-from crosslm.preflight.preparation import original_llm
 from crosslm.records import SyntheticSet, SyntheticText
+from crosslm.runs.preparation import original_llm
 from crosslm.server import Server
 from crosslm.synthesis import synthesize
 from crosslm.task import Task

@@ -18,12 +18,12 @@ from crosslm.experiment import run_local
 from crosslm.federation.kits import SiloSettings
 from crosslm.models.slm import SLM
 from crosslm.preflight import doctor
-from crosslm.preflight.preparation import prepare
 from crosslm.privacy.accounting import Mechanism, Spent, plan
 from crosslm.privacy.bounds import privacy_line, privacy_summary
 from crosslm.privacy.leaks import LeakCheck
 from crosslm.privacy.private_fit import PrivateTraining
 from crosslm.records import Download
+from crosslm.runs.preparation import prepare
 from crosslm.runs.rollback import roll_back
 from crosslm.runs.rundir import RunDir
 

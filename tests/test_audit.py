@@ -21,12 +21,12 @@ from crosslm.errors import ConfigError, DataError, RunError
 from crosslm.experiment import run_local
 from crosslm.html_report import page
 from crosslm.html_report.collect import RunView
-from crosslm.models.rows import hold_out
+from crosslm.models.batches import hold_out
 from crosslm.models.slm import SLM
-from crosslm.preflight.preparation import client_specs
-from crosslm.privacy.audit import Rows, _Audit, attack_rows, audit_run, figures_of, llm_exposures, slm_exposures
 from crosslm.privacy.bounds import privacy_line
 from crosslm.privacy.canaries import Canaries, draw_canaries
+from crosslm.runs.audit import Rows, _Audit, attack_rows, audit_run, figures_of, llm_exposures, slm_exposures
+from crosslm.runs.preparation import client_specs
 from crosslm.runs.rundir import RunDir
 from crosslm.support.progress import Progress
 from crosslm.support.seeding import seed_for

@@ -15,11 +15,10 @@ from crosslm.config import AcceptanceConfig, Config, PrivacyConfig, SLMSpec
 from crosslm.errors import CrosslmError
 from crosslm.federation import checkup
 from crosslm.federation import provision as provision_module
-from crosslm.federation.deployment import measured_on
 from crosslm.federation.kits import SERVER_FILE, SILO_FILE, dump, read_server, read_silo, server_config
 from crosslm.federation.provision import provision
 from crosslm.preflight import doctor
-from crosslm.preflight.preparation import original_llm, public_texts
+from crosslm.runs.preparation import measured_on, original_llm, public_texts
 
 
 def free_port():

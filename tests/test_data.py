@@ -16,7 +16,7 @@ from crosslm.data.split import balanced_sample, dirichlet_split, load_split
 from crosslm.data.split import test_rows as rows_to_test
 from crosslm.data.texts import load_examples, readable_lines
 from crosslm.errors import DataError
-from crosslm.preflight.preparation import public_texts
+from crosslm.runs.preparation import public_texts
 
 LABELS = ("bad", "good")
 ROWS = [("a good day", "good"), ('said "bad", twice', "bad"), ("über", "good")]

@@ -19,7 +19,7 @@ from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.errors import ConfigError, ModelError, QuarantineError, RunError, UploadError
 from crosslm.experiment import run_local
-from crosslm.federation.deployment import Deployment, measured_on
+from crosslm.federation.deployment import Deployment
 from crosslm.federation.exchange import close, serve
 from crosslm.federation.flower import server_app
 from crosslm.federation.flower.exchange import FlowerExchange
@@ -34,6 +34,7 @@ from crosslm.html_report.page import render
 from crosslm.models.slm import SLM
 from crosslm.runs import tracking
 from crosslm.runs.finished import Run
+from crosslm.runs.preparation import measured_on
 from crosslm.runs.rundir import RunDir
 from crosslm.runs.snapshot import slm_bytes
 from crosslm.runs.tracking import figures_of

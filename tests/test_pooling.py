@@ -15,9 +15,9 @@ from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
 from crosslm.models.pretrained import check_spec
 from crosslm.models.slm import SLM
-from crosslm.preflight.preparation import client_specs, describe_spec
 from crosslm.records import Upload
 from crosslm.runs.finished import run
+from crosslm.runs.preparation import client_specs, describe_spec
 
 LABELS = ("bad", "good")
 TEXTS = ["a good film.", "bad", "the day was good and the film was bad and that was all of it."]

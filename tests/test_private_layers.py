@@ -11,8 +11,8 @@ from crosslm.config import FitConfig, PrivacyConfig, SLMSpec
 from crosslm.data.examples import Examples
 from crosslm.errors import ModelError
 from crosslm.models.slm import SLM
-from crosslm.preflight.preparation import check_slm
 from crosslm.privacy.private_fit import PrivateTraining
+from crosslm.runs.preparation import check_slm
 
 EXAMPLES = Examples(sentences(BAD, 10) + sentences(GOOD, 10), [0] * 10 + [1] * 10)
 MODERN = {"eos_token_id": 2, "cls_token_id": 3, "sep_token_id": 4, "bos_token_id": 1}

@@ -18,8 +18,8 @@ from crosslm.errors import DataError, ModelError
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.models import sources
 from crosslm.models.slm import SLM
-from crosslm.preflight.preparation import original_llm
 from crosslm.records import Upload
+from crosslm.runs.preparation import original_llm
 
 SMALLEST = {
     "llm.samples": 4,

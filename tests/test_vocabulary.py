@@ -21,7 +21,7 @@ from crosslm.errors import DataError, ModelError
 from crosslm.models.llm import LLM
 from crosslm.models.sources import lock_of
 from crosslm.models.vocabulary import cached_trim, tokenizer_words, trim_vocabulary
-from crosslm.preflight.preparation import original_llm
+from crosslm.runs.preparation import original_llm
 from crosslm.support.files import alone
 
 TEXTS = CORPUS[:10]

@@ -9,7 +9,7 @@ from crosslm.algorithm.agreement import balancing_weights, sign_test
 from crosslm.config import AcceptanceConfig, FitConfig
 from crosslm.data.examples import Examples
 from crosslm.errors import ConfigError
-from crosslm.models.rows import hold_out
+from crosslm.models.batches import hold_out
 from crosslm.models.slm import SLM
 from crosslm.privacy.leaks import LeakCheck
 from crosslm.privacy.private_fit import PrivateTraining

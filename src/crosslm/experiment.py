@@ -21,7 +21,6 @@ from crosslm.federation.local import LocalExchange
 from crosslm.gate import Gate
 from crosslm.models.slm import SLM
 from crosslm.models.sources import resolve_device
-from crosslm.preflight.preparation import Prepared, check_same, class_report, describe_spec, prepare
 from crosslm.privacy.accounting import require_opacus
 from crosslm.privacy.bounds import privacy_summary, told_counts
 from crosslm.records import SyntheticSet
@@ -32,6 +31,7 @@ from crosslm.runs.journal import RunJournal
 from crosslm.runs.llm_cache import CachedLLM, CachedServer, LLMCache
 from crosslm.runs.loaded import Loaded, load_models
 from crosslm.runs.measures import LLM_MEASURES, LLMMeter, peak_memory_bytes
+from crosslm.runs.preparation import Prepared, check_same, class_report, describe_spec, prepare
 from crosslm.runs.rundir import CONFIG, SUMMARY, RunDir, versions
 from crosslm.runs.tracking import tracked, wanted
 from crosslm.server import Server

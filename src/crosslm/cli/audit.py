@@ -23,7 +23,7 @@ def audit(
     quiet_libraries()
     from crosslm.cli.display import display_for
     from crosslm.models.sources import cache_folder
-    from crosslm.privacy.audit import audit_run
+    from crosslm.runs.audit import audit_run
 
     figures = audit_run(RunDir.open(run_folder), cache_folder(cache_dir), shadows, display_for(console))
     for table in (membership_table(figures), overlap_table(figures), canary_table(figures)):

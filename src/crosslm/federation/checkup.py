@@ -9,7 +9,6 @@ from pathlib import Path
 from crosslm.config import Config, PrivacyConfig, SLMSpec
 from crosslm.data.texts import is_there, load_examples
 from crosslm.errors import CrosslmError, DataError, FederationError
-from crosslm.federation.deployment import measured_text
 from crosslm.federation.flower.processes import program
 from crosslm.federation.flower.silo_processes import ask, greet
 from crosslm.federation.kits import (
@@ -26,7 +25,7 @@ from crosslm.federation.silo_state import SiloState
 from crosslm.models.sources import check_model, model_folder
 from crosslm.preflight import doctor
 from crosslm.preflight.doctor import Finding
-from crosslm.preflight.preparation import check_slm, client_specs, describe_spec, public_texts
+from crosslm.runs.preparation import check_slm, client_specs, describe_spec, measured_text, public_texts
 
 FEW_DAYS = 30
 News = Callable[[str], None]

@@ -8,9 +8,7 @@ from typing import Any, Self
 
 from crosslm import evaluate
 from crosslm.config import Config
-from crosslm.data.examples import Examples
 from crosslm.data.split import test_rows
-from crosslm.data.texts import is_there
 from crosslm.errors import QuarantineError, UploadError
 from crosslm.federation.exchange import Served
 from crosslm.federation.messages import decode_upload, describe, encode
@@ -22,12 +20,12 @@ from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.models.tokens import verbalizer_ids
-from crosslm.preflight.preparation import original_llm, perplexity_text_of, public_texts
 from crosslm.records import Download, SyntheticSet, Upload
 from crosslm.runs import arrivals, snapshot
 from crosslm.runs.cards import write_cards
 from crosslm.runs.checkpoint import Checkpoints
 from crosslm.runs.measures import LLMMeter, measure_slm
+from crosslm.runs.preparation import measured_on, original_llm, public_texts
 from crosslm.runs.rundir import CLOSING_POOL, CONFIG, ENGINE, RunDir, versions
 from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.support.progress import Progress
@@ -324,25 +322,6 @@ class Deployment:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None and not isinstance(error, KeyboardInterrupt):
             self.run.event("failure", client=None, error=f"{type(error).__name__}: {error}")
-
-
-def measured_on(config: Config) -> tuple[Examples | None, str | None]:
-    """The test rows, and the text whose perplexity is measured: each None where the server has no such file.
-
-    Raises:
-        DataError: a file is there and cannot be used.
-    """
-    return test_rows(config, lambda _: None), measured_text(config)
-
-
-def measured_text(config: Config) -> str | None:
-    """The text whose perplexity is measured; None where the server has no such file.
-
-    Raises:
-        DataError: it is there and cannot be used.
-    """
-    name = config.evaluation.perplexity_text
-    return perplexity_text_of(config) if name and is_there(name, config.data) else None
 
 
 def notes_of(run: RunDir) -> Callable[[str], None]:

@@ -24,7 +24,7 @@ from crosslm.config import ClientConfig, Config
 from crosslm.errors import FederationError
 from crosslm.federation.kits import SERVER_FILE, SILO_FILE, ServerSettings, SiloData, SiloSettings, dump, read_server
 from crosslm.models.sources import PREFIX
-from crosslm.preflight.preparation import client_specs
+from crosslm.runs.preparation import client_specs
 from crosslm.support.files import PARTIAL
 
 VALID_DAYS = 825

@@ -22,8 +22,8 @@ from crosslm.config import Config, FitConfig, SLMSpec
 from crosslm.data.examples import Examples
 from crosslm.errors import UploadError
 from crosslm.models.architecture import SPECIAL_TOKENS, longest_text, output_layer, special_tokens, travelling
+from crosslm.models.batches import batches, hold_out
 from crosslm.models.pretrained import agree_on_padding, pretrained_classifier
-from crosslm.models.rows import batches, hold_out
 from crosslm.records import SlmState
 
 HEAD_SPREAD = 0.02  # of the weights of a new output layer, as transformers has it for BERT

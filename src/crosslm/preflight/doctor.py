@@ -21,9 +21,9 @@ from crosslm.errors import CrosslmError, DataError
 from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.preflight.memory import Shape, available, estimate, in_gib
-from crosslm.preflight.preparation import check_slm, client_specs, describe_spec, perplexity_text_of, public_texts
 from crosslm.preflight.starter import SAMPLE
 from crosslm.privacy.accounting import require_opacus
+from crosslm.runs.preparation import check_slm, client_specs, describe_spec, perplexity_text_of, public_texts
 from crosslm.runs.tracking import wanted
 from crosslm.task import Task
 

@@ -20,8 +20,8 @@ from crosslm.data.examples import Examples
 from crosslm.data.split import sample
 from crosslm.data.texts import load_examples
 from crosslm.errors import DataError
+from crosslm.models.batches import batches
 from crosslm.models.llm import LLM
-from crosslm.models.rows import batches
 from crosslm.models.tokens import verbalizer_ids
 from crosslm.reproduce.scale import Finetuning
 from crosslm.support.seeding import seed_for

@@ -10,13 +10,13 @@ from crosslm.data.split import load_split
 from crosslm.errors import RunError
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
-from crosslm.preflight.preparation import check_models, client_specs, perplexity_text_of
 from crosslm.reproduce.benchmarks import BENCHMARKS, load_benchmark
 from crosslm.reproduce.jobs import Work, one_by_one, side_by_side
 from crosslm.reproduce.plan import RUN, RUNS_LLM, Cell, Choice, plan
 from crosslm.reproduce.report import write_report
 from crosslm.reproduce.store import Store, differences
 from crosslm.reproduce.work import settings_of
+from crosslm.runs.preparation import check_models, client_specs, perplexity_text_of
 from crosslm.support.progress import Display, Silent
 
 REPORT_SECONDS = 600.0  # between two writings of the tables, which take a quarter of a minute of two cores

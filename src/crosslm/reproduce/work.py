@@ -14,13 +14,13 @@ from crosslm.errors import RunError, UnservedError
 from crosslm.experiment import run_local
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
-from crosslm.preflight.preparation import client_specs
 from crosslm.reproduce.benchmarks import fine_tune, matthews, start_llm
 from crosslm.reproduce.plan import CEILING, ORIGINAL, RUN, STANDALONE, Cell, Choice
 from crosslm.reproduce.store import MACHINES_OWN, Store
 from crosslm.runs.checkpoint import Checkpoints
 from crosslm.runs.loaded import load_client
 from crosslm.runs.measures import LLM_MEASURES
+from crosslm.runs.preparation import client_specs
 from crosslm.runs.rundir import SUMMARY, RunDir
 from crosslm.support.progress import Display, Progress
 from crosslm.support.seeding import seed_for

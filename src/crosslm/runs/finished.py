@@ -17,8 +17,8 @@ from crosslm.experiment import run_local
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, resolve_device
-from crosslm.preflight.preparation import original_llm
 from crosslm.records import SyntheticText
+from crosslm.runs.preparation import original_llm
 from crosslm.runs.rundir import CONFIG, RunDir, next_free
 from crosslm.support.progress import Display, Progress
 from crosslm.support.seeding import seed_for

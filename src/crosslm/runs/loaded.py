@@ -12,11 +12,11 @@ from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder
-from crosslm.preflight.preparation import Prepared
 from crosslm.privacy.canaries import plant
 from crosslm.privacy.leaks import LeakCheck
 from crosslm.privacy.private_fit import PrivateTraining
 from crosslm.runs.llm_cache import CachedLLM, LLMCache
+from crosslm.runs.preparation import Prepared
 from crosslm.support.progress import Progress
 from crosslm.support.seeding import seed_for
 

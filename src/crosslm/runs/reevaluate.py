@@ -4,9 +4,8 @@ from pathlib import Path
 
 from crosslm import evaluate
 from crosslm.data.split import load_split
-from crosslm.federation.deployment import measured_on
-from crosslm.preflight.preparation import perplexity_text_of
 from crosslm.runs.finished import Run
+from crosslm.runs.preparation import measured_on, perplexity_text_of
 from crosslm.runs.rundir import RunDir
 from crosslm.support.progress import Display, Progress
 from crosslm.support.seeding import seed_for

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 
 def machine(device: str = "cpu") -> str:
@@ -32,8 +32,8 @@ def _gpu(device: str) -> str:
 
 def commit() -> str:
     """The commit that this source is of, with ``+changes`` if it is not as committed; ``unknown`` without git."""
-    # a virtual environment may lie in another project's checkout: this file itself must be in the repository
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+    # a virtual environment may lie in another project's checkout: the package itself must be in the repository
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return "unknown"
     head = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".")
@@ -47,7 +47,7 @@ def provenance(device: str = "cpu") -> dict[str, str]:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, check=False)
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

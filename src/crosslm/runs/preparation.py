@@ -7,8 +7,8 @@ from pathlib import Path
 from crosslm.config import Config, PrivacyConfig, SLMSpec
 from crosslm.config_file import load
 from crosslm.data.examples import Examples
-from crosslm.data.split import Split, load_split
-from crosslm.data.texts import find_file, load_examples, readable_lines, whole_text
+from crosslm.data.split import Split, load_split, test_rows
+from crosslm.data.texts import find_file, is_there, load_examples, readable_lines, whole_text
 from crosslm.errors import ModelError, RunError
 from crosslm.models.architecture import check_travels
 from crosslm.models.pretrained import check_spec
@@ -187,3 +187,22 @@ def perplexity_text_of(config: Config) -> str | None:
     if config.evaluation.perplexity_text is None:
         return None
     return whole_text(find_file(config.evaluation.perplexity_text, config.data))
+
+
+def measured_on(config: Config) -> tuple[Examples | None, str | None]:
+    """The test rows, and the text whose perplexity is measured: each None where the server has no such file.
+
+    Raises:
+        DataError: a file is there and cannot be used.
+    """
+    return test_rows(config, lambda _: None), measured_text(config)
+
+
+def measured_text(config: Config) -> str | None:
+    """The text whose perplexity is measured; None where the server has no such file.
+
+    Raises:
+        DataError: it is there and cannot be used.
+    """
+    name = config.evaluation.perplexity_text
+    return perplexity_text_of(config) if name and is_there(name, config.data) else None

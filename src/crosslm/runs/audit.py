@@ -32,9 +32,9 @@ from crosslm.models.encoder import Encoder, SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
-from crosslm.preflight.preparation import client_specs, original_llm
 from crosslm.privacy.canaries import Canaries, draw_canaries
 from crosslm.privacy.private_layers import as_under_dp
+from crosslm.runs.preparation import client_specs, original_llm
 from crosslm.runs.rundir import CONFIG, RunDir
 from crosslm.support.progress import Display, Progress
 from crosslm.support.seeding import seed_for
