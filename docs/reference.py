@@ -17,8 +17,8 @@ def configuration_page() -> str:
     parts = [
         "# Configuration",
         "",
-        "Every field of a configuration file, from the models in `crosslm.config`. A wrong key or value is refused",
-        "with the nearest right one before a model is loaded. Any field can be set on the command line:",
+        "Every field of a configuration file, from `crosslm.config.Config` and its sections. A wrong key or value is",
+        "refused with the nearest right one before a model is loaded. Any field can be set on the command line:",
         "`--set section.key=value`.",
         "",
         'Where the two presets differ, both defaults are given: `preset = "recommended"` is the one that a file has',

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "crosslm"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# who may import whom: a module may import from its own layer's earlier names and all lower layers
+# who may import whom: a module may import from the layers above it in this list, and not from its own
 LAYERS = [
     {
         "errors",

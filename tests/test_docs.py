@@ -68,6 +68,8 @@ def test_the_readme_names_every_packaged_configuration_and_file():
     readme = (ROOT / "README.md").read_text()
     for path in sorted((ROOT / "src" / "crosslm").glob("*.py")):
         assert path.name == "__init__.py" or f"`{path.name}`" in readme, path.name
+    for folder in (ROOT / "src" / "crosslm").iterdir():
+        assert not folder.is_dir() or folder.name == "__pycache__" or f"`{folder.name}/`" in readme, folder.name
     for name in ("sst2", "imdb", "ag_news", "yahoo_answers", "paper_sst2"):
         assert load(name).name == name
         assert f"`{name}`" in readme

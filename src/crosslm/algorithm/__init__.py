@@ -1,1 +1,1 @@
-"""The paper's equations as pure functions: tensors in, tensors out."""
+"""The paper's equations and our additions to them, as pure functions."""

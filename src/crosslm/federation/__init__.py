@@ -1,1 +1,1 @@
-"""Step 2: how an upload comes and a download goes."""
+"""Step 2, in one process and between machines: the loop, messages and their checks; kits, the server, the silos."""

@@ -1,1 +1,1 @@
-"""Before a run: starting a task, checking what is there, and how much memory it will take."""
+"""Before a run: starting a task, looking for what would stop it, and the memory that it will take."""

@@ -1,1 +1,1 @@
-"""Differentially private training of an SLM, its budget, and the attacks that test what a run gives away."""
+"""DP-SGD for an SLM and its budget, planted sentences, a client's leak check, and what a run tells of all that."""

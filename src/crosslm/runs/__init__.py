@@ -1,1 +1,1 @@
-"""The life of a run: what it needs, keeps, measures and leaves behind, and what is done with it later."""
+"""The life of a run: what it needs, keeps and measures, and what is done with it when it is finished."""
