@@ -62,8 +62,8 @@ CONSTANT_LOGIT = 5.0
 class Overheard(Client):
     """An honest client whose uploads another one gets to see."""
 
-    def __init__(self, heard: list[Upload], *client: Any) -> None:
-        super().__init__(*client)
+    def __init__(self, heard: list[Upload], *client: Any, **settings: Any) -> None:
+        super().__init__(*client, **settings)
         self._heard = heard
 
     def train(self) -> Upload:
@@ -84,8 +84,8 @@ class Absent(Client):
 class Hostile(Client):
     """A client that trains on its rows and uploads something else."""
 
-    def __init__(self, attack: str, heard: list[Upload], *client: Any) -> None:
-        super().__init__(*client)
+    def __init__(self, attack: str, heard: list[Upload], *client: Any, **settings: Any) -> None:
+        super().__init__(*client, **settings)
         self._attack, self._overheard = attack, heard
 
     def train(self) -> Upload:
@@ -109,14 +109,14 @@ class Silos:
     trigger: str
     heard: list[Upload] = dataclasses.field(default_factory=list)
 
-    def __call__(self, client_id: str, private: Examples, slm: SLM, *rest: Any) -> Client:
+    def __call__(self, client_id: str, private: Examples, slm: SLM, *rest: Any, **settings: Any) -> Client:
         """One client."""
         if client_id != self.hostile:
-            return Overheard(self.heard, client_id, private, slm, *rest)
+            return Overheard(self.heard, client_id, private, slm, *rest, **settings)
         if self.attack == NONE:
-            return Absent(client_id, private, slm, *rest)
+            return Absent(client_id, private, slm, *rest, **settings)
         rows = poisoned(private, self.attack, len(slm.labels), self.trigger)
-        return Hostile(self.attack, self.heard, client_id, rows, slm, *rest)
+        return Hostile(self.attack, self.heard, client_id, rows, slm, *rest, **settings)
 
 
 def poisoned(private: Examples, attack: str, labels: int, trigger: str) -> Examples:

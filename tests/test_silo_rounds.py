@@ -208,7 +208,8 @@ def test_a_refused_silo_is_told_without_figures_and_comes_again_as_in_one_proces
     settings, private = silo.settings, silo.private()
     fresh = Silo(kits / "silos" / "silo-1", tmp_path)
     fresh.state = tmp_path / "no state"
-    local = Client(settings.id, private, fresh.slm(), settings.fit, settings.seed, None, settings.acceptance)
+    of_step_1 = (settings.id, private, fresh.slm(), settings.fit, settings.seed)
+    local = Client(*of_step_1, acceptance=settings.acceptance)
     local.train()
     expected, found = local.train(), decode_upload(silo.upload(settings.experiment, 1).read_bytes())
     assert all(weight.equal(found.slm.weights[name]) for name, weight in expected.slm.weights.items())

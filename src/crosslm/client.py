@@ -58,6 +58,7 @@ class Client:
         slm: SLM,
         fit: FitConfig,
         seed: int,
+        *,
         progress: Progress | None = None,
         acceptance: AcceptanceConfig | None = None,
         privacy: PrivateTraining | None = None,

@@ -23,7 +23,6 @@ from crosslm.models.slm import SLM
 from crosslm.models.sources import resolve_device
 from crosslm.privacy.accounting import require_opacus
 from crosslm.privacy.bounds import privacy_summary, told_counts
-from crosslm.records import SyntheticSet
 from crosslm.runs import arrivals, snapshot
 from crosslm.runs.cards import write_cards
 from crosslm.runs.checkpoint import Checkpoints
@@ -36,8 +35,6 @@ from crosslm.runs.rundir import CONFIG, SUMMARY, RunDir, versions
 from crosslm.runs.tracking import tracked, wanted
 from crosslm.server import Server
 from crosslm.support.progress import Display, Progress
-from crosslm.support.seeding import seed_for
-from crosslm.synthesis import synthesize
 from crosslm.task import Task
 
 
@@ -194,7 +191,8 @@ class _Run:
         specs = {name: spec.model_dump() for name, spec in self.specs.items()}
         run.event("start", versions=versions(), specs=specs)
         count = evaluate.base_texts(config)
-        journal.base_pool = self._synthesize("original LLM", count, "base")
+        journal.base_pool = self.meter.texts(self.llm, "original LLM", count, "base")
+        journal.count(journal.base_pool)
         if config.asks_llm or config.gate.teaches:
             with self.progress.stage("generate", "original LLM reads its texts", count, "texts") as advance:
                 texts = journal.base_pool.texts
@@ -229,12 +227,7 @@ class _Run:
         self.journal.base_pool = snapshot.texts_of(get(self._kept["base_pool"]))
         self.journal.base_said = json.loads(get(self._kept["base_said"]))
         self.journal.restore(state["journal"])
-        counted = state["steps"], state["taught"]
-        snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), *counted)
-        self.server.gate = Gate.open(self.config, self.journal.base_pool, self.public)
-        if self.server.gate:
-            snapshot.restore_gate(self.server.gate, get(state["gate"]))
-        snapshot.restore_teachers(self.server, state["teachers"], get)
+        snapshot.go_back_to(self.server, record, Gate.open(self.config, self.journal.base_pool, self.public), get)
         self._clients = state["clients"]
         for client_id, kept in self._clients.items():
             told = None if kept["counts"] is None else tuple(kept["counts"])
@@ -274,11 +267,7 @@ class _Run:
         state = {
             "kept": self._kept,
             "journal": self.journal.state(),
-            "optimizer": put(snapshot.optimizer_bytes(self.server)),
-            "steps": self.server.steps,
-            "taught": self.server.taught,
-            "gate": put(snapshot.gate_bytes(self.server.gate)) if self.server.gate else None,
-            "teachers": snapshot.keep_teachers(self.server, put),
+            **snapshot.server_state(self.server, put),
             "clients": self._clients,
             "bytes_up": self.exchange.bytes_up,
             "bytes_down": self.exchange.bytes_down,
@@ -292,16 +281,13 @@ class _Run:
     # -- the end -----------------------------------------------------------------------------
 
     def _finish(self) -> dict[str, Any]:
-        config, run, journal, before = self.config, self.run, self.journal, dict(self.before)
+        config, run, journal = self.config, self.run, self.journal
         run.save_llm(self.llm)
-        after = self.meter.reading(self.llm, "after")
-        final = self._synthesize("enhanced LLM", config.evaluation.nlg_samples, "final")
-        first = SyntheticSet(journal.base_pool.samples[: config.evaluation.nlg_samples])
-        written = self.meter.writing({"before": first, "after": final}, journal.standalone.items(), journal.judge)
-        for moment, measures in (("before", before), ("after", after)):
-            measures |= written[moment]
-            run.event("llm", moment=moment, arrival=0 if moment == "before" else self.server.steps, **measures)
-        summary = self._summary(before, after)
+        readings = {"before": self.before, "after": self.meter.reading(self.llm, "after")}
+        final = self.meter.texts(self.llm, "enhanced LLM", config.evaluation.nlg_samples, "final")
+        journal.count(final)
+        slms, steps = journal.standalone.items(), self.server.steps
+        summary = self._summary(self.meter.compare(readings, journal.base_pool, final, slms, steps, journal.judge))
         if isinstance(self.llm, CachedLLM):  # the seconds above say nothing then
             summary["llm_cache"] = {"found": self.llm.cache.found, "made": self.llm.cache.made}
         if config.privacy.epsilon is not None and (earlier := run.rolled_back_from()):
@@ -310,7 +296,7 @@ class _Run:
         run.summarise(summary)
         return summary
 
-    def _summary(self, before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
+    def _summary(self, llm: dict[str, dict[str, float]]) -> dict[str, Any]:
         config, journal, exchange = self.config, self.journal, self.exchange
         rows = {name: examples.class_counts(len(self.task.labels)) for name, examples in self.split.private.items()}
         if (how := config.privacy.told_counts) != "exact":
@@ -327,7 +313,7 @@ class _Run:
             | {"total": round(time.perf_counter() - self._started, 2)},
             "slm": {method: evaluate.with_mean(values) for method, values in journal.accuracy.items()},
             "confusion": journal.confusion,
-            "llm": {name: {"before": before.get(name), "after": after.get(name)} for name in LLM_MEASURES},
+            "llm": {name: {when: found.get(name) for when, found in llm.items()} for name in LLM_MEASURES},
             "tokens_generated": journal.tokens_generated,
             "texts_removed": journal.removed,
             "judge_accuracy": self.judge_accuracy,
@@ -348,13 +334,3 @@ class _Run:
             "privacy": privacy_summary(self.run.events()),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-
-    # -- parts -------------------------------------------------------------------------------
-
-    def _synthesize(self, detail: str, count: int, purpose: str) -> SyntheticSet:
-        seed = seed_for(self.config.seed, purpose)
-        with self.progress.stage("generate", self.config.synthesis.described(detail), count, "texts") as advance:
-            texts = synthesize(self.llm, self.task, self.config.synthesis, count, seed, advance)
-        self.journal.count(texts)
-        self.run.save_synthetic(purpose, self.task.labels, texts)
-        return texts

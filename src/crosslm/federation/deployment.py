@@ -30,7 +30,6 @@ from crosslm.runs.rundir import CLOSING_POOL, CONFIG, ENGINE, RunDir, versions
 from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.support.progress import Progress
 from crosslm.support.seeding import seed_for
-from crosslm.synthesis import synthesize
 from crosslm.task import Task
 from crosslm.teachers import stranger_proba
 
@@ -92,7 +91,8 @@ class Deployment:
     def _begin(self) -> None:
         """As a run in one process begins: what the original LLM writes is the gate's probe and the measure of later."""
         self.run.event("start", versions=versions(), engine=ENGINE)
-        self.base = self._synthesize("original LLM", evaluate.base_texts(self.config), "base")
+        self.base = self.meter.texts(self.server.llm, "original LLM", evaluate.base_texts(self.config), "base")
+        self._count(self.base)
         self.before = self.meter.reading(self.server.llm, "before")
         self._base_name = self.checkpoints.put(snapshot.texts_bytes(self.base))
         self.server.gate = Gate.open(self.config, self.base, public_texts(self.config, self._warn))
@@ -110,12 +110,7 @@ class Deployment:
         self.base = snapshot.texts_of(get(self._base_name))
         self.tokens_generated, self.removed = state["tokens_generated"], Counter(state["texts_removed"])
         self.progress.seconds.update(state["seconds"])
-        counted = state["steps"], state["taught"]
-        snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), *counted)
-        self.server.gate = Gate.open(self.config, self.base, public_texts(self.config))
-        if self.server.gate:
-            snapshot.restore_gate(self.server.gate, get(state["gate"]))
-        snapshot.restore_teachers(self.server, state["teachers"], get)
+        snapshot.go_back_to(self.server, record, Gate.open(self.config, self.base, public_texts(self.config)), get)
         cause = record["cause"]
         for arrival in self.spool.of(str(cause.get("client"))):
             if arrival.round == cause["round"] and arrival.state in ("received", "processing"):
@@ -131,11 +126,7 @@ class Deployment:
     def _save(self, cause: dict[str, Any], download: bytes | None) -> None:
         put, server = self.checkpoints.put, self.server
         state = {
-            "steps": server.steps,
-            "taught": server.taught,
-            "optimizer": put(snapshot.optimizer_bytes(server)),
-            "gate": put(snapshot.gate_bytes(server.gate)) if server.gate else None,
-            "teachers": snapshot.keep_teachers(server, put),
+            **snapshot.server_state(server, put),
             "base": self._base_name,
             "before": self.before,
             "download": None if download is None else put(download),
@@ -275,14 +266,12 @@ class Deployment:
             ModelError: the LLM could not write the texts that it is measured by.
         """
         self._completed = True
-        count = self.config.evaluation.nlg_samples
-        self.run.save_llm(self.server.llm)
-        after = self.meter.reading(self.server.llm, "after")
-        final = self._synthesize("enhanced LLM", count, "final")
-        written = {"before": SyntheticSet(self.base.samples[:count]), "after": final}
-        writing = self.meter.writing(written, self._first_uploads())
-        for moment, measures, arrival in (("before", self.before, 0), ("after", after, self.server.steps)):
-            self.run.event("llm", moment=moment, arrival=arrival, **measures, **writing[moment])
+        llm = self.server.llm
+        self.run.save_llm(llm)
+        readings = {"before": self.before, "after": self.meter.reading(llm, "after")}
+        final = self.meter.texts(llm, "enhanced LLM", self.config.evaluation.nlg_samples, "final")
+        self._count(final)
+        self.meter.compare(readings, self.base, final, self._first_uploads(), self.server.steps)
         write_cards(self.run, self.config, self._summary(silos))
         self.summarise(silos)
 
@@ -303,14 +292,6 @@ class Deployment:
         for silo, arrival in first.items():
             if not self.spool.has_no_say(silo, arrival.round):
                 yield silo, receive_slm(decode_upload(self.spool.upload(arrival)), self.task, self.config)
-
-    def _synthesize(self, detail: str, count: int, purpose: str) -> SyntheticSet:
-        seed = seed_for(self.config.seed, purpose)
-        with self.progress.stage("generate", self.config.synthesis.described(detail), count, "texts") as advance:
-            texts = synthesize(self.server.llm, self.task, self.config.synthesis, count, seed, advance)
-        self._count(texts)
-        self.run.save_synthetic(purpose, self.task.labels, texts)
-        return texts
 
     def _count(self, texts: SyntheticSet) -> None:
         self.tokens_generated += texts.tokens_generated

@@ -240,9 +240,17 @@ class Silo(SiloState):
         if settings.privacy.checks_leaks:
             encoder = SentenceEncoder(model_folder(settings.encoder, self.cache), resolve_device(settings.device))
             leaks = LeakCheck(private.texts, settings.privacy, encoder)
-        accept = settings.acceptance
-        hides = settings.privacy.told_counts == "hidden"
-        client = Client(settings.id, private, slm, settings.fit, settings.seed, None, accept, privacy, leaks, 0, hides)
+        client = Client(
+            settings.id,
+            private,
+            slm,
+            settings.fit,
+            settings.seed,
+            acceptance=settings.acceptance,
+            privacy=privacy,
+            leaks=leaks,
+            hides_counts=settings.privacy.told_counts == "hidden",
+        )
         if self.installed:
             counts = self._uploaded(self.installed - 1).counts_of(settings.labels)
             client.restore(slm.to_state(), self.installed, counts, self._told(self.installed))

@@ -1,4 +1,7 @@
-"""What a run measures of each arrival and keeps in its folder: the journal that the loop reports to."""
+"""What a run measures of each arrival and keeps in its folder: the journal that the loop reports to.
+
+Of a run in one process; :mod:`crosslm.federation.deployment` has the journal of a server between machines.
+"""
 
 import logging
 from collections.abc import Callable

@@ -106,5 +106,16 @@ def load_client(
     private = plant(rows, slm.tokenizer, len(config.task.labels), privacy.canaries, config.seed, name)
     training = PrivateTraining(privacy, config.federation.participations) if privacy.epsilon else None
     leaks = LeakCheck(private.texts, privacy, encoder) if encoder is not None and privacy.checks_leaks else None
-    fit, accept, hides = config.slm.private, config.acceptance, privacy.told_counts == "hidden"
-    return make_client(name, private, slm, fit, config.seed, progress, accept, training, leaks, privacy.canaries, hides)
+    return make_client(
+        name,
+        private,
+        slm,
+        config.slm.private,
+        config.seed,
+        progress=progress,
+        acceptance=config.acceptance,
+        privacy=training,
+        leaks=leaks,
+        canaries=privacy.canaries,
+        hides_counts=privacy.told_counts == "hidden",
+    )

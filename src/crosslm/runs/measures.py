@@ -13,6 +13,8 @@ from crosslm.models.slm import SLM
 from crosslm.records import SyntheticSet
 from crosslm.runs.rundir import RunDir
 from crosslm.support.progress import Progress
+from crosslm.support.seeding import seed_for
+from crosslm.synthesis import synthesize
 from crosslm.task import Task
 from crosslm.teachers import stranger_proba
 
@@ -70,6 +72,50 @@ class LLMMeter:
             if judge:
                 right = self._share_right(f"nlg/{moment}/judge", judge, texts.examples())
                 measures[moment]["nlg_judge_accuracy"] = right
+        return measures
+
+    def texts(self, llm: LLM, detail: str, count: int, purpose: str) -> SyntheticSet:
+        """Have the LLM write what it is measured by, and keep it in the run folder.
+
+        Args:
+            llm: as it is now.
+            detail: says which it is.
+            count: texts.
+            purpose: their name in the folder, and part of the seed.
+
+        Raises:
+            ModelError: it writes too few that can be used.
+        """
+        seed = seed_for(self.config.seed, purpose)
+        with self.progress.stage("generate", self.config.synthesis.described(detail), count, "texts") as advance:
+            texts = synthesize(llm, self.task, self.config.synthesis, count, seed, advance)
+        self.run.save_synthetic(purpose, self.task.labels, texts)
+        return texts
+
+    def compare(
+        self,
+        readings: Mapping[str, Mapping[str, float]],
+        base: SyntheticSet,
+        final: SyntheticSet,
+        slms: Iterable[tuple[str, SLM]],
+        steps: int,
+        judge: SLM | None = None,
+    ) -> dict[str, dict[str, float]]:
+        """All measures before and after, each moment's as an event ``llm`` too.
+
+        Args:
+            readings: what :meth:`reading` gave ``before`` and ``after``.
+            base: what the original LLM wrote; as many of them count as ``evaluation.nlg_samples``.
+            final: what it writes after the last step.
+            slms: as :meth:`writing` takes them.
+            steps: of the server, which arrivals are counted by.
+            judge: the independent judge, if there is one.
+        """
+        written = {"before": SyntheticSet(base.samples[: self.config.evaluation.nlg_samples]), "after": final}
+        writing = self.writing(written, slms, judge)
+        measures = {moment: {**reading, **writing[moment]} for moment, reading in readings.items()}
+        for moment, found in measures.items():
+            self.run.event("llm", moment=moment, arrival=0 if moment == "before" else steps, **found)
         return measures
 
     def _share_right(self, name: str, slm: SLM, examples: Examples) -> float:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -109,6 +109,37 @@ def restore_teachers(server: Server, names: list[str], get: Callable[[str], byte
     """The other way round."""
     for name in names:
         server.remember(decode_upload(get(name)))
+
+
+def server_state(server: Server, put: Callable[[bytes], str]) -> dict[str, Any]:
+    """What a checkpoint has of a server beside the adapter; what is large by the name that ``put`` gives it."""
+    return {
+        "steps": server.steps,
+        "taught": server.taught,
+        "optimizer": put(optimizer_bytes(server)),
+        "gate": put(gate_bytes(server.gate)) if server.gate else None,
+        "teachers": keep_teachers(server, put),
+    }
+
+
+def go_back_to(server: Server, record: Mapping[str, Any], gate: Gate | None, get: Callable[[str], bytes]) -> None:
+    """The other way round.
+
+    Args:
+        server: as it was when the run began.
+        record: a checkpoint, whose state has what :func:`server_state` gave.
+        gate: opened as when the run began.
+        get: reads what was kept under a name.
+
+    Raises:
+        RunError: the checkpoint is damaged, or of another LLM.
+    """
+    state = record["state"]
+    restore_server(server, get(record["adapter"]), get(state["optimizer"]), state["steps"], state["taught"])
+    server.gate = gate
+    if gate:
+        restore_gate(gate, get(state["gate"]))
+    restore_teachers(server, state["teachers"], get)
 
 
 def inputs_digest(split: Split) -> str:
