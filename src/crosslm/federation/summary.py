@@ -12,9 +12,8 @@ from crosslm.federation.spool import Spool
 from crosslm.privacy.bounds import privacy_summary
 from crosslm.runs import arrivals
 from crosslm.runs.measures import LLM_MEASURES, peak_memory_bytes
-from crosslm.runs.rundir import ENGINE, RunDir, versions
+from crosslm.runs.rundir import ENGINE, METHODS, RunDir, versions
 
-METHODS = ("standalone", "data_free_kd", "crosslm")
 Event = Mapping[str, Any]
 
 

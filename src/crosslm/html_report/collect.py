@@ -12,7 +12,6 @@ from crosslm.html_report.intervals import Interval, binomial_interval, paired_ga
 from crosslm.runs.rundir import CONFIG, METRICS, RunDir
 
 MAX_SAMPLES = 2000
-METHODS = ("standalone", "data_free_kd", "crosslm")
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from crosslm.html_report.collect import METHODS, RunView
+from crosslm.html_report.collect import RunView
 from crosslm.html_report.findings import findings
 from crosslm.html_report.intervals import Interval
 from crosslm.privacy.bounds import PREFIX, hidden, in_words, privacy_line
-from crosslm.runs.report import AT_THE_SILO, LLM_MEASURES, about_accuracy, measured, moment
-from crosslm.runs.report import METHODS as METHOD_NAMES
+from crosslm.runs.report import AT_THE_SILO, MEASURE_NAMES, METHOD_NAMES, about_accuracy, measured, moment
+from crosslm.runs.rundir import METHODS
 
 LLM_ROWS = {"nlu_accuracy": "nlu_rows", "nlg_judge_accuracy": "nlg_samples"}
 
@@ -51,7 +51,7 @@ def render(views: list[RunView]) -> str:
         script=Markup(script),
         script_hash=digest,
         methods=METHOD_NAMES,
-        llm_measures=LLM_MEASURES,
+        llm_measures=MEASURE_NAMES,
         at_the_silo=AT_THE_SILO,
     )
 
@@ -99,7 +99,7 @@ def llm_rows(view: RunView) -> list[dict[str, Any]]:
         "nlg_samples": view.config.get("evaluation", {}).get("nlg_samples"),
     }
     found = []
-    for key, title in LLM_MEASURES.items():
+    for key, title in MEASURE_NAMES.items():
         moments = view.summary["llm"].get(key, {})
         if moments.get("before") is None or moments.get("after") is None:
             continue

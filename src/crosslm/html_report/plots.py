@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from crosslm.html_report.collect import METHODS, Arrival, RunView
-from crosslm.runs.report import METHODS as METHOD_NAMES
-from crosslm.runs.report import measured
+from crosslm.html_report.collect import Arrival, RunView
+from crosslm.runs.report import METHOD_NAMES, measured
+from crosslm.runs.rundir import METHODS
 
 INK, GRID = "#010101", "#020202"
 SERIES = ("#030303", "#040404", "#050505")

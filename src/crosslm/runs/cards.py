@@ -12,7 +12,7 @@ from crosslm.privacy.bounds import how_told, in_words, of_earlier_run
 from crosslm.runs.rundir import RunDir
 
 TAGS = ["crosslm", "federated-learning", "synthetic-data"]
-METHODS = {"standalone": "private text only", "data_free_kd": "data-free KD", "crosslm": "CrossLM (this model)"}
+METHOD_WORDS = {"standalone": "private text only", "data_free_kd": "data-free KD", "crosslm": "CrossLM (this model)"}
 MEASURES = {
     "nlu_accuracy": "classifies test text right",
     "nlg_accuracy": "writes to the label, say the clients' classifiers",
@@ -71,7 +71,7 @@ def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, A
         summary: what ``summary.json`` holds.
     """
     about = summary["clients"][client]
-    measured = {method: summary["slm"][method].get(client) for method in METHODS}
+    measured = {method: summary["slm"][method].get(client) for method in METHOD_WORDS}
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification",
@@ -81,7 +81,7 @@ def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, A
         eval_results=_results(config, client, measured["crosslm"]),
     )
     rows = in_words(list(about["rows"]), list(about["rows"].values()))
-    known = [(METHODS[method], f"{value:.3f}") for method, value in measured.items() if value is not None]
+    known = [(METHOD_WORDS[method], f"{value:.3f}") for method, value in measured.items() if value is not None]
     accuracy = "Measured at the silo, not known to the server that wrote this card."
     if known:
         accuracy = (

@@ -11,9 +11,9 @@ from rich.text import Text
 from crosslm.privacy.bounds import privacy_line
 from crosslm.support.plain import plain
 
-METHODS = {"standalone": "Standalone", "data_free_kd": "Data-free KD", "crosslm": "CrossLM"}
+METHOD_NAMES = {"standalone": "Standalone", "data_free_kd": "Data-free KD", "crosslm": "CrossLM"}
 AT_THE_SILO = "measured at the silo, not known here"
-LLM_MEASURES = {
+MEASURE_NAMES = {
     "nlu_accuracy": "classifies test text right (NLU, Eq. 1)",
     "nlg_accuracy": "writes to the label, say the clients' SLMs (NLG)",
     "nlg_judge_accuracy": "writes to the label, says an independent judge",
@@ -28,14 +28,14 @@ def slm_table(summary: Mapping[str, Any]) -> Table:
         title=f"SLM accuracy on test text · {summary['task']} · preset {summary['preset']}", title_justify="left"
     )
     table.add_column("client")
-    for name in METHODS.values():
+    for name in METHOD_NAMES.values():
         table.add_column(name, justify="right")
     table.add_column("gain", justify="right")
     slm = summary["slm"]
     for client in slm["crosslm"]:
         if client == "mean":
             table.add_section()
-        values = [slm[method].get(client) for method in METHODS]
+        values = [slm[method].get(client) for method in METHOD_NAMES]
         known = values[-1] is not None and values[0] is not None
         figures = ("–" if value is None else f"{value:.3f}" for value in values)
         table.add_row(client, *figures, f"{values[-1] - values[0]:+.3f}" if known else "–")
@@ -48,7 +48,7 @@ def llm_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("measure")
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
-    for key, title in LLM_MEASURES.items():
+    for key, title in MEASURE_NAMES.items():
         before, after = (summary["llm"].get(key, {}).get(moment) for moment in ("before", "after"))
         if before is not None and after is not None:
             digits = 2 if key == "perplexity" else 3

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
     from crosslm.records import Receipt, SyntheticSet, Upload
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+METHODS = ("standalone", "data_free_kd", "crosslm")
 CLOSING_POOL = "closing-pool"
 """Name of the texts that all learn from when no more uploads come."""
 LOCK, ROLLBACK = ".lock", "rollback.json"

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from crosslm.errors import RunError
 from crosslm.privacy.bounds import hidden
-from crosslm.runs.report import LLM_MEASURES
+from crosslm.runs.report import MEASURE_NAMES
 from crosslm.runs.rundir import METRICS, SUMMARY, RunDir
 from crosslm.support.plain import plain
 
@@ -99,7 +99,7 @@ def _words(event: Event) -> str | None:
                 ends += f" (data-free KD {event['slm/data_free_kd']:.3f})"
             return f"in the end: {event['client']} {ends}"
         case "llm":
-            figures = [f"{name} {event[name]:.3f}" for name in LLM_MEASURES if name in event]
+            figures = [f"{name} {event[name]:.3f}" for name in MEASURE_NAMES if name in event]
             return f"LLM {event['moment']}: {', '.join(figures)}"
         case "warning":
             return f"warning: {event['message']}"
