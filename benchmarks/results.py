@@ -553,7 +553,7 @@ ONE_SEED = (
 
 HEADLINE = """\
 In the mean of the paper's four datasets, with four clients each and small models (preset `recommended`; {seeds} of the
-classifiers for each dataset, and with one the intervals say little of what another would give), a classifier
+classifiers for each dataset), a classifier
 gains **{slm_gain_vs_standalone}** over what its silo has alone, and {slm_gain_vs_data_free_kd} over what the same
 judges and the untrained LLM would have given it (Data-free KD; nobody is asked there whether they accept). The LLM
 classifies {nlu_gain} better, and what it writes fits its label {nlg_judge_gain} more often, by a judge that it was not
@@ -568,7 +568,7 @@ def headline(found: dict) -> str:
     points = {
         name: f"{ours[name]:+.1f} points [{low:+.1f}, {high:+.1f}]" for name, (low, high) in ours["intervals"].items()
     }
-    told = "one seed or more" if seeds == 1 else f"{seeds} seeds or more"
+    told = "at least one seed" if seeds == 1 else f"at least {seeds} seeds"
     return HEADLINE.format_map(points | {"seeds": told, "growth": ours["ptb_growth_percent"]})
 
 
