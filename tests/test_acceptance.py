@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -195,8 +196,8 @@ def holdout(client):
 
 @pytest.mark.parametrize("patience", [0, 2])
 def test_the_held_out_rows_are_those_that_the_training_did_not_see(models, monkeypatch, patience):
-    seen, tried = [], []
-    epoch, held = SLM._epoch, SLM._holdout
+    seen, tried, learned = [], [], []
+    epoch, held, encode = SLM._epoch, SLM._holdout, SLM.encode
 
     def spied(slm, rows, labels, *arguments):
         seen.append(len(rows))
@@ -206,8 +207,13 @@ def test_the_held_out_rows_are_those_that_the_training_did_not_see(models, monke
         tried.append(examples.texts)
         return held(slm, examples, targets)
 
+    def spied_encode(slm, texts):
+        learned.append(Counter(texts))
+        return encode(slm, texts)
+
     monkeypatch.setattr(SLM, "_epoch", spied)
     monkeypatch.setattr(SLM, "_holdout", spied_holdout)
+    monkeypatch.setattr(SLM, "encode", spied_encode)
     fit = FitConfig(epochs=2, batch_size=8, holdout_fraction=0.25, patience=patience)
     client = client_of(models, fit)
     upload = client.train()
@@ -220,6 +226,9 @@ def test_the_held_out_rows_are_those_that_the_training_did_not_see(models, monke
     assert set(seen) == {30}
     assert holdout(client).texts == first
     assert all(texts == first for texts in tried)
+    of_training = [texts for texts in learned if texts.total() == 30]
+    assert len(of_training) == 2
+    assert of_training[0] == of_training[1] == Counter(ROWS.texts) - Counter(first)
 
 
 def test_a_download_that_is_no_download_leaves_the_client_as_it_was(models, task, config, worse):

@@ -46,6 +46,7 @@ LAYERS = [
         "baselines",
         "runs.arrivals",
         "runs.measures",
+        "runs.naming",
         "federation.exchange",
         "federation.messages",
         "federation.strict_json",

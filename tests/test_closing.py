@@ -22,6 +22,7 @@ from crosslm.federation.exchange import Served, close
 from crosslm.federation.flower import gateway, server_processes, silo_processes
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.silo_processes import run_silo
+from crosslm.federation.local import arrival_order
 from crosslm.federation.messages import encode
 from crosslm.federation.silo import Silo
 from crosslm.federation.silo_news import closing_outcome
@@ -157,6 +158,23 @@ def test_a_client_that_declines_it_keeps_and_is_measured_by_what_it_had(closed, 
     assert {about["decision"]["accepted"] for about in summary["clients"].values()} == {at_once}
 
 
+def test_a_baseline_that_fails_in_it_keeps_its_figure_and_the_run_ends_well(closed, tmp_path, monkeypatch):
+    calls, measure = [], journal.data_free_kd
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise UploadError("no memory")
+        return measure(*arguments)
+
+    monkeypatch.setattr(journal, "data_free_kd", fails)
+    summary = run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
+    assert len(events(tmp_path / "run", "closing")) == 2
+    warnings = [event["message"] for event in events(tmp_path / "run", "warning")]
+    assert any("Data-free KD keeps the figure that it had at once: no memory" in message for message in warnings)
+    assert set(summary["slm"]["data_free_kd"]) == {"client-0", "client-1", "mean"}
+
+
 def test_a_client_that_fails_in_it_keeps_what_it_had(closed, tmp_path, monkeypatch):
     installed, install = [], Client.install
 
@@ -178,7 +196,17 @@ def test_a_client_that_fails_in_it_keeps_what_it_had(closed, tmp_path, monkeypat
 def test_who_comes_twice_is_taught_from_its_last_upload_and_leaves_data_free_kd_alone(closed, tmp_path, monkeypatch):
     """Its later uploads know of CrossLM's returns, which Data-free KD must not."""
     closed["federation"] = {"closing": True, "participations": 2}
-    rounds, taught = [], Server.close
+    closed |= {"seed": 3, "reward": {"teachers": 4}}
+    order = arrival_order(["client-0", "client-1"], 2, 3)
+    first = order[0]
+    assert order[:2] == [first, first]
+    rounds, taught, judged, measure = [], Server.close, [], journal.data_free_kd
+
+    def data_free_kd(upload, pool, config, task, encoder, progress, teachers, *others):
+        judged.append({name: member.upload.client_round for name, member in teachers.members.items()})
+        return measure(upload, pool, config, task, encoder, progress, teachers, *others)
+
+    monkeypatch.setattr(journal, "data_free_kd", data_free_kd)
 
     def close_one(server, upload, refusal, closing):
         rounds.append(upload.client_round)
@@ -187,6 +215,7 @@ def test_who_comes_twice_is_taught_from_its_last_upload_and_leaves_data_free_kd_
     monkeypatch.setattr(Server, "close", close_one)
     run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
     assert rounds == [1, 1]
+    assert judged == [{}, {first: 0}]  # though the first one has come twice by then
     assert len(measured(tmp_path / "run", "data_free_kd")) == 2
     assert len(measured(tmp_path / "run", "crosslm")) == 6
 

@@ -286,6 +286,18 @@ def test_another_configuration_or_other_data_are_refused(config, config_file, st
     assert after == before
 
 
+@pytest.mark.parametrize(("section", "name"), [("gate", "public_texts"), ("evaluation", "perplexity_text")])
+def test_other_texts_beside_the_rows_are_refused_too(settings, data_folder, tmp_path, section, name):
+    settings[section] = settings.get(section, {}) | {name: "beside.csv"}
+    (data_folder / "beside.csv").write_text("text,label\na good film.,good\na bad day.,bad\n")
+    config, asked = Config.model_validate(settings), iter([False, True])
+    with pytest.raises(StoppedError):
+        run_local(config, tmp_path / "run", tmp_path, stop_requested=lambda: next(asked))
+    (data_folder / "beside.csv").write_text("text,label\na kind film.,good\na bad day.,bad\n")
+    with pytest.raises(RunError, match="the data files have changed since this run began"):
+        run_local(config, tmp_path / "run", tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("how", ["cut", "changed", "blob cut", "blob gone"])
 def test_a_broken_checkpoint_is_named_and_the_one_before_still_serves(config, stopped, tmp_path, how):
     path = stopped / "checkpoints" / "arrival-0001.json"

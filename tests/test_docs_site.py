@@ -26,6 +26,17 @@ COMMANDS = sorted(
 )
 
 
+LINKS = sorted({(name, link) for name, text in PAGES.items() for link in re.findall(r"\]\(([^)#\s]+)", text)})
+
+
+@pytest.mark.parametrize(("name", "link"), [(name, link) for name, link in LINKS if not link.startswith("http")])
+def test_every_link_leads_to_a_file_of_the_site(name, link):
+    """Else `make docs`, to which a warning is an error, stops."""
+    target = (DOCS / link).resolve()
+    assert target.is_relative_to(DOCS), name
+    assert target.exists() or target.name == "commands.md", name  # that one is written when the site is built
+
+
 @pytest.fixture(scope="module")
 def reference():
     spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import crosslm
-from crosslm.runs import rundir
+from crosslm.support import provenance
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -100,6 +100,6 @@ def test_a_source_that_was_never_installed_can_make_a_run(monkeypatch):
             raise PackageNotFoundError(package)
         return "1.2.3"
 
-    monkeypatch.setattr(rundir, "version", of_others)
-    assert rundir.versions()["crosslm"] == crosslm.__version__
-    assert rundir.versions()["torch"] == "1.2.3"
+    monkeypatch.setattr(provenance, "version", of_others)
+    assert provenance.versions()["crosslm"] == crosslm.__version__
+    assert provenance.versions()["torch"] == "1.2.3"

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,10 +89,49 @@ def test_one_slm_an_arrival_in_the_seeds_order(clients):
 
 
 def test_what_is_returned_is_installed_and_trained_on_next_time(clients, monkeypatch):
-    before = clients[0].slm
-    run(clients, EchoServer())
+    before, began, fit = clients[0].slm, [], SLM.fit
+
+    def spied(slm, *arguments, **settings):
+        began.append((slm, {name: value.clone() for name, value in slm.model.state_dict().items()}))
+        return fit(slm, *arguments, **settings)
+
+    monkeypatch.setattr(SLM, "fit", spied)
+    server, returned = EchoServer(), []
+    step = server.step
+
+    def keep(upload):
+        download, record = step(upload)
+        returned.append((upload.client_id, download))
+        return download, record
+
+    monkeypatch.setattr(server, "step", keep)
+    run(clients[:1], server, participations=2)
     assert clients[0].slm is not before
-    assert clients[0].rounds == 1
+    assert clients[0].rounds == 2
+    (first, _), (second, weights) = began
+    assert first is before
+    assert second is not before
+    assert all(torch.equal(value, weights[name]) for name, value in returned[0][1].slm.weights.items())
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), KeyboardInterrupt()])
+def test_a_training_that_fails_leaves_the_slm_as_it_was(clients, monkeypatch, error):
+    client, epoch, calls = clients[0], SLM._epoch, []
+    client._fit = FitConfig(epochs=2, patience=0)
+    before = {name: value.clone() for name, value in client.slm.model.state_dict().items()}
+
+    def fails(slm, *arguments):
+        calls.append(slm)
+        if len(calls) == 2:
+            assert any(not torch.equal(value, before[name]) for name, value in slm.model.state_dict().items())
+            raise error
+        return epoch(slm, *arguments)
+
+    monkeypatch.setattr(SLM, "_epoch", fails)
+    with pytest.raises(type(error)):
+        client.train()
+    assert client.rounds == 0
+    assert all(torch.equal(value, before[name]) for name, value in client.slm.model.state_dict().items())
 
 
 def test_a_client_that_fails_delays_nobody(clients, monkeypatch):

@@ -72,6 +72,13 @@ def test_removal_reason(text, raw, finished, expected):
     assert removal_reason(text, raw, 'Write a good text: "', finished) == expected
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text"), [("Sports:", "Sports fans cheered."), ('A good film: "', "It was a good film.")]
+)
+def test_the_words_of_a_short_prompt_may_stand_in_a_text_of_its_label(prompt, text):
+    assert removal_reason(text, text, prompt, True) is None
+
+
 def test_the_tokens_of_a_text_that_was_cut_end_where_it_ends():
     pieces = ["One", " sentence", ".", " Another", " that"]
     tokens = tokens_of("One sentence.", range(5), lambda ids: "".join(pieces[place] for place in ids))

@@ -11,7 +11,8 @@ from transformers import AutoModelForSequenceClassification
 
 from crosslm.errors import ModelError
 from crosslm.models import sources
-from crosslm.runs.rundir import RunDir, next_free
+from crosslm.runs.naming import next_free
+from crosslm.runs.rundir import RunDir
 from crosslm.support.quiet import quiet_libraries
 
 AMOUNTS = [part for amount in TINY_AMOUNTS for part in ("--set", amount)]

@@ -108,7 +108,7 @@ class Client:
         self._hides_counts = hides_counts
 
     def train(self) -> Upload:
-        """Step 1: train the SLM on the private text, and pack it for upload.
+        """Step 1: train the SLM on the private text, and pack it for upload. Where that fails the SLM is as it was.
 
         Raises:
             ConfigError: under DP, the budget is spent.
@@ -119,11 +119,17 @@ class Client:
         if self._acceptance.enabled and split is None:
             training = self._private.take(self._split()[0])
         rows = len(training) * self._fit.epochs
-        with self._progress.stage("train SLM on private text", self.id, rows, "rows") as advance:
-            if self._privacy:
-                metrics = self._privacy.fit(self.slm, training, self._fit, seed, advance)
-            else:
-                metrics = self.slm.fit(training, self._fit, seed, advance, canaries=self._canaries, split=split)
+        before = {name: value.clone() for name, value in self.slm.model.state_dict().items()}
+        try:
+            with self._progress.stage("train SLM on private text", self.id, rows, "rows") as advance:
+                if self._privacy:
+                    metrics = self._privacy.fit(self.slm, training, self._fit, seed, advance)
+                else:
+                    metrics = self.slm.fit(training, self._fit, seed, advance, canaries=self._canaries, split=split)
+        except BaseException:  # what a private row has changed must not be in a later upload, uncounted under DP
+            self.slm.model.load_state_dict(before)
+            self.slm.model.eval()
+            raise
         counts = tuple(self._private.class_counts(len(self.slm.labels)))
         if self._privacy:
             counts = self._privacy.class_counts(counts)

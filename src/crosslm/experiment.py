@@ -31,10 +31,11 @@ from crosslm.runs.llm_cache import CachedLLM, CachedServer, LLMCache
 from crosslm.runs.loaded import Loaded, load_models
 from crosslm.runs.measures import LLM_MEASURES, LLMMeter, peak_memory_bytes
 from crosslm.runs.preparation import Prepared, check_same, class_report, describe_spec, prepare
-from crosslm.runs.rundir import CONFIG, SUMMARY, RunDir, versions
+from crosslm.runs.rundir import CONFIG, SUMMARY, RunDir
 from crosslm.runs.tracking import tracked, wanted
 from crosslm.server import Server
 from crosslm.support.progress import Display, Progress
+from crosslm.support.provenance import versions
 from crosslm.task import Task
 
 
@@ -120,6 +121,7 @@ class _Run:
         self.run, self.progress, self.stop_requested = run, progress, stop_requested
         self.checkpoints = Checkpoints(run, config.checkpoint.keep)
         self.task = Task.from_config(config.task)
+        self.inputs = snapshot.inputs_digest(prepared.split, prepared.public, prepared.perplexity_text)
         rows = evaluate.nlu_rows(config, self.split.test)
         self.meter = LLMMeter(run, config, self.task, progress, rows, prepared.perplexity_text)
         self._started = started  # before the data and the models were loaded
@@ -205,7 +207,7 @@ class _Run:
             "base_pool": put(snapshot.texts_bytes(journal.base_pool)),
             "base_said": put(json.dumps(journal.base_said).encode()),
             "before": self.before,
-            "inputs": snapshot.inputs_digest(self.split),
+            "inputs": self.inputs,
         }
         self.server.gate = Gate.open(config, journal.base_pool, self.public)
         self.exchange.go_on(0, run.barred())
@@ -215,7 +217,7 @@ class _Run:
     def _restore(self, record: dict[str, Any]) -> None:
         state, get = record["state"], self.checkpoints.get
         self._kept = state["kept"]
-        if self._kept["inputs"] != snapshot.inputs_digest(self.split):
+        if self._kept["inputs"] != self.inputs:
             raise RunError(
                 f"{self.run.path}: the data files have changed since this run began; put them back as they were"
             )

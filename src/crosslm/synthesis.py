@@ -14,6 +14,8 @@ from crosslm.support.seeding import seed_for
 from crosslm.task import Task
 
 REDRAW_CANDIDATES = 8
+ECHO = 4
+"""Words that a prompt has at least if a text with all of them in it is its echo: one on sports may say "sports"."""
 SENTENCE_END = re.compile(r"[.!?؟۔।॥]['\")\]]*(?=\s|$)|[。！？]['\")\]」』”’）]*")
 """Where a sentence ends: before white space, in Chinese and Japanese without it."""
 
@@ -59,12 +61,13 @@ def removal_reason(text: str, raw: str, prompt: str, finished: bool) -> str | No
     """Why a text cannot be used, or None.
 
     ``empty``: no letter or digit before it ended. ``truncated``: it reached the maximum length
-    within its first sentence, so that nothing whole is left. ``echo``: it repeats the prompt.
+    within its first sentence, so that nothing whole is left. ``echo``: it repeats the prompt, if that is
+    long enough (:data:`ECHO`).
     """
     if not any(character.isalnum() for character in text):
         return "truncated" if not finished and raw.strip() else "empty"
     words = " ".join(prompt.split()).strip(" \"':").lower()
-    return "echo" if words and words in text.lower() else None
+    return "echo" if len(words.split()) >= ECHO and words in text.lower() else None
 
 
 def is_hopeless(missing: int, written: int, candidates: int, left: int) -> bool:

@@ -143,8 +143,8 @@ def select_top(
             it the labels are not looked at, as in the paper.
 
     Returns:
-        ``(ceil(fraction * texts),)`` indices, fewer with ``"drop"``, by at most c - 1 more or fewer
-        with ``labels``. Ties go to the earlier text.
+        ``(ceil(fraction * texts),)`` indices; fewer with ``"drop"``. With ``labels`` at most c - 1 more; and fewer
+        where a label has fewer texts than its share, since of the others as many are taken. Ties go to the earlier text.
     """
     order = torch.argsort(scores, descending=True, stable=True)
     if labels is None:

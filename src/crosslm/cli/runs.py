@@ -20,7 +20,8 @@ from crosslm.cli.stopping import StopRequest
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.errors import StoppedError
-from crosslm.runs.rundir import CONFIG, RunDir, last_unfinished, next_free
+from crosslm.runs.naming import last_unfinished, next_free
+from crosslm.runs.rundir import CONFIG, RunDir
 from crosslm.support.quiet import quiet_libraries
 
 ResumeOption = Annotated[

@@ -26,9 +26,10 @@ from crosslm.runs.cards import write_cards
 from crosslm.runs.checkpoint import Checkpoints
 from crosslm.runs.measures import LLMMeter, measure_slm
 from crosslm.runs.preparation import measured_on, original_llm, public_texts
-from crosslm.runs.rundir import CLOSING_POOL, CONFIG, ENGINE, RunDir, versions
+from crosslm.runs.rundir import CLOSING_POOL, CONFIG, ENGINE, RunDir
 from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.support.progress import Progress
+from crosslm.support.provenance import versions
 from crosslm.support.seeding import seed_for
 from crosslm.task import Task
 from crosslm.teachers import stranger_proba

@@ -12,7 +12,8 @@ from crosslm.federation.spool import Spool
 from crosslm.privacy.bounds import privacy_summary
 from crosslm.runs import arrivals
 from crosslm.runs.measures import LLM_MEASURES, peak_memory_bytes
-from crosslm.runs.rundir import ENGINE, METHODS, RunDir, versions
+from crosslm.runs.rundir import ENGINE, METHODS, RunDir
+from crosslm.support.provenance import versions
 
 Event = Mapping[str, Any]
 

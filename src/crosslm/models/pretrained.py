@@ -1,4 +1,4 @@
-"""The body that a classifier starts from, with a head for the task's labels."""
+"""A classifier's model and tokenizer: pretrained, with a head for the task's labels, or as they travelled."""
 
 import logging
 import re
@@ -7,12 +7,21 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from crosslm.config import SLMSpec
-from crosslm.errors import ModelError
+from crosslm.errors import ModelError, UploadError
+from crosslm.models.architecture import special_tokens
 from crosslm.models.loading import loading
 from crosslm.models.pooling import check_pooling, pool_by_mean
+from crosslm.records import SlmState
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +57,37 @@ def pretrained_classifier(
             if pooling == "mean":
                 pool_by_mean(model)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    agree_on_padding(model, tokenizer)
+    return model, tokenizer
+
+
+def travelled_classifier(state: SlmState) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model as it came from elsewhere, and its tokenizer. No code comes with it.
+
+    Raises:
+        UploadError: the architecture is unknown, or the weights do not fit it.
+    """
+    architecture = dict(state.architecture)
+    model_type = architecture.pop("model_type", None)
+    if "auto_map" in architecture:
+        raise UploadError(f"the SLM ({model_type}) names code to load (auto_map); it must be one of transformers")
+    try:
+        config = AutoConfig.for_model(model_type, **architecture)
+        with torch.random.fork_rng():
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        model.load_state_dict(state.weights, strict=True)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(state.tokenizer["tokenizer.json"]),
+            **special_tokens(state.tokenizer["tokenizer_config.json"]),
+        )
+    except Exception as error:
+        raise UploadError(f"the SLM ({model_type}) cannot be rebuilt; use another model: {error}") from error
+    if model.config.num_labels != len(state.labels):
+        raise UploadError(
+            f"the SLM has {model.config.num_labels} outputs; it must have one for each of {list(state.labels)}"
+        )
+    model.config.id2label = dict(enumerate(state.labels))
+    model.config.label2id = {label: index for index, label in enumerate(state.labels)}
     agree_on_padding(model, tokenizer)
     return model, tokenizer
 

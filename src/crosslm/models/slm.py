@@ -6,24 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     get_linear_schedule_with_warmup,
 )
 
 from crosslm.config import Config, FitConfig, SLMSpec
 from crosslm.data.examples import Examples
-from crosslm.errors import UploadError
-from crosslm.models.architecture import SPECIAL_TOKENS, longest_text, output_layer, special_tokens, travelling
+from crosslm.models.architecture import SPECIAL_TOKENS, longest_text, output_layer, travelling
 from crosslm.models.batches import batches, hold_out
-from crosslm.models.pretrained import agree_on_padding, pretrained_classifier
+from crosslm.models.pretrained import agree_on_padding, pretrained_classifier, travelled_classifier
 from crosslm.records import SlmState
 
 HEAD_SPREAD = 0.02  # of the weights of a new output layer, as transformers has it for BERT
@@ -287,28 +283,7 @@ class SLM:
             UploadError: the architecture is unknown, or the weights do not fit it.
             ValueError: its labels are others.
         """
-        architecture = dict(state.architecture)
-        model_type = architecture.pop("model_type", None)
-        if "auto_map" in architecture:
-            raise UploadError(f"the SLM ({model_type}) names code to load (auto_map); it must be one of transformers")
-        try:
-            config = AutoConfig.for_model(model_type, **architecture)
-            with torch.random.fork_rng():
-                model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-            model.load_state_dict(state.weights, strict=True)
-            tokenizer = PreTrainedTokenizerFast(
-                tokenizer_object=Tokenizer.from_str(state.tokenizer["tokenizer.json"]),
-                **special_tokens(state.tokenizer["tokenizer_config.json"]),
-            )
-        except Exception as error:
-            raise UploadError(f"the SLM ({model_type}) cannot be rebuilt; use another model: {error}") from error
-        if model.config.num_labels != len(state.labels):
-            raise UploadError(
-                f"the SLM has {model.config.num_labels} outputs; it must have one for each of {list(state.labels)}"
-            )
-        model.config.id2label = dict(enumerate(state.labels))
-        model.config.label2id = {label: index for index, label in enumerate(state.labels)}
-        agree_on_padding(model, tokenizer)
+        model, tokenizer = travelled_classifier(state)
         slm = cls(model.to(device), tokenizer, state.labels, state.max_length)
         slm.order_labels(labels)
         return slm

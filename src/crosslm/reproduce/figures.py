@@ -12,7 +12,7 @@ from crosslm.support.seeding import seed_for
 
 OWN_STANDALONE, DATA_FREE_KD, CROSSLM, RETURNED = range(4)
 BEFORE, AFTER = range(2)
-STANDALONE, ENHANCED = range(2)
+BASELINE, ENHANCED = range(2)
 Seeds = dict[int, dict[str, Any]]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from crosslm.config import Preset
 from crosslm.reproduce.benchmarks import BENCHMARKS
 from crosslm.reproduce.bootstrap import Array, Means, average, estimate, worst
-from crosslm.reproduce.figures import AFTER, BEFORE, CROSSLM, DATA_FREE_KD, ENHANCED, STANDALONE, Figures
+from crosslm.reproduce.figures import AFTER, BASELINE, BEFORE, CROSSLM, DATA_FREE_KD, ENHANCED, Figures
 from crosslm.reproduce.plan import PRESET_NAMES, Choice, variations
 from crosslm.reproduce.tables import Part, Statistic, change, growth, ratio
 
@@ -60,9 +60,9 @@ def _parts(figures: Figures, choice: Choice, preset: Preset) -> dict[str, Part]:
     skewed = {task: variations("skew", choice, task, preset)[smallest].name for task in choice.scale.skew.tasks}
     changes = [figures.benchmark(name, task, preset) for name in BENCHMARKS for task in tasks]
     return {
-        "slm_gain_vs_standalone": _mean([figures.gain(task, preset) for task in tasks], change(ENHANCED, STANDALONE)),
+        "slm_gain_vs_standalone": _mean([figures.gain(task, preset) for task in tasks], change(ENHANCED, BASELINE)),
         "slm_gain_vs_data_free_kd": _mean(slm, change(CROSSLM, DATA_FREE_KD)),
-        "slm_gain_vs_data_free_kd_of_paper": _mean(over_paper, change(ENHANCED, STANDALONE)),
+        "slm_gain_vs_data_free_kd_of_paper": _mean(over_paper, change(ENHANCED, BASELINE)),
         "nlu_gain": _mean([figures.nlu(task, preset) for task in tasks], change(AFTER, BEFORE)),
         "nlg_judge_gain": _mean([figures.nlg(task, preset, judge=True) for task in tasks], change(AFTER, BEFORE)),
         "generalization_min_change": _worst(changes, change(AFTER, BEFORE), np.min),

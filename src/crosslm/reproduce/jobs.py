@@ -23,9 +23,8 @@ from crosslm.models.sources import resolve_device
 from crosslm.reproduce.plan import RUN, Cell, Choice
 from crosslm.reproduce.store import Store
 from crosslm.reproduce.work import do, settings_of
-from crosslm.runs.rundir import versions
 from crosslm.support.progress import Display, Silent
-from crosslm.support.provenance import commit, machine
+from crosslm.support.provenance import commit, machine, versions
 from crosslm.support.quiet import quiet_libraries
 
 

@@ -18,8 +18,9 @@ from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, resolve_device
 from crosslm.records import SyntheticText
+from crosslm.runs.naming import next_free
 from crosslm.runs.preparation import original_llm
-from crosslm.runs.rundir import CONFIG, RunDir, next_free
+from crosslm.runs.rundir import CONFIG, RunDir
 from crosslm.support.progress import Display, Progress
 from crosslm.support.seeding import seed_for
 from crosslm.synthesis import synthesize

@@ -26,6 +26,7 @@ from crosslm.runs.rundir import CLOSING_POOL, RunDir
 from crosslm.runs.snapshot import slm_bytes
 from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.support.progress import Progress
+from crosslm.teachers import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +80,23 @@ class RunJournal:
         if may_judge is None:
             may_judge = server.gate is None or not self.config.gate.teaches or server.gate.lets_in(slm, upload)
         judges = dict(server.teachers.members)
+        server.teachers.members = self._as_they_came_first(judges)
         try:
             return data_free_kd(
                 upload, pool, self.config, self.task, server.encoder, self.progress, server.teachers, said, may_judge
             )
         finally:
             server.teachers.members = judges  # a judge that fails on a text of the baseline's is none of its business
+
+    def _as_they_came_first(self, judges: dict[str, Teacher]) -> dict[str, Teacher]:
+        """What clients upload later knows of CrossLM's returns, which Data-free KD must not."""
+        return {
+            who: Teacher(decode_upload(self.checkpoints.get(self._first[who])), self.standalone[who])
+            if judge.upload.client_round
+            else judge
+            for who, judge in judges.items()
+            if not judge.upload.client_round or who in self._first  # else its first one was no judge
+        }
 
     def served(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """Keep what the step wrote, and measure the SLM that goes back."""
@@ -153,7 +165,10 @@ class RunJournal:
             self.run.save_slm(who, returned)
         if accepted and self.config.federation.participations == 1:
             slm = receive_slm(upload, self.task, self.config)
-            self._test("data_free_kd", who, self._data_free_kd(slm, upload, may_judge=not record.refusal))
+            try:
+                self._test("data_free_kd", who, self._data_free_kd(slm, upload, may_judge=not record.refusal))
+            except UploadError as error:  # the baseline's failure is not the run's
+                self.not_closed(f"client {who}: Data-free KD keeps the figure that it had at once: {error}")
         measures = {f"slm/{name}": self.accuracy[name][who] for name in ("data_free_kd", "crosslm")}
         self.run.event("closing", client=who, accepted=accepted, **measures, **download.metrics)
         self.progress.note(

@@ -20,9 +20,9 @@ from crosslm.errors import RunError
 from crosslm.models.llm import LLM
 from crosslm.records import SyntheticSet
 from crosslm.runs import snapshot
-from crosslm.runs.rundir import versions
 from crosslm.server import Server
 from crosslm.support.files import alone, write_whole
+from crosslm.support.provenance import versions
 
 
 class LLMCache:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosslm import __version__
 from crosslm.config import Config
 from crosslm.errors import RunError
 from crosslm.support.files import (
@@ -371,35 +368,3 @@ def _writing(target: Path) -> Iterator[None]:
         raise RunError(
             f"{target}: cannot be written: {why}; nothing that was there is lost: make room, and go on with --resume"
         ) from error
-
-
-def next_free(folder: Path, name: str) -> Path:
-    """``folder/name-1``, or the next number that is free."""
-    number = 1
-    while _is_taken(folder / f"{name}-{number}"):
-        number += 1
-    return folder / f"{name}-{number}"
-
-
-def _is_taken(path: Path) -> bool:
-    """Whether anything is there but the lock of a run that did not begin (a model could not be loaded, say)."""
-    if not path.is_dir() or [entry.name for entry in path.iterdir()] != [LOCK]:
-        return path.exists()
-    return RunDir(path).is_locked()
-
-
-def last_unfinished(folder: Path, name: str) -> Path | None:
-    """The newest of ``folder/name-1``, ``-2``, ... if its run is not complete."""
-    number = 1
-    while _is_taken(folder / f"{name}-{number}"):
-        number += 1
-    last = folder / f"{name}-{number - 1}"
-    return last if number > 1 and (last / CONFIG).is_file() and not (last / SUMMARY).exists() else None
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run's numbers depend on."""
-    packages = ("torch", "transformers", "peft", "sentence-transformers", "tokenizers", "numpy")
-    # crosslm itself may be run from its source, not installed
-    own = {"python": platform.python_version(), "crosslm": __version__}
-    return own | {package: version(package) for package in packages}

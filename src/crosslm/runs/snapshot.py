@@ -142,9 +142,10 @@ def go_back_to(server: Server, record: Mapping[str, Any], gate: Gate | None, get
     restore_teachers(server, state["teachers"], get)
 
 
-def inputs_digest(split: Split) -> str:
-    """SHA-256 over all labelled text of a run: tells whether a file has changed since."""
+def inputs_digest(split: Split, public: Examples, perplexity_text: str | None) -> str:
+    """SHA-256 over all text that a run reads, but for that of ``llm.vocabulary_texts``: has a file changed since?"""
     everything: dict[str, Any] = asdict(split) | {"warnings": []}
+    everything |= {"public": asdict(public), "perplexity_text": perplexity_text}
     return "sha256:" + hashlib.sha256(json.dumps(everything).encode("utf-8", "surrogatepass")).hexdigest()
 
 

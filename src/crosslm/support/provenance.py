@@ -1,12 +1,15 @@
-"""Where a figure comes from: machine, commit and date."""
+"""Where a figure comes from: machine, commit, date, and versions of libraries."""
 
 import os
 import platform
 import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from crosslm import __version__
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -43,6 +46,14 @@ def commit() -> str:
 def provenance(device: str = "cpu") -> dict[str, str]:
     """Commit, machine and date."""
     return {"commit": commit(), "machine": machine(device), "date": time.strftime("%Y-%m-%d")}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    packages = ("torch", "transformers", "peft", "sentence-transformers", "tokenizers", "numpy")
+    # crosslm itself may be run from its source, not installed
+    own = {"python": platform.python_version(), "crosslm": __version__}
+    return own | {package: version(package) for package in packages}
 
 
 def _git(*arguments: str) -> str | None:
