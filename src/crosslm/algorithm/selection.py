@@ -144,7 +144,7 @@ def select_top(
 
     Returns:
         ``(ceil(fraction * texts),)`` indices; fewer with ``"drop"``. With ``labels`` at most c - 1 more; and fewer
-        where a label has fewer texts than its share, since of the others as many are taken. Ties go to the earlier text.
+        where a label has fewer texts than its share, since as many of each are taken. Ties go to the earlier text.
     """
     order = torch.argsort(scores, descending=True, stable=True)
     if labels is None:
