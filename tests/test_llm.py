@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -394,3 +395,30 @@ def test_a_model_that_reads_pictures_is_refused_before_it_is_loaded(tmp_path):
     Gemma3Config().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"reads pictures too, which crosslm does not support; choose a model of text"):
         LLM.load(str(tmp_path), LLMConfig(model=str(tmp_path)), 0)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_an_interpolated_llm_lies_between_the_original_and_the_trained_one(models, family, adapter):
+    llm = tiny_llm(models, family, adapter=adapter)
+    disturb(llm)
+    before = {name: value.clone() for name, value in llm.model.state_dict().items()}
+
+    def of_the_first_adapted_layer(model):
+        weights = model.named_parameters()
+        return next(
+            value for name, value in weights if re.search(r"(q_proj|c_attn)(.base_layer)?.weight", name)
+        ).clone()
+
+    def merged():
+        with llm._merged() as model:
+            return of_the_first_adapted_layer(model)
+
+    with llm._reference() as reference:
+        original = of_the_first_adapted_layer(reference)
+    trained = merged()
+    assert (trained - original).abs().max() > 1e-3
+    with llm.interpolated(0.25):
+        torch.testing.assert_close(merged(), 0.75 * original + 0.25 * trained, atol=1e-6, rtol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in llm.model.state_dict().items())
+    with llm.interpolated(1.0):
+        assert torch.equal(merged(), trained)

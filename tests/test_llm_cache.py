@@ -7,12 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tomli_w
+import torch
+from safetensors.torch import load_file
 
 from crosslm.config import Config, merged
 from crosslm.errors import RunError
 from crosslm.experiment import run_local
 from crosslm.models.llm import LLM
 from crosslm.runs import llm_cache
+from crosslm.runs.reevaluate import evaluate_run
+from crosslm.runs.rundir import RunDir
 from crosslm.server import Server
 
 OTHER_STEP_5 = {"slm": {"synthetic": {"epochs": 3}}, "selection": {"class_balance": True}}
@@ -94,6 +98,24 @@ def test_what_the_llm_would_do_otherwise_is_done(settings, tmp_path, first, chan
     # what does not depend on it is found, but that each word of the LLM does on its adapter's size
     assert (found["llm_cache"]["found"] > 0) == ("lora_alpha" not in change.get("llm", {}))
     assert figures(found) == figures(run(other, tmp_path, "without"))
+
+
+def test_the_llm_that_a_run_ends_with_is_interpolated_and_nothing_before_it(settings, tmp_path, first):
+    whole, half = (merged(settings, {"llm": {"interpolation": share}}) for share in (1.0, 0.5))
+    trained, found = (
+        run(each, tmp_path, f"to {each['llm']['interpolation']}", llm_cache=first[1]) for each in (whole, half)
+    )
+    assert found["slm"] == trained["slm"]
+    assert found["llm_cache"]["found"] > 0  # all that the LLM did while it learned, the updates among it
+    weights = [load_file(tmp_path / name / "llm" / "adapter_model.safetensors") for name in ("to 1.0", "to 0.5")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value * 0.5 if "lora_B" in name else value, rtol=0, atol=0)
+    assert any(value.any() for name, value in weights[0].items() if "lora_B" in name)
+    again = evaluate_run(RunDir.open(tmp_path / "to 0.5"), tmp_path)
+    assert again["llm/nlu_accuracy"] == found["llm"]["nlu_accuracy"]["after"]
+    assert (tmp_path / "to 0.5/synthetic/final.jsonl").read_bytes() != (
+        tmp_path / "to 1.0/synthetic/final.jsonl"
+    ).read_bytes()
 
 
 def test_with_another_library_all_is_done_anew(settings, tmp_path, first, monkeypatch):

@@ -54,7 +54,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},
     "recommended": {
         "reward": {"baseline": "leave_one_out", "correct_prior": True, "teachers": 4},
-        "llm": {"generation_floor": 5.0, "gamma_kl": 0.1},
+        "llm": {"generation_floor": 5.0, "gamma_kl": 0.1, "interpolation": 0.7},
         "selection": {"class_balance": True, "fraction": 1.0},
         "slm": {"soft_labels": True, "llm_judges": True},
         "federation": {"closing": True},

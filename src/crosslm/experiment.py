@@ -284,9 +284,10 @@ class _Run:
 
     def _finish(self) -> dict[str, Any]:
         config, run, journal = self.config, self.run, self.journal
-        run.save_llm(self.llm)
-        readings = {"before": self.before, "after": self.meter.reading(self.llm, "after")}
-        final = self.meter.texts(self.llm, "enhanced LLM", config.evaluation.nlg_samples, "final")
+        with self.llm.interpolated(config.llm.interpolation):
+            run.save_llm(self.llm)
+            readings = {"before": self.before, "after": self.meter.reading(self.llm, "after")}
+            final = self.meter.texts(self.llm, "enhanced LLM", config.evaluation.nlg_samples, "final")
         journal.count(final)
         slms, steps = journal.standalone.items(), self.server.steps
         summary = self._summary(self.meter.compare(readings, journal.base_pool, final, slms, steps, journal.judge))

@@ -268,9 +268,10 @@ class Deployment:
         """
         self._completed = True
         llm = self.server.llm
-        self.run.save_llm(llm)
-        readings = {"before": self.before, "after": self.meter.reading(llm, "after")}
-        final = self.meter.texts(llm, "enhanced LLM", self.config.evaluation.nlg_samples, "final")
+        with llm.interpolated(self.config.llm.interpolation):
+            self.run.save_llm(llm)
+            readings = {"before": self.before, "after": self.meter.reading(llm, "after")}
+            final = self.meter.texts(llm, "enhanced LLM", self.config.evaluation.nlg_samples, "final")
         self._count(final)
         self.meter.compare(readings, self.base, final, self._first_uploads(), self.server.steps)
         write_cards(self.run, self.config, self._summary(silos))

@@ -178,6 +178,39 @@ class LLM:
         hidden = self._hidden(self._causal().base_model, ids, attention)[mask]
         return _unflatten(head_logps(hidden, self._head(), ids[:, 1:][mask]), mask), mask
 
+    # -- when it has learned -----------------------------------------------------------------
+
+    @contextmanager
+    def interpolated(self, share: float) -> Iterator[None]:
+        """Within it the weights lie between theta_old and theta: ``theta_old + share * (theta - theta_old)``.
+
+        With LoRA that is the adapter's product B A times the share, exactly. Afterwards they are theta again.
+        Wortsman et al., "Robust fine-tuning of zero-shot models", 2022.
+
+        Args:
+            share: of the weights as trained, in (0, 1].
+
+        Raises:
+            ModelError: the adapter has trained weights of another kind, which cannot be scaled.
+        """
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        if self._frozen is None:
+            if others := [name for name in trained if "lora_A" not in name and "lora_B" not in name]:
+                raise ModelError(f"{others[0]}: only lora_A and lora_B can be interpolated (llm.interpolation)")
+            trained = {name: value for name, value in trained.items() if "lora_B" in name}
+        frozen = {} if self._frozen is None else dict(self._frozen.named_parameters())
+        before = {name: value.detach().clone() for name, value in trained.items()} if share < 1 else {}
+        try:
+            with torch.no_grad():
+                for name in before:
+                    original = frozen.get(name, torch.zeros_like(trained[name]))
+                    trained[name].lerp_(original.to(trained[name]), 1 - share)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in before.items():
+                    trained[name].copy_(weight)
+
     # -- what it knows -----------------------------------------------------------------------
 
     @torch.inference_mode()

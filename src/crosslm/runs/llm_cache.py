@@ -158,7 +158,9 @@ class CachedServer(Server):
             "rewards": rewards.tolist(),
             "seed": seed,
             "statements": self.task.statements,
-            "config": self.config.llm.model_dump(mode="json"),
+            "config": self.config.llm.model_dump(
+                mode="json", exclude={"interpolation"}
+            ),  # that comes when all is learned
         }
         key, cache = self.llm.key("update", optimizer=moments, **arguments), self.llm.cache
         kept: list[dict[str, float]] | None = cache.get(key)
