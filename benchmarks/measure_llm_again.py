@@ -83,7 +83,7 @@ def _measured(cell: dict[str, Any], folder: Path, result: Path) -> dict[str, Any
         reading = meter.reading(llm, "after")
         final = meter.texts(llm, "enhanced LLM", config.evaluation.nlg_samples, "final")
     judged = {name.rsplit("/", 1)[1] for name in cell["figures"]["correct"] if name.startswith("nlg/after/slm/")}
-    slms = [(client.client_id, client.slm) for client in clients if client.client_id in judged]
+    slms = [(client.id, client.slm) for client in clients if client.id in judged]
     found = reading | meter.writing({"after": final}, slms, judge)["after"]
     figures = json.loads(json.dumps(cell["figures"]))
     figures["correct"] |= read_correct(result / "predictions")
