@@ -541,6 +541,27 @@ def test_of_a_run_with_another_step_5_the_llm_counts_and_the_slms_do_not(scale, 
     assert "preset recommended: gain, points" not in (output / "test/tables.md").read_text()
 
 
+def test_of_a_run_whose_llm_was_interpolated_otherwise_the_slms_count_and_the_llm_does_not(
+    scale, data, tmp_path, quick, monkeypatch
+):
+    output, said = tmp_path / "out", []
+    monkeypatch.setattr(Silent, "note", lambda _, message: said.append(message))
+    reproduce(chosen(scale, data, "4", "5", "6", "7", "8"), output, tmp_path)
+    before = headline_of(output)["recommended"]
+    scale["run"]["llm"]["interpolation"] = 0.25
+    reproduce(chosen(scale, data, "4", "5", "6", "7", "8"), output, tmp_path, render_only=True)
+    warning = "sst2/recommended/base/seed-0/run interpolated its LLM otherwise in the end: that LLM is in no table"
+    assert f"warning: {warning}" in said
+    after = headline_of(output)["recommended"]
+    of_slms = {name for name in before if name.startswith("slm_")}
+    of_llms = {"nlu_gain", "nlg_judge_gain", "ptb_growth_percent", "generalization_mean_change"}
+    assert of_slms and {name: after[name] for name in of_slms} == {name: before[name] for name in of_slms}
+    assert of_llms <= {*before} and of_llms <= {*after["missing"]}
+    assert "preset recommended, after" not in (output / "test/tables.md").read_text()
+    with pytest.raises(RunError, match=r"run.json: was made with other settings \(llm.interpolation\)"):
+        reproduce(chosen(scale, data, "4"), output, tmp_path)
+
+
 def test_the_llm_of_a_one_shot_run_does_not_depend_on_what_goes_back(scale, data, tmp_path):
     """So Table 7's cells stay where step 5 has changed; with a second participation they do not."""
     adapters, settings = {}, {}

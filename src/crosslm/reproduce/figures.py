@@ -139,7 +139,8 @@ class Figures:
         """Columns before and after: accuracy of the LLM by Eq. 1, on the same rows."""
 
         def groups(run: dict[str, Any]) -> list[Group] | None:
-            return [np.stack([rows(run["correct"][f"nlu/{moment}"]) for moment in ("before", "after")])]
+            moments = [run["correct"].get(f"nlu/{moment}") for moment in ("before", "after")]
+            return None if None in moments else [np.stack([rows(text) for text in moments])]
 
         return self._of_llm("nlu", task, preset, variation, groups)
 

@@ -60,7 +60,8 @@ def write_report(store: Store, choice: Choice, on_news: Callable[[str], None], p
 def kept_cells(store: Store, choice: Choice, on_news: Callable[[str], None]) -> Kept:
     """All kept cells of a choice that were made with its settings.
 
-    A run that differs in step 5 alone is under ``RUNS_LLM``: its LLM, and the SLMs that came, do not depend on it.
+    A run that differs in step 5 alone is under ``RUNS_LLM``: its LLM, and the SLMs that came, do not depend on it. One
+    that differs in ``llm.interpolation`` alone, on which no SLM depends, is there without its LLM.
     """
     found: Kept = {}
     for cell in may_be_kept(choice):
@@ -72,14 +73,25 @@ def kept_cells(store: Store, choice: Choice, on_news: Callable[[str], None]) -> 
         if kept is None:
             continue
         now, of_llm = settings_of(cell, choice), replace(cell, stage=RUNS_LLM)
-        if not differences(cell, kept["settings"], now):
+        others = differences(cell, kept["settings"], now)
+        if not others:
             found[cell] = kept
+        elif cell.stage == RUN and others == ["llm.interpolation"]:
+            on_news(f"warning: {cell.path} interpolated its LLM otherwise in the end: that LLM is in no table")
+            found[cell] = kept | {"figures": without_llm(kept["figures"])}
         elif cell.stage == RUN and not differences(of_llm, kept["settings"], now):
             on_news(f"warning: {cell.path} was made with another step 5: what came back to its clients is in no table")
             found[of_llm] = kept
         else:
             on_news(f"warning: {cell.path} was made with other settings and is left out of the tables")
     return found
+
+
+def without_llm(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a run without those of the LLM that it ended with."""
+    correct = {name: rows for name, rows in run["correct"].items() if not name.startswith(("nlu/", "nlg/"))}
+    llm = {name: {**found, "after": None} for name, found in run["llm"].items()}
+    return {**run, "correct": correct, "llm": llm}
 
 
 def origin(kept: Kept) -> dict[str, Any]:
