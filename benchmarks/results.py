@@ -77,6 +77,7 @@ def reproduction_section(report: dict, plots: list[str]) -> list[str]:
 
 
 EARLIER = (
+    *(f"reproduce-whole-change-{table}" for table in (5, 6, 7, 8)),
     "reproduce-at-once",
     "reproduce-intended-labels",
     "reproduce-intended-labels-skew",
@@ -147,10 +148,11 @@ HOW_CLOSED = (
 )
 EARLIER_CLOSING = {"closing-yahoo_answers-earlier": "Yahoo! Answers"}
 HOW_CLOSED_EARLIER = (
+    *(f"reproduce-whole-change-{table}" for table in (5, 6, 7, 8)),
     "Preset recommended with a pool of 256 texts and `federation.closing`, on validation rows, with the step 5 of "
     "Yahoo! Answers as it was then; one run each (`crosslm run TASK --set data.test=validation.csv "
     "--set selection.pool=256 --set federation.closing=true --set data.test_rows=600 --set data.judge_rows=500`, and "
-    "fewer rows for the LLM's own measures)."
+    "fewer rows for the LLM's own measures).",
 )
 
 
@@ -323,6 +325,33 @@ def step_4_table(result: dict, preset: str) -> list[str]:
         perplexity = f"{row['perplexity']:.1f}" if "perplexity" in row else ""
         distinct = row["arrivals"][-1]["distinct_2"]
         lines.append(f"| {name} | {judged} | {distinct:.3f} | {row['nlu']:.3f} | {perplexity} |")
+    return [*lines, ""]
+
+
+def interpolation_section(results: list[dict]) -> list[str]:
+    """What benchmarks/interpolation.py measured."""
+    first = results[0]
+    lines = [
+        "### How much of what the LLM learned it keeps (`llm.interpolation`)",
+        "",
+        f"The LLM that the runs of seed {first['seed']} ended with under preset recommended without it, on validation "
+        "rows. Share 0 is the original LLM, 1 the LLM as trained. Eq. 1: accuracy on at most 400 rows; judge: share of "
+        "256 texts that fit their label by the independent judge; perplexity: on the validation part of the Penn "
+        f"Treebank. Commit `{first['commit'][:10]}`, {first['date']}, {first['machine']}.",
+        "",
+        "| | share | Eq. 1 | judge | distinct-2 | perplexity | its growth, % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    keys = ("nlu", "judge", "distinct_2", "perplexity")
+    means = {
+        share: {key: sum(result["shares"][share][key] for result in results) / len(results) for key in keys}
+        for share in first["shares"]
+    }
+    for task, shares in [*((result["task"], result["shares"]) for result in results), ("mean", means)]:
+        for share, row in shares.items():
+            growth = 100 * (row["perplexity"] / shares["0"]["perplexity"] - 1)
+            figures = f"{row['nlu']:.3f} | {row['judge']:.3f} | {row['distinct_2']:.3f} | {row['perplexity']:.1f}"
+            lines.append(f"| {task} | {share} | {figures} | {growth:+.1f} |")
     return [*lines, ""]
 
 
@@ -595,6 +624,8 @@ def results_page(loaded: dict[str, dict]) -> str:
         lines += one_label_section(before)
     if found := [loaded[name] for name in sorted(loaded) if name.startswith("step-5-texts-")]:
         lines += texts_section(found)
+    if found := [loaded[f"interpolation-{task}"] for task in TASKS if f"interpolation-{task}" in loaded]:
+        lines += interpolation_section(found)
     if "preset-choices" in loaded:
         lines += choices_section(loaded["preset-choices"])
     if under := {name: loaded[name] for name in sorted(loaded) if name.startswith("preset-choices-")}:

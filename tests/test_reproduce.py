@@ -555,8 +555,10 @@ def test_of_a_run_whose_llm_was_interpolated_otherwise_the_slms_count_and_the_ll
     after = headline_of(output)["recommended"]
     of_slms = {name for name in before if name.startswith("slm_")}
     of_llms = {"nlu_gain", "nlg_judge_gain", "ptb_growth_percent", "generalization_mean_change"}
-    assert of_slms and {name: after[name] for name in of_slms} == {name: before[name] for name in of_slms}
-    assert of_llms <= {*before} and of_llms <= {*after["missing"]}
+    assert of_slms
+    assert {name: after[name] for name in of_slms} == {name: before[name] for name in of_slms}
+    assert of_llms <= {*before}
+    assert of_llms <= {*after["missing"]}
     assert "preset recommended, after" not in (output / "test/tables.md").read_text()
     with pytest.raises(RunError, match=r"run.json: was made with other settings \(llm.interpolation\)"):
         reproduce(chosen(scale, data, "4"), output, tmp_path)

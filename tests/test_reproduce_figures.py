@@ -25,7 +25,7 @@ from crosslm.reproduce.headline import headline
 from crosslm.reproduce.markdown import figure, headline_table, markdown_table, short
 from crosslm.reproduce.notes import notes
 from crosslm.reproduce.plan import BASE, RUN, Cell, Variation, choose, slug
-from crosslm.reproduce.report import kept_cells, other_starts
+from crosslm.reproduce.report import kept_cells, measured_again, other_starts
 from crosslm.reproduce.scale import Finetuning, load_scale
 from crosslm.reproduce.store import Store
 from crosslm.reproduce.tables import (
@@ -484,3 +484,13 @@ def test_a_benchmark_of_an_llm_that_was_made_again_is_named():
     (said,) = other_starts(kept)
     assert said.startswith("sst2/recommended/base/seed-0: fine-tuned at")
     assert "aaaaaaaaaa" in said
+
+
+def test_an_llm_that_was_measured_later_than_the_classifiers_is_named():
+    cell = Cell("sst2", "recommended", Variation(BASE), 0, "run")
+    kept = {"commit": "a" * 40, "machine": "a GPU", "figures": {}}
+    assert measured_again({cell: kept}) == []
+    again = {"commit": "b" * 40, "machine": "two cores", "date": "2026-11-28", "interpolation": 0.7}
+    (said,) = measured_again({cell: kept | {"measured_again": again}})
+    assert said.startswith("sst2/recommended/base/seed-0: the run's LLM was interpolated")
+    assert "by 0.7 at `bbbbbbbbbb`, 2026-11-28, two cores" in said

@@ -40,6 +40,8 @@ def write_report(store: Store, choice: Choice, on_news: Callable[[str], None], p
     tables = all_tables(figures, everything)
     if "7" in tables:
         tables["7"]["notes"] += other_starts(kept)
+    for key in {"5", "6", "8"} & tables.keys():
+        tables[key]["notes"] += measured_again(kept)
     report: dict[str, Any] = {
         "split": choice.split,
         "origin": origin(kept),
@@ -106,6 +108,20 @@ def origin(kept: Kept) -> dict[str, Any]:
     }
 
 
+def measured_again(kept: Kept) -> list[str]:
+    """A note where the LLM of a run was interpolated and measured later than its classifiers."""
+    made: dict[str, list[str]] = {}
+    for cell, content in kept.items():
+        if again := content.get("measured_again"):
+            where = f"{again['interpolation']:g} at {short(again['commit'])}, {again['date']}, {again['machine']}"
+            made.setdefault(where, []).append(str(Path(cell.path).parent))
+    return [
+        f"{', '.join(names)}: the run's LLM was interpolated (`llm.interpolation`) by {where}, and measured then: "
+        "nothing that it did before, and no classifier, depends on it."
+        for where, names in made.items()
+    ]
+
+
 def other_starts(kept: Kept) -> list[str]:
     """A note where a run and what its LLM was fine-tuned on are of different commits or machines."""
     runs = {replace(cell, stage=RUN): content for cell, content in kept.items() if cell.stage in (RUN, RUNS_LLM)}
@@ -162,7 +178,8 @@ def differs(kept: Kept, choice: Choice) -> list[str]:
         "Preset recommended: its fields were compared on 400 test rows of SST-2 with one seed "
         "(`benchmarks/preset_choices.py`), so that its figures on SST-2 flatter it; `slm.llm_judges` and "
         "`slm.interpolation` on validation rows of AG News and Yahoo! Answers, step 5's training of Yahoo! Answers, "
-        "that all methods have, on validation rows of it (not all of these figures were kept).",
+        "that all methods have, on validation rows of it (not all of these figures were kept); `llm.interpolation` on "
+        "validation rows of all four and of the Penn Treebank, with one seed (`benchmarks/interpolation.py`).",
     ]
 
 
