@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from crosslm.client import Client
 from crosslm.config import FitConfig
 from crosslm.data.examples import Examples
-from crosslm.errors import UploadError
+from crosslm.errors import ModelError, UploadError
 from crosslm.federation.exchange import serve
 from crosslm.federation.local import LocalExchange, arrival_order
 from crosslm.models.slm import SLM
@@ -132,6 +132,26 @@ def test_a_training_that_fails_leaves_the_slm_as_it_was(clients, monkeypatch, er
         client.train()
     assert client.rounds == 0
     assert all(torch.equal(value, before[name]) for name, value in client.slm.model.state_dict().items())
+
+
+def test_a_training_that_ends_in_weights_that_are_not_finite_is_undone(clients, monkeypatch):
+    client = clients[0]
+    before = {name: value.clone() for name, value in client.slm.model.state_dict().items()}
+    fit = SLM.fit
+
+    def diverges(slm, *arguments, **more):
+        metrics = fit(slm, *arguments, **more)
+        with torch.no_grad():
+            next(slm.model.parameters()).view(-1)[0] = torch.nan
+        return metrics
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SLM, "fit", diverges)
+        with pytest.raises(ModelError, match=f"client {client.id}: step 1 left weights that are not finite"):
+            client.train()
+    assert client.rounds == 0
+    assert all(torch.equal(value, before[name]) for name, value in client.slm.model.state_dict().items())
+    assert client.train().client_round == 0  # with another rate, say, it can go on
 
 
 def test_a_client_that_fails_delays_nobody(clients, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from crosslm.algorithm.agreement import balancing_weights, sign_test
 from crosslm.config import AcceptanceConfig, FitConfig
 from crosslm.data.examples import Examples
-from crosslm.errors import ConfigError
+from crosslm.errors import ConfigError, ModelError
 from crosslm.models.batches import hold_out
 from crosslm.models.slm import SLM
 from crosslm.privacy.leaks import LeakCheck
@@ -112,7 +112,7 @@ class Client:
 
         Raises:
             ConfigError: under DP, the budget is spent.
-            ModelError: under DP, gradients of single rows cannot be had of this model.
+            ModelError: what it learned is not finite; or under DP, gradients of single rows cannot be had of this model.
         """
         seed = seed_for(self._seed, "client", self.id, self.rounds)
         training, split = self._private, self._split() if self._fit.patience else None  # SLM.fit holds them out
@@ -126,6 +126,11 @@ class Client:
                     metrics = self._privacy.fit(self.slm, training, self._fit, seed, advance)
                 else:
                     metrics = self.slm.fit(training, self._fit, seed, advance, canaries=self._canaries, split=split)
+            if not self.slm.is_finite():
+                raise ModelError(
+                    f"client {self.id}: step 1 left weights that are not finite, and its SLM is as it was before; "
+                    "lower slm.private.learning_rate there"
+                )
         except BaseException:  # what a private row has changed must not be in a later upload, uncounted under DP
             self.slm.model.load_state_dict(before)
             self.slm.model.eval()
