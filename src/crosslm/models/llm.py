@@ -188,18 +188,12 @@ class LLM:
         Wortsman et al., "Robust fine-tuning of zero-shot models", 2022.
 
         Args:
-            share: of the weights as trained, in (0, 1].
-
-        Raises:
-            ModelError: the adapter has trained weights of another kind, which cannot be scaled.
+            share: of the weights as trained, in [0, 1].
         """
         trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        if self._frozen is None:
-            if others := [name for name in trained if "lora_A" not in name and "lora_B" not in name]:
-                raise ModelError(f"{others[0]}: only lora_A and lora_B can be interpolated (llm.interpolation)")
-            trained = {name: value for name, value in trained.items() if "lora_B" in name}
         frozen = {} if self._frozen is None else dict(self._frozen.named_parameters())
-        before = {name: value.detach().clone() for name, value in trained.items()} if share < 1 else {}
+        moved = {name: value for name, value in trained.items() if name in frozen or "lora_B" in name}
+        before = {name: value.detach().clone() for name, value in moved.items()} if share < 1 else {}
         try:
             with torch.no_grad():
                 for name in before:
