@@ -190,20 +190,19 @@ class LLM:
         Args:
             share: of the weights as trained, in [0, 1].
         """
-        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         frozen = {} if self._frozen is None else dict(self._frozen.named_parameters())
-        moved = {name: value for name, value in trained.items() if name in frozen or "lora_B" in name}
-        before = {name: value.detach().clone() for name, value in moved.items()} if share < 1 else {}
+        trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
+        moved = {name: value for name, value in trained if share < 1 and (name in frozen or "lora_B" in name)}
+        before = {name: weight.detach().clone() for name, weight in moved.items()}
         try:
             with torch.no_grad():
-                for name in before:
-                    original = frozen.get(name, torch.zeros_like(trained[name]))
-                    trained[name].lerp_(original.to(trained[name]), 1 - share)
+                for name, weight in moved.items():
+                    weight.lerp_(frozen.get(name, torch.zeros_like(weight)), 1 - share)
             yield
         finally:
             with torch.no_grad():
-                for name, weight in before.items():
-                    trained[name].copy_(weight)
+                for name, weight in moved.items():
+                    weight.copy_(before[name])
 
     # -- what it knows -----------------------------------------------------------------------
 
