@@ -112,7 +112,7 @@ class Client:
 
         Raises:
             ConfigError: under DP, the budget is spent.
-            ModelError: what it learned is not finite; or under DP, gradients of single rows cannot be had of this model.
+            ModelError: what it learned is not finite; under DP, gradients of single rows cannot be had of this model.
         """
         seed = seed_for(self._seed, "client", self.id, self.rounds)
         training, split = self._private, self._split() if self._fit.patience else None  # SLM.fit holds them out
