@@ -1,6 +1,6 @@
 """How much of what an LLM has learned should it keep (`llm.interpolation`)?
 
-    python benchmarks/interpolation.py RUN            # a finished run under preset recommended with interpolation = 1
+    python benchmarks/interpolation.py RUN            # finished, made with --set llm.interpolation=1
     python benchmarks/interpolation.py RUN --shares 0,0.5,1
 
 The LLM of the run, `theta_old + share * (theta - theta_old)`, on the validation rows of the run's task: how well it
@@ -12,6 +12,7 @@ benchmarks/results/interpolation-TASK.json, each share as it is done; shares tha
 import argparse
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -36,6 +37,9 @@ class Study:
     """A run's LLM, its judge, and what it is measured on."""
 
     def __init__(self, run: Path) -> None:
+        given = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+        if given["llm"].get("interpolation", 1.0) != 1:  # older runs have no such field, and the LLM as trained
+            sys.exit(f"{run}: its LLM is interpolated already; make it with --set llm.interpolation=1")
         config = load(run / "config.toml", over=VALIDATION)
         self.config = config.model_copy(update={"device": resolve_device(config.device)})
         self.task = Task.from_config(config.task)
@@ -74,7 +78,7 @@ def main() -> None:
     parser.add_argument("--shares", default="0,0.3,0.5,0.7,1")
     arguments = parser.parse_args()
     quiet_libraries()
-    study = Study(arguments.run)
+    origin, study = provenance(), Study(arguments.run)
     name = f"interpolation-{study.config.name}"
     path = RESULTS / f"{name}.json"
     known = json.loads(path.read_text())["shares"] if path.exists() else {}
@@ -84,7 +88,7 @@ def main() -> None:
         known[share] = study.figures(float(share))
         print(share, known[share], flush=True)
         about = {"task": study.config.name, "seed": study.config.seed, "rows": len(study.rows)}
-        keep(name, {**provenance(), **about, "shares": known})
+        keep(name, {**origin, **about, "shares": known})
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
     python benchmarks/measure_llm_again.py OUTPUT/test RESULT    # OUTPUT of `crosslm reproduce`, whose runs are there
 
 `llm.interpolation` is the last thing that happens to the LLM of a run: no classifier and no text before it depends on
-it. So a run that was made with another share need not be made again. For each cell in OUTPUT/test/cells of preset
+it. So a run that was made with share 1 need not be made again. For each cell in OUTPUT/test/cells of preset
 recommended, whose run (its adapter, as trained) is in OUTPUT/test/runs:
 
 - the judge and the clients' SLMs are trained once more as the run trained them, and the clients' must find on the test
   rows what the cell says that they found, or the share of rows is told;
 - the adapter is interpolated; the LLM classifies, writes, and reads the treebank, as at the end of a run;
 - RESULT/cells gets the cell with these figures and `measured_again` (commit, machine, date, share), RESULT/runs the
-  adapter, which Table 7 begins with.
+  adapter, which Table 7 begins with. Copy both over those of OUTPUT/test before anything else is done there.
 """
 
 import argparse
@@ -47,22 +47,26 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     arguments = parser.parse_args()
     quiet_libraries()
+    origin = {
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }  # as the loaded code is
     for path in sorted((arguments.output / "cells").glob("*/recommended/*/seed-*/run.json")):
         name = path.parent.relative_to(arguments.output / "cells")
         run, target = arguments.output / "runs" / name, arguments.result / "cells" / name / "run.json"
         if not (run / "llm").is_dir() or target.exists():
             continue
         cell = json.loads(path.read_text())
-        if cell["settings"]["config"]["llm"].get("interpolation", 1.0) == SHARE:
-            continue
+        if cell["settings"]["config"]["llm"].get("interpolation", 1.0) != 1:
+            continue  # its adapter is not as trained
         print(name, flush=True)
-        kept = _measured(cell, run, arguments.result / "runs" / name)
+        kept = _measured(cell, run, arguments.result / "runs" / name, origin)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(kept, ensure_ascii=False) + "\n")
         print({which: found["after"] for which, found in kept["figures"]["llm"].items()}, flush=True)
 
 
-def _measured(cell: dict[str, Any], folder: Path, result: Path) -> dict[str, Any]:
+def _measured(cell: dict[str, Any], folder: Path, result: Path, origin: dict[str, str]) -> dict[str, Any]:
     """The cell with the figures of the interpolated LLM, which is saved in ``result``."""
     if read_correct(folder / "predictions") != cell["figures"]["correct"]:
         sys.exit(f"{folder}: is not the run of the cell: its predictions are others")
@@ -89,8 +93,7 @@ def _measured(cell: dict[str, Any], folder: Path, result: Path) -> dict[str, Any
     figures["correct"] |= read_correct(result / "predictions")
     for name, value in found.items():
         figures["llm"][name]["after"] = value
-    about = {"commit": commit(), "machine": machine(config.device), "date": time.strftime("%Y-%m-%d")}
-    again = about | {"interpolation": SHARE, "same_predictions_of_slms": same}
+    again = origin | {"machine": machine(config.device), "interpolation": SHARE, "same_predictions_of_slms": same}
     settings = merged(cell["settings"], {"config": {"llm": {"interpolation": SHARE}}})
     return cell | {"settings": settings, "figures": figures, "measured_again": again}
 

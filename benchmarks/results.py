@@ -148,11 +148,10 @@ HOW_CLOSED = (
 )
 EARLIER_CLOSING = {"closing-yahoo_answers-earlier": "Yahoo! Answers"}
 HOW_CLOSED_EARLIER = (
-    *(f"reproduce-whole-change-{table}" for table in (5, 6, 7, 8)),
     "Preset recommended with a pool of 256 texts and `federation.closing`, on validation rows, with the step 5 of "
     "Yahoo! Answers as it was then; one run each (`crosslm run TASK --set data.test=validation.csv "
     "--set selection.pool=256 --set federation.closing=true --set data.test_rows=600 --set data.judge_rows=500`, and "
-    "fewer rows for the LLM's own measures).",
+    "fewer rows for the LLM's own measures)."
 )
 
 
@@ -371,7 +370,7 @@ def recommended_choices_section(results: dict[str, dict]) -> list[str]:
         then = " The preset had `slm.intended_labels` then, in place of `slm.llm_judges`." if is_earlier else ""
         lines += [
             f"**{result['task']}**, {rows} rows of `{file}`. Commit `{result['commit'][:10]}`, {result['date']}, "
-            f"{result['machine']}. One seed.{then}",
+            f"{result['machine']}. One seed; the LLM as trained, without `llm.interpolation`.{then}",
             "",
             *(step_5_table(result, "recommended") if selection else []),
             *step_4_table(result, "recommended"),

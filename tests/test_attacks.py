@@ -95,7 +95,14 @@ def four(models, writer, tmp_path_factory):
                 "private": fit,
                 "synthetic": fit | {"epochs": 1, "learning_rate": 5e-4},
             },
-            "llm": {"model": str(writer), "samples": 128, "batch_size": 8, "learning_rate": 2e-3, "lora_rank": 8},
+            "llm": {
+                "model": str(writer),
+                "samples": 128,
+                "batch_size": 8,
+                "learning_rate": 2e-3,
+                "lora_rank": 8,
+                "interpolation": 1.0,  # the whole harm
+            },
             "synthesis": {"max_new_tokens": 24, "max_attempts": 100},
             "selection": {"pool": 128, "encoder": str(models / "encoder")},
             "evaluation": {"nlu_rows": 60, "nlg_samples": 400, "judge": fit},

@@ -505,6 +505,8 @@ def test_a_server_that_is_started_again_counts_on(tables, local, tmp_path):
     found = RunDir.open(kit / "run").summary()
     for name in ("tokens_generated", "texts_removed", "llm"):
         assert found[name] == expected[name]
+    saved = "llm/adapter_model.safetensors"  # interpolated once, though both processes completed the run
+    assert (kit / "run" / saved).read_bytes() == (local[0] / saved).read_bytes()
     server.close()
 
 

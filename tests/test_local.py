@@ -154,6 +154,22 @@ def test_a_training_that_ends_in_weights_that_are_not_finite_is_undone(clients, 
     assert client.train().client_round == 0  # with another rate, say, it can go on
 
 
+def test_under_dp_weights_that_are_not_finite_are_uploaded_and_counted(clients, monkeypatch):
+    class Training:
+        def fit(self, slm, *_):
+            with torch.no_grad():
+                next(slm.model.parameters()).view(-1)[0] = torch.nan
+            return {"dp/epsilon": 1.0}
+
+        def class_counts(self, counts):
+            return counts
+
+    client = clients[0]
+    monkeypatch.setattr(client, "_privacy", Training())
+    assert client.train().metrics == {"dp/epsilon": 1.0}
+    assert (client.rounds, client.told_metrics) == (1, ({"dp/epsilon": 1.0},))
+
+
 def test_a_client_that_fails_delays_nobody(clients, monkeypatch):
     def fail():
         raise MemoryError("no memory at this silo")

@@ -459,9 +459,13 @@ def test_writing_in_bfloat16_gathers_rows_of_the_head(config):
 
 def test_full_fine_tuning_needs_more(config):
     shape = memory.Shape.of_config(MINILM, AutoModel)
-    full = config.model_copy(update={"llm": config.llm.model_copy(update={"adapter": "full"})})
-    lora, whole = (memory.estimate(each, shape, [shape], shape).parts["LLM"] for each in (config, full))
-    assert whole == 5 * shape.parameters * 4
+    full, kept = (
+        config.model_copy(update={"llm": config.llm.model_copy(update={"adapter": "full", "interpolation": share})})
+        for share in (0.7, 1.0)
+    )
+    lora, whole, trained = (memory.estimate(each, shape, [shape], shape).parts["LLM"] for each in (config, full, kept))
+    assert whole == 6 * shape.parameters * 4
+    assert trained == 5 * shape.parameters * 4
     assert lora == (2 * shape.parameters - shape.embedding) * 4
 
 

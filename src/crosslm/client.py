@@ -126,7 +126,7 @@ class Client:
                     metrics = self._privacy.fit(self.slm, training, self._fit, seed, advance)
                 else:
                     metrics = self.slm.fit(training, self._fit, seed, advance, canaries=self._canaries, split=split)
-            if not self.slm.is_finite():
+            if not self._privacy and not self.slm.is_finite():  # under DP it is uploaded, and refused, to be counted
                 raise ModelError(
                     f"client {self.id}: step 1 left weights that are not finite, and its SLM is as it was before; "
                     "lower slm.private.learning_rate there"

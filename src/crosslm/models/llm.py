@@ -184,7 +184,7 @@ class LLM:
     def interpolated(self, share: float) -> Iterator[None]:
         """Within it the weights lie between theta_old and theta: ``theta_old + share * (theta - theta_old)``.
 
-        With LoRA that is the adapter's product B A times the share, exactly. Afterwards they are theta again.
+        With LoRA that is the adapter's product B A times the share. Afterwards they are theta again.
         Wortsman et al., "Robust fine-tuning of zero-shot models", 2022.
 
         Args:
@@ -197,7 +197,7 @@ class LLM:
         try:
             with torch.no_grad():
                 for name, weight in moved.items():
-                    weight.lerp_(frozen.get(name, torch.zeros_like(weight)), 1 - share)
+                    weight.lerp_(frozen[name] if frozen else torch.zeros_like(weight), 1 - share)
             yield
         finally:
             with torch.no_grad():

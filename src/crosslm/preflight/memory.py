@@ -98,8 +98,10 @@ def estimate(config: Config, llm: Shape, slms: Sequence[Shape], encoder: Shape) 
     """
     size = weight_dtype(config.llm, config.device).itemsize
     tokens = TEXT_TOKENS + config.synthesis.max_new_tokens
-    # full: weights, frozen copy, gradients, two moments; LoRA: weights, and merged ones while it writes
-    copies = 5 * llm.parameters if config.llm.adapter == "full" else 2 * llm.parameters - llm.embedding
+    # full: weights, frozen copy, gradients, two moments, and weights as trained while it is interpolated in the end
+    full = 5 + (config.llm.interpolation < 1)
+    # LoRA: weights, and merged ones while it writes
+    copies = full * llm.parameters if config.llm.adapter == "full" else 2 * llm.parameters - llm.embedding
     writing = config.synthesis.batch_size * (
         tokens * llm.layers * llm.key_value * size
         + 2 * llm.vocabulary * 4

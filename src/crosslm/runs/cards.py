@@ -183,6 +183,7 @@ Labels and the prompts that it was trained on:
 | learning rate | {config.llm.learning_rate} |
 | gammas of Eq. 9 | {config.llm.gamma_generation}, {config.llm.gamma_language_modeling}, {config.llm.gamma_kl} |
 | weight of the divergence on the original LLM's own texts (`llm.gamma_anchor`) | {config.llm.gamma_anchor} |
+| share of what it learned that it keeps (`llm.interpolation`) | {config.llm.interpolation} |
 | tokens written | {summary["tokens_generated"]:,} |
 | versions | {_versions(summary)} |
 

@@ -1,9 +1,10 @@
 """What the LLM wrote, read and learned, kept on disk and not done twice (``--llm-cache``).
 
 Two runs that differ only in what their SLMs learn (step 5), or in their test rows, have the same LLM from beginning to
-end, which is nearly all of their time. Everything here follows from weights, arguments and the code. A file is named
-by the SHA-256 of the former two and the versions of crosslm and its libraries, so that whatever differs is done; who
-changes how crosslm itself writes, reads or learns must begin a new folder.
+end, which is nearly all of their time; two that differ in ``llm.interpolation`` have it until then. Everything here
+follows from weights, arguments and the code. A file is named by the SHA-256 of the former two and the versions of
+crosslm and its libraries, so that whatever differs is done; who changes how crosslm itself writes, reads or learns must
+begin a new folder.
 """
 
 import hashlib
@@ -153,14 +154,13 @@ class CachedServer(Server):
     def update_llm(self, drafts: SyntheticSet, rewards: Tensor, seed: int, who: str = "") -> list[dict[str, float]]:
         """As :meth:`Server.update_llm`."""
         moments = hashlib.sha256(snapshot.optimizer_bytes(self)).hexdigest()
+        # llm.interpolation comes when all is learned
         arguments = {
             "drafts": snapshot.texts_bytes(drafts).decode(),
             "rewards": rewards.tolist(),
             "seed": seed,
             "statements": self.task.statements,
-            "config": self.config.llm.model_dump(
-                mode="json", exclude={"interpolation"}
-            ),  # that comes when all is learned
+            "config": self.config.llm.model_dump(mode="json", exclude={"interpolation"}),
         }
         key, cache = self.llm.key("update", optimizer=moments, **arguments), self.llm.cache
         kept: list[dict[str, float]] | None = cache.get(key)

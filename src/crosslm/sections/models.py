@@ -124,8 +124,8 @@ class LLMConfig(Section):
     of the update's own."""
     interpolation: Fraction = 1.0
     """Of the weights as they are after the last update, in the LLM that a run ends with (its folder, and what is
-    measured after); the rest is the original's: it keeps more of what it knew, and loses little of what it learned. 1: the
-    LLM as trained, as in the paper. What clients get is the same."""
+    measured after); the rest is the original's: it keeps more of what it knew, and loses little of what it learned.
+    1: the LLM as trained, as in the paper. What clients get is the same."""
     token_reduction: Literal["sum", "mean"] = "sum"
     """Log-likelihoods summed over tokens (Eq. 6) or averaged; the same in Eq. 5, 7 and 8."""
 
