@@ -47,10 +47,7 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     arguments = parser.parse_args()
     quiet_libraries()
-    origin = {
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-    }  # as the loaded code is
+    origin = {"commit": commit(), "date": time.strftime("%Y-%m-%d")}  # read now: the code that is loaded
     for path in sorted((arguments.output / "cells").glob("*/recommended/*/seed-*/run.json")):
         name = path.parent.relative_to(arguments.output / "cells")
         run, target = arguments.output / "runs" / name, arguments.result / "cells" / name / "run.json"

@@ -484,6 +484,10 @@ def test_a_benchmark_of_an_llm_that_was_made_again_is_named():
     (said,) = other_starts(kept)
     assert said.startswith("sst2/recommended/base/seed-0: fine-tuned at")
     assert "aaaaaaaaaa" in said
+    kept[cells["run"]]["measured_again"] = {"commit": "c" * 40, "machine": "a GPU"}  # whose LLM it began with
+    assert other_starts(kept) == []
+    kept[cells["run"]]["measured_again"] = {"commit": "c" * 40, "machine": "two cores"}
+    assert len(other_starts(kept)) == 1
 
 
 def test_an_llm_that_was_measured_later_than_the_classifiers_is_named():

@@ -124,14 +124,23 @@ def measured_again(kept: Kept) -> list[str]:
     ]
 
 
+def _begins_with(run: Mapping[str, Any], benchmark: Mapping[str, Any]) -> bool:
+    """Whether a benchmark was fine-tuned from the LLM that the run's figures are of.
+
+    With this ``llm.interpolation``, which its settings have, there is no LLM but the one that was measured again.
+    """
+    if again := run.get("measured_again"):
+        return bool(again["machine"] == benchmark["machine"])
+    return bool((run["commit"], run["machine"]) == (benchmark["commit"], benchmark["machine"]))
+
+
 def other_starts(kept: Kept) -> list[str]:
     """A note where a run and what its LLM was fine-tuned on are of different commits or machines."""
     runs = {replace(cell, stage=RUN): content for cell, content in kept.items() if cell.stage in (RUN, RUNS_LLM)}
     others: dict[str, list[str]] = {}
     for cell, content in kept.items():
         run = runs.get(replace(cell, stage=RUN)) if cell.stage in BENCHMARKS else None
-        run = run and run.get("measured_again", run)  # Tables 5, 6 and 8 are of that LLM
-        if run and (run["commit"], run["machine"]) != (content["commit"], content["machine"]):
+        if run and not _begins_with(run, content):
             made = f"{short(content['commit'])}, {content['machine']}"
             others.setdefault(made, []).append(str(Path(cell.path).parent))
     return [
