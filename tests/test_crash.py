@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import tomli_w
 from conftest import PATIENCE
 from crash_driver import POINTS
+from safetensors.torch import load_file, save_file
 
 from crosslm import experiment
 from crosslm.config import Config
@@ -284,6 +286,22 @@ def test_another_configuration_or_other_data_are_refused(config, config_file, st
     assert refused["error"].startswith("RunError: ")
     assert "the data files have changed" in refused["error"]
     assert after == before
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_another_llm_in_the_same_folder_is_refused(settings, models, tmp_path, adapter):
+    folder = shutil.copytree(models / settings["llm"]["model"], tmp_path / "llm")
+    settings["llm"] |= {"model": str(folder), "adapter": adapter}
+    config, asked = Config.model_validate(settings), iter([False, True])
+    with pytest.raises(StoppedError):
+        run_local(config, tmp_path / "run", tmp_path, stop_requested=lambda: next(asked))
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("mlp.c_fc.weight"))
+    save_file(weights | {name: weights[name] * 1.1}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match="the original LLM has changed since this run began"):
+        run_local(config, tmp_path / "run", tmp_path, resume=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert run_local(config, tmp_path / "run", tmp_path, resume=True)["seed"] == config.seed
 
 
 @pytest.mark.parametrize(("section", "name"), [("gate", "public_texts"), ("evaluation", "perplexity_text")])

@@ -367,6 +367,26 @@ def test_the_same_seed_gives_the_same_adapter(models):
     assert tiny_llm(models, "gpt2").fingerprint() == tiny_llm(models, "gpt2").fingerprint()
 
 
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_the_original_is_known_again_whatever_has_been_learned(models, family, adapter):
+    llm = tiny_llm(models, family, adapter=adapter)
+    began_as = llm.original_digest
+    again = tiny_llm(models, family, adapter=adapter)
+    disturb(again)
+    assert again.original_digest == began_as
+    other = tiny_llm(models, family, adapter=adapter)
+    original = other._frozen if other._frozen is not None else other.model
+    frozen = next(parameter for parameter in original.parameters() if not parameter.requires_grad)
+    with torch.no_grad():
+        frozen[0] += 1.0
+    assert other.original_digest != began_as
+
+
+def test_the_original_is_known_again_in_bfloat16(models, family):
+    in_bfloat16 = tiny_llm(models, family, dtype="bfloat16")
+    assert in_bfloat16.original_digest == tiny_llm(models, family).original_digest
+
+
 def test_verbalizers_that_start_alike_are_refused(models, family, task):
     tokenizer = tiny_llm(models, family).tokenizer
     alike = dataclasses.replace(task, verbalizers=("good", "good film"))

@@ -42,7 +42,8 @@ LLMCacheOption = Annotated[
     typer.Option(
         "--llm-cache",
         help="Keep in this folder what the LLM writes, reads and learns, and do none of it twice: another run that "
-        "differs only in step 5 or in its test rows trains its classifiers alone.",
+        "differs only in step 5, in its test rows or in llm.interpolation trains its classifiers, and has the LLM "
+        "measured.",
     ),
 ]
 DataDirOption = Annotated[

@@ -7,9 +7,11 @@ log-ratio of Eq. 5 and the divergence of Eq. 8 are exactly 0.
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -116,6 +118,17 @@ class LLM:
         digest = hashlib.sha256()
         for parameter in self.trainable_parameters():
             digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def original_digest(self) -> str:
+        """SHA-256 of the original LLM: its vocabulary, and its weights in bfloat16, whatever they are held in."""
+        known = sorted(self.tokenizer.get_vocab().items())
+        digest = hashlib.sha256(json.dumps(known).encode("utf-8", "surrogatepass"))
+        frozen = self._frozen.parameters() if self._frozen is not None else self.model.parameters()
+        for parameter in frozen:
+            if not parameter.requires_grad:
+                digest.update(parameter.detach().bfloat16().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     # -- text and tokens ---------------------------------------------------------------------

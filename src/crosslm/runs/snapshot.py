@@ -116,6 +116,7 @@ def server_state(server: Server, put: Callable[[bytes], str]) -> dict[str, Any]:
     return {
         "steps": server.steps,
         "taught": server.taught,
+        "llm": server.llm.original_digest,
         "optimizer": put(optimizer_bytes(server)),
         "gate": put(gate_bytes(server.gate)) if server.gate else None,
         "teachers": keep_teachers(server, put),
@@ -135,6 +136,12 @@ def go_back_to(server: Server, record: Mapping[str, Any], gate: Gate | None, get
         RunError: the checkpoint is damaged, or of another LLM.
     """
     state = record["state"]
+    now = server.llm.original_digest
+    if state.get("llm", now) != now:  # checkpoints of earlier versions do not have it
+        raise RunError(
+            "the original LLM has changed since this run began (llm.model or llm.vocabulary_texts); put it back as it "
+            "was, or begin another run"
+        )
     restore_server(server, get(record["adapter"]), get(state["optimizer"]), state["steps"], state["taught"])
     server.gate = gate
     if gate:
