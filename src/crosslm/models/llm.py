@@ -129,7 +129,7 @@ class LLM:
         for parameter in frozen:
             if not parameter.requires_grad:
                 digest.update(parameter.detach().bfloat16().cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return f"sha256:{digest.hexdigest()}"
 
     # -- text and tokens ---------------------------------------------------------------------
 
