@@ -159,6 +159,13 @@ def test_what_another_process_is_trimming_is_waited_for_and_taken(models, tmp_pa
     assert not news
 
 
+def test_what_a_process_that_was_killed_has_left_in_the_cache_is_no_hindrance(models, tmp_path):
+    made = cached_trim(str(models / "gpt2"), TEXTS, tmp_path, lambda _: None)
+    Path(made).rename(f"{made}.partial")
+    assert cached_trim(str(models / "gpt2"), TEXTS, tmp_path, lambda _: None) == made
+    assert not Path(f"{made}.partial").exists()
+
+
 def test_what_is_there_needs_no_lock_and_so_no_cache_that_can_be_written(models, tmp_path):
     made = cached_trim(str(models / "gpt2"), TEXTS, tmp_path, lambda _: None)
     lock_of(Path(made)).unlink()
@@ -193,6 +200,10 @@ def test_bad_input(models, settings, tmp_path):
     (tmp_path / "full" / "file").write_text("mine")
     with pytest.raises(ModelError, match="is there already"):
         trim_vocabulary(str(models / "gpt2"), TEXTS, tmp_path / "full")
+    (tmp_path / "full").rename(tmp_path / "new.partial")
+    with pytest.raises(ModelError, match=r"new\.partial: is there already, .*; delete it"):
+        trim_vocabulary(str(models / "gpt2"), TEXTS, tmp_path / "new")
+    assert (tmp_path / "new.partial" / "file").read_text() == "mine"
     settings["llm"] |= {"vocabulary_texts": ["plain.txt"], "model": str(models / "encoder")}
     with pytest.raises(ModelError, match=r"only byte-pair.*\n.*vocabulary_texts = \[\]"):
         original_llm(Config.model_validate(settings), tmp_path, lambda _: None)

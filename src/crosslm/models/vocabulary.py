@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from crosslm.errors import ModelError
 from crosslm.models.loading import loading
 from crosslm.models.sources import lock_of
-from crosslm.support.files import alone
+from crosslm.support.files import alone, partial_of
 
 PUNCTUATION = frozenset(string.punctuation)
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "decoder_start_token_id")
@@ -50,12 +50,18 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
         output: folder to create.
 
     Raises:
-        ModelError: the folder is there already, the model cannot be loaded, its tokenizer is not of
-            the byte-pair kind or cannot write every text by bytes, or the texts are empty.
+        ModelError: the folder, or one of its name with ``.partial``, is there already, the model cannot be loaded, its
+            tokenizer is not of the byte-pair kind or cannot write every text by bytes, or the texts are empty.
     """
     output = output.absolute()
+    work = partial_of(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"{output}: is there already; name a new folder")
+    if work.exists():
+        raise ModelError(
+            f"{work}: is there already, where the model would be written until it is whole; delete it if it was left "
+            "by this command, or name another folder"
+        )
     with loading(f"{folder!r} cannot be loaded as a language model"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -71,14 +77,16 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
     _cut_rows(model, kept)
     _renumber_special_tokens(model, kept)
 
-    work = output.with_name(output.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    model.save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    (work / "tokenizer.json").write_text(json.dumps(_cut_tokenizer(description, kept), ensure_ascii=False), "utf-8")
-    if output.exists():
-        output.rmdir()
-    work.rename(output)  # last, so that a folder that exists is whole
+    try:
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        (work / "tokenizer.json").write_text(json.dumps(_cut_tokenizer(description, kept), ensure_ascii=False), "utf-8")
+        if output.exists():
+            output.rmdir()
+        work.rename(output)  # last, so that a folder that exists is whole
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     return Trimmed(before[0], len(kept), before[1], model.num_parameters())
 
 
@@ -91,6 +99,7 @@ def cached_trim(folder: str, texts: list[str], cache: Path, on_news: Callable[[s
     with alone(lock_of(output), wait=True):
         if not (output / "config.json").is_file():
             on_news(f"Trimming the vocabulary of {Path(folder).name} once into {output} (about half a minute)")
+            shutil.rmtree(partial_of(output), ignore_errors=True)  # of a process that died; the cache is ours
             trim_vocabulary(folder, texts, output)
     return str(output)
 
