@@ -16,7 +16,6 @@ from sentence_transformers import SentenceTransformer
 
 from crosslm.client import Client
 from crosslm.data.split import load_split
-from crosslm.gate import Gate
 from crosslm.models import decoding, graph_decoding
 from crosslm.models import llm as llm_module
 from crosslm.models.encoder import SentenceEncoder
@@ -173,7 +172,7 @@ def main() -> None:
     upload = Client(name, split.private[name], slm, config.slm.private, config.seed).train()
     server = Server(config, task, llm, encoder)
     base = synthesize(llm, task, config.synthesis, config.selection.pool, seed_for(config.seed, "base"))
-    server.gate = Gate.open(config, base, public_texts(config, print))
+    server.begin(base, public_texts(config, print))
     finish("arrival", {**served(server, slm, upload, options.device), "peak_bytes": peak_memory()}, options)
 
 

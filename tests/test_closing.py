@@ -12,10 +12,13 @@ from of_federations import answer, change, echo, turn
 from of_uploads import ShutTo, server_of
 
 from crosslm import experiment
+from crosslm import server as server_module
 from crosslm.algorithm.rewards import label_rewards
+from crosslm.algorithm.soft_labels import opinion_pool, without_preference
 from crosslm.classification import class_probabilities
 from crosslm.client import Client, Decision
 from crosslm.config import Config
+from crosslm.data.examples import Examples
 from crosslm.errors import FederationError, LeakError, RunError, UploadError
 from crosslm.experiment import run_local
 from crosslm.federation.exchange import Served, close
@@ -49,7 +52,7 @@ def test_in_the_end_who_came_first_is_taught_by_all_and_by_the_llm_as_it_is_then
     closing = server.for_all(original, latest, ["", "", ""])
     assert closing.pool.samples == [*latest.samples[:6], *original.samples[:6]]
     assert closing.pool.tokens_generated == 0
-    torch.testing.assert_close(closing.said, class_probabilities(server.llm, task, closing.pool.texts))
+    torch.testing.assert_close(closing.said.pool, class_probabilities(server.llm, task, closing.pool.texts))
     for upload, first in zip(uploads, at_once, strict=True):
         download, record = server.close(upload, "", closing)
         assert record.pool is closing.pool
@@ -61,6 +64,31 @@ def test_in_the_end_who_came_first_is_taught_by_all_and_by_the_llm_as_it_is_then
         assert differs(download.slm.weights, first.slm.weights)
         assert (download.client_id, download.step) == (upload.client_id, 3)
     assert (server.llm.fingerprint(), list(server.teachers.members), server.steps) == (before, judges, 3)
+
+
+def test_judges_are_weighed_by_what_they_make_of_the_original_llms_texts(models, config, task, uploads, monkeypatch):
+    learned, asked = [], []
+    train = server_module.train_on_synthetic
+    monkeypatch.setattr(
+        server_module, "train_on_synthetic", lambda *given: learned.append((given[1], given[3])) or train(*given)
+    )
+    monkeypatch.setattr(server_module, "weigh_judges", lambda *given: asked.append(given) or (0.5, 1.0))
+    server = server_of(models, config, task, soft_labels=True, llm_judges=True, weigh_judges=True)
+    original = synthesize(server.llm, task, config.synthesis, 12, 0)
+    server.begin(original, Examples([], []))
+    _, record = server.step(uploads[0])
+    closing = server.for_all(original, record.pool, ["", "", ""])
+    server.close(uploads[0], "", closing)
+    slm = receive_slm(uploads[0], task, server.config)
+    assert [pool for pool, _ in learned] == [record.pool, closing.pool]
+    for pool, targets in learned:
+        own = without_preference(class_probabilities(server.llm, task, pool.texts))
+        judged = server.teachers.probabilities(slm, uploads[0], pool.texts)
+        torch.testing.assert_close(targets, opinion_pool(judged, own, (0.5, 1.0)))
+    for probe, judged, said in asked:
+        assert probe == original
+        torch.testing.assert_close(judged, server.teachers.probabilities(slm, uploads[0], original.texts))
+        torch.testing.assert_close(said, class_probabilities(server.llm, task, original.texts))
 
 
 def test_who_has_no_say_has_none_in_the_end_either(models, config, task, uploads):

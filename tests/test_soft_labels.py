@@ -6,13 +6,16 @@ from conftest import BAD, GOOD
 
 from crosslm.algorithm.soft_labels import (
     MOST,
+    SUREST,
     intended_label_accuracy,
+    judges_weights,
     opinion_pool,
+    sureness,
     with_intended_labels,
     without_preference,
 )
 from crosslm.config import SLMConfig
-from crosslm.enhancement import pool_rewards, soft_labels, train_on_synthetic
+from crosslm.enhancement import PROBED, pool_rewards, probe_of, soft_labels, train_on_synthetic, weigh_judges
 from crosslm.models.slm import SLM
 from crosslm.records import SyntheticSet, SyntheticText, Upload
 from crosslm.support.progress import Progress
@@ -97,6 +100,50 @@ def test_two_judges_together_by_hand():
     torch.testing.assert_close(opposed, torch.tensor([[0.5, 0.5]]))
 
 
+def test_a_judge_that_counts_less_by_hand():
+    # 0.8^0.5 and 0.2^0.5 have the odds 2, times 1 / 3: 2 to 3; the other's 1 to 1 leaves 2 to 1
+    one, other = torch.tensor([[0.8, 0.2], [0.8, 0.2]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    torch.testing.assert_close(opinion_pool(one, other, (0.5, 1.0)), torch.tensor([[0.4, 0.6], [2 / 3, 1 / 3]]))
+    torch.testing.assert_close(opinion_pool(one, other, (0.0, 1.0)), other)
+
+
+def test_how_sure_a_judge_should_be_by_hand():
+    labels = torch.tensor([0, 0, 1])
+    # 2 log s + log(1 - s) is largest at s = 2/3, odds of 2; the judge's are 4, and 4^0.5 = 2
+    surer = torch.tensor([[0.8, 0.2]] * 3)
+    assert sureness(surer, labels) == pytest.approx(0.5)
+    as_right = torch.tensor([[2 / 3, 1 / 3]] * 3)
+    assert sureness(as_right, labels) == pytest.approx(1.0)
+    assert judges_weights(surer, as_right, labels) == pytest.approx((0.5, 1.0))
+    assert judges_weights(as_right, surer, labels) == pytest.approx((1.0, 0.5))
+    assert sureness(surer, torch.tensor([0, 0, 0])) == pytest.approx(SUREST)
+    assert sureness(surer, torch.tensor([1, 1, 0])) == pytest.approx(0.0)
+    assert judges_weights(surer, as_right, torch.tensor([1, 1, 0])) == (1.0, 1.0)  # neither knows anything
+    assert judges_weights(torch.tensor([[0.2, 0.8]] * 3), as_right, labels) == pytest.approx((0.0, 1.0))
+    assert sureness(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize("times_too_sure", [1, 2, 4])
+def test_a_judge_that_is_too_sure_is_found_out(classes, times_too_sure):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, classes, generator=generator)
+    truth = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
+    found = sureness((times_too_sure * logits).softmax(dim=1), truth)
+    assert found == pytest.approx(1 / times_too_sure, rel=0.15)
+
+
+def test_the_weights_do_not_depend_on_how_many_texts_fit_their_label():
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 20000, 2, generator=generator)
+    truth = torch.multinomial((one + other).softmax(dim=1), 1, generator=generator).squeeze(1)
+    noisy = torch.where(torch.rand(20000, generator=generator) < 0.7, truth, 1 - truth)
+    judges = (5 * one).softmax(dim=1), other.softmax(dim=1)
+    assert sureness(judges[1], noisy) < 0.7 * sureness(judges[1], truth)
+    for labels in (truth, noisy):
+        assert judges_weights(*judges, labels) == pytest.approx((0.2, 1.0), rel=0.15)
+
+
 def test_what_step_5_learns():
     pool = SyntheticSet([SyntheticText(str(label), label, "", (), (), 0) for label in (0, 1, 1)])
     judged = torch.tensor([[0.8, 0.2], [0.9, 0.1], [0.1, 0.9]])
@@ -116,9 +163,30 @@ def test_what_step_5_learns():
     own = without_preference(said)
     with_llm = learned(judged, said, soft_labels=True, llm_judges=True)
     torch.testing.assert_close(with_llm, opinion_pool(judged, own))
+    with_both = fields.model_copy(update={"soft_labels": True, "llm_judges": True})
+    weighed = soft_labels(pool, judged, said, with_both, (0.5, 1.0))
+    torch.testing.assert_close(weighed, opinion_pool(judged, own, (0.5, 1.0)))
     three = learned(judged, said, soft_labels=True, llm_judges=True, intended_labels=True)
     rho = intended_label_accuracy(with_llm, pool.labels)
     torch.testing.assert_close(three, with_intended_labels(with_llm, pool.labels, rho))
+
+
+def test_judges_are_weighed_where_that_is_asked_for(config):
+    fields = {"soft_labels": True, "llm_judges": True, "weigh_judges": True}
+    texts = [SyntheticText(str(place), place % 2, "", (), (), 0) for place in range(PROBED + 2)]
+    pool = SyntheticSet(texts)
+    judged = torch.rand(len(texts), 2, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+    said = judged.flip(0)
+
+    def probe(**values):
+        return probe_of(pool, config.model_copy(update={"slm": config.slm.model_copy(update=fields | values)}))
+
+    assert [probe(**{name: False}).samples for name in fields] == [[], [], []]
+    assert probe().samples == texts[:PROBED]
+    expected = judges_weights(judged[:PROBED], without_preference(said[:PROBED]), pool.labels[:PROBED])
+    assert weigh_judges(probe(), judged, said) == expected != (1.0, 1.0)
+    for given in ((probe(weigh_judges=False), judged, said), (probe(), None, said), (probe(), judged, None)):
+        assert weigh_judges(*given) == (1.0, 1.0)
 
 
 def test_where_no_slm_may_judge_the_llm_does_or_else_the_intended_label_is_learned():

@@ -6,7 +6,7 @@ The other baseline, Standalone, is the SLM as its client uploads it first.
 from torch import Tensor
 
 from crosslm.config import Config
-from crosslm.enhancement import pool_rewards, select, soft_labels, train_on_synthetic
+from crosslm.enhancement import pool_rewards, probe_of, select, soft_labels, train_on_synthetic, weigh_judges
 from crosslm.models.encoder import Encoder
 from crosslm.models.slm import SLM
 from crosslm.records import SyntheticSet, Upload
@@ -44,6 +44,7 @@ def data_free_kd(
     texts = pool.texts
     judged = teachers.probabilities(slm, upload, texts) if may_judge else teachers.of_others(slm, upload, texts)
     _, kept = select(pool, pool_rewards(pool, judged, said), encoder, config.selection, said)
-    targets, detail = soft_labels(pool, judged, said, config.slm), f"{upload.client_id}, data-free KD"
+    weights, detail = weigh_judges(probe_of(pool, config), judged, said), f"{upload.client_id}, data-free KD"
+    targets = soft_labels(pool, judged, said, config.slm, weights)
     train_on_synthetic(slm, pool, kept, targets, upload, config, progress, detail)
     return slm

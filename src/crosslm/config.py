@@ -56,7 +56,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "reward": {"baseline": "leave_one_out", "correct_prior": True, "teachers": 4},
         "llm": {"generation_floor": 5.0, "gamma_kl": 0.1, "interpolation": 0.7},
         "selection": {"class_balance": True, "fraction": 1.0},
-        "slm": {"soft_labels": True, "llm_judges": True},
+        "slm": {"soft_labels": True, "llm_judges": True, "weigh_judges": True},
         "federation": {"closing": True},
         "gate": {"enabled": True, "teach_refused": True},
         "acceptance": {"enabled": True, "balanced": True},
@@ -130,6 +130,11 @@ class Config(Section):
     def asks_llm(self) -> bool:
         """Whether step 5 always needs what the LLM itself makes of its texts (Eq. 1)."""
         return self.selection.llm_posterior or (self.slm.soft_labels and self.slm.llm_judges)
+
+    @property
+    def weighs_judges(self) -> bool:
+        """Whether step 5 asks how much the SLMs' judgement and the LLM's count."""
+        return self.slm.soft_labels and self.slm.llm_judges and self.slm.weigh_judges
 
     def dump(self) -> str:
         """The whole configuration as TOML; ``crosslm.config_file.load`` of it gives an equal one."""

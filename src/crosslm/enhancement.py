@@ -17,6 +17,7 @@ from crosslm.algorithm.selection import (
 )
 from crosslm.algorithm.soft_labels import (
     intended_label_accuracy,
+    judges_weights,
     opinion_pool,
     with_intended_labels,
     without_preference,
@@ -28,6 +29,9 @@ from crosslm.models.slm import SLM
 from crosslm.records import Receipt, SyntheticSet, Upload
 from crosslm.support.progress import Progress
 from crosslm.support.seeding import seed_for
+
+PROBED = 256
+"""Texts that judges are weighed by: with as many their weights hardly depend on which."""
 
 
 def pool_rewards(pool: SyntheticSet, judged: Tensor | None, said: Tensor | None) -> Tensor:
@@ -133,7 +137,13 @@ def train_on_synthetic(
         return metrics
 
 
-def soft_labels(pool: SyntheticSet, judged: Tensor | None, said: Tensor | None, config: SLMConfig) -> Tensor | None:
+def soft_labels(
+    pool: SyntheticSet,
+    judged: Tensor | None,
+    said: Tensor | None,
+    config: SLMConfig,
+    weights: tuple[float, float] = (1.0, 1.0),
+) -> Tensor | None:
     """Probabilities that a text's training aims at, ``(texts, labels)``; none where its intended label is learned.
 
     Args:
@@ -141,13 +151,33 @@ def soft_labels(pool: SyntheticSet, judged: Tensor | None, said: Tensor | None, 
         judged: ``(texts, labels)``, the SLMs' judgement; None where there is none.
         said: ``(texts, labels)``, the LLM's (Eq. 1), for ``slm.llm_judges``.
         config: what is learned.
+        weights: of the SLMs' judgement and of the LLM's, from :func:`weigh_judges`.
     """
     opinions = judged
     if config.llm_judges and said is not None:
         own = without_preference(said)
-        opinions = own if judged is None else opinion_pool(judged, own)
+        opinions = own if judged is None else opinion_pool(judged, own, weights)
     if not config.soft_labels or opinions is None:
         return None
     if not config.intended_labels:
         return opinions
     return with_intended_labels(opinions, pool.labels, intended_label_accuracy(opinions, pool.labels))
+
+
+def probe_of(base: SyntheticSet, config: Config) -> SyntheticSet:
+    """The texts of the original LLM that judges are weighed by; none where all count alike (``slm.weigh_judges``)."""
+    return SyntheticSet(base.samples[:PROBED] if config.weighs_judges else [])
+
+
+def weigh_judges(probe: SyntheticSet, judged: Tensor | None, said: Tensor | None) -> tuple[float, float]:
+    """How much the SLMs' judgement and the LLM's count in soft labels.
+
+    Args:
+        probe: from :func:`probe_of`: no SLM has influenced it.
+        judged: ``(texts, labels)``, the SLMs' judgement, of the probe first; None where there is none.
+        said: ``(texts, labels)``, the LLM's (Eq. 1), of the same.
+    """
+    count = len(probe.samples)
+    if not count or judged is None or said is None:
+        return 1.0, 1.0
+    return judges_weights(judged[:count], without_preference(said[:count]), probe.labels)

@@ -18,7 +18,6 @@ from crosslm.errors import RunError, StoppedError, UnservedError
 from crosslm.federation.exchange import close, serve
 from crosslm.federation.intake import Intake
 from crosslm.federation.local import LocalExchange
-from crosslm.gate import Gate
 from crosslm.models.slm import SLM
 from crosslm.models.sources import resolve_device
 from crosslm.privacy.accounting import require_opacus
@@ -210,7 +209,7 @@ class _Run:
             "before": self.before,
             "inputs": self.inputs,
         }
-        self.server.gate = Gate.open(config, journal.base_pool, self.public)
+        self.server.begin(journal.base_pool, self.public)
         self.exchange.go_on(0, run.barred())
         self._saved = -1
         self._save({"outcome": "beginning"})
@@ -230,7 +229,8 @@ class _Run:
         self.journal.base_pool = snapshot.texts_of(get(self._kept["base_pool"]))
         self.journal.base_said = json.loads(get(self._kept["base_said"]))
         self.journal.restore(state["journal"])
-        snapshot.go_back_to(self.server, record, Gate.open(self.config, self.journal.base_pool, self.public), get)
+        self.server.begin(self.journal.base_pool, self.public)
+        snapshot.go_back_to(self.server, record, get)
         self._clients = state["clients"]
         for client_id, kept in self._clients.items():
             told = None if kept["counts"] is None else tuple(kept["counts"])

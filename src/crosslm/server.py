@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
 from crosslm.classification import class_probabilities
 from crosslm.config import Config
-from crosslm.enhancement import pool_rewards, select, soft_labels, train_on_synthetic
+from crosslm.data.examples import Examples
+from crosslm.enhancement import pool_rewards, probe_of, select, soft_labels, train_on_synthetic, weigh_judges
 from crosslm.errors import BrokenLLMError, CollapseError, ModelError, QuarantineError, UploadError
 from crosslm.gate import Gate
 from crosslm.llm_update import anchor_texts, one_pass
@@ -56,13 +57,21 @@ class StepRecord:
         return sum(texts.tokens_generated for texts in self.written)
 
 
+class Reading(NamedTuple):
+    """What the LLM makes of texts (Eq. 1), ``(texts, labels)``."""
+
+    pool: Tensor
+    probe: Tensor | None = None
+    """Of the texts that judges are weighed by, where they are."""
+
+
 @dataclass(frozen=True)
 class Closing:
     """What all learn from when no more uploads come, and what the LLM makes of it."""
 
     pool: SyntheticSet
-    said: Tensor | None
-    """``(texts, labels)``, Eq. 1, where step 5 asks it."""
+    said: Reading | None
+    """Where step 5 asks the LLM."""
 
 
 class Server:
@@ -82,7 +91,8 @@ class Server:
         self.encoder = encoder
         self.progress = progress or Progress()
         self.gate: Gate | None = None
-        """Set before the first step where there is one: it needs texts that the LLM has written."""
+        self.probe = SyntheticSet([])
+        """Texts of the original LLM that tell how much each judge counts; none where all count alike."""
         self.teachers = Teachers(config.reward)
         self.anchors: list[list[int]] = []
         self.steps = 0
@@ -90,6 +100,19 @@ class Server:
         self.taught = 0
         """Of these, those that had no say."""
         self.optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=config.llm.learning_rate, weight_decay=0.0)
+
+    def begin(self, base: SyntheticSet, public: Examples) -> None:
+        """Before the first step: open the gate, and keep some texts to weigh judges by, where there are these.
+
+        Args:
+            base: what the original LLM wrote.
+            public: labelled public texts, if there are any.
+
+        Raises:
+            ConfigError: all texts have one label, so that the gate can tell nothing.
+        """
+        self.gate = Gate.open(self.config, base, public)
+        self.probe = probe_of(base, self.config)
 
     def step(self, upload: Upload) -> tuple[Download, StepRecord]:
         """Train the LLM and the SLM on each other's judgement, and return the SLM.
@@ -172,7 +195,7 @@ class Server:
         turn = ("taught", self.taught) if record.refusal else ("server", self._learned)
         seed = seed_for(self.config.seed, *turn, "pool")
         record.pool = self._synthesize(f"{upload.client_id}: texts to choose from", self.config.selection.pool, seed)
-        said = self._said(record.pool.texts, upload.client_id) if self._is_asked(bool(record.refusal)) else None
+        said = self._said(record.pool, upload.client_id) if self._is_asked(bool(record.refusal)) else None
         fitted = self._train(slm, upload, record, said)
         self.steps, self.taught = self.steps + 1, self.taught + bool(record.refusal)
         return self._download(slm, upload, record, fitted)
@@ -190,7 +213,7 @@ class Server:
         """
         half = self.config.selection.pool // 2
         pool = SyntheticSet(latest.samples[: self.config.selection.pool - half] + original.samples[:half])
-        return Closing(pool, self._said(pool.texts, "all clients") if self._is_asked(any(refusals)) else None)
+        return Closing(pool, self._said(pool, "all clients") if self._is_asked(any(refusals)) else None)
 
     def close(self, upload: Upload, refusal: str, closing: Closing) -> tuple[Download, StepRecord]:
         """Step 5 once more for an SLM that was served, by the LLM as it is in the end, and by all who judge.
@@ -213,20 +236,27 @@ class Server:
         """Whether step 5 needs the LLM's own judgement: always, or for an SLM that has no say."""
         return self.config.asks_llm or was_refused
 
-    def _said(self, texts: list[str], who: str) -> Tensor:
-        with self.progress.stage("select", f"{who}: the LLM reads", len(texts), "texts") as advance:
-            return class_probabilities(self.llm, self.task, texts, advance)  # Eq. 1
+    def _said(self, pool: SyntheticSet, who: str) -> Reading:
+        count = len(pool.samples) + len(self.probe.samples)
+        with self.progress.stage("select", f"{who}: the LLM reads", count, "texts") as advance:
+            of_pool = class_probabilities(self.llm, self.task, pool.texts, advance)  # Eq. 1
+            if not self.probe.samples:
+                return Reading(of_pool)
+            return Reading(of_pool, class_probabilities(self.llm, self.task, self.probe.texts, advance))
 
-    def _train(self, slm: SLM, upload: Upload, record: StepRecord, said: Tensor | None) -> dict[str, float]:
+    def _train(self, slm: SLM, upload: Upload, record: StepRecord, said: Reading | None) -> dict[str, float]:
         """Choose from a pool, and train the SLM on what is chosen."""
         config, who, pool = self.config, upload.client_id, record.pool
         with self.progress.stage("select", who, 1, "pool") as advance:
             judge = self.teachers.of_others if record.refusal else self.teachers.probabilities
             judged = judge(slm, upload, pool.texts)
-            rewards = pool_rewards(pool, judged, said)
-            record.receipts, record.kept = select(pool, rewards, self.encoder, config.selection, said)  # Eq. 10
+            of_pool, of_probe = said or (None, None)
+            rewards = pool_rewards(pool, judged, of_pool)
+            record.receipts, record.kept = select(pool, rewards, self.encoder, config.selection, of_pool)  # Eq. 10
+            judged_probe = judge(slm, upload, self.probe.texts) if self.probe.samples else None
             advance(1)
-        targets = soft_labels(pool, judged, said, config.slm)
+        weights = weigh_judges(self.probe, judged_probe, of_probe)
+        targets = soft_labels(pool, judged, of_pool, config.slm, weights)
         return train_on_synthetic(slm, pool, record.kept, targets, upload, config, self.progress, who)
 
     def _download(self, slm: SLM, upload: Upload, record: StepRecord, fitted: dict[str, float]) -> Download:

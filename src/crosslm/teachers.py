@@ -22,7 +22,8 @@ from crosslm.records import Upload
 
 logger = logging.getLogger(__name__)
 
-KNOWN = 4  # what the LLM learns from, an SLM's pool, the original LLM's, and what all learn in the end
+KNOWN = 5
+"""What the LLM learns from, an SLM's pool, the original LLM's, what judges are weighed by, what all learn last."""
 
 
 @dataclass

@@ -14,6 +14,8 @@ MOST = 0.99
 """No LLM is taken to be right always, however sure the SLMs are."""
 LEAST = 1e-6
 """A probability that is as good as none."""
+SUREST, HALVINGS = 16.0, 60
+"""The largest power of a judge's probabilities, and how often its range is halved to find the right one."""
 
 
 def without_preference(probabilities: Tensor) -> Tensor:
@@ -33,21 +35,64 @@ def without_preference(probabilities: Tensor) -> Tensor:
     return (logs - logs.mean(dim=0)).softmax(dim=1)
 
 
-def opinion_pool(one: Tensor, other: Tensor) -> Tensor:
-    """What two judges who err on different texts make of them together: ``q(y|x) ~ p_1(y|x) p_2(y|x)``.
+def opinion_pool(one: Tensor, other: Tensor, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """What two judges who err on different texts make of them together: ``q(y|x) ~ p_1(y|x)^w_1 p_2(y|x)^w_2``.
 
-    The logarithmic opinion pool with a weight of one each: where one of them is undecided, the other decides. Source:
-    Genest and Zidek, "Combining Probability Distributions: A Critique and an Annotated Bibliography", Statistical
-    Science 1986.
+    The logarithmic opinion pool: where one of them is undecided, the other decides. Source: Genest and Zidek,
+    "Combining Probability Distributions: A Critique and an Annotated Bibliography", Statistical Science 1986.
 
     Args:
         one: ``(texts, classes)``.
         other: as ``one``.
+        weights: w_1 and w_2.
 
     Returns:
         ``(texts, classes)``, rows sum to 1.
     """
-    return (one.clamp_min(LEAST).log() + other.clamp_min(LEAST).log()).softmax(dim=1)
+    logs = one.clamp_min(LEAST).log(), other.clamp_min(LEAST).log()
+    return (weights[0] * logs[0] + weights[1] * logs[1]).softmax(dim=1)
+
+
+def sureness(probabilities: Tensor, labels: Tensor) -> float:
+    """The power b of a judge's probabilities under which the intended labels are most likely.
+
+    Maximises ``sum_i log(p(y_i|x_i)^b / sum_y p(y|x_i)^b)``, which is concave in b: 1 / b is the temperature of Guo et
+    al., "On Calibration of Modern Neural Networks", ICML 2017. A judge who is surer than right has a small one. Since
+    not every text fits the label that it was written for, b is too small for every judge; what is right is the ratio
+    of two judges' on the same texts.
+
+    Args:
+        probabilities: ``(texts, classes)``.
+        labels: ``(texts,)``, what they were written for.
+
+    Returns:
+        b, from 0 (the judge knows nothing of the labels) to :data:`SUREST`.
+    """
+    logs = probabilities.double().clamp_min(LEAST).log()
+    intended = logs.gather(1, labels.unsqueeze(1)).sum()
+    low, high = 0.0, SUREST
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        expected = ((middle * logs).softmax(dim=1) * logs).sum()  # the derivative is what is intended less this
+        low, high = (middle, high) if intended > expected else (low, middle)
+    return (low + high) / 2
+
+
+def judges_weights(one: Tensor, other: Tensor, labels: Tensor) -> tuple[float, float]:
+    """How much two judges count in :func:`opinion_pool`: ``w_j = b_j / max(b_1, b_2)``, with b of :func:`sureness`.
+
+    Who is surer than right counts less; the other's judgement is taken as it is.
+
+    Args:
+        one: ``(texts, classes)``.
+        other: as ``one``.
+        labels: ``(texts,)``, what the texts were written for.
+
+    Returns:
+        w_1 and w_2, from 0 to 1, one of them 1.
+    """
+    found = sureness(one, labels), sureness(other, labels)
+    return found[0] / max(found), found[1] / max(found)
 
 
 def intended_label_accuracy(probabilities: Tensor, labels: Tensor) -> float:

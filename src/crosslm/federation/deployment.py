@@ -14,7 +14,6 @@ from crosslm.federation.exchange import Served
 from crosslm.federation.messages import decode_upload, describe, encode
 from crosslm.federation.spool import Arrival, Spool
 from crosslm.federation.summary import accuracies, summary_of
-from crosslm.gate import Gate
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
@@ -96,7 +95,7 @@ class Deployment:
         self._count(self.base)
         self.before = self.meter.reading(self.server.llm, "before")
         self._base_name = self.checkpoints.put(snapshot.texts_bytes(self.base))
-        self.server.gate = Gate.open(self.config, self.base, public_texts(self.config, self._warn))
+        self.server.begin(self.base, public_texts(self.config, self._warn))
         test_rows(self.config, self._warn)
         self._save({"outcome": "beginning"}, None)
 
@@ -111,7 +110,8 @@ class Deployment:
         self.base = snapshot.texts_of(get(self._base_name))
         self.tokens_generated, self.removed = state["tokens_generated"], Counter(state["texts_removed"])
         self.progress.seconds.update(state["seconds"])
-        snapshot.go_back_to(self.server, record, Gate.open(self.config, self.base, public_texts(self.config)), get)
+        self.server.begin(self.base, public_texts(self.config))
+        snapshot.go_back_to(self.server, record, get)
         cause = record["cause"]
         for arrival in self.spool.of(str(cause.get("client"))):
             if arrival.round == cause["round"] and arrival.state in ("received", "processing"):

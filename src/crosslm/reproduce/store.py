@@ -23,7 +23,7 @@ CEILING_SECTIONS = ("seed", "task", "data", "clients")
 STANDALONE_SECTIONS = (*CEILING_SECTIONS, "acceptance", "privacy", "federation")
 SLM_FIELDS = ("models", "max_length", "freeze_embeddings", "private")
 STEP_5 = {
-    "slm": ("synthetic", "soft_labels", "intended_labels", "llm_judges", "interpolation"),
+    "slm": ("synthetic", "soft_labels", "intended_labels", "llm_judges", "weigh_judges", "interpolation"),
     "selection": ("fraction", "score", "llm_posterior", "nonpositive_rewards", "class_balance", "encoder"),
     "gate": ("teach_refused", "new_head"),
     "federation": ("closing",),

@@ -123,13 +123,12 @@ def server_state(server: Server, put: Callable[[bytes], str]) -> dict[str, Any]:
     }
 
 
-def go_back_to(server: Server, record: Mapping[str, Any], gate: Gate | None, get: Callable[[str], bytes]) -> None:
+def go_back_to(server: Server, record: Mapping[str, Any], get: Callable[[str], bytes]) -> None:
     """The other way round.
 
     Args:
-        server: as it was when the run began.
+        server: as it was when the run began, before its first step.
         record: a checkpoint, whose state has what :func:`server_state` gave.
-        gate: opened as when the run began.
         get: reads what was kept under a name.
 
     Raises:
@@ -143,9 +142,8 @@ def go_back_to(server: Server, record: Mapping[str, Any], gate: Gate | None, get
             "was, or begin another run"
         )
     restore_server(server, get(record["adapter"]), get(state["optimizer"]), state["steps"], state["taught"])
-    server.gate = gate
-    if gate:
-        restore_gate(gate, get(state["gate"]))
+    if server.gate:
+        restore_gate(server.gate, get(state["gate"]))
     restore_teachers(server, state["teachers"], get)
 
 
