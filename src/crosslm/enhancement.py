@@ -30,8 +30,8 @@ from crosslm.records import Receipt, SyntheticSet, Upload
 from crosslm.support.progress import Progress
 from crosslm.support.seeding import seed_for
 
-PROBED = 256
-"""Texts that judges are weighed by: with as many their weights hardly depend on which."""
+PROBED = 768
+"""Texts that judges are weighed by, at most: with a third of it weights depend on which where few fit their label."""
 
 
 def pool_rewards(pool: SyntheticSet, judged: Tensor | None, said: Tensor | None) -> Tensor:
