@@ -327,6 +327,31 @@ def step_4_table(result: dict, preset: str) -> list[str]:
     return [*lines, ""]
 
 
+def judges_section(results: list[dict]) -> list[str]:
+    """What benchmarks/judges.py measured."""
+    first = results[0]
+    lines = [
+        "### How much the SLMs' judgement and the LLM's count (`slm.weigh_judges`)",
+        "",
+        "What step 5 would have an SLM learn, if the LLM wrote the validation rows of the task: on which share of them "
+        "so many of the four SLMs, with the LLM beside them, find the label. Of one SLM and of two the mean over all "
+        f"choices, and the worst. Uploads and LLMs of runs with seed {first['seed']} under preset recommended, which "
+        "`slm.weigh_judges` changes nothing of; the weights from texts of the original LLM. "
+        f"`benchmarks/judges.py`, commit `{first['commit'][:10]}`, {first['date']}, {first['machine']}.",
+        "",
+        "| | LLM | LLM alone | SLMs | SLMs alone | alike | weighed | alike, worst | weighed, worst |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    columns = ("SLMs alone", "alike", "weighed", "alike, worst", "weighed, worst")
+    for result in results:
+        for llm, found in result["figures"].items():
+            for count, row in found.items():
+                if count != "LLM alone":
+                    figures = " | ".join(f"{row[name]:.3f}" for name in columns)
+                    lines.append(f"| {result['task']} | {llm} | {found['LLM alone']:.3f} | {count} | {figures} |")
+    return [*lines, ""]
+
+
 def interpolation_section(results: list[dict]) -> list[str]:
     """What benchmarks/interpolation.py measured."""
     first = results[0]
@@ -623,6 +648,8 @@ def results_page(loaded: dict[str, dict]) -> str:
         lines += one_label_section(before)
     if found := [loaded[name] for name in sorted(loaded) if name.startswith("step-5-texts-")]:
         lines += texts_section(found)
+    if found := [loaded[f"judges-{task}"] for task in TASKS if f"judges-{task}" in loaded]:
+        lines += judges_section(found)
     if found := [loaded[f"interpolation-{task}"] for task in TASKS if f"interpolation-{task}" in loaded]:
         lines += interpolation_section(found)
     if "preset-choices" in loaded:

@@ -34,7 +34,7 @@ from crosslm.classification import class_probabilities
 from crosslm.client import Client
 from crosslm.config import Config
 from crosslm.config_file import load
-from crosslm.enhancement import pool_rewards, select, soft_labels, train_on_synthetic
+from crosslm.enhancement import pool_rewards, probe_of, select, soft_labels, train_on_synthetic, weigh_judges
 from crosslm.federation.messages import decode_upload
 from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, resolve_device
@@ -155,7 +155,9 @@ class Study:
         return (targets.argmax(dim=1) == self.found[pool]).float().mean().item()
 
     def _targets(self, pool: str, llm: str) -> Tensor:
-        targets = soft_labels(self.pools[pool], self.judged[pool], self.said[pool][llm], self.config.slm)
+        probe = probe_of(self.pools["original"], self.config)
+        weights = weigh_judges(probe, self.judged["original"], self.said["original"][llm])
+        targets = soft_labels(self.pools[pool], self.judged[pool], self.said[pool][llm], self.config.slm, weights)
         if targets is None:
             sys.exit("step 5 of this run has no soft labels; give one of preset recommended")
         return targets

@@ -297,6 +297,30 @@ def test_a_figure_inside_another_has_a_row(monkeypatch):
     assert f"| `trimmed.ratio_float32` | **{ratio}** |" in page
 
 
+def test_how_much_judges_count_is_measured_on_validation_rows(settings, data_folder, tmp_path, monkeypatch):
+    judges = loaded("judges", monkeypatch)
+    settings |= {"preset": "recommended", "acceptance": {"enabled": False}}
+    settings["reward"] = {"teachers": 2}
+    run_local(Config.model_validate(settings), tmp_path / "run", tmp_path)
+    rows = (data_folder / "test.csv").read_text().splitlines()
+    (data_folder / "validation.csv").write_text("\n".join(rows[:9]) + "\n")
+    kept = []
+    monkeypatch.setattr(judges, "keep", lambda name, figures: kept.append((name, figures)))
+    monkeypatch.setattr(sys, "argv", ["judges.py", str(tmp_path / "run"), "--rows", "6"])
+    judges.main()
+    ((name, found),) = kept
+    assert (name, found["rows"], found["probe"]) == ("judges-tiny", 6, 12)
+    assert {"commit", "machine", "seed"} <= set(found)
+    for llm in ("original", "trained"):
+        assert list(found["figures"][llm]) == ["LLM alone", "1", "2"]
+        one, two = found["figures"][llm]["1"], found["figures"][llm]["2"]
+        assert one["weighed, worst"] <= one["weighed"]
+        assert two["weighed, worst"] == two["weighed"]  # there is one choice of two among two
+        assert all(6 * value == pytest.approx(round(6 * value)) for value in two.values())
+    results = loaded("results", monkeypatch)
+    assert f"| {two['weighed']:.3f} |" in results.judges_section([found])[-2]
+
+
 def test_which_texts_step_5_learns_from_is_measured_and_gone_on_with(settings, tmp_path, monkeypatch):
     study = loaded("step_5_texts", monkeypatch)
     settings |= {"preset": "recommended", "acceptance": {"enabled": False}}
