@@ -91,6 +91,7 @@ class Server:
         self.encoder = encoder
         self.progress = progress or Progress()
         self.gate: Gate | None = None
+        """Opened by :meth:`begin`, where there is one."""
         self.probe = SyntheticSet([])
         """Texts of the original LLM that tell how much each judge counts; none where all count alike."""
         self.teachers = Teachers(config.reward)
