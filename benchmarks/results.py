@@ -140,6 +140,7 @@ CLOSING = {
     "closing-ag_news-float32": "AG News on another machine, with the LLM in float32",
 }
 ONE_LABEL = "one-label-before-"
+WEIGHED = "weighed-"
 METHODS = ("data_free_kd", "crosslm")
 TASKS = {"sst2": "SST-2", "imdb": "IMDb", "ag_news": "AG News", "yahoo_answers": "Yahoo! Answers"}
 HOW_CLOSED = (
@@ -218,6 +219,32 @@ def one_label_section(loaded: dict[str, dict]) -> list[str]:
         notes.append(
             f"{TASKS[task]}: `{before['commit'][:10]}`, `{now['commit'][:10]}`, {now['date']}, {now['machine']}."
         )
+    return [*lines, "", *notes, ""]
+
+
+def weighed_section(loaded: dict[str, dict]) -> list[str]:
+    """What silos get at Dirichlet 0.1 where classifiers and LLM count alike, and where they are weighed."""
+    lines = [
+        "Dirichlet 0.1, seed 0, preset recommended, on test rows: the run of the table of label skew, and the same "
+        "with `slm.weigh_judges`, on the same texts.",
+        "",
+        "| task, client | Standalone | Data-free KD, alike | CrossLM, alike | Data-free KD, weighed | "
+        "CrossLM, weighed |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    notes = []
+    for name, weighed in loaded.items():
+        task = name.removeprefix(WEIGHED)
+        cell = RESULTS / "reproduce" / "test" / "cells" / task / "recommended" / "alpha-0.1" / "seed-0" / "run.json"
+        alike = json.loads(cell.read_text())
+        judges = [each["settings"]["config"]["slm"].get("weigh_judges", False) for each in (alike, weighed)]
+        assert judges == [False, True], "these are not the two sides of the table"
+        one, other = (each["figures"]["slm"] for each in (alike, weighed))
+        for client in [*sorted(set(one["standalone"]) - {"mean"}), "mean"]:
+            methods = [one["standalone"], *(which[method] for which in (one, other) for method in METHODS)]
+            lines.append(f"| {TASKS[task]}, {client} | {in_cells([method[client] for method in methods])} |")
+        origin = f"`{alike['commit'][:10]}`, `{weighed['commit'][:10]}`"
+        notes.append(f"{TASKS[task]}: {origin}, {weighed['date']}, {weighed['machine']}.")
     return [*lines, "", *notes, ""]
 
 
@@ -650,6 +677,8 @@ def results_page(loaded: dict[str, dict]) -> str:
         lines += texts_section(found)
     if found := [loaded[f"judges-{task}"] for task in TASKS if f"judges-{task}" in loaded]:
         lines += judges_section(found)
+    if found := {name: result for name, result in loaded.items() if name.startswith(WEIGHED)}:
+        lines += weighed_section(found)
     if found := [loaded[f"interpolation-{task}"] for task in TASKS if f"interpolation-{task}" in loaded]:
         lines += interpolation_section(found)
     if "preset-choices" in loaded:
