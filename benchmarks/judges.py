@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from results import keep, provenance
 
-from crosslm.algorithm.soft_labels import judges_weights, opinion_pool, without_preference
+from crosslm.algorithm.soft_labels import opinion_pool, weight_beside, without_preference
 from crosslm.classification import class_probabilities
 from crosslm.client import Client
 from crosslm.config_file import load
@@ -55,6 +55,8 @@ class Judges:
         server = Server(config, task, loaded.llm, loaded.encoder)
         checkpoints = Checkpoints(RunDir.open(run))
         record = checkpoints.last()
+        if record is None or record["state"] is None or config.reward.teachers == 1:
+            sys.exit(f"{run}: give a run of preset recommended, with its checkpoints")
         state, get = record["state"], checkpoints.get
         base = snapshot.texts_of(get(state["kept"]["base_pool"]))
         self.probe = SyntheticSet(base.samples[:PROBED])
@@ -93,8 +95,8 @@ class Judges:
             probed, found = (torch.stack(each).mean(dim=0) for each in zip(*chosen, strict=True))
             alone.append(self.right(found))
             alike.append(self.right(opinion_pool(found, of_rows)))
-            weights = judges_weights(probed, of_probe, self.probe.labels)
-            weighed.append(self.right(opinion_pool(found, of_rows, weights)))
+            weight = weight_beside(probed, of_probe, self.probe.labels)
+            weighed.append(self.right(opinion_pool(found, of_rows, weight)))
         named = {"SLMs alone": alone, "alike": alike, "weighed": weighed}
         means = {name: sum(values) / len(values) for name, values in named.items()}
         return means | {f"{name}, worst": min(values) for name, values in named.items()}

@@ -146,6 +146,8 @@ class Bench:
 
     def __init__(self, run: Path) -> None:
         config = load(run / "config.toml")
+        if config.weighs_judges:
+            sys.exit(f"{run}: give a run without slm.weigh_judges; benchmarks/judges.py measures what that does")
         self.config: Config = config.model_copy(update={"device": resolve_device(config.device)})
         self.run, self.task = run, Task.from_config(config.task)
         self.cache = cache_folder()

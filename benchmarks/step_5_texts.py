@@ -156,8 +156,8 @@ class Study:
 
     def _targets(self, pool: str, llm: str) -> Tensor:
         probe = probe_of(self.pools["original"], self.config)
-        weights = weigh_judges(probe, self.judged["original"], self.said["original"][llm])
-        targets = soft_labels(self.pools[pool], self.judged[pool], self.said[pool][llm], self.config.slm, weights)
+        weight = weigh_judges(probe, self.judged["original"], self.said["original"][llm])
+        targets = soft_labels(self.pools[pool], self.judged[pool], self.said[pool][llm], self.config.slm, weight)
         if targets is None:
             sys.exit("step 5 of this run has no soft labels; give one of preset recommended")
         return targets

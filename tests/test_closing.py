@@ -11,10 +11,11 @@ import torch
 from of_federations import answer, change, echo, turn
 from of_uploads import ShutTo, server_of
 
-from crosslm import experiment
+from crosslm import baselines, experiment
 from crosslm import server as server_module
 from crosslm.algorithm.rewards import label_rewards
 from crosslm.algorithm.soft_labels import opinion_pool, without_preference
+from crosslm.baselines import data_free_kd
 from crosslm.classification import class_probabilities
 from crosslm.client import Client, Decision
 from crosslm.config import Config
@@ -34,6 +35,7 @@ from crosslm.runs import journal
 from crosslm.runs.rundir import RunDir
 from crosslm.server import Server, receive_slm
 from crosslm.support.files import write_whole
+from crosslm.support.progress import Progress
 from crosslm.synthesis import synthesize
 
 SILOS = ("silo-0", "silo-1")
@@ -72,7 +74,7 @@ def test_judges_are_weighed_by_what_they_make_of_the_original_llms_texts(models,
     monkeypatch.setattr(
         server_module, "train_on_synthetic", lambda *given: learned.append((given[1], given[3])) or train(*given)
     )
-    monkeypatch.setattr(server_module, "weigh_judges", lambda *given: asked.append(given) or (0.5, 1.0))
+    monkeypatch.setattr(server_module, "weigh_judges", lambda *given: asked.append(given) or 0.5)
     server = server_of(models, config, task, soft_labels=True, llm_judges=True, weigh_judges=True)
     original = synthesize(server.llm, task, config.synthesis, 12, 0)
     server.begin(original, Examples([], []))
@@ -84,11 +86,40 @@ def test_judges_are_weighed_by_what_they_make_of_the_original_llms_texts(models,
     for pool, targets in learned:
         own = without_preference(class_probabilities(server.llm, task, pool.texts))
         judged = server.teachers.probabilities(slm, uploads[0], pool.texts)
-        torch.testing.assert_close(targets, opinion_pool(judged, own, (0.5, 1.0)))
+        torch.testing.assert_close(targets, opinion_pool(judged, own, 0.5))
     for probe, judged, said in asked:
         assert probe.samples == original.samples
         torch.testing.assert_close(judged, server.teachers.probabilities(slm, uploads[0], original.texts))
         torch.testing.assert_close(said, class_probabilities(server.llm, task, original.texts))
+
+
+def test_who_has_no_say_is_not_weighed_either(models, config, task, uploads, monkeypatch):
+    asked = []
+    monkeypatch.setattr(server_module, "weigh_judges", lambda *given: asked.append(given) or 1.0)
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"teach_refused": True})})
+    server = server_of(models, config, task, soft_labels=True, llm_judges=True, weigh_judges=True)
+    original = synthesize(server.llm, task, config.synthesis, 12, 0)
+    server.begin(original, Examples([], []))
+    server.gate = ShutTo("south")
+    for upload in uploads[:2]:
+        server.step(upload)
+    slm = receive_slm(uploads[1], task, server.config)
+    torch.testing.assert_close(asked[1][1], server.teachers.of_others(slm, uploads[1], original.texts))
+
+
+def test_data_free_kd_has_its_judges_weighed_too(models, config, task, uploads, monkeypatch):
+    learned, asked = [], []
+    monkeypatch.setattr(baselines, "train_on_synthetic", lambda *given: learned.append(given[3]))
+    monkeypatch.setattr(baselines, "weigh_judges", lambda *given: asked.append(given) or 0.5)
+    server = server_of(models, config, task, soft_labels=True, llm_judges=True, weigh_judges=True)
+    pool = synthesize(server.llm, task, config.synthesis, 12, 0)
+    said = class_probabilities(server.llm, task, pool.texts)
+    data_free_kd(uploads[0], pool, server.config, task, server.encoder, Progress(), server.teachers, said)
+    judged = server.teachers.probabilities(receive_slm(uploads[0], task, config), uploads[0], pool.texts)
+    ((probe, of_slms, of_llm),) = asked
+    assert probe.samples == pool.samples
+    torch.testing.assert_close((of_slms, of_llm), (judged, said))
+    torch.testing.assert_close(learned[0], opinion_pool(judged, without_preference(said), 0.5))
 
 
 def test_who_has_no_say_has_none_in_the_end_either(models, config, task, uploads):

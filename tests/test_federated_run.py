@@ -67,7 +67,8 @@ def tables(models, tmp_path_factory):
             {"id": name, "train": f"{name}.csv", "model": str(models / model)}
             for name, model in zip(SILOS, ("bert", "distilbert"), strict=True)
         ],
-        "slm": {"models": [{"model": str(models / "bert")}], "max_length": 32, "private": learned, "synthetic": fit},
+        "slm": {"models": [{"model": str(models / "bert")}], "max_length": 32, "private": learned, "synthetic": fit}
+        | {"weigh_judges": True},
         "llm": {"model": str(models / "gpt2"), "samples": 4, "batch_size": 4, "learning_rate": 1e-3, "lora_rank": 4},
         "synthesis": {"max_new_tokens": 12, "max_attempts": 100},
         "selection": {"pool": 8, "fraction": 0.5, "encoder": str(models / "encoder")},
@@ -487,6 +488,8 @@ def test_a_server_that_is_started_again_counts_on(tables, local, tmp_path):
     again = Deployment.open(kit / "run", config, kit / "cache", exchange_refuse, before.spool)
     assert not unnamed.exists()
     assert again.server.gate.fixed == before.server.gate.fixed
+    assert again.server.probe == before.server.probe
+    assert before.server.probe.samples
     assert (again.tokens_generated, again.removed, again.before) == (
         before.tokens_generated,
         before.removed,

@@ -382,6 +382,18 @@ def test_the_original_is_known_again_whatever_has_been_learned(models, family, a
     assert other.original_digest != began_as
 
 
+@pytest.mark.parametrize("change", ["end", "architecture", "tokenizer"])
+def test_an_original_that_reads_or_ends_otherwise_is_another_one(models, change):
+    llm, other = (tiny_llm(models, "llama") for _ in range(2))
+    if change == "end":
+        other.model.generation_config.eos_token_id = [1, 5]
+    elif change == "architecture":
+        other.model.config.rms_norm_eps = 0.1
+    else:
+        other.tokenizer.add_tokens(["another word"])
+    assert other.original_digest != llm.original_digest
+
+
 def test_the_original_is_known_again_in_bfloat16(models, family):
     in_bfloat16 = tiny_llm(models, family, dtype="bfloat16")
     assert in_bfloat16.original_digest == tiny_llm(models, family).original_digest

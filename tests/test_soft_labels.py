@@ -1,16 +1,18 @@
 """The intended label and the LLM as further judges."""
 
+import math
+
 import pytest
 import torch
 from conftest import BAD, GOOD
 
 from crosslm.algorithm.soft_labels import (
+    LOUDEST,
     MOST,
-    SUREST,
     intended_label_accuracy,
-    judges_weights,
     opinion_pool,
     sureness,
+    weight_beside,
     with_intended_labels,
     without_preference,
 )
@@ -103,24 +105,43 @@ def test_two_judges_together_by_hand():
 def test_a_judge_that_counts_less_by_hand():
     # 0.8^0.5 and 0.2^0.5 have the odds 2, times 1 / 3: 2 to 3; the other's 1 to 1 leaves 2 to 1
     one, other = torch.tensor([[0.8, 0.2], [0.8, 0.2]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
-    torch.testing.assert_close(opinion_pool(one, other, (0.5, 1.0)), torch.tensor([[0.4, 0.6], [2 / 3, 1 / 3]]))
-    torch.testing.assert_close(opinion_pool(one, other, (0.0, 1.0)), other)
+    torch.testing.assert_close(opinion_pool(one, other, 0.5), torch.tensor([[0.4, 0.6], [2 / 3, 1 / 3]]))
+    torch.testing.assert_close(opinion_pool(one, other, 0.0), other)
 
 
 def test_how_sure_a_judge_should_be_by_hand():
-    labels = torch.tensor([0, 0, 1])
-    # 2 log s + log(1 - s) is largest at s = 2/3, odds of 2; the judge's are 4, and 4^0.5 = 2
-    surer = torch.tensor([[0.8, 0.2]] * 3)
-    assert sureness(surer, labels) == pytest.approx(0.5)
-    as_right = torch.tensor([[2 / 3, 1 / 3]] * 3)
+    # two texts of three with the label: 2 log s + log(1 - s) is largest at s = 2/3, odds of 2; the judge's odds are 4,
+    # and 4^0.5 = 2. Beside 3,000 texts the prior is nothing
+    labels = torch.tensor([0, 0, 1]).repeat(1000)
+    surer, as_right = (torch.tensor([[share, 1 - share]]).expand(3000, 2) for share in (0.8, 2 / 3))
+    assert sureness(surer, labels) == pytest.approx(0.5, abs=1e-3)
     assert sureness(as_right, labels) == pytest.approx(1.0)
-    assert judges_weights(surer, as_right, labels) == pytest.approx((0.5, 1.0))
-    assert judges_weights(as_right, surer, labels) == pytest.approx((1.0, 0.5))
-    assert sureness(surer, torch.tensor([0, 0, 0])) == pytest.approx(SUREST)
-    assert sureness(surer, torch.tensor([1, 1, 0])) == pytest.approx(0.0)
-    assert judges_weights(surer, as_right, torch.tensor([1, 1, 0])) == (1.0, 1.0)  # neither knows anything
-    assert judges_weights(torch.tensor([[0.2, 0.8]] * 3), as_right, labels) == pytest.approx((0.0, 1.0))
-    assert sureness(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)) == pytest.approx(0.0)
+    assert weight_beside(surer, as_right, labels) == pytest.approx(0.5, abs=1e-3)
+    assert weight_beside(as_right, surer, labels) == pytest.approx(2.0, abs=1e-2)
+    against = as_right.flip(1)
+    assert sureness(against, labels) == pytest.approx(0.0)
+    assert weight_beside(against, as_right, labels) == pytest.approx(0.0)
+    assert weight_beside(as_right, against, labels) == LOUDEST
+    assert weight_beside(against, against, labels) == 1.0  # neither knows anything
+    # one text, right, with the odds 4 = e^L: L (1 - s) = b - 1, with s = 1 / (1 + e^(-b L))
+    found = sureness(surer[:1], labels[:1])
+    odds = math.log(4)
+    assert found - 1 == pytest.approx(odds * (1 - 1 / (1 + math.exp(-found * odds))), rel=1e-5)
+    assert found > 1
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 10])
+def test_a_judge_that_is_undecided_leaves_the_other_as_sure_as_it_was(classes):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (768,), generator=generator)
+    uniform = torch.full((768, classes), 1 / classes)
+    assert sureness(uniform, labels) == pytest.approx(1.0)
+    assert sureness(uniform[:0], labels[:0]) == pytest.approx(1.0)
+    hardly = (0.02 * torch.randn(768, classes, generator=generator)).softmax(dim=1)
+    other = (torch.nn.functional.one_hot(labels, classes) + torch.randn(768, classes, generator=generator)).softmax(1)
+    for judge in (uniform, hardly):
+        both = opinion_pool(judge, other, weight_beside(judge, other, labels))
+        torch.testing.assert_close(both, other, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("classes", [2, 10])
@@ -133,15 +154,14 @@ def test_a_judge_that_is_too_sure_is_found_out(classes, times_too_sure):
     assert found == pytest.approx(1 / times_too_sure, rel=0.15)
 
 
-def test_the_weights_do_not_depend_on_how_many_texts_fit_their_label():
+@pytest.mark.parametrize(("told", "weight"), [(1.0, 0.2), (0.7, 0.2)])
+def test_of_two_who_know_as_much_the_weight_hardly_depends_on_how_many_texts_fit_their_label(told, weight):
     generator = torch.Generator().manual_seed(0)
     one, other = torch.randn(2, 20000, 2, generator=generator)
     truth = torch.multinomial((one + other).softmax(dim=1), 1, generator=generator).squeeze(1)
-    noisy = torch.where(torch.rand(20000, generator=generator) < 0.7, truth, 1 - truth)
-    judges = (5 * one).softmax(dim=1), other.softmax(dim=1)
-    assert sureness(judges[1], noisy) < 0.7 * sureness(judges[1], truth)
-    for labels in (truth, noisy):
-        assert judges_weights(*judges, labels) == pytest.approx((0.2, 1.0), rel=0.15)
+    labels = torch.where(torch.rand(20000, generator=generator) < told, truth, 1 - truth)
+    found = weight_beside((5 * one).softmax(dim=1), other.softmax(dim=1), labels)
+    assert found == pytest.approx(weight, rel=0.15)
 
 
 def test_what_step_5_learns():
@@ -164,8 +184,8 @@ def test_what_step_5_learns():
     with_llm = learned(judged, said, soft_labels=True, llm_judges=True)
     torch.testing.assert_close(with_llm, opinion_pool(judged, own))
     with_both = fields.model_copy(update={"soft_labels": True, "llm_judges": True})
-    weighed = soft_labels(pool, judged, said, with_both, (0.5, 1.0))
-    torch.testing.assert_close(weighed, opinion_pool(judged, own, (0.5, 1.0)))
+    weighed = soft_labels(pool, judged, said, with_both, 0.5)
+    torch.testing.assert_close(weighed, opinion_pool(judged, own, 0.5))
     three = learned(judged, said, soft_labels=True, llm_judges=True, intended_labels=True)
     rho = intended_label_accuracy(with_llm, pool.labels)
     torch.testing.assert_close(three, with_intended_labels(with_llm, pool.labels, rho))
@@ -183,10 +203,10 @@ def test_judges_are_weighed_where_that_is_asked_for(config):
 
     assert [probe(**{name: False}).samples for name in fields] == [[], [], []]
     assert probe().samples == texts[:PROBED]
-    expected = judges_weights(judged[:PROBED], without_preference(said[:PROBED]), pool.labels[:PROBED])
-    assert weigh_judges(probe(), judged, said) == expected != (1.0, 1.0)
+    expected = weight_beside(judged[:PROBED], without_preference(said[:PROBED]), pool.labels[:PROBED])
+    assert weigh_judges(probe(), judged, said) == expected != 1.0
     for given in ((probe(weigh_judges=False), judged, said), (probe(), None, said), (probe(), judged, None)):
-        assert weigh_judges(*given) == (1.0, 1.0)
+        assert weigh_judges(*given) == 1.0
 
 
 def test_where_no_slm_may_judge_the_llm_does_or_else_the_intended_label_is_learned():

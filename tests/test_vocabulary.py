@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from crosslm.config import Config, LLMConfig
 from crosslm.errors import DataError, ModelError
+from crosslm.models import vocabulary
 from crosslm.models.llm import LLM
 from crosslm.models.sources import lock_of
 from crosslm.models.vocabulary import cached_trim, tokenizer_words, trim_vocabulary
@@ -157,6 +158,16 @@ def test_what_another_process_is_trimming_is_waited_for_and_taken(models, tmp_pa
             shutil.copytree(one, theirs)
         assert ours.result() == str(theirs)
     assert not news
+
+
+def test_what_could_not_be_written_whole_is_taken_away_again(models, tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(vocabulary, "_cut_tokenizer", full)
+    with pytest.raises(OSError, match="no space left"):
+        trim_vocabulary(str(models / "gpt2"), TEXTS, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_process_that_was_killed_has_left_in_the_cache_is_no_hindrance(models, tmp_path):

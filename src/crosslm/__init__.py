@@ -33,7 +33,7 @@ One arrival by hand, for a loop of one's own:
     >>> client = crosslm.Client("north", rows, run.slm("north"), run.config.slm.private, seed=0)
     >>> encoder = SentenceEncoder(run.config.selection.encoder)
     >>> llm = crosslm.LLM.load(run.original_llm(), run.config.llm, seed=0)
-    >>> server = crosslm.Server(run.config, run.task, llm, encoder)
+    >>> server = crosslm.Server(run.config, run.task, llm, encoder)  # server.begin opens a gate
     >>> download, record = server.step(client.train())
     >>> client.install(download).accepted
     True

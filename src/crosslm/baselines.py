@@ -31,7 +31,7 @@ def data_free_kd(
 
     Args:
         upload: as the server receives it.
-        pool: of the same size as CrossLM's own; one serves all clients.
+        pool: of the same size as CrossLM's own; one serves all clients, and judges are weighed by it.
         config: the same reward, selection and training as CrossLM's.
         task: the labels.
         encoder: for the diversity of Eq. 10.
@@ -44,7 +44,7 @@ def data_free_kd(
     texts = pool.texts
     judged = teachers.probabilities(slm, upload, texts) if may_judge else teachers.of_others(slm, upload, texts)
     _, kept = select(pool, pool_rewards(pool, judged, said), encoder, config.selection, said)
-    weights, detail = weigh_judges(probe_of(pool, config), judged, said), f"{upload.client_id}, data-free KD"
-    targets = soft_labels(pool, judged, said, config.slm, weights)
+    weight, detail = weigh_judges(probe_of(pool, config), judged, said), f"{upload.client_id}, data-free KD"
+    targets = soft_labels(pool, judged, said, config.slm, weight)
     train_on_synthetic(slm, pool, kept, targets, upload, config, progress, detail)
     return slm

@@ -17,8 +17,8 @@ from crosslm.algorithm.selection import (
 )
 from crosslm.algorithm.soft_labels import (
     intended_label_accuracy,
-    judges_weights,
     opinion_pool,
+    weight_beside,
     with_intended_labels,
     without_preference,
 )
@@ -142,7 +142,7 @@ def soft_labels(
     judged: Tensor | None,
     said: Tensor | None,
     config: SLMConfig,
-    weights: tuple[float, float] = (1.0, 1.0),
+    weight: float = 1.0,
 ) -> Tensor | None:
     """Probabilities that a text's training aims at, ``(texts, labels)``; none where its intended label is learned.
 
@@ -151,12 +151,12 @@ def soft_labels(
         judged: ``(texts, labels)``, the SLMs' judgement; None where there is none.
         said: ``(texts, labels)``, the LLM's (Eq. 1), for ``slm.llm_judges``.
         config: what is learned.
-        weights: of the SLMs' judgement and of the LLM's, from :func:`weigh_judges`.
+        weight: of the SLMs' judgement beside the LLM's, from :func:`weigh_judges`.
     """
     opinions = judged
     if config.llm_judges and said is not None:
         own = without_preference(said)
-        opinions = own if judged is None else opinion_pool(judged, own, weights)
+        opinions = own if judged is None else opinion_pool(judged, own, weight)
     if not config.soft_labels or opinions is None:
         return None
     if not config.intended_labels:
@@ -169,8 +169,8 @@ def probe_of(base: SyntheticSet, config: Config) -> SyntheticSet:
     return SyntheticSet(base.samples[:PROBED] if config.weighs_judges else [])
 
 
-def weigh_judges(probe: SyntheticSet, judged: Tensor | None, said: Tensor | None) -> tuple[float, float]:
-    """How much the SLMs' judgement and the LLM's count in soft labels.
+def weigh_judges(probe: SyntheticSet, judged: Tensor | None, said: Tensor | None) -> float:
+    """How much the SLMs' judgement counts beside the LLM's in soft labels; 1 where there is no probe.
 
     Args:
         probe: from :func:`probe_of`: no SLM has influenced it.
@@ -179,5 +179,5 @@ def weigh_judges(probe: SyntheticSet, judged: Tensor | None, said: Tensor | None
     """
     count = len(probe.samples)
     if not count or judged is None or said is None:
-        return 1.0, 1.0
-    return judges_weights(judged[:count], without_preference(said[:count]), probe.labels)
+        return 1.0
+    return weight_beside(judged[:count], without_preference(said[:count]), probe.labels)

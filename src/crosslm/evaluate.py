@@ -41,7 +41,8 @@ def nlu_rows(config: Config, test: Examples) -> Examples:
 def base_texts(config: Config) -> int:
     """How many texts the original LLM writes at the beginning of a run.
 
-    Data-free KD learns from them, the gate probes with them, and they are what the LLM's writing is compared with.
+    Data-free KD learns from them, the gate probes with them, judges are weighed by them, and they are what the LLM's
+    writing is compared with.
     """
     return max(config.selection.pool, config.evaluation.nlg_samples)
 

@@ -256,8 +256,8 @@ class Server:
             record.receipts, record.kept = select(pool, rewards, self.encoder, config.selection, of_pool)  # Eq. 10
             judged_probe = judge(slm, upload, self.probe.texts) if self.probe.samples else None
             advance(1)
-        weights = weigh_judges(self.probe, judged_probe, of_probe)
-        targets = soft_labels(pool, judged, of_pool, config.slm, weights)
+        weight = weigh_judges(self.probe, judged_probe, of_probe)
+        targets = soft_labels(pool, judged, of_pool, config.slm, weight)
         return train_on_synthetic(slm, pool, record.kept, targets, upload, config, self.progress, who)
 
     def _download(self, slm: SLM, upload: Upload, record: StepRecord, fitted: dict[str, float]) -> Download:

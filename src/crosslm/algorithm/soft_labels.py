@@ -16,6 +16,8 @@ LEAST = 1e-6
 """A probability that is as good as none."""
 SUREST, HALVINGS = 16.0, 60
 """The largest power of a judge's probabilities, and how often its range is halved to find the right one."""
+LOUDEST = 3.0
+"""No judges count more than this beside another."""
 
 
 def without_preference(probabilities: Tensor) -> Tensor:
@@ -35,8 +37,8 @@ def without_preference(probabilities: Tensor) -> Tensor:
     return (logs - logs.mean(dim=0)).softmax(dim=1)
 
 
-def opinion_pool(one: Tensor, other: Tensor, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """What two judges who err on different texts make of them together: ``q(y|x) ~ p_1(y|x)^w_1 p_2(y|x)^w_2``.
+def opinion_pool(one: Tensor, other: Tensor, weight: float = 1.0) -> Tensor:
+    """What two judges who err on different texts make of them together: ``q(y|x) ~ p_1(y|x)^w p_2(y|x)``.
 
     The logarithmic opinion pool: where one of them is undecided, the other decides. Source: Genest and Zidek,
     "Combining Probability Distributions: A Critique and an Annotated Bibliography", Statistical Science 1986.
@@ -44,22 +46,20 @@ def opinion_pool(one: Tensor, other: Tensor, weights: tuple[float, float] = (1.0
     Args:
         one: ``(texts, classes)``.
         other: as ``one``.
-        weights: w_1 and w_2.
+        weight: w, of the first beside the other.
 
     Returns:
         ``(texts, classes)``, rows sum to 1.
     """
-    logs = one.clamp_min(LEAST).log(), other.clamp_min(LEAST).log()
-    return (weights[0] * logs[0] + weights[1] * logs[1]).softmax(dim=1)
+    return (weight * one.clamp_min(LEAST).log() + other.clamp_min(LEAST).log()).softmax(dim=1)
 
 
 def sureness(probabilities: Tensor, labels: Tensor) -> float:
-    """The power b of a judge's probabilities under which the intended labels are most likely.
+    """The power b of a judge's probabilities that makes the intended labels likeliest: below 1 if surer than right.
 
-    Maximises ``sum_i log(p(y_i|x_i)^b / sum_y p(y|x_i)^b)``, which is concave in b: 1 / b is the temperature of Guo et
-    al., "On Calibration of Modern Neural Networks", ICML 2017. A judge who is surer than right has a small one. Since
-    not every text fits the label that it was written for, b is too small for every judge; what is right is the ratio
-    of two judges' on the same texts.
+    Maximises ``sum_i log(p(y_i|x_i)^b / sum_y p(y|x_i)^b) - (b - 1)^2 / 2``, which is concave in b. The sum is that of
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, with 1 / b for the temperature; the last term is
+    a prior, which leaves b at 1 where a judge is so undecided that its texts say nothing of it.
 
     Args:
         probabilities: ``(texts, classes)``.
@@ -73,26 +73,28 @@ def sureness(probabilities: Tensor, labels: Tensor) -> float:
     low, high = 0.0, SUREST
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        expected = ((middle * logs).softmax(dim=1) * logs).sum()  # the derivative is what is intended less this
-        low, high = (middle, high) if intended > expected else (low, middle)
+        slope = intended - ((middle * logs).softmax(dim=1) * logs).sum() - (middle - 1)
+        low, high = (middle, high) if slope > 0 else (low, middle)
     return (low + high) / 2
 
 
-def judges_weights(one: Tensor, other: Tensor, labels: Tensor) -> tuple[float, float]:
-    """How much two judges count in :func:`opinion_pool`: ``w_j = b_j / max(b_1, b_2)``, with b of :func:`sureness`.
+def weight_beside(judges: Tensor, other: Tensor, labels: Tensor) -> float:
+    """How much judges count beside another in :func:`opinion_pool`: ``w = min(b / b_other, 3)``, by :func:`sureness`.
 
-    Who is surer than right counts less; the other's judgement is taken as it is.
+    Not every text fits the label that it was written for, which makes every b too small; of judges who are right about
+    as often the ratio hardly depends on it, and of others it favours who is right less often. An LLM that judges what
+    it wrote itself knows better what it meant than what the text says, which favours the LLM.
 
     Args:
-        one: ``(texts, classes)``.
-        other: as ``one``.
+        judges: ``(texts, classes)``.
+        other: as ``judges``.
         labels: ``(texts,)``, what the texts were written for.
 
     Returns:
-        w_1 and w_2, from 0 to 1, one of them 1.
+        w, from 0 to :data:`LOUDEST`.
     """
-    found = sureness(one, labels), sureness(other, labels)
-    return found[0] / max(found), found[1] / max(found)
+    own, others = sureness(judges, labels), sureness(other, labels)
+    return min(own, LOUDEST * others) / others
 
 
 def intended_label_accuracy(probabilities: Tensor, labels: Tensor) -> float:

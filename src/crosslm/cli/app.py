@@ -42,8 +42,8 @@ LLMCacheOption = Annotated[
     typer.Option(
         "--llm-cache",
         help="Keep in this folder what the LLM writes, reads and learns, and do none of it twice: another run that "
-        "differs only in step 5, in its test rows or in llm.interpolation trains its classifiers, and has the LLM "
-        "measured.",
+        "differs only in step 5, in its test rows or in llm.interpolation trains its classifiers, and the LLM does "
+        "only what is new.",
     ),
 ]
 DataDirOption = Annotated[

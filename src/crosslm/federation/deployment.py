@@ -89,7 +89,7 @@ class Deployment:
         return deployment
 
     def _begin(self) -> None:
-        """As a run in one process begins: what the original LLM writes is the gate's probe and the measure of later."""
+        """As a run in one process begins: what the original LLM writes is a probe and the measure of later."""
         self.run.event("start", versions=versions(), engine=ENGINE)
         self.base = self.meter.texts(self.server.llm, "original LLM", evaluate.base_texts(self.config), "base")
         self._count(self.base)

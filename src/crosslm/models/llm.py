@@ -33,6 +33,9 @@ ADAPTER = "default"  # peft's name for the only adapter
 SCORING_BATCH = 32
 PERPLEXITY_WINDOW = 256
 
+NOT_ITS_OWN = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
+"""Of an LLM's configuration what says how and by what it was loaded."""
+
 
 @dataclass(frozen=True)
 class TokenScores:
@@ -122,9 +125,11 @@ class LLM:
 
     @cached_property
     def original_digest(self) -> str:
-        """SHA-256 of the original LLM: its vocabulary, and its weights in bfloat16, whatever they are held in."""
-        known = sorted(self.tokenizer.get_vocab().items())
-        digest = hashlib.sha256(json.dumps(known).encode("utf-8", "surrogatepass"))
+        """SHA-256 of the original LLM: tokenizer, architecture, and weights in bfloat16, whatever they are held in."""
+        ends = sorted(end for end in self.end_ids if end is not None)
+        architecture = {name: value for name, value in self.model.config.to_dict().items() if name not in NOT_ITS_OWN}
+        about = [self.tokenizer.backend_tokenizer.to_str(), ends, architecture]
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
         frozen = self._frozen.parameters() if self._frozen is not None else self.model.parameters()
         for parameter in frozen:
             if not parameter.requires_grad:

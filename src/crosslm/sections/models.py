@@ -67,7 +67,7 @@ class SLMConfig(Section):
     """With ``llm_judges`` the SLMs' judgement and the LLM's count as far as each is as right as it is sure, by what
     texts of the original LLM were written for (ours, after Guo et al. 2017). A classifier that has learned a few
     hundred rows by heart is sure of everything, and else outvotes an LLM that is right more often; the mean of many
-    classifiers is less sure than right, and else is outvoted."""
+    classifiers is less sure than right, and else is outvoted. The LLM reads up to 768 texts more for each arrival."""
     interpolation: Fraction = 1.0
     """Share of step 5's weights in the SLM that goes back, the rest being those that came (ours,
     after Wortsman et al. 2022); 1 is the paper's."""
