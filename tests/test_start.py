@@ -156,6 +156,7 @@ def test_a_model_folder_is_written_whole(shell, models, tmp_path, monkeypatch):
     assert code == 0, err
     config = load(tmp_path / "new" / "new.toml")
     assert [config.llm.model, config.slm.models[0].model] == [str(models / "gemma3"), str(models / "bert")]
+    assert config.weighs_judges
 
 
 def test_a_pipe_is_not_asked(start):
