@@ -382,6 +382,15 @@ def test_the_original_is_known_again_whatever_has_been_learned(models, family, a
     assert other.original_digest != began_as
 
 
+def test_a_call_of_the_tokenizer_makes_no_other_original(models, monkeypatch):
+    llm, other, third = (tiny_llm(models, "llama") for _ in range(3))
+    other.tokenizer(TEXTS, truncation=True, max_length=4)
+    assert other.tokenizer.backend_tokenizer.to_str() != llm.tokenizer.backend_tokenizer.to_str()
+    assert other.original_digest == llm.original_digest
+    monkeypatch.setattr(type(third.tokenizer), "backend_tokenizer", None)
+    assert third.original_digest.startswith("sha256:")
+
+
 @pytest.mark.parametrize("change", ["end", "architecture", "tokenizer"])
 def test_an_original_that_reads_or_ends_otherwise_is_another_one(models, change):
     llm, other = (tiny_llm(models, "llama") for _ in range(2))

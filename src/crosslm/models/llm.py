@@ -35,6 +35,8 @@ PERPLEXITY_WINDOW = 256
 
 NOT_ITS_OWN = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 """Of an LLM's configuration what says how and by what it was loaded."""
+CALLS_SET = ("padding", "truncation")
+"""Of a tokenizer what a call leaves behind."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,10 @@ class LLM:
         """SHA-256 of the original LLM: tokenizer, architecture, and weights in bfloat16, whatever they are held in."""
         ends = sorted(end for end in self.end_ids if end is not None)
         architecture = {name: value for name, value in self.model.config.to_dict().items() if name not in NOT_ITS_OWN}
-        about = [self.tokenizer.backend_tokenizer.to_str(), ends, architecture]
+        known: Any = sorted(self.tokenizer.get_vocab().items())
+        if backend := getattr(self.tokenizer, "backend_tokenizer", None):  # one in Python alone has none
+            known = [value for name, value in sorted(json.loads(backend.to_str()).items()) if name not in CALLS_SET]
+        about = [known, ends, architecture]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
         frozen = self._frozen.parameters() if self._frozen is not None else self.model.parameters()
         for parameter in frozen:
