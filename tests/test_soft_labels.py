@@ -154,14 +154,14 @@ def test_a_judge_that_is_too_sure_is_found_out(classes, times_too_sure):
     assert found == pytest.approx(1 / times_too_sure, rel=0.15)
 
 
-@pytest.mark.parametrize(("told", "weight"), [(1.0, 0.2), (0.7, 0.2)])
-def test_of_two_who_know_as_much_the_weight_hardly_depends_on_how_many_texts_fit_their_label(told, weight):
+@pytest.mark.parametrize("told", [1.0, 0.7])
+def test_of_two_who_know_as_much_the_weight_hardly_depends_on_how_many_texts_fit_their_label(told):
     generator = torch.Generator().manual_seed(0)
     one, other = torch.randn(2, 20000, 2, generator=generator)
     truth = torch.multinomial((one + other).softmax(dim=1), 1, generator=generator).squeeze(1)
     labels = torch.where(torch.rand(20000, generator=generator) < told, truth, 1 - truth)
     found = weight_beside((5 * one).softmax(dim=1), other.softmax(dim=1), labels)
-    assert found == pytest.approx(weight, rel=0.15)
+    assert found == pytest.approx(0.2, rel=0.15)
 
 
 def test_what_step_5_learns():

@@ -63,8 +63,8 @@ def run_local(
         make_client: called for each client as :class:`Client` is; what it gives takes part, a client that behaves
             otherwise too.
         llm_cache: folder where what the LLM writes, reads and learns is kept, so that a run which differs from an
-            earlier one only in its step 5, its test rows or ``llm.interpolation`` does none of that again before the
-            LLM is measured in the end (:mod:`crosslm.runs.llm_cache`).
+            earlier one only in its step 5, its test rows or ``llm.interpolation`` does of that only what is
+            new (:mod:`crosslm.runs.llm_cache`).
 
     Returns:
         What ``summary.json`` holds.

@@ -7,7 +7,6 @@ the whole model, since LoRA touches neither the embedding nor the head.
 
 import hashlib
 import json
-import shutil
 import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from crosslm.errors import ModelError
 from crosslm.models.loading import loading
 from crosslm.models.sources import lock_of
-from crosslm.support.files import alone, partial_of
+from crosslm.support.files import alone, partial_of, replace_folder, settle_folder
 
 PUNCTUATION = frozenset(string.punctuation)
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "decoder_start_token_id")
@@ -54,10 +53,9 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
             tokenizer is not of the byte-pair kind or cannot write every text by bytes, or the texts are empty.
     """
     output = output.absolute()
-    work = partial_of(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"{output}: is there already; name a new folder")
-    if work.exists():
+    if (work := partial_of(output)).exists():
         raise ModelError(
             f"{work}: is there already, where the model would be written until it is whole; delete it if it was left "
             "by this command, or name another folder"
@@ -77,16 +75,13 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
     _cut_rows(model, kept)
     _renumber_special_tokens(model, kept)
 
-    try:
-        model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        (work / "tokenizer.json").write_text(json.dumps(_cut_tokenizer(description, kept), ensure_ascii=False), "utf-8")
-        if output.exists():
-            output.rmdir()
-        work.rename(output)  # last, so that a folder that exists is whole
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        cut = json.dumps(_cut_tokenizer(description, kept), ensure_ascii=False)
+        (folder / "tokenizer.json").write_text(cut, "utf-8")
+
+    replace_folder(output, write)
     return Trimmed(before[0], len(kept), before[1], model.num_parameters())
 
 
@@ -99,7 +94,7 @@ def cached_trim(folder: str, texts: list[str], cache: Path, on_news: Callable[[s
     with alone(lock_of(output), wait=True):
         if not (output / "config.json").is_file():
             on_news(f"Trimming the vocabulary of {Path(folder).name} once into {output} (about half a minute)")
-            shutil.rmtree(partial_of(output), ignore_errors=True)  # of a process that died; the cache is ours
+            settle_folder(output)  # of a process that died; the cache is ours
             trim_vocabulary(folder, texts, output)
     return str(output)
 
