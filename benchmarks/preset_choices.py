@@ -33,7 +33,7 @@ from crosslm.client import Client
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.data.split import load_split
-from crosslm.enhancement import select, soft_labels, train_on_synthetic
+from crosslm.enhancement import probe_of, select, soft_labels, train_on_synthetic, weigh_judges
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
@@ -74,12 +74,21 @@ VARIANTS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "correct_prior, teachers = 4, soft_labels, fraction = 1": [PRIOR, TEACHERS, SOFT, WHOLE],
 }
 # whatever the run itself had of these
-OURS = {"slm": {"soft_labels": True, "intended_labels": False, "llm_judges": True, "interpolation": 1.0}}
+OURS = {
+    "slm": {
+        "soft_labels": True,
+        "intended_labels": False,
+        "llm_judges": True,
+        "weigh_judges": True,
+        "interpolation": 1.0,
+    }
+}
 ALONE = {"slm": {"llm_judges": False}}
 INTENDED = {"slm": {"llm_judges": False, "intended_labels": True}}
 OF_RECOMMENDED: dict[str, list[dict[str, dict[str, Any]]]] = {
     "recommended": [OURS],
     "intended_labels": [OURS, {"slm": {"intended_labels": True}}],
+    "weigh_judges = false": [OURS, {"slm": {"weigh_judges": False}}],
     "llm_judges = false": [OURS, ALONE],
     "llm_judges = false, intended_labels": [OURS, INTENDED],
     "interpolation = 0.7": [OURS, NEARER],
@@ -146,8 +155,6 @@ class Bench:
 
     def __init__(self, run: Path) -> None:
         config = load(run / "config.toml")
-        if config.weighs_judges:
-            sys.exit(f"{run}: give a run without slm.weigh_judges; benchmarks/judges.py measures what that does")
         self.config: Config = config.model_copy(update={"device": resolve_device(config.device)})
         self.run, self.task = run, Task.from_config(config.task)
         self.cache = cache_folder()
@@ -206,7 +213,11 @@ class Bench:
         arrival = self.arrivals[client_id]
         pool = read_texts(self.run / "synthetic" / f"step-{arrival:04}-pool.jsonl", self.task)
         asks = any(varied(self.config, fields).asks_llm for fields in variants.values())
-        said = class_probabilities(self.enhanced_llm(arrival), self.task, pool.texts) if asks else None
+        base = probe_of(read_texts(self.run / "synthetic" / "base.jsonl", self.task), self.config)
+        said, said_of_base = None, None
+        if asks:
+            llm = self.enhanced_llm(arrival)
+            said, said_of_base = (class_probabilities(llm, self.task, texts.texts) for texts in (pool, base))
         found = self.judge.predict_proba(pool.texts).argmax(dim=1)
         vectors = SentenceEncoder(self.folder(self.config.selection.encoder)).encode(pool.texts)
         encoder = SimpleNamespace(encode=lambda texts: vectors)
@@ -217,7 +228,10 @@ class Bench:
             teachers, slm = self.teachers(config, arrival), receive_slm(upload, self.task, config)
             judged = teachers.probabilities(slm, upload, pool.texts)
             _, kept = select(pool, label_rewards(judged, pool.labels), encoder, config.selection, said)
-            targets = soft_labels(pool, judged, said, config.slm)
+            probe = probe_of(base, config)
+            judged_base = teachers.probabilities(slm, upload, probe.texts) if probe.samples else None
+            weight = weigh_judges(probe, judged_base, said_of_base)
+            targets = soft_labels(pool, judged, said, config.slm, weight)
             train_on_synthetic(slm, pool, kept, targets, upload, config, Progress(), client_id)
             agreement = evaluate.label_agreement(self.judge, SyntheticSet([pool.samples[place] for place in kept]))
             learned = pool.labels if targets is None else targets.argmax(dim=1)

@@ -78,6 +78,8 @@ def reproduction_section(report: dict, plots: list[str]) -> list[str]:
 
 EARLIER = (
     *(f"reproduce-whole-change-{table}" for table in (5, 6, 7, 8)),
+    "reproduce-alike",
+    "reproduce-alike-skew",
     "reproduce-at-once",
     "reproduce-intended-labels",
     "reproduce-intended-labels-skew",
@@ -140,7 +142,7 @@ CLOSING = {
     "closing-ag_news-float32": "AG News on another machine, with the LLM in float32",
 }
 ONE_LABEL = "one-label-before-"
-WEIGHED = "weighed-"
+ALIKE = "alike-"
 METHODS = ("data_free_kd", "crosslm")
 TASKS = {"sst2": "SST-2", "imdb": "IMDb", "ag_news": "AG News", "yahoo_answers": "Yahoo! Answers"}
 HOW_CLOSED = (
@@ -194,8 +196,9 @@ def one_label_section(loaded: dict[str, dict]) -> list[str]:
     lines = [
         "### Silos of one label (`gate.new_head`)",
         "",
-        "Dirichlet 0.1, seed 0, preset recommended, on test rows: the run of the table of label skew, and before it "
-        "the same where step 5 began with the output layer that came and went on for three epochs, on the same texts.",
+        "Dirichlet 0.1, seed 0, preset recommended before `slm.weigh_judges` was in it, on test rows: with a new "
+        "output layer, and before it the same where step 5 began with the one that came and went on for three epochs, "
+        "on the same texts.",
         "",
         "| task, client | Standalone | Data-free KD, as it came | CrossLM, as it came | Data-free KD, new layer | "
         "CrossLM, new layer | ceiling |",
@@ -205,8 +208,8 @@ def one_label_section(loaded: dict[str, dict]) -> list[str]:
     for name, before in loaded.items():
         task = name.removeprefix(ONE_LABEL)
         cells = RESULTS / "reproduce" / "test" / "cells" / task
-        now = json.loads((cells / "recommended" / "alpha-0.1" / "seed-0" / "run.json").read_text())
-        assert now["settings"]["config"]["gate"]["new_head"], "this cell is not of the other side of the table"
+        now = json.loads((RESULTS / f"{ALIKE}{task}.json").read_text())
+        assert now["settings"]["config"]["gate"]["new_head"], "this run is not of the other side of the table"
         ceiling = json.loads((cells / "ceiling" / "alpha-0.1" / "seed-0" / "ceiling.json").read_text())["figures"]
         then, slm = before["summary"]["slm"], now["figures"]["slm"]
         for client in [*sorted(set(slm["standalone"]) - {"mean"}), "mean"]:
@@ -226,17 +229,17 @@ def weighed_section(loaded: dict[str, dict]) -> list[str]:
     """What silos get at Dirichlet 0.1 where classifiers and LLM count alike, and where they are weighed."""
     lines = [
         "Dirichlet 0.1, seed 0, preset recommended, on test rows: the run of the table of label skew, and the same "
-        "with `slm.weigh_judges`, on the same texts.",
+        "before `slm.weigh_judges` was in the preset, on the same texts.",
         "",
         "| task, client | Standalone | Data-free KD, alike | CrossLM, alike | Data-free KD, weighed | "
         "CrossLM, weighed |",
         "| --- |" + " ---: |" * 5,
     ]
     notes = []
-    for name, weighed in loaded.items():
-        task = name.removeprefix(WEIGHED)
+    for name, alike in loaded.items():
+        task = name.removeprefix(ALIKE)
         cell = RESULTS / "reproduce" / "test" / "cells" / task / "recommended" / "alpha-0.1" / "seed-0" / "run.json"
-        alike = json.loads(cell.read_text())
+        weighed = json.loads(cell.read_text())
         judges = [each["settings"]["config"]["slm"].get("weigh_judges", False) for each in (alike, weighed)]
         assert judges == [False, True], "these are not the two sides of the table"
         one, other = (each["figures"]["slm"] for each in (alike, weighed))
@@ -418,8 +421,10 @@ def recommended_choices_section(results: dict[str, dict]) -> list[str]:
     for result in results.values():
         file, rows = result["rows"]
         selection = result["selection"]
-        is_earlier = bool(selection) and "llm_judges = false" not in next(iter(selection.values()))["variants"]
-        then = " The preset had `slm.intended_labels` then, in place of `slm.llm_judges`." if is_earlier else ""
+        known = next(iter(selection.values()))["variants"] if selection else {"weigh_judges = false": {}}
+        then = "" if "weigh_judges = false" in known else " The preset did not have `slm.weigh_judges` then."
+        if selection and "llm_judges = false" not in known:
+            then = " The preset had `slm.intended_labels` then, in place of `slm.llm_judges` and `slm.weigh_judges`."
         lines += [
             f"**{result['task']}**, {rows} rows of `{file}`. Commit `{result['commit'][:10]}`, {result['date']}, "
             f"{result['machine']}. One seed; the LLM as trained, without `llm.interpolation`.{then}",
@@ -677,7 +682,7 @@ def results_page(loaded: dict[str, dict]) -> str:
         lines += texts_section(found)
     if found := [loaded[f"judges-{task}"] for task in TASKS if f"judges-{task}" in loaded]:
         lines += judges_section(found)
-    if found := {name: result for name, result in loaded.items() if name.startswith(WEIGHED)}:
+    if found := {name: result for name, result in loaded.items() if name.startswith(ALIKE)}:
         lines += weighed_section(found)
     if found := [loaded[f"interpolation-{task}"] for task in TASKS if f"interpolation-{task}" in loaded]:
         lines += interpolation_section(found)
