@@ -37,6 +37,7 @@ from crosslm.server import Server, receive_slm
 from crosslm.support.files import write_whole
 from crosslm.support.progress import Progress
 from crosslm.synthesis import synthesize
+from crosslm.teachers import Teachers
 
 SILOS = ("silo-0", "silo-1")
 
@@ -91,6 +92,33 @@ def test_judges_are_weighed_by_what_they_make_of_the_original_llms_texts(models,
         assert probe.samples == original.samples
         torch.testing.assert_close(judged, server.teachers.probabilities(slm, uploads[0], original.texts))
         torch.testing.assert_close(said, class_probabilities(server.llm, task, original.texts))
+
+
+def test_the_original_llm_judges_what_the_llm_learns(models, config, task, uploads, monkeypatch):
+    asked = []
+    monkeypatch.setattr(server_module, "weigh_judges", lambda *given: asked.append(given) or 0.5)
+    config = config.model_copy(update={"reward": config.reward.model_copy(update={"llm_judges": True})})
+    server = server_of(models, config, task, llm_judges=False, weigh_judges=True)
+    original = synthesize(server.llm, task, config.synthesis, 12, 0)
+    said_of_probe = class_probabilities(server.llm, task, original.texts)
+    server.begin(original, Examples([], []))
+    records = [server.step(upload)[1] for upload in uploads[:2]]
+    for upload, record in zip(uploads, records, strict=False):
+        ((drafts, rewards),) = record.drafts
+        judged = Teachers(server.config.reward).probabilities(receive_slm(upload, task, config), upload, drafts.texts)
+        if upload is uploads[1]:
+            judged = server.teachers.probabilities(receive_slm(upload, task, config), upload, drafts.texts)
+        now = class_probabilities(server.llm, task, drafts.texts)
+        with server.llm.interpolated(0.0):
+            said = class_probabilities(server.llm, task, drafts.texts)
+        assert not torch.allclose(now, said)
+        expected = label_rewards(opinion_pool(judged, without_preference(said), 0.5), drafts.labels)
+        torch.testing.assert_close(rewards, expected)
+    assert all(probe.samples == original.samples for probe, _, _ in asked)
+    of_rewards = [said for _, _, said in asked if said is not None]
+    assert len(of_rewards) == 2
+    for said in of_rewards:
+        torch.testing.assert_close(said, said_of_probe)
 
 
 def test_who_has_no_say_is_not_weighed_either(models, config, task, uploads, monkeypatch):

@@ -24,6 +24,7 @@ from conftest import PATIENCE
 
 from crosslm.config import Config
 from crosslm.config_file import load
+from crosslm.data.examples import Examples
 from crosslm.evaluate import base_texts
 from crosslm.federation.kits import SILO_FILE, dump, read_silo
 from crosslm.federation.messages import decode_upload, encode
@@ -213,6 +214,15 @@ def answering_twice(folder):
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
+def begun(config, models):
+    """The method alone, where a server between machines begins; and what its LLM wrote then."""
+    llm = LLM.load(str(models / "gpt2"), config.llm, seed_for(config.seed, "llm"))
+    method = Server(config, Task.from_config(config.task), llm, SentenceEncoder(str(models / "encoder")))
+    original = synthesize(llm, method.task, config.synthesis, base_texts(config), seed_for(config.seed, "base"))
+    method.begin(original, Examples([], []))
+    return method, original
+
+
 def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
     run = start(["fast", "middle", "slow"], closing=True)
     run.epochs("slow", 300)  # so that it can be held in the middle of its training
@@ -297,9 +307,7 @@ def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
     # the upload, that it was installed, and that so was what came in the end
     assert len((run.folder / "twice" / "sent").read_text().splitlines()) == 3
     config = load(run.server_kit / "config.toml")
-    llm = LLM.load(str(models / "gpt2"), config.llm, seed_for(config.seed, "llm"))
-    method = Server(config, Task.from_config(config.task), llm, SentenceEncoder(str(models / "encoder")))
-    original = synthesize(llm, method.task, config.synthesis, base_texts(config), seed_for(config.seed, "base"))
+    method, original = begun(config, models)
     for arrival in arrivals:
         download, record = method.step(decode_upload(spool.upload(arrival)))
         assert encode(download) == b"".join(spool.download(arrival)), (
@@ -411,8 +419,7 @@ def test_processes_that_die_and_a_silo_that_never_answers(start, models):
     ]
     # what had arrived was not asked for again, and the LLM went on: both downloads are those of an unbroken run
     config = load(run.server_kit / "config.toml")
-    llm = LLM.load(str(models / "gpt2"), config.llm, seed_for(config.seed, "llm"))
-    method = Server(config, Task.from_config(config.task), llm, SentenceEncoder(str(models / "encoder")))
+    method, _ = begun(config, models)
     for arrival in spool.arrivals():
         assert encode(method.step(decode_upload(spool.upload(arrival)))[0]) == b"".join(spool.download(arrival))
     spool.close()

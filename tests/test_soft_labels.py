@@ -203,6 +203,8 @@ def test_judges_are_weighed_where_that_is_asked_for(config):
 
     assert [probe(**{name: False}).samples for name in fields] == [[], [], []]
     assert probe().samples == texts[:PROBED]
+    config = config.model_copy(update={"reward": config.reward.model_copy(update={"llm_judges": True})})
+    assert [probe(**{name: False}).samples for name in fields] == [texts[:PROBED], texts[:PROBED], []]
     expected = weight_beside(judged[:PROBED], without_preference(said[:PROBED]), pool.labels[:PROBED])
     assert weigh_judges(probe(), judged, said) == expected != 1.0
     for given in ((probe(weigh_judges=False), judged, said), (probe(), None, said), (probe(), judged, None)):

@@ -133,8 +133,9 @@ class Config(Section):
 
     @property
     def weighs_judges(self) -> bool:
-        """Whether step 5 asks how much the SLMs' judgement and the LLM's count."""
-        return self.slm.soft_labels and self.slm.llm_judges and self.slm.weigh_judges
+        """Whether it matters how much the SLMs' judgement and the LLM's count."""
+        judge_together = self.reward.llm_judges or (self.slm.soft_labels and self.slm.llm_judges)
+        return judge_together and self.slm.weigh_judges
 
     def dump(self) -> str:
         """The whole configuration as TOML; ``crosslm.config_file.load`` of it gives an equal one."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crosslm.algorithm.rewards import label_rewards, leave_one_out_advantages
+from crosslm.algorithm.soft_labels import opinion_pool, without_preference
 from crosslm.classification import class_probabilities
 from crosslm.config import Config
 from crosslm.data.examples import Examples
@@ -94,6 +95,8 @@ class Server:
         """Opened by :meth:`begin`, where there is one."""
         self.probe = SyntheticSet([])
         """Texts of the original LLM that tell how much each judge counts; none where all count alike."""
+        self.said_of_probe: Tensor | None = None
+        """What the original LLM makes of them, once it was asked (``reward.llm_judges``)."""
         self.teachers = Teachers(config.reward)
         self.anchors: list[list[int]] = []
         self.steps = 0
@@ -185,11 +188,23 @@ class Server:
         for iteration in range(config.llm.iterations):
             seed = seed_for(config.seed, "server", self._learned, iteration)
             drafts = self._synthesize(f"{who}: texts to learn from", config.llm.samples, seed)  # step 3: Eq. 2-3
-            judged = self.teachers.probabilities(slm, upload, drafts.texts)
-            rewards = label_rewards(judged, drafts.labels)  # step 4: Eq. 4
+            rewards = label_rewards(self._judged(slm, upload, drafts), drafts.labels)  # step 4: Eq. 4
             advantages = self.advantages(drafts, rewards)
             record.updates += self.update_llm(drafts, advantages, seed, who)  # step 4: Eq. 5-9
             record.drafts.append((drafts, rewards))
+
+    def _judged(self, slm: SLM, upload: Upload, drafts: SyntheticSet) -> Tensor:
+        """What rewards come from, ``(texts, labels)``: the SLMs' judgement, with the original LLM's if it is asked."""
+        judged = self.teachers.probabilities(slm, upload, drafts.texts)
+        if not self.config.reward.llm_judges:
+            return judged
+        with self.llm.interpolated(0.0):  # as it was: judging by what it has learned it would grow surer of just that
+            if self.probe.samples and self.said_of_probe is None:
+                self.said_of_probe = class_probabilities(self.llm, self.task, self.probe.texts)
+            said = class_probabilities(self.llm, self.task, drafts.texts)
+        judged_probe = self.teachers.probabilities(slm, upload, self.probe.texts) if self.probe.samples else None
+        weight = weigh_judges(self.probe, judged_probe, self.said_of_probe)
+        return opinion_pool(judged, without_preference(said), weight)
 
     def _enhance(self, slm: SLM, upload: Upload, record: StepRecord) -> Download:
         """Step 5: the best of what the LLM writes now trains the SLM; one that was refused has no say in it."""

@@ -21,6 +21,10 @@ class RewardConfig(Section):
     teachers: Positive = 1
     """So many SLMs judge a text together, by the mean of their probabilities: the arriving one and the last uploads
     of the clients served before it (ours, after Lin et al. 2020); 1 is the paper's."""
+    llm_judges: bool = False
+    """The original LLM judges beside the SLMs what the LLM learns from: its own probabilities of the labels (Eq. 1),
+    freed of its preference for some of them, times the SLMs' (ours), each counting as ``slm.weigh_judges`` says. A
+    classifier of a few hundred rows knows less of most texts than an LLM that has read as much as a library."""
 
 
 class SynthesisConfig(Section):
