@@ -130,7 +130,7 @@ def train_on_synthetic(
         if not slm.is_finite():
             raise UploadError(
                 f"client {upload.client_id}: step 5 left weights of its SLM that are not finite; "
-                "lower slm.synthetic.learning_rate, or look at that client"
+                f"lower slm.{'private' if begins_anew else 'synthetic'}.learning_rate, or look at that client"
             )
         if config.slm.interpolation < 1 and not begins_anew:
             slm.interpolate(upload.slm.weights, config.slm.interpolation)

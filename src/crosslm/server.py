@@ -138,7 +138,7 @@ class Server:
             return self._teach(slm, upload, StepRecord(gate=error.figures, refusal=str(error)))
         record = StepRecord()
         with self._taken_back_if_it_fails(upload, record):
-            self._learn(slm, upload, record)  # steps 3 and 4
+            self.learn(slm, upload, record)  # steps 3 and 4
             download = self._enhance(slm, upload, record)  # step 5
         if self.gate and verdict:
             self.gate.accepted(verdict, upload, record.pool)
@@ -182,7 +182,7 @@ class Server:
         if self.config.reward.teachers > 1:
             self.teachers.accepted(upload, receive_slm(upload, self.task, self.config))
 
-    def _learn(self, slm: SLM, upload: Upload, record: StepRecord) -> None:
+    def learn(self, slm: SLM, upload: Upload, record: StepRecord) -> None:
         """Steps 3 and 4 with an SLM that may reward the LLM."""
         config, who = self.config, upload.client_id
         for iteration in range(config.llm.iterations):

@@ -9,7 +9,6 @@ import datetime
 import ipaddress
 import os
 import secrets
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from crosslm.errors import FederationError
 from crosslm.federation.kits import SERVER_FILE, SILO_FILE, ServerSettings, SiloData, SiloSettings, dump, read_server
 from crosslm.models.sources import PREFIX
 from crosslm.runs.preparation import client_specs
-from crosslm.support.files import PARTIAL
+from crosslm.support.files import PARTIAL, replace_folder
 
 VALID_DAYS = 825
 WHEEL = f"crosslm-{__version__}-py3-none-any.whl"
@@ -184,11 +183,12 @@ def _check_beginning(output: Path) -> None:
 
 def _whole(folder: Path, make: Callable[[Path], None]) -> None:
     """Make a folder under another name, and give it its own when it is complete: what was cut off is made again."""
-    unfinished = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    make(unfinished)
-    unfinished.rename(folder)
+
+    def write(unfinished: Path) -> None:
+        unfinished.mkdir()
+        make(unfinished)
+
+    replace_folder(folder, write)
 
 
 def _authority(folder: Path) -> None:
