@@ -46,9 +46,10 @@ format: $(VENV)/.dev               ## mend what can be mended by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev                ## measure speed and memory again (an hour); ARGS="--quick" for minutes, ARGS=--keep to write benchmarks/results/
-	for script in generation update families leads selection slm arrival federation; do \
-		$(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
+bench: $(VENV)/.dev                ## measure speed and memory again (an hour); ARGS="--quick" for minutes, ARGS=--keep to write benchmarks/results/, TRL=PYTHON of an environment with trl and peft
+	@failed=; for script in generation "update $(if $(TRL),--trl $(TRL))" families leads selection slm arrival federation; do \
+		set -- $$script; name=$$1; shift; $(BIN)/python benchmarks/$$name.py "$$@" $(ARGS) || failed="$$failed $$name"; done; \
+		test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 clean:                             ## remove the virtual environment
 	rm -rf $(VENV)

@@ -24,6 +24,8 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # before flwr is imported
+
 import psutil
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -247,5 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     main()

@@ -264,8 +264,8 @@ def main() -> None:
     if "--only" in sys.argv:
         parser = argparse.ArgumentParser()
         parser.add_argument("--only")
-        parser.add_argument("--drafts", type=Path)
-        parser.add_argument("--device")
+        parser.add_argument("--drafts", type=Path, required=True)
+        parser.add_argument("--device", default="cpu")
         options = parser.parse_args()
         only(options.only, options.drafts, options.device)
         return

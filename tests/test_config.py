@@ -2,6 +2,7 @@
 
 import copy
 import tomllib
+from pathlib import Path
 
 import pytest
 import tomli_w
@@ -142,6 +143,15 @@ def test_the_data_folder_is_relative_to_the_file_or_given(write, tmp_path):
     assert load(path, data_dir=str(tmp_path / "elsewhere")).data.dir == str(tmp_path / "elsewhere")
 
 
+def test_a_data_folder_that_is_set_is_relative_to_the_working_directory(write, tmp_path, monkeypatch):
+    path = write(lambda tables: tables["data"].update(dir="there"))
+    (tmp_path / "working").mkdir()
+    monkeypatch.chdir(tmp_path / "working")
+    assert load(path, ("data.dir=rows",)).data.dir == str(tmp_path / "working" / "rows")
+    assert load(path, ("data.dir=~/rows",)).data.dir == str(Path.home() / "rows")
+    assert load(path, ("data.dir=rows",), str(tmp_path / "elsewhere")).data.dir == str(tmp_path / "elsewhere")
+
+
 def test_a_checked_configuration_cannot_be_changed(config):
     with pytest.raises(ValidationError, match="frozen"):
         config.seed = 4
@@ -172,6 +182,14 @@ def put(section, key, value):
             r"task: verbalizer is missing for the label\(s\) \['bad'\]",
         ),
         (lambda tables: tables["task"]["prompt"].pop("good"), r"task: prompt is missing for the label\(s\) \['good'\]"),
+        (
+            lambda tables: tables["task"]["verbalizer"].update(bad=" "),
+            r"task: verbalizer is missing for the label\(s\) \['bad'\], or blank",
+        ),
+        (
+            lambda tables: tables["task"]["prompt"].update(good=["Write:", "\n"]),
+            r"task: prompt is missing for the label\(s\) \['good'\], or blank",
+        ),
         (
             lambda tables: tables["task"]["statement"].update(fair="x"),
             r"task: statement names \['fair'\], which are not",

@@ -165,6 +165,13 @@ def broken(tables, change):
         (lambda t: t["selection"].update(encoder="./none"), "selection.encoder = './none': no such model folder"),
         (lambda t: t["data"].update(train="none.csv"), "none.csv: no such file"),
         (lambda t: t["data"].update(text_column="body"), "no column 'body'; its columns are: text, label"),
+        (lambda t: t["data"].update(train="odd.csv"), "odd.csv: row 2 has the label 'fair'"),
+        (lambda t: t["data"].update(train="zero.csv"), "zero.csv: is empty; it must begin with the names of its"),
+        (lambda t: t["data"].update(train="header.csv"), "header.csv"),
+        (
+            lambda t: t["synthesis"].update(max_new_tokens=200),
+            "are more than the 128 that llm.model reads; at most 1",
+        ),
         (lambda t: t["evaluation"].update(perplexity_text="none.txt"), "none.txt: no such file"),
         (lambda t: t["evaluation"].update(perplexity_text="empty.txt"), "empty.txt: has no text"),
         (
@@ -200,6 +207,8 @@ def test_bad_input_ends_with_code_2_before_anything_is_written_or_loaded(
     monkeypatch.setattr(SLM, "load", loaded)
     path = tmp_path / "bad.toml"
     (tmp_path / "data" / "empty.txt").write_text(" ")
+    for name, rows in {"zero": "", "header": "text,label\n", "odd": "text,label\na film.,good\na film.,fair\n"}.items():
+        (tmp_path / "data" / f"{name}.csv").write_text(rows)
     (tmp_path / "data" / "latin.txt").write_bytes("one\ncaf\xe9\n".encode("latin-1"))
     settings["slm"]["models"] = settings["slm"]["models"][:1]
     path.write_text(broken(settings, change))

@@ -20,7 +20,7 @@ from crosslm.federation.flower.bundle import MAX_BYTES, check_bundle
 from crosslm.federation.flower.processes import environment
 from crosslm.federation.provision import FLOWER_APP
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict  # isort: skip
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict  # isort: skip
 from flwr.cli.build import build_fab_from_files  # isort: skip
 from flwr.cli.install import install_from_fab  # isort: skip
 from flwr.clientapp.utils import get_load_client_app_fn  # isort: skip
@@ -207,6 +207,21 @@ def test_any_other_bundle_is_refused(content, reason):
 
 def test_the_genuine_bundle_passes_as_flower_builds_it():
     check_bundle(bundle(GENUINE))
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_asked_again"), [("upload", False), ("install", True), ("closing", True), ("not_used", False)]
+)
+def test_a_server_of_another_version_gets_nothing_done(silo, flower_run, kind, is_asked_again, monkeypatch, caplog):
+    for name, value in environment(silo.kit).items():
+        monkeypatch.setenv(name, value)
+    fields = {"experiment": silo.settings.experiment, "round": 0, "version": messages.VERSION + 1, "crosslm": "9.9"}
+    content = {"request": ConfigRecord(fields | {"reason": "x"}), "message": ArrayRecord()}
+    asked = Message(RecordDict(content), 1, f"train.{kind}", ttl=3600)
+    reply = answer.answer_to(asked, Context(1, 1, {}, RecordDict(), {}), bundle(GENUINE))
+    assert reply.has_error() == is_asked_again
+    assert f"the server's crosslm 9.9 reads version {messages.VERSION + 1}: install the same" in caplog.text
+    assert not list(silo.state.glob("upload-*"))
 
 
 def test_an_unforeseen_error_is_told_without_its_words(silo, flower_run, monkeypatch, caplog):

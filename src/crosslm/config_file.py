@@ -31,7 +31,8 @@ def load(
 
     Args:
         source: path of a TOML file, or the name of a packaged one (:func:`packaged`).
-        overrides: ``section.key=value``; the value is TOML, or else taken as a string.
+        overrides: ``section.key=value``; the value is TOML, or else taken as a string. A folder for ``data.dir`` is
+            relative to the working directory.
         data_dir: replaces ``data.dir``; relative to the working directory.
         over: tables that lie over the file's, and under the overrides.
 
@@ -55,6 +56,8 @@ def load(
     given = merged(given, over)
     for override in overrides:
         _set(given, override)
+        if override.partition("=")[0].strip() == "data.dir" and data_dir is None:
+            given["data"]["dir"] = str(expanded(str(given["data"]["dir"])).absolute())
     if data_dir is not None:
         given = merged(given, {"data": {"dir": str(expanded(data_dir).absolute())}})
     elif isinstance(given.get("data"), dict):

@@ -132,6 +132,8 @@ def _file_rows(name: str, data: DataConfig) -> tuple[str, Iterator[tuple[int, di
 
 
 def _check_header(path: Path, data: DataConfig, header: list[str]) -> None:
+    if not any(header):
+        raise DataError(f"{path}: is empty; it must begin with the names of its columns and have a row below them")
     for column in (data.text_column, data.label_column):
         if column not in header:
             raise DataError(f"{path}: no column {column!r}; its columns are: {_columns(header, column, data)}")

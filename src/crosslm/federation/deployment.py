@@ -18,13 +18,12 @@ from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
-from crosslm.models.tokens import verbalizer_ids
 from crosslm.records import Download, SyntheticSet, Upload
 from crosslm.runs import arrivals, snapshot
 from crosslm.runs.cards import write_cards
 from crosslm.runs.checkpoint import Checkpoints
 from crosslm.runs.measures import LLMMeter, measure_slm
-from crosslm.runs.preparation import measured_on, original_llm, public_texts
+from crosslm.runs.preparation import check_words, measured_on, original_llm, public_texts
 from crosslm.runs.rundir import CLOSING_POOL, CONFIG, ENGINE, RunDir
 from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.support.progress import Progress
@@ -75,9 +74,9 @@ class Deployment:
         if Checkpoints(run).last() is None:
             run.go_back(0)  # a beginning that was cut off is made again
         note = notes_of(run)
-        llm = LLM.load(original_llm(config, cache, note), config.llm, seed_for(config.seed, "llm"), config.device)
-        if config.asks_llm or config.gate.teaches:
-            verbalizer_ids(llm.tokenizer, Task.from_config(config.task))  # before anybody is asked for anything
+        folder_of_llm = original_llm(config, cache, note)
+        check_words(config, folder_of_llm)  # before anybody is asked for anything
+        llm = LLM.load(folder_of_llm, config.llm, seed_for(config.seed, "llm"), config.device)
         encoder = SentenceEncoder(model_folder(config.selection.encoder, cache, note), config.device)
         server = Server(config, Task.from_config(config.task), llm, encoder, Progress())
         deployment = cls(run, config, server, refuse, spool)

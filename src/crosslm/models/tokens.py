@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from crosslm.errors import ConfigError
 from crosslm.models.loading import loading
@@ -42,6 +42,29 @@ def verbalizer_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[tuple
                 )
         found.append(tuple(ids))
     return found
+
+
+def check_room(folder: str, tokenizer: PreTrainedTokenizerBase, task: Task, new_tokens: int) -> None:
+    """Find out that the LLM reads as many tokens as a prompt and what follows it have, or a text and its statement.
+
+    Args:
+        folder: of the LLM.
+        tokenizer: its own.
+        task: the prompts (Eq. 3) and statements (Eq. 7).
+        new_tokens: of a text at most (``synthesis.max_new_tokens``).
+
+    Raises:
+        ConfigError: it reads fewer.
+    """
+    positions = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    prompts = [words for paraphrases in task.prompts for words in paraphrases]
+    statements = [words for paraphrases in task.statements for words in paraphrases]
+    longest = max(len(encode(tokenizer, words)) for words in (*prompts, *statements))
+    if positions is not None and longest + new_tokens > positions:
+        raise ConfigError(
+            f"synthesis.max_new_tokens: {new_tokens} tokens of a text and {longest} of the longest prompt or statement "
+            f"are more than the {positions} that llm.model reads; at most {positions - longest} are possible"
+        )
 
 
 class TextEnd:

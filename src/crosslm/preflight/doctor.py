@@ -19,7 +19,7 @@ from crosslm.data.split import load_split
 from crosslm.data.texts import find_file, load_examples
 from crosslm.errors import CrosslmError, DataError
 from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
-from crosslm.models.tokens import load_tokenizer, verbalizer_ids
+from crosslm.models.tokens import check_room, load_tokenizer, verbalizer_ids
 from crosslm.preflight.memory import Shape, available, estimate, in_gib
 from crosslm.preflight.starter import SAMPLE
 from crosslm.privacy.accounting import require_opacus
@@ -300,12 +300,13 @@ def count_rows(subject: str, source: str, examples: Examples, labels: Sequence[s
 
 
 def verbalizers(config: Config, folder: str) -> Iterator[Finding]:
-    """Whether the LLM's tokenizer tells the labels' words apart by their first tokens."""
+    """Whether the LLM's tokenizer tells the labels' words apart by their first tokens, and prompts leave room."""
     task = Task.from_config(config.task)
     try:
         tokenizer = load_tokenizer(folder, config.llm.model)
         yield Finding("ok", "tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens")
         found = verbalizer_ids(tokenizer, task)
+        check_room(folder, tokenizer, task, config.synthesis.max_new_tokens)
     except CrosslmError as error:
         yield Finding("error", "verbalizers", str(error))
         return

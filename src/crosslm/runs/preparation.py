@@ -13,7 +13,7 @@ from crosslm.errors import ModelError, RunError
 from crosslm.models.architecture import check_travels
 from crosslm.models.pretrained import check_spec
 from crosslm.models.sources import PREFIX, check_model, model_folder
-from crosslm.models.tokens import load_tokenizer, verbalizer_ids
+from crosslm.models.tokens import check_room, load_tokenizer, verbalizer_ids
 from crosslm.models.vocabulary import cached_trim, tokenizer_words
 from crosslm.privacy.private_layers import check_private
 from crosslm.runs.rundir import CONFIG
@@ -50,7 +50,7 @@ def prepare(config: Config, cache: Path, on_news: Callable[[str], None]) -> Prep
         folder = model_folder(spec.model, cache, on_news)
         check_slm(folder, spec, config.privacy, f"client {client_id}")
     llm_folder = original_llm(config, cache, on_news)
-    verbalizer_ids(load_tokenizer(llm_folder, config.llm.model), Task.from_config(config.task))
+    check_words(config, llm_folder)
     return Prepared(split, specs, perplexity_text, llm_folder, public)
 
 
@@ -176,6 +176,21 @@ def task_texts(task: Task) -> list[str]:
     ]
     queries = [f"{task.query(x)} {words}" for words in task.verbalizers]
     return [*(prompt for prompts in task.prompts for prompt in prompts), *stated, *queries]
+
+
+def check_words(config: Config, folder: str) -> None:
+    """Find out that the LLM can tell the labels apart by their words, and has room for the texts that it is to write.
+
+    Args:
+        config: of the run.
+        folder: of the original LLM.
+
+    Raises:
+        ConfigError: it cannot, or has not.
+    """
+    tokenizer, task = load_tokenizer(folder, config.llm.model), Task.from_config(config.task)
+    verbalizer_ids(tokenizer, task)
+    check_room(folder, tokenizer, task, config.synthesis.max_new_tokens)
 
 
 def perplexity_text_of(config: Config) -> str | None:

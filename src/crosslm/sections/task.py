@@ -37,13 +37,19 @@ class TaskConfig(Section):
             raise ValueError(f"query must contain {{text}} exactly once, found {self.query!r}")
         for name in ("prompt", "statement", "verbalizer"):
             table: Mapping[str, Any] = getattr(self, name)
-            missing = [label for label in self.labels if not table.get(label)]
+            missing = [label for label in self.labels if not _said(table.get(label))]
             unknown = [label for label in table if label not in self.labels]
             if missing:
-                raise ValueError(f"{name} is missing for the label(s) {missing}")
+                raise ValueError(f"{name} is missing for the label(s) {missing}, or blank")
             if unknown:
                 raise ValueError(f"{name} names {unknown}, which are not among the labels {list(self.labels)}")
         return self
+
+
+def _said(words: str | tuple[str, ...] | None) -> bool:
+    """Whether there is something in all of them."""
+    given = (words,) if isinstance(words, str) else words or ()
+    return bool(given) and all(each.strip() for each in given)
 
 
 class ClientConfig(Section):
@@ -78,7 +84,8 @@ class DataConfig(Section):
     """Where the labelled texts are. Either one ``train`` file that is split, or ``clients``."""
 
     dir: str = "."
-    """Folder that the file names are in, relative to the configuration file."""
+    """Folder that the file names are in, relative to the configuration file; with ``--set`` and ``--data-dir`` to the
+    working directory."""
     train: str | None = None
     """CSV, CSV.gz or JSONL file, or ``hf:DATASET[/CONFIG]:SPLIT``; split among ``num_clients``."""
     test: str | None = None

@@ -28,8 +28,7 @@ def upload(message: Message, context: Context) -> Message:
     """Step 1 and 2: train on the private text and upload the SLM."""
     request = message.content["request"]
     try:
-        silo, number = _silo(), _round(request)
-        _check_version(request, silo)
+        silo, number = _silo_for(request)
         file = silo.upload(str(request["experiment"]), number)
     except KeptFileError as error:
         raise _ask_again(message, error) from None
@@ -49,7 +48,7 @@ def install(message: Message, context: Context) -> Message:
 def _installed(message: Message, take: Callable[[Silo, str, int, Iterable[bytes]], dict[str, float]]) -> Message:
     request, arrays = message.content["request"], message.content["message"]
     try:
-        silo, number = _silo(), _round(request)
+        silo, number = _silo_for(request)
         assert isinstance(arrays, ArrayRecord)
         parts = joined(arrays, silo.settings.intake.max_bytes)
         metrics = take(silo, str(request["experiment"]), number, parts)
@@ -72,7 +71,7 @@ def not_used(message: Message, context: Context) -> Message:
     """The server did not use the upload, and nothing comes back."""
     request = message.content["request"]
     try:
-        silo, number = _silo(), _round(request)
+        silo, number = _silo_for(request)
         assert isinstance(request, ConfigRecord)
         silo.not_used(str(request["experiment"]), number, str(request["reason"]))
     except KeptFileError as error:
@@ -86,19 +85,16 @@ def _silo() -> Silo:
     return Silo(Path(os.environ[KIT]), cache_folder())
 
 
-def _round(request: object) -> int:
+def _silo_for(request: object) -> tuple[Silo, int]:
+    """This silo, and the number of the round; the server must write messages of the version that is read here."""
     assert isinstance(request, ConfigRecord)
-    return int(str(request["round"]))
-
-
-def _check_version(request: object, silo: Silo) -> None:
-    assert isinstance(request, ConfigRecord)
-    version, crosslm = int(str(request["version"])), plain(str(request["crosslm"])[:40])
+    silo, version, crosslm = _silo(), int(str(request["version"])), plain(str(request["crosslm"])[:40])
     if version != messages.VERSION:
         raise CrosslmError(
             f"silo {silo.settings.id}: its crosslm {__version__} writes messages of version {messages.VERSION}; "
             f"the server's crosslm {crosslm} reads version {version}: install the same"
         )
+    return silo, int(str(request["round"]))
 
 
 def _ask_again(message: Message, error: CrosslmError) -> RuntimeError:
