@@ -158,14 +158,22 @@ def run(folder: Path, seconds: float) -> dict:
             machines.do(silo, "doctor", machines.kit(silo))
             machines.do(silo, "client", machines.kit(silo), "--dry-run")
             machines.start(silo, "client")
+            machines.do(silo, "status", machines.kit(silo))
         last = SILOS[-1]
         machines.until(lambda spool: "asked for" in (spool.fact(f"silo/{last}") or ""), "a request")
         cut(last, seconds)
         machines.until(lambda spool: bool(spool.of(last)), "an upload after the cut")
         cut(last, seconds)
+        machines.do(SERVER, "status", machines.kit(SERVER))
         machines.until(
             lambda _: all(process.poll() is not None for process in machines.running.values()), "the end of all parties"
         )
+        for silo in SILOS:
+            machines.do(silo, "predict", machines.kit(silo), str(Path(machines.kit(silo)) / "rows.csv"))
+        finished = f"{machines.kit(SERVER)}/run"
+        machines.do(SERVER, "report", finished)
+        machines.do(SERVER, "generate", finished, "-n", "4")
+        machines.do(SERVER, "export", finished, str(folder / "shared"))
     finally:
         machines.stop()
     codes = {party: process.returncode for party, process in machines.running.items()}

@@ -130,6 +130,10 @@ def test_own_data_without_python(settings, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     start(monkeypatch, settings)
     assert "wrote tickets/north.csv" in capsys.readouterr().out
+    shown = tomllib.loads(blocks("toml")[0])
+    written = tomllib.loads(Path("tickets/tickets.toml").read_text())
+    assert shown.keys() == {"task", "data", "clients"}
+    assert {name: written[name] for name in shown} == shown  # so that what follows runs with it
     call(monkeypatch, START[1])
     assert "sample rows of crosslm init" not in capsys.readouterr().out
     call(monkeypatch, OWN[0], *tiny(settings))

@@ -41,10 +41,12 @@ def data_free_kd(
         may_judge: whether this SLM has a say, as in CrossLM's own step 5.
     """
     slm = receive_slm(upload, task, config)
-    texts = pool.texts
-    judged = teachers.probabilities(slm, upload, texts) if may_judge else teachers.of_others(slm, upload, texts)
-    _, kept = select(pool, pool_rewards(pool, judged, said), encoder, config.selection, said)
-    weight, detail = weigh_judges(probe_of(pool, config), judged, said), f"{upload.client_id}, data-free KD"
+    texts, detail = pool.texts, f"{upload.client_id}, data-free KD"
+    with progress.stage("select", detail, 1, "pool") as advance:
+        judged = teachers.probabilities(slm, upload, texts) if may_judge else teachers.of_others(slm, upload, texts)
+        _, kept = select(pool, pool_rewards(pool, judged, said), encoder, config.selection, said)
+        advance(1)
+    weight = weigh_judges(probe_of(pool, config), judged, said)
     targets = soft_labels(pool, judged, said, config.slm, weight)
     train_on_synthetic(slm, pool, kept, targets, upload, config, progress, detail)
     return slm

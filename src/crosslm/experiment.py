@@ -90,7 +90,9 @@ def run_local(
     prepared = prepare(config, cache, progress.note)
     with RunDir(output).locked():
         kept = LLMCache(llm_cache) if llm_cache else None
-        loaded = load_models(config, prepared, cache, progress, make_client, kept)
+        with progress.stage("load", "LLM, sentence encoder and classifiers", 1, "set") as advance:
+            loaded = load_models(config, prepared, cache, progress, make_client, kept)
+            advance(1)
         run = RunDir.open(output) if goes_on else RunDir.create(output, given)
         run.note_session("resume" if goes_on else "start")
         try:

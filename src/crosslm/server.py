@@ -16,7 +16,7 @@ from crosslm.config import Config
 from crosslm.data.examples import Examples
 from crosslm.enhancement import pool_rewards, probe_of, select, soft_labels, train_on_synthetic, weigh_judges
 from crosslm.errors import BrokenLLMError, CollapseError, ModelError, QuarantineError, UploadError
-from crosslm.gate import Gate
+from crosslm.gate import Gate, Verdict
 from crosslm.llm_update import anchor_texts, one_pass
 from crosslm.models.encoder import Encoder
 from crosslm.models.llm import LLM
@@ -131,7 +131,7 @@ class Server:
         """
         slm = receive_slm(upload, self.task, self.config)  # step 2: it arrived
         try:
-            verdict = self.gate.judge(slm, upload) if self.gate else None
+            verdict = self._let_in(slm, upload)
         except QuarantineError as error:
             if not self.config.gate.teach_refused:
                 raise
@@ -145,6 +145,15 @@ class Server:
             record.gate = verdict.figures
         self.remember(upload)
         return download, record
+
+    def _let_in(self, slm: SLM, upload: Upload) -> Verdict | None:
+        """What the gate finds of an SLM; None where there is no gate."""
+        if self.gate is None:
+            return None
+        with self.progress.stage("gate", upload.client_id, 1, "SLM") as advance:
+            verdict = self.gate.judge(slm, upload)
+            advance(1)
+        return verdict
 
     @contextmanager
     def _taken_back_if_it_fails(self, upload: Upload, record: StepRecord) -> Iterator[None]:
@@ -195,16 +204,17 @@ class Server:
 
     def _judged(self, slm: SLM, upload: Upload, drafts: SyntheticSet) -> Tensor:
         """What rewards come from, ``(texts, labels)``: the SLMs' judgement, with the original LLM's if it is asked."""
-        judged = self.teachers.probabilities(slm, upload, drafts.texts)
+        with self.progress.stage("reward", upload.client_id, 1, "SLM's judgement") as advance:
+            judged = self.teachers.probabilities(slm, upload, drafts.texts)
+            advance(1)
         if not self.config.reward.llm_judges:
             return judged
         with self.llm.interpolated(0.0):  # as it was: judging by what it has learned it would grow surer of just that
-            if self.probe.samples and self.said_of_probe is None:
-                self.said_of_probe = class_probabilities(self.llm, self.task, self.probe.texts)
-            said = class_probabilities(self.llm, self.task, drafts.texts)
+            said = self._said(drafts, f"{upload.client_id}, as it was", self.said_of_probe is None)
+            self.said_of_probe = said.probe if self.said_of_probe is None else self.said_of_probe
         judged_probe = self.teachers.probabilities(slm, upload, self.probe.texts) if self.probe.samples else None
         weight = weigh_judges(self.probe, judged_probe, self.said_of_probe)
-        return opinion_pool(judged, without_preference(said), weight)
+        return opinion_pool(judged, without_preference(said.pool), weight)
 
     def _enhance(self, slm: SLM, upload: Upload, record: StepRecord) -> Download:
         """Step 5: the best of what the LLM writes now trains the SLM; one that was refused has no say in it."""
@@ -252,13 +262,11 @@ class Server:
         """Whether step 5 needs the LLM's own judgement: always, or for an SLM that has no say."""
         return self.config.asks_llm or was_refused
 
-    def _said(self, pool: SyntheticSet, who: str) -> Reading:
-        count = len(pool.samples) + len(self.probe.samples)
-        with self.progress.stage("select", f"{who}: the LLM reads", count, "texts") as advance:
+    def _said(self, pool: SyntheticSet, who: str, of_probe: bool = True) -> Reading:
+        probe = self.probe.texts if of_probe else []
+        with self.progress.stage("select", f"{who}: the LLM reads", len(pool.samples) + len(probe), "texts") as advance:
             of_pool = class_probabilities(self.llm, self.task, pool.texts, advance)  # Eq. 1
-            if not self.probe.samples:
-                return Reading(of_pool)
-            return Reading(of_pool, class_probabilities(self.llm, self.task, self.probe.texts, advance))
+            return Reading(of_pool, class_probabilities(self.llm, self.task, probe, advance) if probe else None)
 
     def _train(self, slm: SLM, upload: Upload, record: StepRecord, said: Reading | None) -> dict[str, float]:
         """Choose from a pool, and train the SLM on what is chosen."""

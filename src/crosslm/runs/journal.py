@@ -179,9 +179,11 @@ class RunJournal:
     def _test(self, method: str, who: str, slm: SLM) -> None:
         """Measure a client's SLM on its test rows, and keep which of them it got right."""
         tests, test = list(self.split.tests.values()), self.split.tests[who]
-        self.accuracy[method][who], self.confusion[method][who] = measure_slm(
-            self.run, method, who, slm, test, tests.index(test)
-        )
+        with self.progress.stage("evaluate", f"{who}, {method.replace('_', ' ')}", len(test), "rows") as advance:
+            self.accuracy[method][who], self.confusion[method][who] = measure_slm(
+                self.run, method, who, slm, test, tests.index(test)
+            )
+            advance(len(test))
 
     def _measures(self, who: str, record: StepRecord) -> dict[str, float]:
         """A client's SLM by three methods, and what the judge finds of the step's texts."""
