@@ -5,6 +5,7 @@ Slow for tests (each process loads torch): two federations in all, each asked ma
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,7 +27,7 @@ from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.data.examples import Examples
 from crosslm.evaluate import base_texts
-from crosslm.federation.kits import SILO_FILE, dump, read_silo
+from crosslm.federation.kits import SILO_FILE, dump, read_server, read_silo
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
 from crosslm.federation.spool import Spool
@@ -53,16 +54,14 @@ def free_ports(count):
 class Party:
     """A command of ours in a process with a home of its own."""
 
-    def __init__(self, command, kit, home, log=None, **variables):
+    def __init__(self, command, kit, home, log, **variables):
         self.kit = kit
-        self.log = Path(f"{kit}-{log or command}.log")
+        self.log = Path(f"{kit}-{log}.log")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("FLWR", "PYTEST"))}
         environment |= {"HOME": str(home), "CROSSLM_CACHE": str(home / "cache"), "OMP_NUM_THREADS": "1"}
         environment |= variables
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "crosslm.cli.main", command, str(kit)], stdout=log, stderr=log, env=environment
-            )
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     def wait(self):
         try:
@@ -128,6 +127,15 @@ class Federation:
         self.change(name, fit=fit.model_copy(update={"epochs": epochs}))
 
     def start(self, command, kit, log=None, **variables):
+        ours = [sys.executable, "-m", "crosslm.cli.main", command, str(kit)]
+        return self._start(ours, kit, log or command, **variables)
+
+    def type(self, line, kit, log):
+        """A line of a shell that finds this environment's programs."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return self._start(["sh", "-c", line], kit, log, PATH=path)
+
+    def _start(self, command, kit, log, **variables):
         home = self.folder / f"home-{kit.name}"
         home.mkdir(exist_ok=True)
         party = Party(command, kit, home, log, **variables)
@@ -423,6 +431,46 @@ def test_processes_that_die_and_a_silo_that_never_answers(start, models):
     for arrival in spool.arrivals():
         assert encode(method.step(decode_upload(spool.upload(arrival)))[0]) == b"".join(spool.download(arrival))
     spool.close()
+
+
+def is_open(port):
+    with suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), timeout=1):
+        return True
+    return False
+
+
+def by_hand():
+    """The commands of docs/deploy.md that do without crosslm server and crosslm client, a list for each terminal."""
+    page = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text()
+    section = re.search(r"^## With Flower's own commands\n(.*?)^## ", page, flags=re.M | re.S)[1]
+    terminals = re.findall(r"(?:^    .+\n)+", section, flags=re.M)
+    return [[line.strip() for line in each.replace("\\\n", " ").splitlines()] for each in terminals]
+
+
+def test_flowers_own_commands_carry_a_run(start):
+    run = start(["hospital-a"], arrivals=1)
+    kit = run.kit("hospital-a")
+    ports = {"9091": str(read_server(run.server_kit).superlink_port), "9094": str(read_silo(kit).runtime_port)}
+    superlink, gateway, submitted, supernode, answers = by_hand()
+
+    def typed(commands, own, name):
+        text = "; ".join([*commands[:-1], f"exec {commands[-1]}"])
+        for word, here in {**ports, "server.example.org:9400": f"localhost:{run.port}", "KIT": str(own)}.items():
+            text = text.replace(word, here)
+        return run.type(text, own, name)
+
+    typed(superlink, run.server_kit, "superlink")
+    typed(gateway, run.server_kit, "gateway")
+    run.until(lambda _: is_open(ports["9091"]) and is_open(run.port), "an open SuperLink and gateway")
+    typed(supernode, kit, "supernode")
+    typed(answers, kit, "answers")
+    done = typed(submitted, run.server_kit, "run")
+    assert done.wait() == 0, done.text()
+    run.until(lambda spool: spool.fact("finished") is not None, "the end of a run by hand")
+    spool = run.spool()
+    assert [(arrival.silo, arrival.state) for arrival in spool.arrivals()] == [("hospital-a", "delivered")]
+    spool.close()
+    assert (kit / "state" / "slm" / "model.safetensors").exists()
 
 
 def test_a_server_whose_files_are_missing_says_which(start):

@@ -9,6 +9,7 @@ it answers itself: which silo the server's kit knows by a key, and how many of i
 import asyncio
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ from starlette.routing import Route
 
 from crosslm.errors import FederationError
 from crosslm.federation.keys import ASKED_AT, fingerprint
-from crosslm.federation.kits import SERVER_FILE, ServerSettings
+from crosslm.federation.kits import SERVER_FILE, ServerSettings, read_server
 from crosslm.federation.spool import TOLD, Spool
 
 PASSED = "/v1/fleet/"
@@ -181,3 +182,8 @@ def serve(kit: Path, listening: socket.socket, superlink_port: int) -> None:
     certificate, key = str(kit / "server.crt"), str(kit / "server.key")
     config = uvicorn.Config(app, ssl_certfile=certificate, ssl_keyfile=key, log_level="warning")
     uvicorn.Server(config).run(sockets=[listening])
+
+
+if __name__ == "__main__":  # where Flower's own commands are typed by hand
+    own = read_server(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]), listen(Path(sys.argv[1]), own), own.superlink_port)
