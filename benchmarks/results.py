@@ -11,12 +11,12 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 from attack_table import attack_tables
+from performance_table import performance
 from privacy_table import privacy_table
 
 from crosslm.html_report.collect import RunView
@@ -382,6 +382,33 @@ def judges_section(results: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
+def rewards_section(results: list[dict]) -> list[str]:
+    """What benchmarks/rewards.py measured."""
+    lines = [
+        "### Who judges what the LLM learns (`reward.llm_judges`)",
+        "",
+        "Steps 1 to 4 under preset recommended, on validation rows. Right: share of the texts that the LLM learned from "
+        "of which the sign of the reward is as the independent judge has it, by arrival. Of the LLM in the end, with a "
+        "share of what it has learned: Eq. 1, how often the judge finds the label in what it writes, distinct-2, and "
+        "the perplexity on the validation part of the Penn Treebank (`benchmarks/rewards.py`).",
+        "",
+        "| task, Dirichlet alpha | judges | right | share | Eq. 1 | judge | distinct-2 | perplexity |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    notes = []
+    for result in results:
+        task = f"{TASKS[result['task']]}, {result['alpha']:g}"
+        rows = [("nobody: as it was", "", "", result["original"])]
+        for judges, found in result["variants"].items():
+            right = " / ".join(f"{arrival['right']:.3f}" for arrival in found["arrivals"])
+            rows += [(judges, right, share, figures) for share, figures in found["shares"].items()]
+        for judges, right, share, figures in rows:
+            cells = f"{figures['nlu']:.3f} | {figures['judge']:.3f} | {figures['distinct_2']:.3f}"
+            lines.append(f"| {task} | {judges} | {right} | {share} | {cells} | {figures['perplexity']:.1f} |")
+        notes.append(f"{task}: seed {result['seed']}, `{result['commit'][:10]}`, {result['date']}, {result['machine']}.")
+    return [*lines, "", *notes, ""]
+
+
 def interpolation_section(results: list[dict]) -> list[str]:
     """What benchmarks/interpolation.py measured."""
     first = results[0]
@@ -483,133 +510,6 @@ EARLIER_NAMES = {
 }
 
 
-# script, what is compared, the key (with a dot for one inside another), the goal in words
-GOALS = [
-    ("generation", "kept tokens/s against `model.generate`, same model", "ratio_vs_hf_generate", "6x"),
-    ("generation", "the same, our vocabulary trimmed", "ratio_vs_hf_generate_trimmed", "10x"),
-    ("generation", "the same model, ours in float32 too", "ratio_vs_hf_generate_float32", ""),
-    ("generation", "the same model, `model.generate` in ours' dtype too", "ratio_vs_hf_generate_same_dtype", ""),
-    ("generation", "share of the matrix-rate limit, by the rate in float32", "fraction_of_limit", "0.60"),
-    ("generation", "the same, vocabulary trimmed", "fraction_of_limit_trimmed", ""),
-    ("update", "texts/s against the plain way", "ratio_vs_plain", "3x"),
-    ("update", "the same, vocabulary trimmed on both sides", "ratio_vs_plain_trimmed", ""),
-    ("update", "the same, vocabulary trimmed on both sides, ours in float32 too", "trimmed.ratio_float32", ""),
-    ("update", "whole vocabulary, ours in float32 too", "ratio_vs_plain_float32", ""),
-    ("update", "peak memory over the plain way's", "memory_ratio_vs_plain", "0.33"),
-    ("update", "the same, ours in float32 too", "memory_ratio_vs_plain_float32", ""),
-    ("update", "texts/s against TRL's GRPO trainer", "ratio_vs_trl", "1.5x"),
-    ("update", "the same, ours in float32 too", "ratio_vs_trl_float32", ""),
-    *(
-        ("families", f"{name}, float32 on both sides: {what}", f"{family}.{key}", "no slower")
-        for family, name in (("gpt2", "GPT-2 124M"), ("llama", "a Llama of its width"))
-        for what, key in (
-            ("kept tokens/s against `model.generate`", "generation.ratio_vs_hf_generate"),
-            ("update, texts/s against the plain way", "update.ratio_vs_plain"),
-        )
-    ),
-    ("leads", "not in the product: reading texts with `torch.compile`, speed over ours", "ratio_compiled_read", ""),
-    ("leads", "not in the product: int8 matrices, reading texts, speed over ours", "ratio_int8_read", ""),
-    ("leads", "not in the product: int8 matrices, writing texts, speed over ours", "ratio_int8_write", ""),
-    (
-        "leads",
-        "not in the product: adapters in the upper half of the layers, speed of an update over ours",
-        "ratio_upper_half_update",
-        "",
-    ),
-    ("selection", "20,000 vectors against sentence-transformers", "ratio_vs_st", "2x"),
-    ("selection", "100,000 vectors, exact, seconds", "seconds_100k", "120"),
-    ("selection", "a million vectors, seconds", "seconds_1m", "900"),
-    ("selection", "recall at a million vectors", "recall_1m", "0.99"),
-    ("slm", "rows/s against `Trainer`", "ratio_vs_hf_trainer", "1.5x"),
-    ("arrival", "share of a step that is no model arithmetic", "overhead_fraction", "under 0.10"),
-    ("federation_live", "440 MB there and back, real processes, against bare Flower's: time", "ratio_time", "1.1"),
-    ("federation_live", "the same, memory of all processes, training on the server included", "ratio_memory", "1.1"),
-    (
-        "federation",
-        "440 MB there and back in memory, without sockets, against bare messages: time",
-        "ratio_time",
-        "1.1",
-    ),
-    ("federation", "the same, memory", "ratio_memory", "1.1"),
-    ("federation", "90 MB, the same: time", "sizes.90 MB.ratio_time", "1.1"),
-    ("federation", "90 MB, the same: memory", "sizes.90 MB.ratio_memory", "1.1"),
-    (
-        "federation",
-        "uploads a minute of 50 tiny silos at once, in memory: no processes, no LLM, no training",
-        "arrivals_a_minute",
-        "",
-    ),
-]
-
-
-def figure_at(result: dict, key: str) -> Any:
-    """What a benchmark found under a key of :data:`GOALS`; None where it did not look."""
-    for part in key.split("."):
-        result = result.get(part) if isinstance(result, dict) else None
-    return result
-
-
-def spreads(result: dict, path: str = "") -> list[str]:
-    """A row for each measured quantity of a benchmark, anywhere in it: median, extremes, repeats."""
-    if "median" in result:
-        numbers = " | ".join(f"{result[name]:,.4g}" for name in ("median", "min", "max", "repeats"))
-        return [f"| {path} | {numbers} |"]
-    return [
-        row
-        for name, value in result.items()
-        if isinstance(value, dict)
-        for row in spreads(value, f"{path}, {name}" if path else name)
-    ]
-
-
-def performance(loaded: dict[str, dict]) -> str:
-    """What performance.md must hold."""
-    lines = [
-        "# Performance",
-        "",
-        "Written by `python benchmarks/results.py render` from `benchmarks/results/performance-*.json`; not edited by "
-        "hand. `make bench` measures again what `benchmarks/update.py --trl PYTHON` (TRL in an environment of its own: "
-        "`pip install trl peft`) and `benchmarks/federation_live.py` (real processes) do not. "
-        "Sides that are compared ran in turn in one process, but for TRL, which has a process of its own between two "
-        "blocks of ours, and for real processes, where four rounds of bare Flower came before ten of ours. A ratio of "
-        "times is a median over the repeats that the second table gives, the update's over two; an arrival and 100,000 "
-        "and a million vectors ran once. A ratio of memory is of one run of each side in a process of its own. "
-        "A figure that misses its goal is shown as it is.",
-        "",
-    ]
-    devices = sorted({name.removeprefix("performance-").partition("-")[2] for name in loaded if "performance-" in name})
-    for device in devices:
-        lines += [f"## {'On the CPU' if not device else 'On ' + device}", ""]
-        lines += ["| what | key | measured | goal | commit, machine, date |", "| --- | --- | --- | --- | --- |"]
-        for script, what, key, goal in GOALS:
-            result = loaded.get(f"performance-{script}" + (f"-{device}" if device else ""))
-            if result and (measured := figure_at(result, key)) is not None:
-                origin = (
-                    f"`{result['commit'][:10]}`, {result['machine']}, {result['threads']} threads, {result['date']}"
-                )
-                lines.append(f"| {what} | `{key}` | **{measured}** | {goal} | {origin} |")
-        lines += ["", "Of which the medians are:", "", "| what | median | lowest | highest | repeats |"]
-        lines.append("| --- | ---: | ---: | ---: | ---: |")
-        for script in dict.fromkeys(script for script, *_ in GOALS):
-            result = loaded.get(f"performance-{script}" + (f"-{device}" if device else ""), {})
-            lines += [row.replace("_", " ") for row in spreads(result, script)]
-        lines.append("")
-        arrival = loaded.get("performance-arrival" + (f"-{device}" if device else ""))
-        if arrival:
-            lines += ["Where one arrival's time goes:", "", "| part | share |", "| --- | --- |"]
-            shares = sorted(arrival["shares"].items(), key=lambda item: -item[1])
-            lines += [f"| {label} | {share:.3f} |" for label, share in shares]
-            texts = arrival["texts"]
-            lines += [
-                "",
-                f"{arrival['seconds']:.0f} s in all for {texts['update']} texts to learn from and a pool of "
-                f"{texts['pool']}; {arrival['tokens_generated']:,} tokens generated.",
-                "",
-            ]
-    lines += remarks("performance-remarks")
-    return "\n".join(lines).rstrip() + "\n"
-
-
 # the colours that the report's page gives its charts
 COLOURS = "--ink: {}; --grid: {}; --series-1: {}; --series-2: {}; --series-3: {}; background: {}"
 LIGHT = COLOURS.format("#1b1f27", "#c3c8d1", "#5b6472", "#b25000", "#0b57b0", "#ffffff")
@@ -691,6 +591,8 @@ def results_page(loaded: dict[str, dict]) -> str:
         lines += judges_section(found)
     if found := {name: result for name, result in loaded.items() if name.startswith(ALIKE)}:
         lines += weighed_section(found)
+    if found := [loaded[name] for name in sorted(loaded) if name.startswith("rewards-")]:
+        lines += rewards_section(found)
     if found := [loaded[f"interpolation-{task}"] for task in TASKS if f"interpolation-{task}" in loaded]:
         lines += interpolation_section(found)
     if "preset-choices" in loaded:
@@ -753,7 +655,7 @@ def documents() -> dict[Path, str]:
         robustness = ROOT / "docs" / "robustness.md"
         written[robustness] = between(robustness.read_text(), ATTACKS_START, f"\n{attacks}\n\n", ATTACKS_END)
     if any(name.startswith("performance-") for name in loaded):
-        written[ROOT / "docs" / "performance.md"] = performance(loaded)
+        written[ROOT / "docs" / "performance.md"] = performance(loaded, remarks("performance-remarks"))
     return written | (pictures(loaded["demo"]) if "demo" in loaded else {})
 
 

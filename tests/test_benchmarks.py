@@ -286,13 +286,16 @@ def test_leads_are_measured_and_checked(quick, models, config, monkeypatch):
 
 
 def test_a_figure_inside_another_has_a_row(monkeypatch):
-    results = loaded("results", monkeypatch)
-    assert results.figure_at({"a": {"b": 1.5}}, "a.b") == 1.5
-    assert results.figure_at({"a": {"b": 0}}, "a.b") == 0
+    tables = loaded("performance_table", monkeypatch)
+    assert tables.figure_at({"a": {"b": 1.5}}, "a.b") == 1.5
+    assert tables.figure_at({"a": {"b": 0}}, "a.b") == 0
     for lacking in ({}, {"a": 3}, {"a": {}}):
-        assert results.figure_at(lacking, "a.b") is None
-    kept = {path.stem: json.loads(path.read_text()) for path in results.RESULTS.glob("performance-*.json")}
-    page = results.performance(kept)
+        assert tables.figure_at(lacking, "a.b") is None
+    kept = {path.stem: json.loads(path.read_text()) for path in (BENCHMARKS / "results").glob("performance-*.json")}
+    page = tables.performance(kept, ["the end"])
+    assert page.endswith("the end\n")
+    assert f"| the same in bfloat16 | {kept['performance-update']['ratio_vs_plain']} times the plain way's" in page
+    assert "| finished rows refilled with new texts | not measured | no |" in page
     ratio = kept["performance-update"]["trimmed"]["ratio_float32"]
     assert f"| `trimmed.ratio_float32` | **{ratio}** |" in page
 
