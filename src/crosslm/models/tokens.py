@@ -55,8 +55,10 @@ def check_room(folder: str, tokenizer: PreTrainedTokenizerBase, task: Task, new_
 
     Raises:
         ConfigError: it reads fewer.
+        ModelError: its configuration cannot be read.
     """
-    positions = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    with loading(f"llm.model: config.json of {folder!r} cannot be read"):
+        positions = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
     prompts = [words for paraphrases in task.prompts for words in paraphrases]
     statements = [words for paraphrases in task.statements for words in paraphrases]
     longest = max(len(encode(tokenizer, words)) for words in (*prompts, *statements))
