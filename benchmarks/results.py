@@ -275,7 +275,8 @@ def texts_section(results: list[dict]) -> list[str]:
         "",
         "In the end of a run under preset recommended, on validation rows; each upload is trained once on each kind of "
         "texts, in each way that is named (`benchmarks/step_5_texts.py`). All classifiers judge, with the LLM that is "
-        "named. The texts are as many in every row; half of each is what `federation.closing` does in the end.",
+        "named. The texts are as many in every row; half of each is what `federation.closing` does in the end. The one "
+        "between is the LLM with the share of what it has learned that is named.",
         "",
     ]
     for result in results:
@@ -283,8 +284,8 @@ def texts_section(results: list[dict]) -> list[str]:
         found = "; ".join(f"{name} {share:.3f}" for name, share in result["agreement"].items())
         lines += [
             f"**{result['task']}**, seed {result['seed']}, {result['rows']} rows of `{result['test']}`, pools of "
-            f"{result['pool']}; commit `{result['commit'][:10]}`, {result['date']}, {result['machine']}. Texts of "
-            f"which the judges find the label that the independent judge finds: {found}.",
+            f"{result['pool']}, a share of {result['share']:g}; commit `{result['commit'][:10]}`, {result['date']}, "
+            f"{result['machine']}. Texts of which the judges find the label that the independent judge finds: {found}.",
             "",
             f"| texts | {' | '.join([*clients, 'mean'])} |",
             f"| --- |{' ---: |' * (len(clients) + 1)}",

@@ -1,6 +1,6 @@
 """Which texts should step 5 learn from, and how long? Those of the trained LLM, the original's, or both?
 
-    python benchmarks/step_5_texts.py RUN    # of `crosslm run TASK --set data.test=validation.csv`
+    python benchmarks/step_5_texts.py RUN --test validation.csv    # of `crosslm run`, measured on these rows
     python benchmarks/step_5_texts.py RUN --training 3,1e-4,16 --training 9,1e-4,16    # epochs, learning rate, batch
 
 From the last checkpoint of a run under preset recommended: all uploads, and the LLM as it is in the end, beside the
@@ -9,7 +9,9 @@ original. Each upload is trained once, in each of the ways that are named, on ea
 - Data-free KD: the original LLM's texts, judged by the SLMs and the original LLM;
 - the trained LLM's texts, judged by the SLMs and the trained LLM;
 - the original's texts, judged by the SLMs and the trained LLM;
-- half of each, judged by the SLMs and the trained LLM: step 5 in the end (``federation.closing``).
+- half of each, judged by the SLMs and the trained LLM: step 5 in the end (``federation.closing``);
+- the last two with the LLM between the two, `--share` of the way from the original (as `llm.interpolation` takes it),
+  in place of the trained one.
 
 All SLMs judge, as they do in the end. Said of each pool: how often its judges find the label that the run's independent
 judge finds. Written to benchmarks/results/step-5-texts-TASK.json when all is done; what the LLM wrote and said and each
@@ -20,6 +22,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,8 +60,11 @@ VARIANTS = {
     "the trained LLM's texts": [("trained", "trained", 1.0)],
     "the original's, judged by the trained": [("original", "trained", 1.0)],
     "half of each, judged by the trained": [("trained", "trained", 0.5), ("original", "trained", 0.5)],
+    "the original's, judged by the one between": [("original", "between", 1.0)],
+    "half of the one between and of the original": [("between", "between", 0.5), ("original", "between", 0.5)],
 }
-"""Pool, whose LLM judges it, and how much of it."""
+"""Whose pool, which LLM judges it, and how much of it."""
+ASKED = {(pool, llm): None for parts in VARIANTS.values() for pool, llm, _ in parts}
 
 
 class Training(NamedTuple):
@@ -86,10 +92,11 @@ class Training(NamedTuple):
 class Study:
     """A run's last checkpoint, and what the LLM writes and says before and after it."""
 
-    def __init__(self, run: Path, pool: int) -> None:
-        config = load(run / "config.toml")
+    def __init__(self, run: Path, pool: int, share: float, test: str | None) -> None:
+        config = load(run / "config.toml", over={"data": {"test": test}} if test else {})
         self.config = config.model_copy(update={"device": resolve_device(config.device)})
         self.task, self.pool, self.work = Task.from_config(config.task), pool, run / "step-5-texts"
+        self.shares = {"original": 0.0, "between": share, "trained": 1.0}
         self.work.mkdir(exist_ok=True)
         prepared = prepare(self.config, cache_folder(), print)
         loaded = load_models(self.config, prepared, cache_folder(), Progress(), Client)
@@ -103,33 +110,39 @@ class Study:
             self._texts("original", lambda: kept)
             known = torch.tensor(json.loads(get(state["kept"]["base_said"])))
             self._kept("original-by-original", lambda: known)
-        texts = self._texts("original", lambda: self._write("base"))
-        said = {"original": {"original": self._said("original", "original", texts)}}
         counted = state["steps"], state["taught"]
         snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), *counted)
         snapshot.restore_teachers(self.server, state["teachers"], get)
-        self.pools = {"original": texts, "trained": self._texts("trained", lambda: self._write("closing"))}
-        said["original"]["trained"] = self._said("original", "trained", texts)
-        said["trained"] = {"trained": self._said("trained", "trained", self.pools["trained"])}
-        self.said = said
+        purposes = {"original": "base", "between": "closing", "trained": "closing"}
+        self.pools = {llm: self._texts(llm, partial(self._write, llm, purposes[llm])) for llm in purposes}
+        self.said = {(pool, llm): self._said(pool, llm) for pool, llm in ASKED}
+        self.of_probe = {llm: self._said("original", llm) for llm in self.shares}
         self.judged = {name: self._opinion(name, pool.texts) for name, pool in self.pools.items()}
         judge = SLM.from_state(snapshot.slm_state(get(state["kept"]["judge"])), self.task.labels, self.config.device)
         self.found = {name: judge.predict_proba(pool.texts).argmax(dim=1) for name, pool in self.pools.items()}
         self.uploads = [decode_upload(get(name)) for name in state["journal"]["first"].values()]
 
-    def _write(self, purpose: str) -> SyntheticSet:
+    def _write(self, llm: str, purpose: str) -> SyntheticSet:
         seed = seed_for(self.config.seed, purpose)
-        return synthesize(self.server.llm, self.task, self.config.synthesis, self.pool, seed, lambda _: None)
+        with self.server.llm.interpolated(self.shares[llm]):
+            return synthesize(self.server.llm, self.task, self.config.synthesis, self.pool, seed)
 
     def _texts(self, name: str, write: Callable[[], SyntheticSet]) -> SyntheticSet:
-        path = self.work / f"{name}-{self.pool}.json"
+        path = self.work / f"{self._file(name)}-{self.pool}.json"
         if not path.exists():
             path.write_bytes(snapshot.texts_bytes(write()))
             print(f"{name}: written", flush=True)
         return snapshot.texts_of(path.read_bytes())
 
-    def _said(self, pool: str, llm: str, texts: SyntheticSet) -> Tensor:
-        return self._kept(f"{pool}-by-{llm}", lambda: class_probabilities(self.server.llm, self.task, texts.texts))
+    def _file(self, llm: str) -> str:
+        return f"{llm}-{self.shares[llm]:g}" if llm == "between" else llm
+
+    def _said(self, pool: str, llm: str) -> Tensor:
+        def asked() -> Tensor:
+            with self.server.llm.interpolated(self.shares[llm]):
+                return class_probabilities(self.server.llm, self.task, self.pools[pool].texts)
+
+        return self._kept(f"{self._file(pool)}-by-{self._file(llm)}", asked)
 
     def _opinion(self, pool: str, texts: list[str]) -> Tensor:
         """The mean of all who judge."""
@@ -140,7 +153,7 @@ class Study:
             opinions = [as_rewarding(each.slm, one, each.upload, self.config.reward) for each, one in found]
             return torch.stack(opinions).mean(dim=0)
 
-        return self._kept(f"{pool}-by-slms", asked)
+        return self._kept(f"{self._file(pool)}-by-slms", asked)
 
     def _kept(self, name: str, ask: Callable[[], Tensor]) -> Tensor:
         path = self.work / f"{name}-{self.pool}.safetensors"
@@ -156,8 +169,8 @@ class Study:
 
     def _targets(self, pool: str, llm: str) -> Tensor:
         probe = probe_of(self.pools["original"], self.config)
-        weight = weigh_judges(probe, self.judged["original"], self.said["original"][llm])
-        targets = soft_labels(self.pools[pool], self.judged[pool], self.said[pool][llm], self.config.slm, weight)
+        weight = weigh_judges(probe, self.judged["original"], self.of_probe[llm])
+        targets = soft_labels(self.pools[pool], self.judged[pool], self.said[pool, llm], self.config.slm, weight)
         if targets is None:
             sys.exit("step 5 of this run has no soft labels; give one of preset recommended")
         return targets
@@ -166,7 +179,7 @@ class Study:
         """Of an upload that has learned from a variant's texts, in one way; kept."""
         path = self.work / f"learned-{self.pool}.json"
         known = json.loads(path.read_text()) if path.exists() else {}
-        key = f"{upload.client_id}: {texts}: {training}"
+        key = f"{upload.client_id}: {texts}: {training}: {self.config.data.test}: {self.shares['between']:g}"
         if key not in known:
             known[key] = self._learned(upload, VARIANTS[texts], training)
             path.write_text(json.dumps(known, indent=1))
@@ -179,7 +192,7 @@ class Study:
             count = round(share * self.pool)
             samples += self.pools[pool].samples[:count]
             targets.append(self._targets(pool, llm)[:count])
-            said.append(self.said[pool][llm][:count])
+            said.append(self.said[pool, llm][:count])
             judged.append(self.judged[pool][:count])
         config = training.of(self.config)
         texts, slm = SyntheticSet(samples), receive_slm(upload, self.task, config)
@@ -194,10 +207,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--pool", type=int, default=768, help="texts of each LLM")
+    parser.add_argument("--share", type=float, default=0.7, help="of the way from the original to the trained LLM")
+    parser.add_argument("--test", help="file of rows in place of the run's own")
     parser.add_argument("--training", action="append", type=Training.read, help="EPOCHS,LEARNING_RATE,BATCH_SIZE")
     arguments = parser.parse_args()
     quiet_libraries()
-    study = Study(arguments.run, arguments.pool)
+    study = Study(arguments.run, arguments.pool, arguments.share, arguments.test)
     synthetic = study.config.slm.synthetic
     trainings = arguments.training or [Training(synthetic.epochs, float(synthetic.learning_rate), synthetic.batch_size)]
     figures = {
@@ -207,10 +222,10 @@ def main() -> None:
         "test": study.config.data.test,
         "rows": len(next(iter(study.tests.values()))),
         "pool": arguments.pool,
+        "share": arguments.share,
         "agreement": {
-            "the original's texts, by the original": study.agreement("original", "original"),
-            "the original's texts, by the trained": study.agreement("original", "trained"),
-            "the trained LLM's texts, by itself": study.agreement("trained", "trained"),
+            f"the texts of the {pool}, by the {llm}".replace("between", "one between"): study.agreement(pool, llm)
+            for pool, llm in ASKED
         },
         "clients": {},
     }

@@ -345,12 +345,12 @@ def test_which_texts_step_5_learns_from_is_measured_and_gone_on_with(settings, t
         study.main()
     assert not kept
     study.main()
-    assert len(learned) == 6 + 16 - 5  # two clients, four kinds of texts, two trainings; five were done
+    assert len(learned) == 6 + 24 - 5  # two clients, six kinds of texts, two trainings; five were done
     ((name, figures),) = kept
     assert name == "step-5-texts-tiny"
     assert {"commit", "machine", "seed", "agreement"} <= set(figures)
     for row in figures["clients"].values():
-        assert len(row) == 9
+        assert len(row) == 13
         assert all(0 <= value <= 1 for value in row.values())
     results = loaded("results", monkeypatch)
     assert "half of each, judged by the trained; 2 epochs in batches of 4, 0.001" in "\n".join(
