@@ -79,7 +79,7 @@ OURS = {
         "soft_labels": True,
         "intended_labels": False,
         "llm_judges": True,
-        "weigh_judges": True,
+        "weigh_judges": False,
         "interpolation": 1.0,
     }
 }
@@ -88,7 +88,7 @@ INTENDED = {"slm": {"llm_judges": False, "intended_labels": True}}
 OF_RECOMMENDED: dict[str, list[dict[str, dict[str, Any]]]] = {
     "recommended": [OURS],
     "intended_labels": [OURS, {"slm": {"intended_labels": True}}],
-    "weigh_judges = false": [OURS, {"slm": {"weigh_judges": False}}],
+    "weigh_judges": [OURS, {"slm": {"weigh_judges": True}}],
     "llm_judges = false": [OURS, ALONE],
     "llm_judges = false, intended_labels": [OURS, INTENDED],
     "interpolation = 0.7": [OURS, NEARER],
@@ -213,7 +213,7 @@ class Bench:
         arrival = self.arrivals[client_id]
         pool = read_texts(self.run / "synthetic" / f"step-{arrival:04}-pool.jsonl", self.task)
         asks = any(varied(self.config, fields).asks_llm for fields in variants.values())
-        base = probe_of(read_texts(self.run / "synthetic" / "base.jsonl", self.task), self.config)
+        base = read_texts(self.run / "synthetic" / "base.jsonl", self.task)
         said, said_of_base = None, None
         if asks:
             llm = self.enhanced_llm(arrival)

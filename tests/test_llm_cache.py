@@ -39,6 +39,7 @@ def test_a_run_that_differs_in_step_5_alone_is_the_same_with_it_and_asks_the_llm
     settings, tmp_path, monkeypatch, preset
 ):
     settings["preset"] = preset
+    settings["slm"] |= {"weigh_judges": True}
     other, cache = merged(settings, OTHER_STEP_5), tmp_path / "llm"
     whole = run(other, tmp_path, "whole")
     assert "llm_cache" not in whole
@@ -164,6 +165,7 @@ def test_a_cache_that_cannot_be_written_is_named(settings, tmp_path):
 
 def test_the_command_has_it(settings, tmp_path, command):
     config = tmp_path / "my.toml"
+    settings["slm"] |= {"weigh_judges": True}
     config.write_text(tomli_w.dumps(settings))
     options = ("--llm-cache", tmp_path / "llm", "--cache-dir", tmp_path)
     found = []

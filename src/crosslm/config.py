@@ -56,7 +56,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "reward": {"baseline": "leave_one_out", "correct_prior": True, "teachers": 4},
         "llm": {"generation_floor": 5.0, "gamma_kl": 0.1, "interpolation": 0.7},
         "selection": {"class_balance": True, "fraction": 1.0},
-        "slm": {"soft_labels": True, "llm_judges": True, "weigh_judges": True},
+        "slm": {"soft_labels": True, "llm_judges": True},
         "federation": {"closing": True},
         "gate": {"enabled": True, "teach_refused": True},
         "acceptance": {"enabled": True, "balanced": True},

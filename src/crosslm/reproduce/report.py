@@ -192,8 +192,7 @@ def differs(kept: Kept, choice: Choice) -> list[str]:
         "`slm.interpolation` on validation rows of AG News and Yahoo! Answers, step 5's training of Yahoo! Answers, "
         "that all methods have, on validation rows of it (not all of these figures were kept); `llm.interpolation` on "
         "validation rows of all four and of the Penn Treebank, with one seed, after test figures without it had been "
-        "seen (`benchmarks/interpolation.py`); so `slm.weigh_judges`, on validation rows of all four "
-        "(`benchmarks/judges.py`).",
+        "seen (`benchmarks/interpolation.py`).",
     ]
 
 
