@@ -254,8 +254,8 @@ def weighed_section(loaded: dict[str, dict]) -> list[str]:
         kd, ours = (sum(column) / len(gains) for column in zip(*gains, strict=True))
         lines.insert(
             1,
-            f"In the mean of the {len(gains)} runs above Dirichlet 0.1 weighing brings Data-free KD {kd:+.1f} points and "
-            f"CrossLM {ours:+.1f}.",
+            f"In the mean of the {len(gains)} runs above Dirichlet 0.1 weighing brings Data-free KD {kd:+.1f} points "
+            f"and CrossLM {ours:+.1f}.",
         )
     return [*lines, "", *notes, ""]
 
