@@ -397,10 +397,11 @@ def rewards_section(results: list[dict]) -> list[str]:
     lines = [
         "### Who judges what the LLM learns (`reward.llm_judges`)",
         "",
-        "Steps 1 to 4 under preset recommended, on validation rows. Right: on which share of the texts that the LLM "
-        "learned from the sign of the reward is as the independent judge has it, by arrival. Of the LLM in the end, "
-        "with a share of what it has learned: Eq. 1, how often the judge finds the label in what it writes, "
-        "distinct-2, and the perplexity on the validation part of the Penn Treebank (`benchmarks/rewards.py`).",
+        "Steps 1 to 4 under preset recommended with `slm.weigh_judges`, on validation rows. Right: on which share of "
+        "the texts that the LLM learned from the sign of the reward is as the independent judge has it, by arrival. Of "
+        "the LLM in the end, with a share of what it has learned: Eq. 1, how often the judge finds the label in what "
+        "it writes, distinct-2, and the perplexity on the validation part of the Penn Treebank "
+        "(`benchmarks/rewards.py`).",
         "",
         "| task, Dirichlet alpha | judges | right | share | Eq. 1 | judge | distinct-2 | perplexity |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |",

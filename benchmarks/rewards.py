@@ -1,7 +1,7 @@
 """Who should judge what the LLM learns: the SLMs alone, or the original LLM beside them (`reward.llm_judges`)?
 
-    python benchmarks/rewards.py sst2 --data-dir DIR
-    python benchmarks/rewards.py sst2 --data-dir DIR --set data.alpha=0.1 --name sst2-alpha-0.1
+    python benchmarks/rewards.py sst2 --data-dir DIR --set slm.weigh_judges=true
+    python benchmarks/rewards.py sst2 --data-dir DIR --set slm.weigh_judges=true --set data.alpha=0.1 --name sst2-0.1
 
 Steps 1 to 4 under preset recommended, once with either judge: the LLM learns from each arrival, and no SLM gets
 anything back. Then the LLM in the end, and with the share of what it has learned that `llm.interpolation` keeps, on the
@@ -114,8 +114,8 @@ def main() -> None:
         arrivals, shares = study.arrivals(), (config.llm.interpolation, 1.0)
         variants[name] = {"arrivals": arrivals, "shares": {f"{share:g}": study.figures(share) for share in shares}}
         print(name, variants[name], flush=True)
-    about = {"task": given.name, "alpha": given.data.alpha, "seed": given.seed, "original": original}
-    keep(f"rewards-{arguments.name or given.name}", {**origin, **about, "variants": variants})
+    about = {"task": given.name, "alpha": given.data.alpha, "seed": given.seed, "set": arguments.set}
+    keep(f"rewards-{arguments.name or given.name}", {**origin, **about, "original": original, "variants": variants})
 
 
 if __name__ == "__main__":

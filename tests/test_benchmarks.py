@@ -3,11 +3,13 @@
 import argparse
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tomli_w
 import torch
 from conftest import BAD, GOOD, sentences, tiny_llm
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -322,6 +324,31 @@ def test_how_much_judges_count_is_measured_on_validation_rows(settings, data_fol
         assert all(6 * value == pytest.approx(round(6 * value)) for value in two.values())
     results = loaded("results", monkeypatch)
     assert f"| {two['weighed']:.3f} |" in results.judges_section([found])[-2]
+
+
+def test_who_should_judge_what_the_llm_learns_is_measured(settings, data_folder, tmp_path, monkeypatch):
+    rewards = loaded("rewards", monkeypatch)
+    settings |= {"preset": "recommended"}
+    settings["gate"] = {"enabled": False}
+    settings["evaluation"].pop("perplexity_text")
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(settings))
+    shutil.copy(data_folder / "test.csv", data_folder / "validation.csv")
+    (data_folder.parent / "ptb").mkdir()
+    shutil.copy(data_folder / "plain.txt", data_folder.parent / "ptb" / "ptb.valid.txt")
+    kept = []
+    monkeypatch.setattr(rewards, "keep", lambda name, figures: kept.append((name, figures)))
+    monkeypatch.setattr(sys, "argv", ["rewards.py", str(tmp_path / "tiny.toml"), "--set", "slm.weigh_judges=true"])
+    rewards.main()
+    ((name, found),) = kept
+    assert (name, found["set"]) == ("rewards-tiny", ["slm.weigh_judges=true"])
+    assert {"commit", "machine", "seed", "alpha"} <= set(found)
+    slms, both = (found["variants"][judges] for judges in ("SLMs", "SLMs and the original LLM"))
+    for variant in (slms, both):
+        assert len(variant["arrivals"]) == 2
+        assert list(variant["shares"]) == ["0.7", "1"]
+    assert slms["shares"]["1"] != both["shares"]["1"] != found["original"]
+    table = loaded("results", monkeypatch).rewards_section([found | {"task": "sst2"}])
+    assert f"| {both['shares']['1']['nlu']:.3f} |" in table[-4]
 
 
 def test_which_texts_step_5_learns_from_is_measured_and_gone_on_with(settings, tmp_path, monkeypatch):
