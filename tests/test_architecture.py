@@ -16,6 +16,7 @@ LAYERS = [
         "errors",
         "data.examples",
         "support.files",
+        "support.memory",
         "support.plain",
         "support.seeding",
         "support.progress",

@@ -1,6 +1,10 @@
 """The in-process engine and the loop: order, failures, several arrivals."""
 
+import ctypes
+import sys
+import weakref
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +15,13 @@ from crosslm.client import Client
 from crosslm.config import FitConfig
 from crosslm.data.examples import Examples
 from crosslm.errors import ModelError, UploadError
+from crosslm.federation import exchange as exchange_module
 from crosslm.federation.exchange import serve
 from crosslm.federation.local import LocalExchange, arrival_order
 from crosslm.models.slm import SLM
 from crosslm.records import Download
 from crosslm.server import StepRecord
+from crosslm.support.memory import give_back
 
 LABELS = ("bad", "good")
 
@@ -197,3 +203,31 @@ def test_an_upload_that_cannot_be_used_delays_nobody(clients):
     _, lines, _ = run(clients, server)
     assert sorted(server.served) == ["south", "west"]
     assert ("refused", "north", "north: no") in lines
+
+
+def test_what_an_upload_took_is_given_back_when_it_has_been_served_or_refused(clients, monkeypatch):
+    held, left = [], []
+
+    class Holding(EchoServer):
+        def step(self, upload):
+            held.append(weakref.ref(next(iter(upload.slm.weights.values()))))
+            return super().step(upload)
+
+    monkeypatch.setattr(exchange_module, "give_back", lambda: left.append(sum(ref() is not None for ref in held)))
+    run(clients, Holding(refused="north"))
+    assert left == [0, 0, 0]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc has it")
+def test_memory_that_is_free_is_given_back():
+    def held():
+        (line,) = [each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith("VmRSS")]
+        return int(line.split()[1]) * 1024
+
+    kept = [bytearray(50_000) for _ in range(4000)]  # smaller than what the C library asks the system for one by one
+    last = bytearray(50_000)
+    before = held()
+    del kept
+    give_back()
+    assert before - held() > 100_000_000
+    assert len(last) == 50_000

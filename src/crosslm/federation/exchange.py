@@ -7,6 +7,7 @@ from typing import Protocol
 from crosslm.errors import UploadError
 from crosslm.records import Download, SyntheticSet, Upload
 from crosslm.server import Server, StepRecord
+from crosslm.support.memory import give_back
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,21 @@ def serve(exchange: Exchange, server: Server, journal: Journal, stop: Callable[[
     """
     while not stop():
         upload = exchange.receive()
-        if upload is None:
-            continue
-        try:
-            journal.uploaded(upload)
-            download, record = server.step(upload)
-        except UploadError as error:
-            journal.refused(upload, error)
-            continue
-        journal.served(upload, download, record)
-        exchange.send(download)
+        if upload is not None:
+            _meet(exchange, server, journal, upload)
+            del upload  # before its memory can be given back
+            give_back()
+
+
+def _meet(exchange: Exchange, server: Server, journal: Journal, upload: Upload) -> None:
+    try:
+        journal.uploaded(upload)
+        download, record = server.step(upload)
+    except UploadError as error:
+        journal.refused(upload, error)
+        return
+    journal.served(upload, download, record)
+    exchange.send(download)
 
 
 def close(exchange: Exchange, server: Server, journal: Journal, between: Callable[[], object]) -> None:
@@ -107,3 +113,5 @@ def close(exchange: Exchange, server: Server, journal: Journal, between: Callabl
             continue
         journal.closed(upload, download, record)
         exchange.send(download, closing=True)
+        del upload, download, record
+        give_back()
