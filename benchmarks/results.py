@@ -292,7 +292,8 @@ def texts_section(results: list[dict]) -> list[str]:
         clients = result["clients"]
         found = "; ".join(f"{name} {share:.3f}" for name, share in result["agreement"].items())
         lines += [
-            f"**{result['task']}**, seed {result['seed']}, {result['rows']} rows of `{result['test']}`, pools of "
+            f"**{result['task']}**{' with `slm.weigh_judges`' * result['weigh_judges']}, seed {result['seed']}, "
+            f"{result['rows']} rows of `{result['test']}`, pools of "
             f"{result['pool']}, a share of {result['share']:g}; commit `{result['commit'][:10]}`, {result['date']}, "
             f"{result['machine']}. Texts of which the judges find the label that the independent judge finds: {found}.",
             "",
@@ -499,7 +500,11 @@ def teacher_section(result: dict) -> list[str]:
     return [*lines, ""]
 
 
-NAMES = {"demo": "The demo", "sst2-paper": "SST-2, preset paper"}
+NAMES = {
+    "demo": "The demo",
+    "sst2-paper": "SST-2, preset paper",
+    "sst2-one-client": "SST-2, one client of 200 rows, 256 texts to learn from, a pool of 1,024, preset recommended",
+}
 EARLIER_NAMES = {
     "demo-float32": "The demo with the LLM in float32, beside other work, so that its minutes say nothing",
     "demo-llm-judges": "The demo with `slm.llm_judges`, as preset recommended has it",

@@ -223,6 +223,7 @@ def main() -> None:
         "rows": len(next(iter(study.tests.values()))),
         "pool": arguments.pool,
         "share": arguments.share,
+        "weigh_judges": study.config.weighs_judges,
         "agreement": {
             f"the texts of the {pool}, by the {llm}".replace("between", "one between"): study.agreement(pool, llm)
             for pool, llm in ASKED
