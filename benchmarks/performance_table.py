@@ -146,7 +146,8 @@ def performance(loaded: dict[str, dict], remarks: list[str]) -> str:
         "",
         "Written by `python benchmarks/results.py render` from `benchmarks/results/performance-*.json`; not edited by "
         "hand. `make bench` measures again what `benchmarks/update.py --trl PYTHON` (TRL in an environment of its own: "
-        "`pip install trl peft`) and `benchmarks/federation_live.py` (real processes) do not. "
+        "`pip install trl peft`; `make bench TRL=PYTHON` has it too) and `benchmarks/federation_live.py` (real "
+        "processes) do not. "
         "Sides that are compared ran in turn in one process, but for TRL, which has a process of its own between two "
         "blocks of ours, and for real processes, where four rounds of bare Flower came before ten of ours. A ratio of "
         "times is a median over the repeats that the second table gives, the update's over two; an arrival and 100,000 "

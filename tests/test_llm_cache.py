@@ -99,8 +99,7 @@ def test_what_the_llm_would_do_otherwise_is_done(settings, tmp_path, first, chan
     found = run(other, tmp_path, "other", llm_cache=first[1])
     assert found["llm_cache"]["made"] > 0
     # what does not depend on it is found, but that each word of the LLM does on its adapter's size
-    by_itself = first[0]["llm_cache"]["found"]
-    assert (found["llm_cache"]["found"] > by_itself) == ("lora_alpha" not in change.get("llm", {}))
+    assert (found["llm_cache"]["found"] > 0) == ("lora_alpha" not in change.get("llm", {}))
     assert figures(found) == figures(run(other, tmp_path, "without"))
 
 
@@ -165,7 +164,6 @@ def test_a_cache_that_cannot_be_written_is_named(settings, tmp_path):
 
 def test_the_command_has_it(settings, tmp_path, command):
     config = tmp_path / "my.toml"
-    settings["slm"] |= {"weigh_judges": True}
     config.write_text(tomli_w.dumps(settings))
     options = ("--llm-cache", tmp_path / "llm", "--cache-dir", tmp_path)
     found = []
@@ -173,5 +171,4 @@ def test_the_command_has_it(settings, tmp_path, command):
         code, out, err = command("run", config, "--output", tmp_path / name, *options, *more)
         assert (code, err) == (0, ""), out
         found.append(json.loads((tmp_path / name / "summary.json").read_text())["llm_cache"])
-    assert 0 < found[0]["made"] < sum(found[0].values()) == found[1]["found"]  # it asks once for what it has made
-    assert found[1]["made"] == 0
+    assert found == [{"found": 0, "made": found[1]["found"]}, {"found": found[0]["made"], "made": 0}]

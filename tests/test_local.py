@@ -5,6 +5,7 @@ import sys
 import weakref
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from crosslm.config import FitConfig
 from crosslm.data.examples import Examples
 from crosslm.errors import ModelError, UploadError
 from crosslm.federation import exchange as exchange_module
-from crosslm.federation.exchange import serve
+from crosslm.federation.exchange import Served, close, serve
 from crosslm.federation.local import LocalExchange, arrival_order
 from crosslm.models.slm import SLM
-from crosslm.records import Download
+from crosslm.records import Download, Upload
 from crosslm.server import StepRecord
 from crosslm.support.memory import give_back
 
@@ -215,6 +216,35 @@ def test_what_an_upload_took_is_given_back_when_it_has_been_served_or_refused(cl
 
     monkeypatch.setattr(exchange_module, "give_back", lambda: left.append(sum(ref() is not None for ref in held)))
     run(clients, Holding(refused="north"))
+    assert left == [0, 0, 0]
+
+
+def test_so_is_what_one_took_that_is_taught_once_more(clients, monkeypatch):
+    held, left = [], []
+
+    class Closing(EchoServer):
+        def for_all(self, *_):
+            return SimpleNamespace(pool=None)
+
+        def close(self, upload, refusal, closing):
+            held.append(weakref.ref(next(iter(upload.slm.weights.values()))))
+            return self.step(upload)
+
+    def read(client):
+        return lambda: Upload(client.id, 0, (4, 4), {}, client.slm.to_state())
+
+    told = []
+    journal = SimpleNamespace(
+        last_served=lambda: [Served(read(client), "") for client in clients],
+        written=lambda: (None, None),
+        closing=lambda pool: None,
+        closed=lambda upload, *_: told.append(upload.client_id),
+        not_closed=told.append,
+    )
+    exchange = SimpleNamespace(send=lambda download, closing: None)
+    monkeypatch.setattr(exchange_module, "give_back", lambda: left.append(sum(ref() is not None for ref in held)))
+    close(exchange, Closing(refused="south"), journal, lambda: None)
+    assert told == ["north", "south has no step 5 in the end and goes on with what it got: south: no", "west"]
     assert left == [0, 0, 0]
 
 

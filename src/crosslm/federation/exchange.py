@@ -6,7 +6,7 @@ from typing import Protocol
 
 from crosslm.errors import UploadError
 from crosslm.records import Download, SyntheticSet, Upload
-from crosslm.server import Server, StepRecord
+from crosslm.server import Closing, Server, StepRecord
 from crosslm.support.memory import give_back
 
 
@@ -105,13 +105,16 @@ def close(exchange: Exchange, server: Server, journal: Journal, between: Callabl
     journal.closing(closing.pool)
     for client in clients:
         between()
-        upload = client.read()
-        try:
-            download, record = server.close(upload, client.refusal, closing)
-        except UploadError as error:
-            journal.not_closed(f"{upload.client_id} has no step 5 in the end and goes on with what it got: {error}")
-            continue
-        journal.closed(upload, download, record)
-        exchange.send(download, closing=True)
-        del upload, download, record
+        _teach_once_more(exchange, server, journal, client, closing)
         give_back()
+
+
+def _teach_once_more(exchange: Exchange, server: Server, journal: Journal, client: Served, closing: Closing) -> None:
+    upload = client.read()
+    try:
+        download, record = server.close(upload, client.refusal, closing)
+    except UploadError as error:
+        journal.not_closed(f"{upload.client_id} has no step 5 in the end and goes on with what it got: {error}")
+        return
+    journal.closed(upload, download, record)
+    exchange.send(download, closing=True)
