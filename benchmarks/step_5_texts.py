@@ -2,6 +2,7 @@
 
     python benchmarks/step_5_texts.py RUN --test validation.csv    # of `crosslm run`, measured on these rows
     python benchmarks/step_5_texts.py RUN --training 3,1e-4,16 --training 9,1e-4,16    # epochs, learning rate, batch
+    python benchmarks/step_5_texts.py RUN --variant "Data-free KD" --variant "the trained LLM's texts"    # no others
 
 From the last checkpoint of a run under preset recommended: all uploads, and the LLM as it is in the end, beside the
 original. Each upload is trained once, in each of the ways that are named, on each of
@@ -64,7 +65,8 @@ VARIANTS = {
     "half of the one between and of the original": [("between", "between", 0.5), ("original", "between", 0.5)],
 }
 """Whose pool, which LLM judges it, and how much of it."""
-ASKED = {(pool, llm): None for parts in VARIANTS.values() for pool, llm, _ in parts}
+PURPOSES = {"original": "base", "between": "closing", "trained": "closing"}
+"""The seed that each LLM writes with is drawn for."""
 
 
 class Training(NamedTuple):
@@ -92,11 +94,13 @@ class Training(NamedTuple):
 class Study:
     """A run's last checkpoint, and what the LLM writes and says before and after it."""
 
-    def __init__(self, run: Path, pool: int, share: float, test: str | None) -> None:
+    def __init__(self, run: Path, pool: int, share: float, test: str | None, variants: list[str]) -> None:
         config = load(run / "config.toml", over={"data": {"test": test}} if test else {})
         self.config = config.model_copy(update={"device": resolve_device(config.device)})
         self.task, self.pool, self.work = Task.from_config(config.task), pool, run / "step-5-texts"
         self.shares = {"original": 0.0, "between": share, "trained": 1.0}
+        self.variants = {name: VARIANTS[name] for name in variants}
+        self.asked = list(dict.fromkeys((pool, llm) for parts in self.variants.values() for pool, llm, _ in parts))
         self.work.mkdir(exist_ok=True)
         prepared = prepare(self.config, cache_folder(), print)
         loaded = load_models(self.config, prepared, cache_folder(), Progress(), Client)
@@ -113,10 +117,10 @@ class Study:
         counted = state["steps"], state["taught"]
         snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), *counted)
         snapshot.restore_teachers(self.server, state["teachers"], get)
-        purposes = {"original": "base", "between": "closing", "trained": "closing"}
-        self.pools = {llm: self._texts(llm, partial(self._write, llm, purposes[llm])) for llm in purposes}
-        self.said = {(pool, llm): self._said(pool, llm) for pool, llm in ASKED}
-        self.of_probe = {llm: self._said("original", llm) for llm in self.shares}
+        writers = list(dict.fromkeys(["original", *(pool for pool, _ in self.asked)]))
+        self.pools = {llm: self._texts(llm, partial(self._write, llm, PURPOSES[llm])) for llm in writers}
+        self.said = {(pool, llm): self._said(pool, llm) for pool, llm in self.asked}
+        self.of_probe = {llm: self._said("original", llm) for llm in dict.fromkeys(llm for _, llm in self.asked)}
         self.judged = {name: self._opinion(name, pool.texts) for name, pool in self.pools.items()}
         judge = SLM.from_state(snapshot.slm_state(get(state["kept"]["judge"])), self.task.labels, self.config.device)
         self.found = {name: judge.predict_proba(pool.texts).argmax(dim=1) for name, pool in self.pools.items()}
@@ -181,7 +185,7 @@ class Study:
         known = json.loads(path.read_text()) if path.exists() else {}
         key = f"{upload.client_id}: {texts}: {training}: {self.config.data.test}: {self.shares['between']:g}"
         if key not in known:
-            known[key] = self._learned(upload, VARIANTS[texts], training)
+            known[key] = self._learned(upload, self.variants[texts], training)
             path.write_text(json.dumps(known, indent=1))
             print(f"{key}: {known[key]:.3f}", flush=True)
         return float(known[key])
@@ -209,10 +213,12 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=768, help="texts of each LLM")
     parser.add_argument("--share", type=float, default=0.7, help="of the way from the original to the trained LLM")
     parser.add_argument("--test", help="file of rows in place of the run's own")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="what to learn from (not named: all)")
     parser.add_argument("--training", action="append", type=Training.read, help="EPOCHS,LEARNING_RATE,BATCH_SIZE")
     arguments = parser.parse_args()
     quiet_libraries()
-    study = Study(arguments.run, arguments.pool, arguments.share, arguments.test)
+    variants = arguments.variant or list(VARIANTS)
+    study = Study(arguments.run, arguments.pool, arguments.share, arguments.test, variants)
     synthetic = study.config.slm.synthetic
     trainings = arguments.training or [Training(synthetic.epochs, float(synthetic.learning_rate), synthetic.batch_size)]
     figures = {
@@ -226,14 +232,14 @@ def main() -> None:
         "weigh_judges": study.config.weighs_judges,
         "agreement": {
             f"the texts of the {pool}, by the {llm}".replace("between", "one between"): study.agreement(pool, llm)
-            for pool, llm in ASKED
+            for pool, llm in study.asked
         },
         "clients": {},
     }
     for upload in study.uploads:
         row = {"Standalone": receive_slm(upload, study.task, study.config).accuracy(study.tests[upload.client_id])}
         for training in trainings:
-            row |= {f"{name}; {training}": study.accuracy(upload, name, training) for name in VARIANTS}
+            row |= {f"{name}; {training}": study.accuracy(upload, name, training) for name in study.variants}
         figures["clients"][upload.client_id] = row
     keep(f"step-5-texts-{study.config.name}", figures)
 

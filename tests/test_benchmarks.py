@@ -379,6 +379,14 @@ def test_which_texts_step_5_learns_from_is_measured_and_gone_on_with(settings, t
     for row in figures["clients"].values():
         assert len(row) == 13
         assert all(0 <= value <= 1 for value in row.values())
+    one = ["--variant", "the trained LLM's texts", "--training", "1,1e-3,8"]
+    monkeypatch.setattr(sys, "argv", ["step_5_texts.py", str(tmp_path / "run"), "--pool", "12", *one])
+    study.main()
+    assert list(kept[1][1]["agreement"]) == ["the texts of the trained, by the trained"]
+    for name, row in kept[1][1]["clients"].items():
+        found = "the trained LLM's texts; 1 epochs in batches of 8, 0.001"
+        assert list(row) == ["Standalone", found]
+        assert row[found] == kept[0][1]["clients"][name][found]
     results = loaded("results", monkeypatch)
     assert "half of each, judged by the trained; 2 epochs in batches of 4, 0.001" in "\n".join(
         results.texts_section([figures])

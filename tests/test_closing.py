@@ -69,6 +69,18 @@ def test_in_the_end_who_came_first_is_taught_by_all_and_by_the_llm_as_it_is_then
     assert (server.llm.fingerprint(), list(server.teachers.members), server.steps) == (before, judges, 3)
 
 
+@pytest.mark.parametrize(("share", "of_original"), [(0.0, 0), (0.25, 1), (0.5, 3), (0.6, 4), (1.0, 7)])
+def test_so_many_of_its_texts_are_the_original_llms(models, config, task, share, of_original):
+    section = config.federation.model_copy(update={"closing_original": share})
+    selection = config.selection.model_copy(update={"pool": 7})
+    config = config.model_copy(update={"federation": section, "selection": selection})
+    server = server_of(models, config, task)
+    original, latest = (synthesize(server.llm, task, config.synthesis, 7, seed) for seed in (0, 1))
+    assert original.samples != latest.samples
+    closing = server.for_all(original, latest, [""])
+    assert closing.pool.samples == [*latest.samples[: 7 - of_original], *original.samples[:of_original]]
+
+
 def test_judges_are_weighed_by_what_they_make_of_the_original_llms_texts(models, config, task, uploads, monkeypatch):
     learned, asked = [], []
     train = server_module.train_on_synthetic

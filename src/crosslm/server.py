@@ -229,16 +229,17 @@ class Server:
     def for_all(self, original: SyntheticSet, latest: SyntheticSet, refusals: Iterable[str]) -> Closing:
         """The texts for all SLMs that were served, when no more uploads come (``federation.closing``).
 
-        As many as in any pool: half of them the LLM wrote last, half before it had learned anything. The former fit
-        their labels better, the latter vary more, and both are judged by the LLM as it is now. None is written anew.
+        As many as in any pool: ``federation.closing_original`` of them the LLM wrote before it had learned anything,
+        the others last. All are judged by the LLM as it is now. None is written anew.
 
         Args:
             original: what the original LLM wrote.
             latest: the pool of the last step.
             refusals: why each of the SLMs has no say; empty for one that has.
         """
-        half = self.config.selection.pool // 2
-        pool = SyntheticSet(latest.samples[: self.config.selection.pool - half] + original.samples[:half])
+        count = self.config.selection.pool
+        old = int(count * self.config.federation.closing_original)
+        pool = SyntheticSet(latest.samples[: count - old] + original.samples[:old])
         return Closing(pool, self._said(pool, "all clients") if self._is_asked(any(refusals)) else None)
 
     def close(self, upload: Upload, refusal: str, closing: Closing) -> tuple[Download, StepRecord]:

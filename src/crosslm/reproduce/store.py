@@ -26,7 +26,7 @@ STEP_5 = {
     "slm": ("synthetic", "soft_labels", "intended_labels", "llm_judges", "weigh_judges", "interpolation"),
     "selection": ("fraction", "score", "llm_posterior", "nonpositive_rewards", "class_balance", "encoder"),
     "gate": ("teach_refused", "new_head"),
-    "federation": ("closing",),
+    "federation": ("closing", "closing_original"),
     "acceptance": ("balanced", "margin", "confidence"),
 }
 """What an SLM learns before it goes back, and who keeps it: the LLM never meets it where nobody comes twice."""
