@@ -12,7 +12,8 @@ original. Each upload is trained once, in each of the ways that are named, on ea
 - the original's texts, judged by the SLMs and the trained LLM;
 - half of each, judged by the SLMs and the trained LLM: step 5 in the end (``federation.closing``);
 - the last two with the LLM between the two, `--share` of the way from the original (as `llm.interpolation` takes it),
-  in place of the trained one.
+  in place of the trained one;
+- twice as many texts: both pools whole, and two pools of the original's or of the trained LLM's.
 
 All SLMs judge, as they do in the end. Said of each pool: how often its judges find the label that the run's independent
 judge finds. Written to benchmarks/results/step-5-texts-TASK.json when all is done; what the LLM wrote and said and each
@@ -63,9 +64,12 @@ VARIANTS = {
     "half of each, judged by the trained": [("trained", "trained", 0.5), ("original", "trained", 0.5)],
     "the original's, judged by the one between": [("original", "between", 1.0)],
     "half of the one between and of the original": [("between", "between", 0.5), ("original", "between", 0.5)],
+    "all of both, judged by the trained": [("trained", "trained", 1.0), ("original", "trained", 1.0)],
+    "Data-free KD with twice the texts": [("original", "original", 1.0), ("more", "original", 1.0)],
+    "the trained LLM's, twice the texts": [("trained", "trained", 1.0), ("trained anew", "trained", 1.0)],
 }
 """Whose pool, which LLM judges it, and how much of it."""
-PURPOSES = {"original": "base", "between": "closing", "trained": "closing"}
+PURPOSES = {"original": "base", "more": "more", "between": "closing", "trained": "closing", "trained anew": "more"}
 """The seed that each LLM writes with is drawn for."""
 
 
@@ -98,7 +102,7 @@ class Study:
         config = load(run / "config.toml", over={"data": {"test": test}} if test else {})
         self.config = config.model_copy(update={"device": resolve_device(config.device)})
         self.task, self.pool, self.work = Task.from_config(config.task), pool, run / "step-5-texts"
-        self.shares = {"original": 0.0, "between": share, "trained": 1.0}
+        self.shares = {"original": 0.0, "more": 0.0, "between": share, "trained": 1.0, "trained anew": 1.0}
         self.variants = {name: VARIANTS[name] for name in variants}
         self.asked = list(dict.fromkeys((pool, llm) for parts in self.variants.values() for pool, llm, _ in parts))
         self.work.mkdir(exist_ok=True)
