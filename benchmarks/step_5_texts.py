@@ -13,7 +13,9 @@ original. Each upload is trained once, in each of the ways that are named, on ea
 - half of each, judged by the SLMs and the trained LLM: step 5 in the end (``federation.closing``);
 - the last two with the LLM between the two, `--share` of the way from the original (as `llm.interpolation` takes it),
   in place of the trained one;
-- twice as many texts: both pools whole, and two pools of the original's or of the trained LLM's.
+- twice as many texts: both pools whole, and two pools of the original's or of the trained LLM's;
+- what the LLM wrote when each of the SLMs arrived, judged by the trained LLM: as many texts of it as of any pool, and
+  all of it.
 
 All SLMs judge, as they do in the end. Said of each pool: how often its judges find the label that the run's independent
 judge finds. Written to benchmarks/results/step-5-texts-TASK.json when all is done; what the LLM wrote and said and each
@@ -25,6 +27,7 @@ import json
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,8 +70,10 @@ VARIANTS = {
     "all of both, judged by the trained": [("trained", "trained", 1.0), ("original", "trained", 1.0)],
     "Data-free KD with twice the texts": [("original", "original", 1.0), ("more", "original", 1.0)],
     "the trained LLM's, twice the texts": [("trained", "trained", 1.0), ("trained anew", "trained", 1.0)],
+    "a part of what was written at each arrival": [("arrivals", "trained", 0.0)],
+    "all that was written at arrivals": [("arrivals", "trained", 1.0)],
 }
-"""Whose pool, which LLM judges it, and how much of it."""
+"""Whose pool, which LLM judges it, and how much of it; 0: as many texts as of any other."""
 PURPOSES = {"original": "base", "more": "more", "between": "closing", "trained": "closing", "trained anew": "more"}
 """The seed that each LLM writes with is drawn for."""
 
@@ -106,11 +111,12 @@ class Study:
         self.variants = {name: VARIANTS[name] for name in variants}
         self.asked = list(dict.fromkeys((pool, llm) for parts in self.variants.values() for pool, llm, _ in parts))
         self.work.mkdir(exist_ok=True)
+        self.run = RunDir.open(run)
         prepared = prepare(self.config, cache_folder(), print)
         loaded = load_models(self.config, prepared, cache_folder(), Progress(), Client)
         self.tests = prepared.split.tests
         self.server = Server(self.config, self.task, loaded.llm, loaded.encoder)
-        checkpoints = Checkpoints(RunDir.open(run))
+        checkpoints = Checkpoints(self.run)
         record = checkpoints.last()
         state, get = record["state"], checkpoints.get
         kept = snapshot.texts_of(get(state["kept"]["base_pool"]))
@@ -121,8 +127,8 @@ class Study:
         counted = state["steps"], state["taught"]
         snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), *counted)
         snapshot.restore_teachers(self.server, state["teachers"], get)
-        writers = list(dict.fromkeys(["original", *(pool for pool, _ in self.asked)]))
-        self.pools = {llm: self._texts(llm, partial(self._write, llm, PURPOSES[llm])) for llm in writers}
+        pools = list(dict.fromkeys(["original", *(pool for pool, _ in self.asked)]))
+        self.pools = {name: self._texts(name, partial(self._write, name)) for name in pools}
         self.said = {(pool, llm): self._said(pool, llm) for pool, llm in self.asked}
         self.of_probe = {llm: self._said("original", llm) for llm in dict.fromkeys(llm for _, llm in self.asked)}
         self.judged = {name: self._opinion(name, pool.texts) for name, pool in self.pools.items()}
@@ -130,9 +136,16 @@ class Study:
         self.found = {name: judge.predict_proba(pool.texts).argmax(dim=1) for name, pool in self.pools.items()}
         self.uploads = [decode_upload(get(name)) for name in state["journal"]["first"].values()]
 
-    def _write(self, llm: str, purpose: str) -> SyntheticSet:
-        seed = seed_for(self.config.seed, purpose)
-        with self.server.llm.interpolated(self.shares[llm]):
+    def _write(self, name: str) -> SyntheticSet:
+        if name == "arrivals":
+            pools = [
+                self.run.synthetic(f"step-{step + 1:04}-pool", self.task.labels) for step in range(self.server.steps)
+            ]
+            return SyntheticSet(
+                [sample for of_all in zip_longest(*(pool.samples for pool in pools)) for sample in of_all if sample]
+            )
+        seed = seed_for(self.config.seed, PURPOSES[name])
+        with self.server.llm.interpolated(self.shares[name]):
             return synthesize(self.server.llm, self.task, self.config.synthesis, self.pool, seed)
 
     def _texts(self, name: str, write: Callable[[], SyntheticSet]) -> SyntheticSet:
@@ -197,7 +210,7 @@ class Study:
     def _learned(self, upload: Upload, parts: list[tuple[str, str, float]], training: Training) -> float:
         samples, targets, said, judged = [], [], [], []
         for pool, llm, share in parts:
-            count = round(share * self.pool)
+            count = round(share * len(self.pools[pool].samples)) or self.pool
             samples += self.pools[pool].samples[:count]
             targets.append(self._targets(pool, llm)[:count])
             said.append(self.said[pool, llm][:count])

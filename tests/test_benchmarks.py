@@ -372,12 +372,12 @@ def test_which_texts_step_5_learns_from_is_measured_and_gone_on_with(settings, t
         study.main()
     assert not kept
     study.main()
-    assert len(learned) == 6 + 36 - 5  # two clients, nine kinds of texts, two trainings; five were done
+    assert len(learned) == 6 + 44 - 5  # two clients, eleven kinds of texts, two trainings; five were done
     ((name, figures),) = kept
     assert name == "step-5-texts-tiny"
     assert {"commit", "machine", "seed", "agreement"} <= set(figures)
     for row in figures["clients"].values():
-        assert len(row) == 19
+        assert len(row) == 23
         assert all(0 <= value <= 1 for value in row.values())
     one = ["--variant", "the trained LLM's texts", "--training", "1,1e-3,8"]
     monkeypatch.setattr(sys, "argv", ["step_5_texts.py", str(tmp_path / "run"), "--pool", "12", *one])
