@@ -37,7 +37,7 @@ LAYERS = [
     {"models.decoding", "models.pooling", "models.batches", "privacy.leaks"},
     {"models.causal", "models.pretrained", "models.graph_decoding"},
     {"models.llm", "models.slm", "privacy.canaries", "privacy.bounds", "privacy.private_noise"},
-    {"privacy.private_mean", "privacy.accounting"},
+    {"privacy.private_mean", "privacy.accounting", "models.undo"},
     {"privacy.private_layers"},
     {"privacy.private_fit"},
     {"synthesis", "classification", "client", "llm_update", "teachers"},

@@ -1,10 +1,9 @@
 """The cloud side: steps 3, 4 and 5 for one arriving SLM (CrossLM, section 4)."""
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +20,13 @@ from crosslm.llm_update import anchor_texts, one_pass
 from crosslm.models.encoder import Encoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
+from crosslm.models.undo import Undo
 from crosslm.records import Download, Receipt, SyntheticSet, Upload
 from crosslm.support.progress import Progress
 from crosslm.support.seeding import seed_for
 from crosslm.synthesis import synthesize
 from crosslm.task import Task
-from crosslm.teachers import Teacher, Teachers
+from crosslm.teachers import Teachers
 
 
 @dataclass
@@ -158,21 +158,25 @@ class Server:
     @contextmanager
     def _taken_back_if_it_fails(self, upload: Upload, record: StepRecord) -> Iterator[None]:
         """Within it the LLM learns of an upload; where that ends in an error, it is as it was before."""
-        before, judges = self._snapshot(), dict(self.teachers.members)
+        judges, is_full = dict(self.teachers.members), self.config.llm.adapter == "full"
+        undo = None if is_full else Undo(self.llm, self.optimizer)  # else it would be several models
         try:
             yield
         except UploadError as error:  # the SLM failed on a text that only the updated LLM wrote
-            if before is None and record.updates:
+            if undo is None and record.updates:
                 raise ModelError(
                     f"client {upload.client_id}: its SLM failed after the LLM had learned of it, which cannot be taken "
                     f"back after full fine-tuning; go on from before it, without that client: {error}"
                 ) from error
-            self._restore(before, judges)
+            self.teachers.members = judges
+            if undo:
+                undo()
             raise
         except CollapseError as error:
-            if before is None or not self._has_learned(before):  # it is nobody's rewards
+            if undo is None or not undo.has_something():  # it is nobody's rewards
                 raise
-            self._restore(before, judges)
+            self.teachers.members = judges
+            undo()
             raise BrokenLLMError(
                 f"client {upload.client_id}: with its rewards the LLM broke, and is as it was before them; "
                 f"look at that client's data: {error}"
@@ -296,27 +300,6 @@ class Server:
     def _learned(self) -> int:
         """How many SLMs the LLM has learned from: who has no say changes nothing for others, their seeds neither."""
         return self.steps - self.taught
-
-    def _snapshot(self) -> tuple[list[Tensor], dict[str, Any]] | None:
-        """The adapter and the optimiser's state; not after full fine-tuning, where they are several models."""
-        if self.config.llm.adapter == "full":
-            return None
-        weights = [parameter.detach().clone() for parameter in self.llm.trainable_parameters()]
-        return weights, copy.deepcopy(self.optimizer.state_dict())
-
-    def _has_learned(self, before: tuple[list[Tensor], dict[str, Any]]) -> bool:
-        now = self.llm.trainable_parameters()
-        return not all(torch.equal(parameter, weight) for parameter, weight in zip(now, before[0], strict=True))
-
-    def _restore(self, before: tuple[list[Tensor], dict[str, Any]] | None, judges: dict[str, Teacher]) -> None:
-        self.teachers.members = judges
-        if before is None:
-            return
-        weights, optimizer = before
-        with torch.no_grad():
-            for parameter, weight in zip(self.llm.trainable_parameters(), weights, strict=True):
-                parameter.copy_(weight)
-        self.optimizer.load_state_dict(optimizer)
 
     def update_llm(self, drafts: SyntheticSet, rewards: Tensor, seed: int, who: str = "") -> list[dict[str, float]]:
         """One pass over the drafts, minimising Eq. 9; ``who`` gave the rewards, for the display.
