@@ -25,8 +25,11 @@ from crosslm.models.batches import hold_out
 from crosslm.models.slm import SLM
 from crosslm.privacy.bounds import privacy_line
 from crosslm.privacy.canaries import Canaries, draw_canaries
+from crosslm.reproduce.figures import outcomes
 from crosslm.runs.audit import Rows, _Audit, attack_rows, audit_run, figures_of, llm_exposures, slm_exposures
+from crosslm.runs.finished import Run
 from crosslm.runs.preparation import client_specs
+from crosslm.runs.report import declined
 from crosslm.runs.rundir import RunDir
 from crosslm.support.progress import Progress
 from crosslm.support.seeding import seed_for
@@ -133,11 +136,21 @@ def test_a_leak_stops_the_return_in_a_run(settings, tmp_path, monkeypatch):
         Client, "install", lambda self, download: sent.append(download.texts) or install(self, download)
     )
     monkeypatch.setattr("crosslm.privacy.leaks.longest_shared", lambda texts, private: [9] * len(texts))
-    run_local(Config.model_validate(settings), tmp_path / "run", tmp_path / "cache")
+    summary = run_local(Config.model_validate(settings), tmp_path / "run", tmp_path / "cache")
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     stopped = [event["error"] for event in events if event["event"] == "failure"]
     assert len(stopped) == len(sent) == 4  # at once and in the end
-    assert all(error.startswith("LeakError: 6 of 6 synthetic texts share more than 1 words") for error in stopped)
+    reason = "LeakError: 6 of 6 synthetic texts share more than 1 words"
+    assert all(error.startswith(reason) for error in stopped)
+    for client in ("client-0", "client-1"):
+        decision = summary["clients"][client]["decision"]
+        assert not decision["accepted"]
+        assert decision["refused"].startswith(reason)
+        assert "stays in use. CrossLM's figure is of the one that came back" in declined(summary)[client]
+        assert Run.open(tmp_path / "run").kept_its_own(client)
+        correct = {"slm/standalone/" + client: "01", "slm/crosslm/" + client: "11", "slm/data_free_kd/" + client: "00"}
+        kept = outcomes({"correct": correct, "clients": summary["clients"]})[client]
+        assert kept == ("01", "00", "01", "11")  # so what it gained is nothing
     kept = [json.loads(line) for line in (tmp_path / "run/synthetic/step-0001-pool.jsonl").read_text().splitlines()]
     assert sorted(sent[0]) == sorted(row["text"] for row in kept if row["kept"])  # what came is what trained it
 

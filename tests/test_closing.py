@@ -290,6 +290,25 @@ def test_a_client_that_fails_in_it_keeps_what_it_had(closed, tmp_path, monkeypat
     (event,) = events(tmp_path / "run", "closing")
     assert event["client"] == installed[3]
     assert set(summary["slm"]["crosslm"]) == {"client-0", "client-1", "mean"}
+    assert not any("refused" in client["decision"] for client in summary["clients"].values())
+
+
+@pytest.mark.parametrize("may_decline", [True, False])
+def test_who_takes_the_one_of_the_end_has_not_refused_it(closed, tmp_path, monkeypatch, may_decline):
+    closed["acceptance"] = {"enabled": may_decline, "margin": 0.99}
+    installed, install = [], Client.install
+
+    def leaks(client, download):
+        installed.append(client.id)
+        if len(installed) == 1:
+            raise LeakError("too near")
+        return install(client, download)
+
+    monkeypatch.setattr(Client, "install", leaks)
+    summary = run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
+    assert len(installed) == 4
+    decisions = [client["decision"] for client in summary["clients"].values()]
+    assert all(decision["accepted"] for decision in decisions) if may_decline else decisions == [None, None]
 
 
 def test_who_comes_twice_is_taught_from_its_last_upload_and_leaves_data_free_kd_alone(closed, tmp_path, monkeypatch):

@@ -222,13 +222,18 @@ class RunJournal:
         self.progress.note(f"{reason}; its upload and the figures are in {place}")
 
     def failed(self, client_id: str, error: Exception) -> None:
-        """A client failed: an event of the run."""
-        self._closing.pop(client_id, None)
+        """A client failed: an event of the run.
+
+        One that was served goes on with the SLM that it had; in the end with the one that came back at once.
+        """
+        reason, is_closing = f"{type(error).__name__}: {error}", self._closing.pop(client_id, None) is not None
         if self.cause.get("client") != client_id or self.cause.get("outcome") not in ("served", "taught"):
-            self.cause = {"client": client_id, "outcome": "failed", "reason": f"{type(error).__name__}: {error}"}
+            self.cause = {"client": client_id, "outcome": "failed", "reason": reason}
+        elif not is_closing:
+            self.decisions[client_id] = {"accepted": False, "refused": reason}
         if not isinstance(error, CrosslmError):
             logger.exception("client %s failed", client_id, exc_info=error)
-        self.run.event("failure", client=client_id, error=f"{type(error).__name__}: {error}")
+        self.run.event("failure", client=client_id, error=reason)
         self.progress.note(f"client {client_id} failed: {error}")
 
     def decided(self, client: Client, decision: Decision) -> None:
@@ -237,6 +242,7 @@ class RunJournal:
         if is_closing:
             self._measure_closing(client.id, decision.accepted)
         if not self.config.acceptance.enabled:
+            self.decisions.pop(client.id, None)  # it may have refused an earlier one
             return
         if decision.accepted or not is_closing:  # else it is as it was decided before
             self.decisions[client.id] = vars(decision)

@@ -111,11 +111,16 @@ def about_no_say(taught: Sequence[str], served: Sequence[str]) -> str:
 
 
 def declined(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Who did not accept what came back (``acceptance``), and why, in words."""
+    """Who did not accept what came back (``acceptance``, or an error there), and why, in words."""
     told = {}
     for client, facts in summary["clients"].items():
         decision = facts.get("decision")
-        if decision and not decision["accepted"]:
+        if decision and "refused" in decision:
+            told[client] = (
+                f"{decision['refused']}. The classifier that {client} had stays in use. CrossLM's figure is of the one "
+                "that came back."
+            )
+        elif decision and not decision["accepted"]:
             alike = ", each label counting alike" if decision.get("balanced") else ""
             told[client] = (
                 f"It was right on {decision['after']:.3f} of {decision['rows']} held-out private rows{alike}, and the "
