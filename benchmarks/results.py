@@ -284,17 +284,18 @@ def texts_section(results: list[dict]) -> list[str]:
         "",
         "In the end of a run under preset recommended, on validation rows; each upload is trained once on each kind of "
         "texts, in each way that is named (`benchmarks/step_5_texts.py`). All classifiers judge, with the LLM that is "
-        "named. The texts are as many in every row; half of each is what `federation.closing` does in the end. The one "
+        "named. The texts are as many in every row; half of each is what `federation.closing` takes in the end. The one "
         "between is the LLM with the share of what it has learned that is named.",
         "",
     ]
     for result in results:
         clients = result["clients"]
         found = "; ".join(f"{name} {share:.3f}" for name, share in result["agreement"].items())
+        between = f", a share of {result['share']:g}" if "the one between" in found else ""
         lines += [
             f"**{result['task']}**{' with `slm.weigh_judges`' * result['weigh_judges']}, seed {result['seed']}, "
             f"{result['rows']} rows of `{result['test']}`, pools of "
-            f"{result['pool']}, a share of {result['share']:g}; commit `{result['commit'][:10]}`, {result['date']}, "
+            f"{result['pool']}{between}; commit `{result['commit'][:10]}`, {result['date']}, "
             f"{result['machine']}. Texts of which the judges find the label that the independent judge finds: {found}.",
             "",
             f"| texts | {' | '.join([*clients, 'mean'])} |",
