@@ -24,6 +24,7 @@ from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.errors import RunError, StoppedError
 from crosslm.experiment import run_local
+from crosslm.federation.local import arrival_order
 from crosslm.models.slm import SLM
 from crosslm.runs import rundir
 from crosslm.runs.checkpoint import Checkpoints
@@ -301,6 +302,27 @@ def test_another_llm_in_the_same_folder_is_refused(settings, models, tmp_path, a
     with pytest.raises(RunError, match="the original LLM has changed since this run began"):
         run_local(config, tmp_path / "run", tmp_path, resume=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert run_local(config, tmp_path / "run", tmp_path, resume=True)["seed"] == config.seed
+
+
+def test_another_model_of_a_client_that_is_still_to_come_is_refused(settings, models, tmp_path):
+    folders = [shutil.copytree(models / settings["slm"]["models"][0]["model"], tmp_path / name) for name in ("a", "b")]
+    del settings["data"]["train"], settings["data"]["num_clients"]
+    settings["clients"] = [
+        {"id": name, "train": "train.csv", "model": str(folder)}
+        for name, folder in zip(("client-0", "client-1"), folders, strict=True)
+    ]
+    config, asked = Config.model_validate(settings), iter([False, True])
+    with pytest.raises(StoppedError):
+        run_local(config, tmp_path / "run", tmp_path, stop_requested=lambda: next(asked))
+    _, comes = (folders[int(who[-1])] for who in arrival_order(["client-0", "client-1"], 1, config.seed))
+    whole = {folder: load_file(folder / "model.safetensors") for folder in folders}
+    for folder, weights in whole.items():
+        name = next(name for name in weights if name.endswith("intermediate.dense.weight"))
+        save_file(weights | {name: weights[name] * 1.1}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match=r"the model that client-\d begins with has changed since this run began"):
+        run_local(config, tmp_path / "run", tmp_path, resume=True)
+    save_file(whole[comes], comes / "model.safetensors", metadata={"format": "pt"})  # the other's is kept with the run
     assert run_local(config, tmp_path / "run", tmp_path, resume=True)["seed"] == config.seed
 
 

@@ -124,6 +124,7 @@ class _Run:
         self.checkpoints = Checkpoints(run, config.checkpoint.keep)
         self.task = Task.from_config(config.task)
         self.inputs = snapshot.inputs_digest(prepared.split, prepared.public, prepared.perplexity_text)
+        self.begin_with = {client.id: snapshot.slm_digest(client.slm) for client in loaded.clients}
         rows = evaluate.nlu_rows(config, self.split.test)
         self.meter = LLMMeter(run, config, self.task, progress, rows, prepared.perplexity_text)
         self._started = started  # before the data and the models were loaded
@@ -210,11 +211,21 @@ class _Run:
             "base_said": put(json.dumps(journal.base_said).encode()),
             "before": self.before,
             "inputs": self.inputs,
+            "begin_with": self.begin_with,
         }
         self.server.begin(journal.base_pool, self.public)
         self.exchange.go_on(0, run.barred())
         self._saved = -1
         self._save({"outcome": "beginning"})
+
+    def _check_who_is_still_to_come(self) -> None:
+        then = self._kept.get("begin_with", self.begin_with)  # checkpoints of earlier versions do not have it
+        changed = [who for who, now in self.begin_with.items() if who not in self._clients and then.get(who) != now]
+        if changed:
+            raise RunError(
+                f"{self.run.path}: the model that {', '.join(changed)} begins with has changed since this run began "
+                "(slm.models, or the client's own); put it back as it was, or begin another run"
+            )
 
     def _restore(self, record: dict[str, Any]) -> None:
         state, get = record["state"], self.checkpoints.get
@@ -234,6 +245,7 @@ class _Run:
         self.server.begin(self.journal.base_pool, self.public)
         snapshot.go_back_to(self.server, record, get)
         self._clients = state["clients"]
+        self._check_who_is_still_to_come()
         for client_id, kept in self._clients.items():
             told = None if kept["counts"] is None else tuple(kept["counts"])
             state_then, metrics = snapshot.slm_state(get(kept["slm"])), kept.get("metrics", [])

@@ -16,6 +16,7 @@ from crosslm.data.split import Split
 from crosslm.errors import RunError, UploadError
 from crosslm.federation.messages import decode_download, decode_upload, encode
 from crosslm.gate import Gate
+from crosslm.models.slm import SLM
 from crosslm.records import Download, SlmState, SyntheticSet, SyntheticText
 from crosslm.server import Server
 
@@ -56,6 +57,11 @@ def restore_server(server: Server, adapter: bytes, optimizer: bytes, steps: int,
 def slm_bytes(state: SlmState) -> bytes:
     """A classifier, as it would travel."""
     return encode(Download("", 0, 0, {}, state))
+
+
+def slm_digest(slm: SLM) -> str:
+    """SHA-256 of a classifier: weights, architecture, tokenizer and labels."""
+    return "sha256:" + hashlib.sha256(slm_bytes(slm.to_state())).hexdigest()
 
 
 def slm_state(data: bytes) -> SlmState:
