@@ -8,7 +8,7 @@ import pytest
 import tomli_w
 from pydantic import ValidationError
 
-from crosslm.config import PRESETS, Config
+from crosslm.config import PRESETS, Config, merged
 from crosslm.config_file import load, packaged
 from crosslm.errors import ConfigError
 
@@ -73,6 +73,19 @@ def test_what_is_dumped_loads_as_the_same_configuration(write, tmp_path):
     again = tmp_path / "again.toml"
     again.write_text(config.dump())
     assert load(again) == config
+
+
+def test_a_later_version_whose_preset_sets_more_reads_the_same_of_a_run_that_was_made_before(
+    write, tmp_path, monkeypatch
+):
+    config, kept = load(write()), tmp_path / "kept.toml"
+    kept.write_text(config.dump().replace("gamma_anchor = 0.0\n", "").replace("weigh_judges = false\n", ""))
+    later = {"llm": {"gamma_anchor": 0.5}, "slm": {"weigh_judges": True}}
+    monkeypatch.setitem(PRESETS, config.preset, merged(PRESETS[config.preset], later))
+    assert load(kept) == config
+    assert load(kept, ("llm.gamma_anchor=0.25",)).llm.gamma_anchor == 0.25
+    kept.write_text(kept.read_text().partition("\n")[2])  # a file by hand, with that preset under it
+    assert (load(kept).llm.gamma_anchor, load(kept).slm.weigh_judges) == (0.5, True)
 
 
 @pytest.mark.parametrize("name", packaged())

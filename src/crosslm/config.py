@@ -63,6 +63,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """What each preset sets; the file and ``--set`` go over it. ``docs/results.md`` has what was measured of it."""
+WHOLE = "# Written by crosslm, whole: no preset lies under this file. What it lacks has its plain default.\n"
+"""How the file of a run begins: a later version, whose presets set more, reads the same of it."""
 
 
 class Config(Section):
@@ -139,13 +141,23 @@ class Config(Section):
 
     def dump(self) -> str:
         """The whole configuration as TOML; ``crosslm.config_file.load`` of it gives an equal one."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        return WHOLE + tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
 def _fitting(preset: Mapping[str, Any], privacy: Any) -> Mapping[str, Any]:
     """The preset, without acceptance where the file asks for DP-SGD: it is outside that bound."""
     epsilon = privacy.get("epsilon") if isinstance(privacy, dict) else getattr(privacy, "epsilon", None)
     return preset if epsilon is None else {name: value for name, value in preset.items() if name != "acceptance"}
+
+
+def plain_defaults() -> dict[str, dict[str, Any]]:
+    """What each field that a preset sets is without one."""
+    plain: dict[str, dict[str, Any]] = {}
+    for preset in PRESETS.values():
+        for section, fields in preset.items():
+            known = Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+            plain.setdefault(section, {}).update({name: known[name].default for name in fields})
+    return plain
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from crosslm.config import Config, merged
+from crosslm.config import WHOLE, Config, merged, plain_defaults
 from crosslm.errors import ConfigError
 from crosslm.support.files import expanded, missing
 
@@ -50,10 +50,11 @@ def load(
             f"no configuration {str(source)!r}: not a file, and the packaged ones are {', '.join(packaged())}"
         )
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        given = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as a TOML file, which it must be: {error}") from error
-    given = merged(given, over)
+    given = merged(merged(plain_defaults(), given) if text.startswith(WHOLE) else given, over)
     for override in overrides:
         _set(given, override)
         if override.partition("=")[0].strip() == "data.dir" and data_dir is None:
