@@ -20,6 +20,7 @@ from crash_driver import POINTS
 from safetensors.torch import load_file, save_file
 
 from crosslm import experiment
+from crosslm.client import Client, Decision
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.errors import RunError, StoppedError
@@ -210,6 +211,27 @@ def test_a_rollback_keeps_the_uploads_of_those_who_do_not_come_again(settings, t
         name: data for name, data in contents(run / "uploads").items() if name.startswith(f"{first}/")
     }
     assert not (copy / "uploads" / second).exists()
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_rollback_keeps_the_predictions_that_nothing_in_the_end_replaced(
+    settings, tmp_path, monkeypatch, command, takes
+):
+    settings["gate"], settings["acceptance"] = {"enabled": False}, {"enabled": True, "margin": 0.99}
+    file, run, installed, install = tmp_path / "tiny.toml", tmp_path / "run", [], Client.install
+    file.write_text(tomli_w.dumps(settings))
+
+    def in_the_end(client, download):
+        installed.append(client.id)
+        return install(client, download) if takes or len(installed) <= 2 else Decision(False, 2, 0.5, 0.0, True)
+
+    monkeypatch.setattr(Client, "install", in_the_end)
+    assert command("run", file, "--output", run)[0] == 0
+    assert installed[:2] == installed[2:]
+    first, second = installed[:2]
+    assert command("rollback", run, "--client", second)[0] == 0
+    kept = f"predictions/slm/crosslm/{first}.json"
+    assert (tmp_path / f"run-without-{second}" / kept).exists() != takes
 
 
 def test_a_rollback_to_what_was_pruned_says_so(small_file, small, tmp_path, command):

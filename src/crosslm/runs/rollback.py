@@ -96,9 +96,9 @@ def _copy_predictions(run: RunDir, partial: RunDir, clients: list[str]) -> None:
     """What the LLM predicted before the run, and what the SLMs did of clients that did not come again.
 
     Those of a client that did were replaced then, and are of an SLM that the copy may never see; so were those of one
-    that was taught once more in the end.
+    that took what came in the end.
     """
-    closed = {event["client"] for event in run.events() if event["event"] == "closing"}
+    closed = {event["client"] for event in run.events() if event["event"] == "closing" and event["accepted"]}
     for path in sorted((run.path / "predictions").rglob("*.json")):
         name = path.relative_to(run.path).as_posix()
         is_kept = path.parts[-3] == "slm" and path.stem in clients
