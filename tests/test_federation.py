@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -94,6 +95,42 @@ def test_the_server_kit_has_the_run_and_the_silo_kit_its_own_settings(kits, fede
     assert (kits / "silos" / "silo-1" / "start.sh").stat().st_mode & stat.S_IXUSR
     assert "crosslm client ." in (kits / "silos" / "silo-1" / "start.sh").read_text()
     assert "def " not in (kits / "server" / "app" / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("codes", "ends", "called"),
+    [((1, 137, 0), 0, 3), ((2, 0), 2, 1), ((1, 130, 0), 130, 2)],
+    ids=["died twice", "a wrong setting", "from the keyboard"],
+)
+@pytest.mark.parametrize("kit", ["server", "silos/silo-1"])
+def test_start_sh_starts_again_what_dies_and_nothing_else(kits, tmp_path, kit, codes, ends, called):
+    programs, log = tmp_path / "bin", tmp_path / "log"
+    programs.mkdir()
+    ways = " ".join(map(str, codes))
+    words = f'echo "$PWD $*" >> {log}; set -- {ways}; shift $(($(wc -l < {log}) - 1)); exit $1'
+    for name, script in (("crosslm", words), ("sleep", "exit 0")):
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
+    found = subprocess.run([kits / kit / "start.sh"], env=environment, cwd=tmp_path, timeout=60, check=False)
+    assert found.returncode == ends
+    command = "server" if kit == "server" else "client"
+    assert log.read_text().splitlines() == [f"{(kits / kit).resolve()} {command} ."] * called
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
+@pytest.mark.parametrize("kit", ["server", "silos/silo-1"])
+def test_systemd_takes_the_units(kits, tmp_path, kit):
+    (unit,) = (kits / kit).glob("*.service")
+    text = unit.read_text()
+    command = next(line for line in text.splitlines() if line.startswith("ExecStart=")).removeprefix("ExecStart=")
+    text = text.replace(command.split()[0], shutil.which("true"))  # crosslm may not be where systemd looks
+    (tmp_path / unit.name).write_text(text)
+    found = subprocess.run(
+        ["systemd-analyze", "verify", tmp_path / unit.name], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert not [line for line in found.stderr.splitlines() if unit.name in line], found.stderr  # others may be named
+    assert found.returncode == 0, found.stderr
 
 
 def test_a_silo_reads_labels_under_the_names_that_its_file_has(federated, tmp_path, data_folder):
