@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -116,6 +117,20 @@ def test_start_sh_starts_again_what_dies_and_nothing_else(kits, tmp_path, kit, c
     assert found.returncode == ends
     command = "server" if kit == "server" else "client"
     assert log.read_text().splitlines() == [f"{(kits / kit).resolve()} {command} ."] * called
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_start_sh_ends_what_it_has_started(kits, tmp_path, number):
+    log, program = tmp_path / "log", tmp_path / "crosslm"
+    waits = "echo started; trap 'sleep 0.2; echo ended; exit 143' TERM; while true; do sleep 0.05; done"
+    program.write_text(f"#!/bin/sh\nexec > {log}\n{waits}\n")
+    program.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen([kits / "server" / "start.sh"], env=environment, start_new_session=True) as started:
+        wait_until(lambda: log.exists() and "started" in log.read_text())
+        started.send_signal(number)
+        assert started.wait(PATIENCE) == 128 + number
+    assert log.read_text() == "started\nended\n"  # it has waited for that
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")

@@ -72,12 +72,24 @@ WantedBy=multi-user.target
 """
 START = """\
 #!/bin/sh
-# Starts what is in this kit, and starts it again when it dies. Needs crosslm on the PATH: activate its
-# virtual environment first.
+# Starts what is in this kit, and starts it again when it dies; ends it when it is told to end itself (Ctrl-C, kill,
+# docker stop). Needs crosslm on the PATH: activate its virtual environment first.
 cd "$(dirname "$0")" || exit 1
+child=
+stop() {{
+    trap '' INT TERM
+    [ -n "$child" ] && kill "$child" 2>/dev/null && wait "$child"
+    exit "$1"
+}}
+trap 'stop 130' INT
+trap 'stop 143' TERM
 while true; do
-    crosslm {command} . && exit 0
+    crosslm {command} . &
+    child=$!
+    wait "$child"
     code=$?
+    child=
+    [ $code -eq 0 ] && exit 0
     [ $code -eq 2 ] && exit 2 # a setting is wrong: starting again does not help
     [ $code -eq 130 ] && exit 130 # stopped from the keyboard
     sleep 5
