@@ -127,7 +127,7 @@ def test_hidden_counts_are_in_no_file_of_the_run(settings, data_folder, tmp_path
     assert any("good 37" in text for text in kept) == told
 
 
-def test_a_leak_stops_the_return_in_a_run(settings, tmp_path, monkeypatch):
+def test_a_leak_stops_the_return_in_a_run(settings, data_folder, tmp_path, monkeypatch, command):
     """With the SLM's texts taken for private ones, no client takes its SLM back, and the run says so."""
     settings["privacy"] = {"max_shared_words": 1}
     sent = []
@@ -148,6 +148,7 @@ def test_a_leak_stops_the_return_in_a_run(settings, tmp_path, monkeypatch):
         assert decision["refused"].startswith(reason)
         assert "stays in use. CrossLM's figure is of the one that came back" in declined(summary)[client]
         assert Run.open(tmp_path / "run").kept_its_own(client)
+        assert command("predict", tmp_path / "run", data_folder / "test.csv", "--client", client)[2].count(reason) == 1
         correct = {"slm/standalone/" + client: "01", "slm/crosslm/" + client: "11", "slm/data_free_kd/" + client: "00"}
         kept = outcomes({"correct": correct, "clients": summary["clients"]})[client]
         assert kept == ("01", "00", "01", "11")  # so what it gained is nothing

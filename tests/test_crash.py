@@ -29,6 +29,7 @@ from crosslm.federation.local import arrival_order
 from crosslm.models.slm import SLM
 from crosslm.runs import rundir
 from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.rollback import roll_back
 from crosslm.runs.rundir import RunDir
 
 CLOCK = ("time", "seconds", "peak_memory_bytes")
@@ -327,21 +328,43 @@ def test_another_llm_in_the_same_folder_is_refused(settings, models, tmp_path, a
     assert run_local(config, tmp_path / "run", tmp_path, resume=True)["seed"] == config.seed
 
 
-def test_another_model_of_a_client_that_is_still_to_come_is_refused(settings, models, tmp_path):
+@pytest.fixture
+def folders(settings, models, tmp_path):
+    """Of two clients' own models."""
     folders = [shutil.copytree(models / settings["slm"]["models"][0]["model"], tmp_path / name) for name in ("a", "b")]
     del settings["data"]["train"], settings["data"]["num_clients"]
     settings["clients"] = [
         {"id": name, "train": "train.csv", "model": str(folder)}
         for name, folder in zip(("client-0", "client-1"), folders, strict=True)
     ]
+    return folders
+
+
+def another_model(folder):
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("intermediate.dense.weight"))
+    save_file(weights | {name: weights[name] * 1.1}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_client_that_a_rollback_has_shut_out_may_have_another_model(settings, folders, tmp_path):
+    settings["gate"] = {"enabled": False}
+    config, run = Config.model_validate(settings), tmp_path / "run"
+    run_local(config, run, tmp_path)
+    first, _ = arrival_order(["client-0", "client-1"], 1, config.seed)
+    roll_back(RunDir.open(run), first, tmp_path / "without")
+    another_model(folders[int(first[-1])])
+    kept = load(tmp_path / "without" / "config.toml")
+    assert first not in run_local(kept, tmp_path / "without", tmp_path, resume=True)["slm"]["crosslm"]
+
+
+def test_another_model_of_a_client_that_is_still_to_come_is_refused(settings, folders, tmp_path):
     config, asked = Config.model_validate(settings), iter([False, True])
     with pytest.raises(StoppedError):
         run_local(config, tmp_path / "run", tmp_path, stop_requested=lambda: next(asked))
     _, comes = (folders[int(who[-1])] for who in arrival_order(["client-0", "client-1"], 1, config.seed))
     whole = {folder: load_file(folder / "model.safetensors") for folder in folders}
-    for folder, weights in whole.items():
-        name = next(name for name in weights if name.endswith("intermediate.dense.weight"))
-        save_file(weights | {name: weights[name] * 1.1}, folder / "model.safetensors", metadata={"format": "pt"})
+    for folder in folders:
+        another_model(folder)
     with pytest.raises(RunError, match=r"the model that client-\d begins with has changed since this run began"):
         run_local(config, tmp_path / "run", tmp_path, resume=True)
     save_file(whole[comes], comes / "model.safetensors", metadata={"format": "pt"})  # the other's is kept with the run

@@ -220,11 +220,12 @@ class _Run:
 
     def _check_who_is_still_to_come(self) -> None:
         then = self._kept.get("begin_with", self.begin_with)  # checkpoints of earlier versions do not have it
-        changed = [who for who, now in self.begin_with.items() if who not in self._clients and then.get(who) != now]
+        comes_not = {*self._clients, *self.run.barred()}
+        changed = [who for who, now in self.begin_with.items() if who not in comes_not and then.get(who) != now]
         if changed:
             raise RunError(
                 f"{self.run.path}: the model that {', '.join(changed)} begins with has changed since this run began "
-                "(slm.models, or the client's own); put it back as it was, or begin another run"
+                "(slm.models, the client's own, or the libraries); put it back as it was, or begin another run"
             )
 
     def _restore(self, record: dict[str, Any]) -> None:

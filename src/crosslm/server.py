@@ -173,7 +173,7 @@ class Server:
                 undo()
             raise
         except CollapseError as error:
-            if undo is None or not undo.has_something():  # it is nobody's rewards
+            if undo is None or not undo.has_changed():  # it is nobody's rewards
                 raise
             self.teachers.members = judges
             undo()

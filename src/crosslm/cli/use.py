@@ -131,9 +131,11 @@ def _classifier(folder: Path, client: str) -> "tuple[SLM, DataConfig | SiloData]
         raise ConfigError(f"say whose classifier: --client NAME with one of {', '.join(run.clients)}")
     slm = run.slm(client)
     if run.kept_its_own(client):
+        refused = run.summary["clients"][client]["decision"].get("refused")
+        why = f"was refused there: {refused}" if refused else "is worse on its held-out rows"
         errors.print(
             f"{client} kept the classifier that it had, in {run.path / 'uploads' / client}: this one, which came back, "
-            "is worse on its held-out rows",
+            f"{why}",
             highlight=False,
             soft_wrap=True,
         )

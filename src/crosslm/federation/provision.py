@@ -75,20 +75,22 @@ START = """\
 # Starts what is in this kit, and starts it again when it dies; ends it when it is told to end itself (Ctrl-C, kill,
 # docker stop). Needs crosslm on the PATH: activate its virtual environment first.
 cd "$(dirname "$0")" || exit 1
-child=
+runs=
 stop() {{
-    trap '' INT TERM
-    [ -n "$child" ] && kill "$child" 2>/dev/null && wait "$child"
+    trap '' HUP INT QUIT TERM
+    [ -n "$runs" ] && [ -n "$!" ] && kill "$!" 2>/dev/null && wait "$!"
     exit "$1"
 }}
+trap 'stop 129' HUP
 trap 'stop 130' INT
+trap 'stop 131' QUIT
 trap 'stop 143' TERM
 while true; do
+    runs=yes
     crosslm {command} . &
-    child=$!
-    wait "$child"
+    wait "$!"
     code=$?
-    child=
+    runs=
     [ $code -eq 0 ] && exit 0
     [ $code -eq 2 ] && exit 2 # a setting is wrong: starting again does not help
     [ $code -eq 130 ] && exit 130 # stopped from the keyboard

@@ -15,7 +15,7 @@ class Undo:
         self._weights = [parameter.detach().clone() for parameter in llm.trainable_parameters()]
         self._state = copy.deepcopy(optimizer.state_dict())
 
-    def has_something(self) -> bool:
+    def has_changed(self) -> bool:
         """Whether a weight has changed since."""
         pairs = zip(self._llm.trainable_parameters(), self._weights, strict=True)
         return not all(torch.equal(parameter, weight) for parameter, weight in pairs)

@@ -277,7 +277,7 @@ def is_refused(run: Mapping[str, Any], client: str) -> bool:
 
 
 def has_declined(run: Mapping[str, Any], client: str) -> bool:
-    """Whether a client kept the SLM that it had, since what came back was worse on its held-out rows."""
+    """Whether a client kept the SLM that it had: what came back was worse on its held-out rows, or failed there."""
     about = (run.get("clients") or {}).get(client) or {}
     decision = about.get("decision")
     return decision is not None and not decision["accepted"]

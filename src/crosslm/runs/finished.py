@@ -113,7 +113,7 @@ class Run:
         return slm
 
     def kept_its_own(self, client: str) -> bool:
-        """Whether that client did not accept its enhanced SLM (``acceptance``), and goes on with the one it uploaded.
+        """Whether that client did not accept its enhanced SLM (``acceptance``, or an error), and goes on with its own.
 
         Not known of a run between machines, where silos decide.
         """

@@ -191,5 +191,10 @@ def is_alive(pid: int) -> bool:
 
 
 def end_on_sigterm() -> None:
-    """Let the usual signal of service managers end this process by way of its clean-up."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Let the usual signal of service managers end this process by way of its clean-up, which a second one leaves."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, end)
