@@ -284,7 +284,7 @@ def texts_section(results: list[dict]) -> list[str]:
         "",
         "In the end of a run under preset recommended, on validation rows; each upload is trained once on each kind of "
         "texts, in each way that is named (`benchmarks/step_5_texts.py`). All classifiers judge, with the LLM that is "
-        "named. The texts are as many in every row but those of twice the texts and of all; half of each is what "
+        "named. The texts are as many in every row that does not say otherwise; half of each is what "
         "`federation.closing` takes in the end. The one between is the LLM with the share of what it has learned that "
         "is named.",
         "",

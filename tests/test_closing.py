@@ -274,16 +274,26 @@ def test_a_baseline_that_fails_in_it_keeps_its_figure_and_the_run_ends_well(clos
     assert set(summary["slm"]["data_free_kd"]) == {"client-0", "client-1", "mean"}
 
 
-def test_a_client_that_fails_in_it_keeps_what_it_had(closed, tmp_path, monkeypatch):
+@pytest.fixture
+def leaks(monkeypatch):
+    """Has one return be refused, by its place among all of them; gives who was asked to take one."""
     installed, install = [], Client.install
 
-    def leaks(client, download):
-        installed.append(client.id)
-        if len(installed) == 3:
-            raise LeakError("too near")
-        return install(client, download)
+    def at(place):
+        def leaking(client, download):
+            installed.append(client.id)
+            if len(installed) == place:
+                raise LeakError("too near")
+            return install(client, download)
 
-    monkeypatch.setattr(Client, "install", leaks)
+        monkeypatch.setattr(Client, "install", leaking)
+        return installed
+
+    return at
+
+
+def test_a_client_that_fails_in_it_keeps_what_it_had(closed, tmp_path, leaks):
+    installed = leaks(3)
     summary = run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
     (failure,) = events(tmp_path / "run", "failure")
     assert failure["client"] == installed[2]
@@ -294,17 +304,9 @@ def test_a_client_that_fails_in_it_keeps_what_it_had(closed, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("may_decline", [True, False])
-def test_who_takes_the_one_of_the_end_has_not_refused_it(closed, tmp_path, monkeypatch, may_decline):
+def test_who_takes_the_one_of_the_end_has_not_refused_it(closed, tmp_path, leaks, may_decline):
     closed["acceptance"] = {"enabled": may_decline, "margin": 0.99}
-    installed, install = [], Client.install
-
-    def leaks(client, download):
-        installed.append(client.id)
-        if len(installed) == 1:
-            raise LeakError("too near")
-        return install(client, download)
-
-    monkeypatch.setattr(Client, "install", leaks)
+    installed = leaks(1)
     summary = run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
     assert len(installed) == 4
     decisions = [client["decision"] for client in summary["clients"].values()]

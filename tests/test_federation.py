@@ -139,6 +139,20 @@ def test_start_sh_ends_what_it_has_started(kits, tmp_path, number):
     assert log.read_text() == "started\nended\n"  # it has waited for that
 
 
+def test_a_second_sigterm_leaves_the_clean_up_alone():
+    program = (
+        "import os, signal, time\n"
+        "from crosslm.federation.flower.processes import end_on_sigterm\n"
+        "end_on_sigterm()\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
+        "finally:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(0.1)\n    print('cleaned up')\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert (found.returncode, found.stdout) == (143, "cleaned up\n"), found.stderr
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
 @pytest.mark.parametrize("kit", ["server", "silos/silo-1"])
 def test_systemd_takes_the_units(kits, kit):

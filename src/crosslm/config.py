@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from crosslm.sections.federation import (
     AcceptanceConfig,
@@ -64,7 +64,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """What each preset sets; the file and ``--set`` go over it. ``docs/results.md`` has what was measured of it."""
 WHOLE = "# Written by crosslm, whole: no preset lies under this file. What it lacks has its plain default.\n"
-"""How the file of a run begins: a later version, whose presets set more, reads the same of it."""
+"""How the file of a run begins: a later version, whose presets set more, reads the same of it. As the context of
+``model_validate`` it says that what is given is whole."""
 
 
 class Config(Section):
@@ -98,7 +99,9 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _under_what_is_given_lies_the_preset(cls, given: Any) -> Any:
+    def _under_what_is_given_lies_the_preset(cls, given: Any, info: ValidationInfo) -> Any:
+        if info.context == WHOLE:
+            return given
         preset = given.get("preset", cls.model_fields["preset"].default) if isinstance(given, dict) else None
         if not isinstance(preset, str) or preset not in PRESETS:
             return given
@@ -148,16 +151,6 @@ def _fitting(preset: Mapping[str, Any], privacy: Any) -> Mapping[str, Any]:
     """The preset, without acceptance where the file asks for DP-SGD: it is outside that bound."""
     epsilon = privacy.get("epsilon") if isinstance(privacy, dict) else getattr(privacy, "epsilon", None)
     return preset if epsilon is None else {name: value for name, value in preset.items() if name != "acceptance"}
-
-
-def plain_defaults() -> dict[str, dict[str, Any]]:
-    """What each field that a preset sets is without one."""
-    plain: dict[str, dict[str, Any]] = {}
-    for preset in PRESETS.values():
-        for section, fields in preset.items():
-            known = Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-            plain.setdefault(section, {}).update({name: known[name].default for name in fields})
-    return plain
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from crosslm.config import WHOLE, Config, merged, plain_defaults
+from crosslm.config import WHOLE, Config, merged
 from crosslm.errors import ConfigError
 from crosslm.support.files import expanded, missing
 
@@ -54,7 +54,7 @@ def load(
         given = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as a TOML file, which it must be: {error}") from error
-    given = merged(merged(plain_defaults(), given) if text.startswith(WHOLE) else given, over)
+    given = merged(given, over)
     for override in overrides:
         _set(given, override)
         if override.partition("=")[0].strip() == "data.dir" and data_dir is None:
@@ -65,7 +65,7 @@ def load(
         folder = expanded(str(given["data"].get("dir", ".")))
         given["data"]["dir"] = str((path.parent / folder).absolute())
     try:
-        return Config.model_validate(given)
+        return Config.model_validate(given, context=WHOLE if text.startswith(WHOLE) else None)
     except ValidationError as error:
         raise ConfigError(
             "\n".join(_explain(_origin(path, entry, overrides), entry) for entry in error.errors())

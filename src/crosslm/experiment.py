@@ -218,16 +218,6 @@ class _Run:
         self._saved = -1
         self._save({"outcome": "beginning"})
 
-    def _check_who_is_still_to_come(self) -> None:
-        then = self._kept.get("begin_with", self.begin_with)  # checkpoints of earlier versions do not have it
-        comes_not = {*self._clients, *self.run.barred()}
-        changed = [who for who, now in self.begin_with.items() if who not in comes_not and then.get(who) != now]
-        if changed:
-            raise RunError(
-                f"{self.run.path}: the model that {', '.join(changed)} begins with has changed since this run began "
-                "(slm.models, the client's own, or the libraries); put it back as it was, or begin another run"
-            )
-
     def _restore(self, record: dict[str, Any]) -> None:
         state, get = record["state"], self.checkpoints.get
         self._kept = state["kept"]
@@ -246,7 +236,8 @@ class _Run:
         self.server.begin(self.journal.base_pool, self.public)
         snapshot.go_back_to(self.server, record, get)
         self._clients = state["clients"]
-        self._check_who_is_still_to_come()
+        then = self._kept.get("begin_with", self.begin_with)  # checkpoints of earlier versions do not have it
+        snapshot.check_models(then, self.begin_with, {*self._clients, *self.run.barred()})
         for client_id, kept in self._clients.items():
             told = None if kept["counts"] is None else tuple(kept["counts"])
             state_then, metrics = snapshot.slm_state(get(kept["slm"])), kept.get("metrics", [])

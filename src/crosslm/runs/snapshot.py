@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -60,8 +60,28 @@ def slm_bytes(state: SlmState) -> bytes:
 
 
 def slm_digest(slm: SLM) -> str:
-    """SHA-256 of a classifier: weights, architecture, tokenizer and labels."""
-    return "sha256:" + hashlib.sha256(slm_bytes(slm.to_state())).hexdigest()
+    """SHA-256 of a classifier's weights and vocabulary, which do not depend on how a library writes the rest."""
+    digest = hashlib.sha256(json.dumps(sorted(slm.tokenizer.get_vocab().items())).encode("utf-8", "surrogatepass"))
+    digest.update(save(slm.to_state().weights))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def check_models(then: Mapping[str, str], now: Mapping[str, str], comes_not: Collection[str]) -> None:
+    """Find out that clients that are still to come begin with the models that they had when the run began.
+
+    Args:
+        then: of each client what :func:`slm_digest` gave.
+        now: the same of the models that are there.
+        comes_not: clients that are not asked for theirs any more.
+
+    Raises:
+        RunError: they do not; names them.
+    """
+    if changed := [who for who, digest in now.items() if who not in comes_not and then.get(who) != digest]:
+        raise RunError(
+            f"the model that {', '.join(changed)} begins with has changed since this run began (slm.models, the "
+            "client's own, or the libraries); put it back as it was, or begin another run"
+        )
 
 
 def slm_state(data: bytes) -> SlmState:
