@@ -41,8 +41,9 @@ from crosslm.config import Config
 from crosslm.federation.flower.processes import Child, flwr, wait_for_port
 from crosslm.federation.flower.server_processes import configure, superlink_command
 from crosslm.federation.flower.silo_processes import supernode_command
+from crosslm.federation.kit_texts import FLOWER_APP
 from crosslm.federation.kits import SERVER_FILE, SILO_FILE, read_server
-from crosslm.federation.provision import FLOWER_APP, provision
+from crosslm.federation.provision import provision
 from crosslm.federation.spool import Arrival, Spool
 
 SILO = "silo"

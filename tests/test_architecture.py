@@ -62,7 +62,7 @@ LAYERS = [
     {"runs.preparation", "runs.snapshot", "runs.tracking"},
     {"runs.llm_cache"},
     {"runs.journal", "runs.loaded"},
-    {"federation.keys", "federation.kits", "federation.spool"},
+    {"federation.keys", "federation.kits", "federation.kit_texts", "federation.spool"},
     {"federation.provision", "federation.silo_state"},
     {"federation.silo"},
     {"federation.summary"},

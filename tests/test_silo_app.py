@@ -18,7 +18,7 @@ from crosslm.federation import messages
 from crosslm.federation.flower import answer, tasks
 from crosslm.federation.flower.bundle import MAX_BYTES, check_bundle
 from crosslm.federation.flower.processes import environment
-from crosslm.federation.provision import FLOWER_APP
+from crosslm.federation.kit_texts import FLOWER_APP
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict  # isort: skip
 from flwr.cli.build import build_fab_from_files  # isort: skip

@@ -6,7 +6,7 @@ import zipfile
 from typing import Any
 
 from crosslm.errors import FederationError
-from crosslm.federation.provision import FLOWER_APP
+from crosslm.federation.kit_texts import FLOWER_APP
 
 SETTINGS, MANIFEST = "pyproject.toml", ".info/CONTENT"
 MAX_BYTES = 2**16  # of the bundle and of each file in it; the genuine ones have some hundred
