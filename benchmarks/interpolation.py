@@ -81,7 +81,12 @@ def main() -> None:
     origin, study = provenance(), Study(arguments.run)
     name = f"interpolation-{study.config.name}"
     path = RESULTS / f"{name}.json"
-    known = json.loads(path.read_text())["shares"] if path.exists() else {}
+    kept = json.loads(path.read_text()) if path.exists() else {"seed": study.config.seed, "shares": {}}
+    if kept["seed"] != study.config.seed:
+        parser.error(
+            f"{path} is of a run with seed {kept['seed']}, and {arguments.run} has {study.config.seed}: move it away"
+        )
+    known = kept["shares"]
     for share in arguments.shares.split(","):
         if share in known:
             continue

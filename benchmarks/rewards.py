@@ -8,7 +8,8 @@ anything back. Then the LLM in the end, and with the share of what it has learne
 validation rows of the task: how well it classifies them (Eq. 1, `nlu`), how often an independent judge agrees with the
 label of what it writes (`judge`), how varied that is (`distinct_2`), and its perplexity on the validation part of the
 Penn Treebank, which must lie beside the task's folder. Of each arrival: on which share of the texts the LLM learned
-from the sign of the reward is as that judge has it. Written to benchmarks/results/rewards-NAME.json.
+from the sign of the reward is as that judge has it. The gate probes with the original's texts alone, without what
+earlier arrivals wrote. Written to benchmarks/results/rewards-NAME.json.
 """
 
 import argparse

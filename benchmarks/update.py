@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,7 +120,7 @@ def folder(vocabulary: bool) -> str:
     return original_llm(demo_config(vocabulary), cache_folder(), print)
 
 
-def side_memory(count: int, device: str) -> dict[str, int]:
+def side_memory(count: int, device: str, at_once: int) -> dict[str, int]:
     """Peak of processes that load the whole model and do no more than one side, on texts from a file."""
     drafts, _ = drafts_and_rewards(demo_llm(False, device), count)
     with tempfile.TemporaryDirectory() as place:
@@ -127,7 +128,9 @@ def side_memory(count: int, device: str) -> dict[str, int]:
         path.write_text(json.dumps([dataclasses.asdict(sample) for sample in drafts.samples]))
         sides = {"model alone": "none", "plain": "plain", "ours": "ours", "ours_float32": "float32"}
         fixed = ("--drafts", str(path), "--device", device)
-        return {name: peak_of(__file__, "--only", side, *fixed) for name, side in sides.items()}
+        with ThreadPoolExecutor(at_once) as processes:
+            peaks = processes.map(lambda side: peak_of(__file__, "--only", side, *fixed), sides.values())
+            return dict(zip(sides, peaks, strict=True))
 
 
 def only(side: str, path: Path, device: str) -> None:
@@ -270,10 +273,10 @@ def main() -> None:
         only(options.only, options.drafts, options.device)
         return
     options = arguments(__doc__, trl={"metavar": "PYTHON", "help": "interpreter of an environment with trl and peft"})
-    count, repeats = (16, 1) if options.quick else (32, 2)
+    count, repeats = (8, 1) if options.quick else (32, 2)
     whole = compare(False, count, repeats, options.device)
     trimmed = compare(True, count, repeats, options.device)
-    peaks = side_memory(count, options.device)
+    peaks = side_memory(count, options.device, 2 if options.quick else 1)
     figures = {
         "ratio_vs_plain": whole["ratio"],
         "ratio_vs_plain_trimmed": trimmed["ratio"],

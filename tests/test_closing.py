@@ -20,7 +20,7 @@ from crosslm.classification import class_probabilities
 from crosslm.client import Client, Decision
 from crosslm.config import Config
 from crosslm.data.examples import Examples
-from crosslm.errors import FederationError, LeakError, RunError, UploadError
+from crosslm.errors import FederationError, KeptFileError, LeakError, RunError, UploadError
 from crosslm.experiment import run_local
 from crosslm.federation.exchange import Served, close
 from crosslm.federation.flower import gateway, server_processes, silo_processes
@@ -252,8 +252,8 @@ def test_a_client_that_declines_it_keeps_and_is_measured_by_what_it_had(closed, 
     summary = run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
     assert len(tried) == 4
     assert [event["accepted"] for event in events(tmp_path / "run", "closing")] == [False, False]
-    for method in ("crosslm", "data_free_kd"):
-        assert len(measured(tmp_path / "run", method)) == 2  # what came at once
+    assert len(measured(tmp_path / "run", "crosslm")) == 2  # what came at once
+    assert len(measured(tmp_path / "run", "data_free_kd")) == 4  # nobody is asked whether it is accepted
     assert {about["decision"]["accepted"] for about in summary["clients"].values()} == {at_once}
 
 
@@ -272,6 +272,24 @@ def test_a_baseline_that_fails_in_it_keeps_its_figure_and_the_run_ends_well(clos
     warnings = [event["message"] for event in events(tmp_path / "run", "warning")]
     assert any("Data-free KD keeps the figure that it had at once: no memory" in message for message in warnings)
     assert set(summary["slm"]["data_free_kd"]) == {"client-0", "client-1", "mean"}
+
+
+def test_a_baseline_that_fails_at_once_shuts_nobody_out(closed, tmp_path, monkeypatch):
+    calls, measure = [], journal.data_free_kd
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) in (1, 3):  # the first client's, at once and in the end
+            raise UploadError("not finite")
+        return measure(*arguments)
+
+    monkeypatch.setattr(journal, "data_free_kd", fails)
+    summary = run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
+    first = events(tmp_path / "run", "upload")[0]["client_id"]
+    assert summary["slm"]["data_free_kd"][first] == summary["slm"]["standalone"][first]
+    assert set(summary["slm"]["crosslm"]) == {"client-0", "client-1", "mean"}
+    warnings = [event["message"] for event in events(tmp_path / "run", "warning")]
+    assert any("Data-free KD failed, and counts with the SLM that came: not finite" in message for message in warnings)
 
 
 @pytest.fixture
@@ -522,7 +540,7 @@ def test_a_silo_tries_it_against_what_it_has_and_only_after_its_round(silo, fede
     change(silo.kit, closing=True)
     silo, experiment = Silo(silo.kit, silo.cache), silo.settings.experiment
     _, download = answer(silo, Config.model_validate(federated), models)
-    with pytest.raises(FederationError, match="a closing download of round 0, and 0 are complete"):
+    with pytest.raises(KeptFileError, match="a closing download of round 0, and 0 are complete"):
         silo.close(experiment, 0, [encode(download)])
     silo.install(experiment, 0, [encode(download)])
     had = {name: value.clone() for name, value in silo.slm().model.state_dict().items()}

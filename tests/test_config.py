@@ -95,6 +95,7 @@ def test_every_packaged_configuration_is_valid_and_goes_round(name, tmp_path):
     path.write_text(config.dump())
     assert load(path) == config
     assert config.task.labels
+    assert config.evaluation.perplexity_text, "what the LLM forgets would not be measured"
 
 
 def test_the_configurations_of_the_issue_are_there():

@@ -483,10 +483,18 @@ def test_a_server_that_is_started_again_counts_on(tables, local, tmp_path):
     before = next(server)
     before.spool.note("working on", "")
     config, exchange_refuse = before.config, before._refuse
+    for section, changes in (("llm", {"learning_rate": 0.5}), ("task", {"query": "{text} So it is"})):
+        table = getattr(config, section).model_copy(update=changes)
+        other = config.model_copy(update={section: table})
+        with pytest.raises(RunError, match=rf"another configuration \(different: {section}\.{next(iter(changes))}\)"):
+            Deployment.open(kit / "run", other, kit / "cache", exchange_refuse, before.spool)
+    longer = config.federation.model_copy(update={"deadline_minutes": 7.0})
+    config = config.model_copy(update={"federation": longer})
     unnamed = kit / "run" / "checkpoints" / "blobs" / "of-a-server-that-was-killed"
     unnamed.write_bytes(b"")
     again = Deployment.open(kit / "run", config, kit / "cache", exchange_refuse, before.spool)
     assert not unnamed.exists()
+    assert load(kit / "run" / "config.toml").federation.deadline_minutes == 7.0
     assert again.server.gate.fixed == before.server.gate.fixed
     assert again.server.probe == before.server.probe
     assert before.server.probe.samples

@@ -31,7 +31,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from crosslm.config import AcceptanceConfig, Config, FederationConfig, PrivacyConfig
-from crosslm.errors import ConfigError, DataError, FederationError, LeakError, RunError, UploadError
+from crosslm.errors import ConfigError, DataError, FederationError, KeptFileError, LeakError, RunError, UploadError
 from crosslm.federation import keys, silo_state
 from crosslm.federation import spool as spool_module
 from crosslm.federation.flower import carrier, gateway, processes, server_processes, silo_processes
@@ -184,11 +184,43 @@ def test_a_silo_is_added_without_touching_the_others(kits, federated):
     }
 
 
+def test_a_silo_whose_kit_was_brought_away_keeps_its_key(kits, federated, shell, tmp_path):
+    gone, key = kits / "silos" / "silo-0", kits / "server" / "silos" / "silo-0.pub"
+    gone.rename(tmp_path / "elsewhere")
+    before, news = key.read_bytes(), []
+    federated["clients"].append({"id": "late", "train": "silo-0.csv"})
+    config = Config.model_validate(federated)
+    assert provision(config, "localhost:9400", kits, news.append) == [kits / "silos" / "late"]
+    assert key.read_bytes() == before
+    assert news == [
+        f"silo silo-0: the server knows its key already, and its kit is not here; for a new one remove {key}"
+    ]
+    key.unlink()
+    assert provision(config, "localhost:9400", kits) == [gone]
+    assert key.read_bytes() != before
+
+
+def test_a_kit_that_could_not_be_made_leaves_no_key_behind(kits, federated, monkeypatch):
+    federated["clients"].append({"id": "late", "train": "silo-0.csv"})
+    config = Config.model_validate(federated)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("crosslm.support.files.rename", full)
+        with pytest.raises(OSError, match="No space"):
+            provision(config, "localhost:9400", kits)
+    assert silo_names(kits / "server") == ["silo-0", "silo-1"]
+    assert provision(config, "localhost:9400", kits) == [kits / "silos" / "late"]
+
+
 def test_provisioning_says_what_is_wrong(federated, settings, kits):
     config = Config.model_validate(federated)
     with pytest.raises(FederationError, match=r"\[\[clients\]\]"):
         provision(Config.model_validate(settings), "localhost:9400", kits / "new")
-    for address in ("localhost", "localhost:port", ":9400", "localhost:0"):
+    wrong = ("localhost", "localhost:port", ":9400", "localhost:0", "a b:9400", "server/x:9400", "localhost:009400")
+    for address in (*wrong, "münchen.example:9400", "localhost:²", "localhost:94\n"):
         with pytest.raises(FederationError, match="HOST:PORT"):
             provision(config, address, kits / "new")
     with pytest.raises(FederationError, match="holds the kits of"):
@@ -205,11 +237,45 @@ def test_settings_that_are_wrong_are_named(kits):
     with pytest.raises(FederationError, match=r"no server\.toml"):
         read_server(kits / "silos")
     (kit / SILO_FILE).write_text((kit / SILO_FILE).read_text().replace("wire_dtype", "wire_dtipe"))
-    with pytest.raises(FederationError, match="wire_dtipe"):
+    with pytest.raises(FederationError, match="unknown key wire_dtipe; did you mean 'wire_dtype'"):
         read_silo(kit)
+    change(kits / "silos" / "silo-1", wire_dtype="float15")
+    with pytest.raises(FederationError, match=r"wire_dtype: .*did you mean 'float16'.*found 'float15'"):
+        read_silo(kits / "silos" / "silo-1")
     (kit / SILO_FILE).write_text("id = ")
     with pytest.raises(FederationError, match="TOML"):
         read_silo(kit)
+
+
+def test_a_silo_without_rows_or_with_one_label_is_told_before_it_connects(kits, shell, monkeypatch):
+    monkeypatch.setattr("crosslm.federation.flower.silo_processes.run_silo", lambda *_: None)
+    kit = kits / "silos" / "silo-0"
+    (kit / "silo-0.csv").write_text("text,label\n")
+    for arguments in (("client", kit), ("client", kit, "--dry-run")):
+        code, _, err = shell(*arguments)
+        assert code == 2
+        assert "silo-0.csv: no usable training rows; put labelled text into it" in err
+    (kit / "silo-0.csv").write_text("text,label\na good day,good\nmore good,good\n")
+    code, out, err = shell("client", kit)
+    assert (code, err) == (0, "")
+    assert "warning: silo silo-0: all 2 rows are 'good'; its classifier can learn nothing else" in out
+
+
+def test_a_hub_dataset_is_not_taken_for_a_file_that_is_missing(kits, monkeypatch):
+    asked = []
+
+    def rows(name, data):
+        asked.append(name)
+        return name, [(1, {"text": "a good day", "label": "good"}), (2, {"text": "a bad day", "label": "bad"})]
+
+    monkeypatch.setattr("crosslm.data.texts.hub_rows", rows)
+    kit = kits / "silos" / "silo-0"
+    change(
+        kit, data=read_silo(kit).data.model_copy(update={"train": "hf:some/texts:train", "test": "hf:some/texts:test"})
+    )
+    silo = Silo(kit, kit / "cache")
+    assert len(silo.private()) == len(silo.test()) == 2
+    assert asked == ["hf:some/texts:train", "hf:some/texts:test"]
 
 
 # -- spool -----------------------------------------------------------------------------------
@@ -387,7 +453,7 @@ def test_a_silo_decides_what_it_answers(silo):
         with pytest.raises(FederationError, match="was asked about round -1; the first must be 0"):
             ask(silo.settings.experiment, -1)
     assert not list(silo.state.glob("upload-*"))
-    with pytest.raises(FederationError, match="never uploaded"):
+    with pytest.raises(KeptFileError, match="never uploaded"):
         silo.install(silo.settings.experiment, 0, [])
     (silo.kit / "silo-0.csv").unlink()
     with pytest.raises(DataError, match=r"silo-0\.csv"):
@@ -563,6 +629,30 @@ def test_the_gateway_knows_the_keys_that_are_in_the_kit_now(kits):
     assert asyncio.run(ask(own)) == [no]
     with pytest.raises(FederationError, match=r"broken.pub: is not a key as crosslm provision makes them"):
         keys.fingerprint(server / "broken.pub")
+    with pytest.raises(FederationError, match=r"gone.pub: cannot be read"):
+        keys.fingerprint(server / "gone.pub")
+
+
+@pytest.mark.parametrize("unreadable", ["a key", "the folder"])
+def test_a_gateway_that_cannot_read_its_keys_says_no_to_nobody(kits, unreadable):
+    """A silo that is told that it is not known ends for good."""
+    import httpx
+
+    outer, server = gateway.gateway("https://127.0.0.1:9091", kits / "server"), kits / "server" / "silos"
+    own = keys.fingerprint(kits / "silos" / "silo-0" / "silo.key")
+    if unreadable == "a key":
+        (server / "silo-0.pub").unlink()
+        (server / "silo-0.pub").mkdir()  # as root every file could be read
+    else:
+        server.rename(server.with_name("away"))
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(outer), base_url="https://server") as client:
+            return await client.get(f"/v1/crosslm/silos/{own}")
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 503
+    assert "the silos' keys cannot be read now" in answer.text
 
 
 @pytest.mark.parametrize("status", [200, 404, 503, 403, None])
@@ -857,6 +947,28 @@ def test_what_is_no_upload_is_refused_and_the_next_one_served(exchange):
     assert "header claims" in exchange.spool.of("silo-0")[0].note
     with pytest.raises(UploadError):
         decode_upload(b"not safetensors")
+
+
+@pytest.mark.parametrize("what", ["gone", "changed"])
+def test_an_upload_that_the_spool_has_lost_is_asked_for_again(exchange, what, caplog):
+    """Its silo has kept it; to refuse it would be for good."""
+    exchange.grid.online = ["silo-0"]
+    turn(exchange, 2)
+    file = exchange.spool.upload_file("silo-0", 0)
+    whole = file.read_bytes()
+    if what == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(whole[:-1])
+    assert exchange.receive() is None
+    assert "silo silo-0 is asked for its upload again" in caplog.text
+    assert not exchange.spool.arrivals()
+    turn(exchange, 2)
+    assert exchange.grid.pushed.count(("silo-0", "train.upload", 0)) == 2
+    assert exchange.receive().client_id == "silo-0"
+    assert file.read_bytes() == whole
+    (arrival,) = exchange.spool.arrivals()
+    assert arrival.state == "processing"
 
 
 def test_versions_must_fit(exchange, monkeypatch):

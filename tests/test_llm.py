@@ -273,7 +273,9 @@ def test_perplexity_counts_each_token_once_over_many_windows(models, family, mon
     with torch.no_grad():
         logps = torch.cat([plain_logps(llm.model, [llm.tokenizer.bos_token_id, *window]) for window in windows])
     assert len(logps) == 22
-    found = llm.perplexity("a good film and a bad day. " * 4, 22)
+    read = []
+    found = llm.perplexity("a good film and a bad day. " * 4, 22, read.append)
+    assert (sum(read), len(read)) == (22, 2)
     assert found == pytest.approx(float((-logps).mean().exp()), rel=1e-3)
 
 

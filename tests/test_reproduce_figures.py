@@ -24,7 +24,7 @@ from crosslm.reproduce.figures import AFTER, BEFORE, Figures
 from crosslm.reproduce.headline import headline
 from crosslm.reproduce.markdown import figure, headline_table, markdown_table, short
 from crosslm.reproduce.notes import notes
-from crosslm.reproduce.plan import BASE, RUN, Cell, Variation, choose, slug
+from crosslm.reproduce.plan import BASE, RUN, STANDALONE, Cell, Variation, choose, slug
 from crosslm.reproduce.report import kept_cells, measured_again, other_starts
 from crosslm.reproduce.scale import Finetuning, load_scale
 from crosslm.reproduce.store import Store
@@ -100,6 +100,18 @@ def test_statistics_by_hand():
     assert growth(np.array([20.0, 21.0])) == pytest.approx(5)
     assert ratio(np.array([0.6, 0.8])) == pytest.approx(0.75)
     assert math.isnan(ratio(np.array([0.6, 0.0])))
+
+
+def test_a_gain_of_preset_paper_against_another_standalone_than_the_one_shown_is_said():
+    """A classifier that another machine trained may be another one, and so may its gain."""
+    correct = {f"slm/{method}/a": "1100" for method in ("standalone", "data_free_kd", "crosslm")}
+    choice = choose(load_scale(None), ["4"], ["sst2"], ["paper"], None, "test", Path("."))
+    run = {Cell("sst2", "paper", Variation(BASE), 0, RUN): run_of(correct)}
+    for right, expected in (("1100", False), ("1000", True)):
+        cell = {"figures": {"correct": {"a": right}}}
+        figures = Figures(run | {Cell("sst2", STANDALONE, Variation(BASE), 0, STANDALONE): cell})
+        assert any("seeds sst2 0." in line for line in notes("4", figures, choice)) == expected
+    assert not any("another machine" in line for line in notes("4", Figures(run), choice))
 
 
 def test_matthews_by_hand():

@@ -225,6 +225,9 @@ def test_a_server_of_another_version_gets_nothing_done(silo, flower_run, kind, i
 
 
 def test_an_unforeseen_error_is_told_without_its_words(silo, flower_run, monkeypatch, caplog):
+    for name, value in environment(silo.kit).items():
+        monkeypatch.setenv(name, value)
+
     def fails(*_):
         raise RuntimeError("a private sentence")
 
@@ -232,3 +235,6 @@ def test_an_unforeseen_error_is_told_without_its_words(silo, flower_run, monkeyp
     reply = answer.answer_to(request(silo), Context(1, 1, {}, RecordDict(), {}), bundle(GENUINE))
     assert reply.error.reason == answer.UNSAID
     assert "a private sentence" in caplog.text
+    now = silo.doing()  # what crosslm status says at the silo
+    assert now["now"] == "refused"
+    assert now["why"].startswith("RuntimeError, an error that was not foreseen")

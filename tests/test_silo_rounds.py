@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import re
+import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,15 @@ from of_federations import answer, change, from_kit, turn
 
 from crosslm.client import Client
 from crosslm.config import Config, PrivacyConfig
-from crosslm.errors import BrokenLLMError, DataError, FederationError, LeakError, ModelError, QuarantineError
+from crosslm.errors import (
+    BrokenLLMError,
+    DataError,
+    FederationError,
+    KeptFileError,
+    LeakError,
+    ModelError,
+    QuarantineError,
+)
 from crosslm.federation.flower import silo_processes
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import split
@@ -280,6 +290,21 @@ def test_a_changed_file_is_no_answer_to_the_server(silo, federated, models, flow
     assert Silo(silo.kit, silo.cache).installed == 0
     path.write_bytes(whole)
     assert ask(silo, "upload", monkeypatch)["reply"]["status"] == "ok"
+
+
+def test_a_state_folder_that_is_away_is_no_answer_to_the_server_either(silo, federated, models):
+    """The server has counted the round: what it sends must find the silo that it was made for, or be sent again."""
+    _, download = answer(silo, Config.model_validate(federated), models)
+    experiment, aside = silo.settings.experiment, silo.kit / "aside"
+    silo.state.rename(aside)
+    asked = [partial(silo.install, parts=[encode(download)]), partial(silo.not_used, reason="none")]
+    for ask_it in asked:
+        with pytest.raises(KeptFileError, match="never uploaded; give it back the folder state"):
+            ask_it(experiment, 0)
+    assert silo.installed == 0
+    shutil.rmtree(silo.state, ignore_errors=True)
+    aside.rename(silo.state)
+    assert silo.install(experiment, 0, [encode(download)])["accepted"] == 1.0
 
 
 def test_test_rows_that_cannot_be_read_hold_nothing_back(silo, federated, models, shell):

@@ -81,9 +81,9 @@ def test_the_task_that_is_written_passes_the_doctor_and_runs(start, shell, model
         "run", folder / "tickets.toml", "--output", tmp_path / "run", "--cache-dir", tmp_path, *OVERRIDES
     )
     assert code == 0, err
-    assert set(json.loads((tmp_path / "run" / "summary.json").read_text())["slm"]["crosslm"]) == {
-        "north", "east", "mean",
-    }  # fmt: skip
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(summary["slm"]["crosslm"]) == {"north", "east", "mean"}
+    assert all(summary["llm"]["perplexity"].values()), "the text that comes with crosslm is read before and after"
 
 
 def test_what_is_written_leaves_the_preset_as_it_is(start, tmp_path):

@@ -165,7 +165,7 @@ def test_what_could_not_be_written_whole_is_taken_away_again(models, tmp_path, m
         raise OSError("no space left on device")
 
     monkeypatch.setattr(vocabulary, "_cut_tokenizer", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(ModelError, match="cannot be written: no space left"):
         trim_vocabulary(str(models / "gpt2"), TEXTS, tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
@@ -239,3 +239,16 @@ def test_generation_and_update_work_on_it(trimmed):
     prompts = [tuple(llm.encode("Write a good text:"))] * 2
     texts = llm.generate(prompts, [0, 1], SynthesisConfig(max_new_tokens=5))
     assert all(0 < len(text) <= 5 for text in texts)
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_of_a_model(models, tmp_path, monkeypatch):
+    """safetensors' own exception is no OSError."""
+
+    def full(model, folder):
+        Path(folder).mkdir(parents=True)
+        raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(ModelError, match=r"cannot be written: .*No space left.*make room there, or name"):
+        cached_trim(str(models / "gemma3"), TEXTS, tmp_path, lambda _: None)
+    assert [path for path in (tmp_path / "models").iterdir() if not path.name.endswith(".lock")] == []

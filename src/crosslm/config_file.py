@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from crosslm.config import WHOLE, Config, merged
 from crosslm.errors import ConfigError
@@ -68,7 +68,7 @@ def load(
         return Config.model_validate(given, context=WHOLE if text.startswith(WHOLE) else None)
     except ValidationError as error:
         raise ConfigError(
-            "\n".join(_explain(_origin(path, entry, overrides), entry) for entry in error.errors())
+            "\n".join(explain(_origin(path, entry, overrides), entry, Config) for entry in error.errors())
         ) from None
 
 
@@ -102,10 +102,17 @@ def _origin(path: Path, entry: Any, overrides: tuple[str, ...]) -> str:
     return str(path)
 
 
-def _explain(path: str, entry: Any) -> str:
+def explain(path: str, entry: Any, kind: type[BaseModel]) -> str:
+    """What is wrong with a key, in a line: with the nearest one that is known, what was found, and what is allowed.
+
+    Args:
+        path: where it was found.
+        entry: of pydantic's list of errors.
+        kind: the model that was validated.
+    """
     key = ".".join(str(part) for part in entry["loc"]) or "the configuration"
     if entry["type"] == "extra_forbidden":
-        known = _known_keys(entry["loc"][:-1])
+        known = _known_keys(kind, entry["loc"][:-1])
         near = difflib.get_close_matches(str(entry["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{path}: unknown key {key}; {hint}"
@@ -122,9 +129,9 @@ def _explain(path: str, entry: Any) -> str:
     return f"{path}: {key}: {message}{found}"
 
 
-def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    """The keys of the section at a location in the configuration."""
-    section: Any = Config
+def _known_keys(kind: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
+    """The keys of the section at a location in a configuration."""
+    section: Any = kind
     for part in location:
         if isinstance(part, int):
             continue

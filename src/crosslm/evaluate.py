@@ -47,6 +47,21 @@ def base_texts(config: Config) -> int:
     return max(config.selection.pool, config.evaluation.nlg_samples)
 
 
+def perplexity(llm: LLM, text: str, max_tokens: int, progress: Progress, moment: str) -> float:
+    """:meth:`LLM.perplexity` of the first tokens of a text.
+
+    Args:
+        llm: as it is.
+        text: of anything but the task.
+        max_tokens: as many count.
+        progress: is told.
+        moment: says when this is.
+    """
+    count = min(max_tokens, len(llm.tokenizer.encode(text, add_special_tokens=False)))
+    with progress.stage("evaluate", f"perplexity, {moment}", count, "tokens") as advance:
+        return llm.perplexity(text, max_tokens, advance)
+
+
 def label_agreement(slm: SLM, synthetic: SyntheticSet) -> float:
     """Share of synthetic texts whose intended label the classifier gives (NLG accuracy)."""
     predicted = slm.predict_proba(synthetic.texts).argmax(dim=1)

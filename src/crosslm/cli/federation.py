@@ -39,7 +39,7 @@ def provision(
     """
     from crosslm.federation.provision import provision as make
 
-    for kit in make(load(config, tuple(overrides), data_dir), address, output):
+    for kit in make(load(config, tuple(overrides), data_dir), address, output, _say):
         _say(f"made {kit}")
     _say(f"Keep {output / 'authority'} to yourself; give each silo its folder in {output / 'silos'} by a safe way.")
 
@@ -74,6 +74,7 @@ def client(
     cache_dir: CacheOption = None,
 ) -> None:
     """Run the silo of a kit: train when asked, upload, install what returns."""
+    from crosslm.data.split import one_label
     from crosslm.federation.silo_state import SiloState
 
     if cache_dir:
@@ -86,8 +87,10 @@ def client(
         _dry_run(kit)
         return
     private = silo.private(_say)  # a file that cannot be used is found now, and not when the server asks
-    if doubt := silo.settings.privacy.check_delta(len(private), f"silo {silo.settings.id}"):
-        _say(f"warning: {doubt}")
+    who, settings = f"silo {silo.settings.id}", silo.settings
+    for doubt in (settings.privacy.check_delta(len(private), who), one_label(who, private, settings.labels)):
+        if doubt:
+            _say(f"warning: {doubt}")
     silo.test(_say)
     from crosslm.federation.flower.processes import end_on_sigterm
     from crosslm.federation.flower.silo_processes import run_silo

@@ -71,21 +71,25 @@ def load_split(config: Config) -> Split:
     if data.judge:
         judge = sample(judge, data.judge_rows, seed_for(config.seed, "judge"))
     for name, examples in private.items():
-        counts = examples.class_counts(len(labels))
         if not len(examples):
             raise DataError(f"client {name}: no usable training rows; put labelled text into its file")
-        is_told = config.privacy.told_counts == "exact"  # else no file of the run may say it
-        if sum(count > 0 for count in counts) == 1 and is_told:
-            only = labels[int(np.argmax(counts))]
-            warnings.append(
-                f"client {name}: all {len(examples)} rows are {only!r}; its classifier can learn nothing else"
-            )
+        doubt = one_label(f"client {name}", examples, labels)
+        if doubt and config.privacy.told_counts == "exact":  # else no file of the run may say it
+            warnings.append(doubt)
     if not len(test):
         raise DataError(f"{data.test}: no usable test rows; put labelled text into it")
     for client in config.clients:
         if not len(tests[client.id]):
             raise DataError(f"client {client.id}: {client.test}: no usable test rows; put labelled text into it")
     return Split(private, tests, test, judge, warnings)
+
+
+def one_label(who: str, private: Examples, labels: Sequence[str]) -> str | None:
+    """A warning where all rows of a client have one label."""
+    if len(set(private.labels)) != 1:
+        return None
+    only = labels[private.labels[0]]
+    return f"{who}: all {len(private)} rows are {only!r}; its classifier can learn nothing else"
 
 
 def test_rows(config: Config, warn: Callable[[str], None]) -> Examples | None:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from crosslm.errors import DataError
 from crosslm.support.files import expanded
 
 NAMED_ROWS = 5
+OWN_TEXT = "package:crosslm"
+"""The name of a plain text that is installed with crosslm: a page of English on many matters."""
 
 
 @dataclass
@@ -189,7 +192,9 @@ def whole_text(path: Path) -> str:
 
 
 def is_there(name: str, data: DataConfig) -> bool:
-    """Whether :func:`find_file` would find it."""
+    """Whether :func:`find_file` would find it; of a hub dataset it is known when it is asked for."""
+    if name.startswith(HUB):
+        return True
     try:
         find_file(name, data)
     except DataError:
@@ -198,11 +203,13 @@ def is_there(name: str, data: DataConfig) -> bool:
 
 
 def find_file(name: str, data: DataConfig) -> Path:
-    """The file of this name in ``data.dir``, or the same with ``.gz``.
+    """The file of this name in ``data.dir``, or the same with ``.gz``, or what is installed as :data:`OWN_TEXT`.
 
     Raises:
         DataError: neither is there.
     """
+    if name == OWN_TEXT:
+        return Path(str(files("crosslm.data") / "general.txt"))
     path = expanded(data.dir) / name
     for candidate in (path, path.with_name(path.name + ".gz")):
         if candidate.is_file():

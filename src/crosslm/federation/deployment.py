@@ -23,7 +23,7 @@ from crosslm.runs import arrivals, snapshot
 from crosslm.runs.cards import write_cards
 from crosslm.runs.checkpoint import Checkpoints
 from crosslm.runs.measures import LLMMeter, measure_slm
-from crosslm.runs.preparation import check_words, measured_on, original_llm, public_texts
+from crosslm.runs.preparation import check_same, check_words, measured_on, original_llm, public_texts
 from crosslm.runs.rundir import CLOSING_POOL, CONFIG, ENGINE, RunDir
 from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.support.progress import Progress
@@ -32,6 +32,9 @@ from crosslm.support.seeding import seed_for
 from crosslm.task import Task
 from crosslm.teachers import stranger_proba
 
+CHANGEABLE = ("federation", "intake", "checkpoint", "tracking", "clients", "data", "device")
+"""Sections of a server's configuration that may be changed between two starts: who comes, how long is waited, and where
+files are."""
 Refuse = Callable[[str, int, Exception], None]
 
 
@@ -62,14 +65,24 @@ class Deployment:
     def open(cls, folder: Path, config: Config, cache: Path, refuse: Refuse, spool: Spool) -> "Deployment":
         """Load the models, and go on in the run folder if there is one.
 
+        What makes the run another one (:data:`CHANGEABLE` has all else) must be as it was when it began.
+
         Args:
             folder: run folder.
             config: of the run.
             cache: where converted models are.
             refuse: is told of uploads that cannot be used: silo, round, why.
             spool: remembers what is worked on.
+
+        Raises:
+            RunError: the run in the folder has another configuration; names what differs.
         """
-        run = RunDir.open(folder) if (folder / CONFIG).exists() else RunDir.create(folder, config)
+        if (folder / CONFIG).exists():
+            check_same(config, folder, CHANGEABLE)
+            run = RunDir.open(folder)
+            run.write(CONFIG, config.dump())
+        else:
+            run = RunDir.create(folder, config)
         config = config.model_copy(update={"device": resolve_device(config.device)})
         if Checkpoints(run).last() is None:
             run.go_back(0)  # a beginning that was cut off is made again

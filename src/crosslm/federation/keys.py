@@ -22,12 +22,25 @@ def fingerprint(key: Path) -> str:
         FederationError: the file is not there or holds no such key.
     """
     try:
-        data = key.read_bytes()
+        return fingerprint_of(key.read_bytes(), key)
+    except OSError as error:
+        raise FederationError(
+            f"{key}: cannot be read: {error.strerror}; unpack the kit again, or ask for a new one"
+        ) from error
+
+
+def fingerprint_of(data: bytes, key: Path) -> str:
+    """:func:`fingerprint` of a file that was read.
+
+    Raises:
+        FederationError: it holds no such key.
+    """
+    try:
         if key.suffix == ".pub":
             public = serialization.load_ssh_public_key(data)
         else:
             public = serialization.load_ssh_private_key(data, password=None).public_key()
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise FederationError(
             f"{key}: is not a key as crosslm provision makes them: {error}; unpack the kit again, or ask for a new one"
         ) from error

@@ -37,6 +37,8 @@ WorkingDirectory=/srv/crosslm/{folder}
 ExecStart=/usr/bin/env crosslm {command} .
 # a run that is complete (0), a setting that is wrong (2) or Ctrl-C (130): starting again does not help
 Restart=on-failure
+# what it ends with when it is told to end
+SuccessExitStatus=143
 RestartPreventExitStatus=2 130
 RestartSec=5
 NoNewPrivileges=true

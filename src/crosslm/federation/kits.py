@@ -22,7 +22,7 @@ from crosslm.config import (
     SelectionConfig,
     SLMSpec,
 )
-from crosslm.config_file import load
+from crosslm.config_file import explain, load
 from crosslm.errors import FederationError
 from crosslm.runs.rundir import KIT_FILE, LOCK
 from crosslm.sections.privacy import NO_ACCEPTANCE
@@ -196,5 +196,4 @@ def _read(kit: Path, name: str, kind: type[Kit]) -> Kit:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FederationError(f"{path}: cannot be read as a TOML file: {error}; mend it") from error
     except ValidationError as error:
-        found = [f"{path}: {'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()]
-        raise FederationError("\n".join(found)) from None
+        raise FederationError("\n".join(explain(str(path), entry, kind) for entry in error.errors())) from None

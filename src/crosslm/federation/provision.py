@@ -8,6 +8,7 @@ again.
 import datetime
 import ipaddress
 import os
+import re
 import secrets
 from collections.abc import Callable
 from functools import partial
@@ -23,17 +24,23 @@ from crosslm.errors import FederationError
 from crosslm.federation.kit_texts import FLOWER_APP, server_readme, silo_readme, start_script, systemd_unit
 from crosslm.federation.kits import SERVER_FILE, SILO_FILE, ServerSettings, SiloData, SiloSettings, dump, read_server
 from crosslm.runs.preparation import client_specs
-from crosslm.support.files import PARTIAL, replace_folder
+from crosslm.support.files import PARTIAL, partial_of, replace_folder
 
 VALID_DAYS = 825
+ADDRESS = re.compile(r"[A-Za-z0-9_.-]+:[0-9]{1,5}")
 FIRST_RUNTIME_PORT = 9094
-def provision(config: Config, address: str, output: Path) -> list[Path]:
+
+
+def provision(
+    config: Config, address: str, output: Path, on_news: Callable[[str], None] = lambda _: None
+) -> list[Path]:
     """Make the kits, or those of silos that are new.
 
     Args:
         config: the run, with a ``[[clients]]`` table for each silo.
         address: HOST:PORT that silos will connect to.
         output: folder for the kits.
+        on_news: told of silos that the server knows and whose kits are elsewhere; they keep their keys.
 
     Returns:
         The kits that were made.
@@ -44,9 +51,8 @@ def provision(config: Config, address: str, output: Path) -> list[Path]:
     """
     if not config.clients:
         raise FederationError(f"{config.name}: name each silo in a [[clients]] table; data.train is for one machine")
-    host, _, port = address.partition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise FederationError(f"address {address!r}: must be HOST:PORT, the place that silos connect to")
+    if not ADDRESS.fullmatch(address) or not 0 < int(address.rpartition(":")[2]) < 65536:
+        raise FederationError(f"address {address!r}: must be HOST:PORT, the place that silos connect to, in ASCII")
     server, made = output / "server", []
     if (server / SERVER_FILE).exists():
         settings = read_server(server)
@@ -62,11 +68,21 @@ def provision(config: Config, address: str, output: Path) -> list[Path]:
         _whole(server, lambda kit: _server_kit(kit, settings, config, output / "authority"))
         made.append(server)
     for place, client in enumerate(config.clients):
-        kit = output / "silos" / client.id
-        if not kit.exists():
-            own = _silo_settings(config, client, settings, place)
+        kit, key = output / "silos" / client.id, server / "silos" / f"{client.id}.pub"
+        if kit.exists():
+            continue
+        if key.exists() and not partial_of(kit).exists():  # else that kit was cut off
+            known = "the server knows its key already, and its kit is not here"
+            on_news(f"silo {client.id}: {known}; for a new one remove {key}")
+            continue
+        own = _silo_settings(config, client, settings, place)
+        try:
             _whole(kit, partial(_silo_kit, settings=own, server=server))
-            made.append(kit)
+        except BaseException:
+            if not kit.exists():
+                key.unlink(missing_ok=True)
+            raise
+        made.append(kit)
     return made
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import float16, float32
 
 from crosslm.client import Client
-from crosslm.errors import DataError, FederationError, LeakError, UploadError
+from crosslm.errors import DataError, FederationError, KeptFileError, LeakError, UploadError
 from crosslm.federation.intake import Intake, check_same_model
 from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names, refused
 from crosslm.federation.messages import decode_download, decode_upload, encode
@@ -179,9 +179,9 @@ class Silo(SiloState):
                 f"silo {self.settings.id}: agrees to no closing download; set closing = true in its kit for one"
             )
         if number >= self.installed:
-            raise FederationError(
+            raise KeptFileError(
                 f"silo {self.settings.id}: a closing download of round {number}, and {self.installed} are complete; "
-                "look at the server's spool"
+                f"give it back the folder {self.state.name} that it had then, or look at the server's spool"
             )
         if self.closed is None:
             try:
@@ -263,7 +263,7 @@ class Silo(SiloState):
 
     def _mine(self, number: int) -> Upload:
         if not self._sent(number).exists():
-            raise FederationError(
+            raise KeptFileError(
                 f"silo {self.settings.id}: an answer to its upload of round {number}, which was never uploaded; give "
                 f"it back the folder {self.state.name} that it had then"
             )
@@ -359,7 +359,7 @@ class Silo(SiloState):
                 f"and was asked for number {number + 1}; raise that number in its kit if you agree to more"
             )
         if number > self.installed:
-            raise FederationError(
+            raise KeptFileError(
                 f"silo {settings.id}: was asked about round {number}, but has completed only {self.installed}; "
                 f"give it back the state folder that this silo had before"
             )

@@ -115,7 +115,10 @@ class SiloState:
                 f"{Path(data.dir) / name}: no such file; put the labelled text there, "
                 f"or change [data] of {self.kit / SILO_FILE}"
             )
-        return self._rows(name, warn)
+        rows = self._rows(name, warn)
+        if not len(rows):
+            raise DataError(f"{Path(data.dir) / name}: no usable training rows; put labelled text into it")
+        return rows
 
     def test(self, warn: Callable[[str], None] = lambda _: None) -> Examples | None:
         """The rows of ``data.test``; None where it is not set or not there, or has no rows.

@@ -84,7 +84,7 @@ class Spool:
         self._lock = threading.Lock()
         self._held: TextIO | None = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # classifiers that were trained on private text
             self._database = sqlite3.connect(folder / "journal.sqlite", check_same_thread=False, timeout=30)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
@@ -270,6 +270,11 @@ class Spool:
         with self._lock:
             sql = "UPDATE arrivals SET state = 'refused', note = ? WHERE silo = ? AND round = ?"
             self._write(sql, why, silo, number)
+
+    def forget(self, silo: str, number: int) -> None:
+        """An upload is lost on this disk: it is as if it had not come, and its silo, which has it, is asked."""
+        with self._lock:
+            self._write("DELETE FROM arrivals WHERE silo = ? AND round = ?", silo, number)
 
     def delivered(self, silo: str, number: int, note: str = "") -> None:
         """The silo has confirmed its download."""

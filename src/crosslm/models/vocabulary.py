@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from crosslm.errors import ModelError
 from crosslm.models.loading import loading
-from crosslm.models.sources import lock_of
+from crosslm.models.sources import lock_of, writing_model
 from crosslm.support.files import alone, partial_of, replace_folder, settle_folder
 
 PUNCTUATION = frozenset(string.punctuation)
@@ -81,7 +81,8 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
         cut = json.dumps(_cut_tokenizer(description, kept), ensure_ascii=False)
         (folder / "tokenizer.json").write_text(cut, "utf-8")
 
-    replace_folder(output, write)
+    with writing_model(output):
+        replace_folder(output, write)
     return Trimmed(before[0], len(kept), before[1], model.num_parameters())
 
 

@@ -127,6 +127,15 @@ class Figures:
             found += [f"{task} ({'; '.join(said)})"] if said else []
         return found
 
+    def trained_elsewhere(self, task: str) -> list[int]:
+        """Seeds of which the run of preset ``paper`` has other SLMs on all rows than the rest: of another machine."""
+        shown, own = self._standalone(task, BASE), self._standalone_of_paper(task, BASE)
+        return sorted(
+            seed
+            for seed, clients in own.items()
+            if any(shown[seed].get(who, digits) != digits for who, digits in clients.items())
+        )
+
     def ceiling_alone(self, task: str) -> Means | None:
         """One column: the ceiling, of all seeds that have one."""
 

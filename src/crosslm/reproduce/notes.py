@@ -27,6 +27,11 @@ WHICH_DATA_FREE_KD = (
 SEEDS = "A difference or ratio is of the seeds that both have, and so not that of the means above it. Seeds: {}."
 SLM_JUDGES = "By the SLMs: those of clients whose upload was refused or had no say are left out."
 
+TRAINED_ELSEWHERE = (
+    "The gain of preset paper is against the Standalone of its own run. Where another machine trained that, it is not "
+    "the Standalone shown, which is of the machine that ran preset recommended: seeds {}."
+)
+
 NOISY_LEAST = (
     "`generalization_min_change` is the least of the changes of all benchmarks and tasks: each is noisy, so that their "
     "least is below 0 where nothing has changed. `generalization_mean_change` is their mean."
@@ -40,6 +45,9 @@ def notes(key: str, figures: Figures, choice: Choice) -> list[str]:
     if key in CLASSIFIERS:
         of_table_4 = [WHICH_DATA_FREE_KD, SEEDS.format(", ".join(figures.seeds_of_classifiers(choice.tasks)))]
         said = [ENDS_UP, SAME_STANDALONE, *(of_table_4 if key == "4" else ())]
+        elsewhere = {task: figures.trained_elsewhere(task) for task in tasks_of(key, choice)}
+        if seeds := [f"{task} {' '.join(map(str, found))}" for task, found in elsewhere.items() if found]:
+            said.append(TRAINED_ELSEWHERE.format(", ".join(seeds)))
         said += kept_their_own(key, figures, choice)
     if key in WHOLE_LLMS:
         said = [*said, *dict.fromkeys(line for run in _runs(key, choice) for line in _of_llms(*run, figures))]

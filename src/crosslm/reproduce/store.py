@@ -162,6 +162,8 @@ def _relevant(config: Config, cell: Cell) -> dict[str, Any]:
     if cell.stage in (*BENCHMARKS, RUNS_LLM) and config.federation.participations == 1:
         for section, names in STEP_5.items():
             dump[section] = {name: value for name, value in dump[section].items() if name not in names}
+        if config.reward.llm_judges:  # then it weighs who rewards the LLM, too
+            dump["slm"]["weigh_judges"] = config.slm.weigh_judges
     return dump
 
 

@@ -72,7 +72,11 @@ class RunJournal:
         self._first[who] = self.checkpoints.put(encode(upload))
         self.standalone[who] = slm
         self._test("standalone", who, slm)
-        self._test("data_free_kd", who, self._data_free_kd(slm, upload))
+        try:
+            self._test("data_free_kd", who, self._data_free_kd(slm, upload))
+        except UploadError as error:  # whether CrossLM serves a client is not for the baseline to say
+            self._warn(f"client {who}: Data-free KD failed, and counts with the SLM that came: {error}")
+            self._test("data_free_kd", who, receive_slm(upload, self.task, self.config))
 
     def _data_free_kd(self, slm: SLM, upload: Upload, may_judge: bool | None = None) -> SLM:
         server, size, known = self.server, self.config.selection.pool, self.base_said
@@ -116,8 +120,7 @@ class RunJournal:
             self.count(texts)
         measures = arrivals.write_step(self.run, self.task, download, record, self._measures(who, record))
         if message := arrivals.few_selected(who, record, self.config):
-            self.run.event("warning", message=message)
-            self.progress.note(f"warning: {message}")
+            self._warn(message)
         self.progress.note(
             f"step {step}: {who} {measures['slm/standalone']:.3f} -> {measures['slm/accuracy']:.3f} "
             f"(data-free KD {measures['slm/data_free_kd']:.3f}), mean reward of its pool {measures['reward/pool']:+.2f}"
@@ -143,6 +146,9 @@ class RunJournal:
 
     def not_closed(self, message: str) -> None:
         """Somebody has no step 5 in the end."""
+        self._warn(message)
+
+    def _warn(self, message: str) -> None:
         self.run.event("warning", message=message)
         self.progress.note(f"warning: {message}")
 
@@ -155,15 +161,15 @@ class RunJournal:
     def _measure_closing(self, who: str, accepted: bool) -> None:
         """A client has decided on what went back in the end; one that keeps what it got before is measured by that.
 
-        Data-free KD with it, by the same judges; but where clients come several times, whose uploads know of CrossLM's
-        returns.
+        Data-free KD is measured by what goes back in the end, whose judges are the same, whatever the client makes of
+        CrossLM's; but where clients come several times, their uploads know of CrossLM's returns.
         """
         upload, download, record = self._closing.pop(who)
         if accepted:
             returned = SLM.from_state(download.slm, self.task.labels, self.config.device)
             self._test("crosslm", who, returned)
             self.run.save_slm(who, returned)
-        if accepted and self.config.federation.participations == 1:
+        if self.config.federation.participations == 1:
             slm = receive_slm(upload, self.task, self.config)
             try:
                 self._test("data_free_kd", who, self._data_free_kd(slm, upload, may_judge=not record.refusal))

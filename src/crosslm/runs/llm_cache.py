@@ -124,12 +124,12 @@ class CachedLLM(LLM):
             self.cache.put(key, kept)
         return torch.tensor(kept)
 
-    def perplexity(self, text: str, max_tokens: int) -> float:
+    def perplexity(self, text: str, max_tokens: int, advance: Callable[[float], None] = lambda _: None) -> float:
         """As :meth:`LLM.perplexity`."""
         key = self.key("perplexity", text=text, max_tokens=max_tokens)
         kept = self.cache.get(key)
         if kept is None:
-            kept = super().perplexity(text, max_tokens)
+            kept = super().perplexity(text, max_tokens, advance)
             self.cache.put(key, kept)
         return float(kept)
 

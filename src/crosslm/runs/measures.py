@@ -42,9 +42,8 @@ class LLMMeter:
             self.run.save_predictions(f"nlu/{moment}", self.rows.labels, predicted)
             measures["nlu_accuracy"] = evaluate.share_right(self.rows.labels, predicted)
         if self.text is not None:
-            with self.progress.stage("evaluate", f"perplexity, {moment}", 1, "text") as advance:
-                measures["perplexity"] = llm.perplexity(self.text, self.config.evaluation.perplexity_tokens)
-                advance(1)
+            most = self.config.evaluation.perplexity_tokens
+            measures["perplexity"] = evaluate.perplexity(llm, self.text, most, self.progress, moment)
         return measures
 
     def writing(
@@ -62,8 +61,10 @@ class LLMMeter:
         """
         agreement: dict[str, list[float]] = {moment: [] for moment in written}
         for who, slm in slms:
-            for moment, texts in written.items():
-                agreement[moment].append(self._share_right(f"nlg/{moment}/slm/{who}", slm, texts.examples()))
+            with self.progress.stage("evaluate", f"what the LLM writes, by {who}", len(written), "sets") as advance:
+                for moment, texts in written.items():
+                    agreement[moment].append(self._share_right(f"nlg/{moment}/slm/{who}", slm, texts.examples()))
+                    advance(1)
         measures: dict[str, dict[str, float]] = {}
         for moment, texts in written.items():
             found = agreement[moment]

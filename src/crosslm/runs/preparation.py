@@ -1,6 +1,6 @@
 """What a run needs before a model is loaded: who has which model, where it is, and texts beside the data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +68,13 @@ def public_texts(config: Config, warn: Callable[[str], None] = lambda _: None) -
     return loaded.examples
 
 
-def check_same(config: Config, folder: Path) -> None:
+def check_same(config: Config, folder: Path, changeable: Collection[str] = ()) -> None:
     """Find out that a run folder is one of this configuration.
+
+    Args:
+        config: that is to be gone on with.
+        folder: of the run.
+        changeable: sections that may differ.
 
     Raises:
         RunError: it is not; names what differs.
@@ -78,6 +83,7 @@ def check_same(config: Config, folder: Path) -> None:
     different = [
         f"{section}.{name}" if isinstance(value, dict) else section
         for section, value in config.model_dump().items()
+        if section not in changeable
         for name in (value if isinstance(value, dict) else [section])
         if (value[name] if isinstance(value, dict) else value)
         != (own[section][name] if isinstance(value, dict) else own[section])

@@ -47,7 +47,8 @@ def evaluate_run(run: RunDir, cache: Path, display: Display | None = None) -> di
         rows = evaluate.nlu_rows(config, test)
         measures["llm/nlu_accuracy"] = evaluate.nlu_accuracy(llm, task, rows, progress, "again")
     if perplexity_text is not None:
-        measures["llm/perplexity"] = llm.perplexity(perplexity_text, config.evaluation.perplexity_tokens)
+        most = config.evaluation.perplexity_tokens
+        measures["llm/perplexity"] = evaluate.perplexity(llm, perplexity_text, most, progress, "again")
     count = config.evaluation.nlg_samples
     with progress.stage("generate", "enhanced LLM", count, "texts") as advance:
         texts = synthesize(llm, task, config.synthesis, count, seed_for(config.seed, "evaluate"), advance)

@@ -18,6 +18,7 @@ from crosslm.support.files import (
     alone,
     append_line,
     clear_partial,
+    disk_error,
     missing,
     replace_folder,
     whole_lines,
@@ -355,16 +356,12 @@ def _make_private(folder: Path) -> None:
 
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """What the disk does not let be written is an error of the run that names the file.
-
-    safetensors and tokenizers have exceptions of their own that are no OSError; the system's number is in their words.
-    """
+    """What the disk does not let be written is an error of the run that names the file."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and "(os error " not in str(error):
+        if (why := disk_error(error)) is None:
             raise
-        why = (error.strerror if isinstance(error, OSError) else None) or error
         raise RunError(
             f"{target}: cannot be written: {why}; nothing that was there is lost: make room, and go on with --resume"
         ) from error

@@ -80,7 +80,8 @@ class EvaluationConfig(Section):
     nlg_samples: Positive = 256
     """Fresh texts on which the label agreement of the LLM's writing is measured."""
     perplexity_text: str | None = None
-    """Text file in ``data.dir``; its perplexity is measured before and after."""
+    """Text file in ``data.dir`` whose perplexity is measured before and after: has the LLM forgotten what it knew of
+    other text? ``package:crosslm`` is a page of plain English on many matters that comes with crosslm."""
     perplexity_tokens: Positive = 8192
     """At most so many tokens of it."""
     judge: FitConfig = FitConfig(epochs=3)

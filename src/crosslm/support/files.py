@@ -16,6 +16,16 @@ ASIDE = "~old" + PARTIAL
 PART = 16 * 2**20  # bytes of a large file that are held at a time
 
 
+def disk_error(error: Exception) -> str | None:
+    """Why the system did not let something be written, if an exception is of that.
+
+    safetensors and tokenizers have exceptions of their own that are no OSError; the system's number is in their words.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error) if "(os error " in str(error) else None
+
+
 def write_whole(path: Path, parts: Iterable[bytes]) -> None:
     """Write a file under another name, bring it to the disk, and then give it its name.
 

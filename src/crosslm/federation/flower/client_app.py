@@ -110,6 +110,11 @@ def refusal(message: Message, error: CrosslmError) -> Message:
     """An answer by which the server learns that it was refused and the kind of error; the silo's own log has more."""
     why = plain(str(error))  # the server's words may be in it
     logger.error("%s", why)
-    with suppress(CrosslmError, OSError):  # a kit or a disk that cannot be used is what the refusal may be about
-        _silo().now("refused", why=why)
+    tell_operator(why)
     return Message(RecordDict({"reply": ConfigRecord(leaving.refused(error))}), reply_to=message)
+
+
+def tell_operator(why: str) -> None:
+    """Have ``crosslm status`` say why the last request was not answered."""
+    with suppress(CrosslmError, OSError):  # a kit or a disk that cannot be used is what it may be about
+        _silo().now("refused", why=why)

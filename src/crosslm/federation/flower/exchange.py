@@ -12,7 +12,7 @@ from crosslm.errors import FederationError, UploadError
 from crosslm.federation.flower.carrier import POLL, TOLD, Carrier
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
-from crosslm.federation.spool import ENDED, Spool
+from crosslm.federation.spool import ENDED, Arrival, Spool
 from crosslm.records import Download, Upload
 from crosslm.support.plain import plain
 
@@ -48,7 +48,8 @@ class FlowerExchange:
     def receive(self) -> Upload | None:
         """The upload that has waited longest; None when nobody waits, after a short while.
 
-        An upload that does not pass the intake's checks is refused and noted in the journal.
+        An upload that does not pass the intake's checks is refused and noted in the journal; one that the disk has lost
+        or changed is asked for again.
         """
         self._look_at_carrier()
         arrival = self.spool.next()
@@ -69,8 +70,11 @@ class FlowerExchange:
                     f"{upload.client_round}; give that silo back the folder state that belongs beside its silo.toml, "
                     "or make it a new kit"
                 )
-        except (UploadError, FederationError) as error:
+        except UploadError as error:
             self.refuse(arrival.silo, arrival.round, error)
+            return None
+        except FederationError as error:
+            self._ask_again(arrival, error)
             return None
         return upload
 
@@ -87,6 +91,12 @@ class FlowerExchange:
         if isinstance(error, UploadError) and error.told:
             self.spool.note(f"{TOLD}{silo}/{number}", error.told)
         self.spool.refuse(silo, number, why)
+        self.carrier.to_carry.set()
+
+    def _ask_again(self, arrival: Arrival, error: FederationError) -> None:
+        """What the spool has of an upload is not what was received: its silo still has it, so nothing is lost."""
+        logger.error("%s; silo %s is asked for its upload again", error, arrival.silo)
+        self.spool.forget(arrival.silo, arrival.round)
         self.carrier.to_carry.set()
 
     def finished(self) -> bool:

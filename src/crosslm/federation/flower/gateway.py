@@ -22,7 +22,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from crosslm.errors import FederationError
-from crosslm.federation.keys import ASKED_AT, fingerprint
+from crosslm.federation.keys import ASKED_AT, fingerprint_of
 from crosslm.federation.kits import SERVER_FILE, ServerSettings, read_server
 from crosslm.federation.spool import TOLD, Spool
 
@@ -51,7 +51,10 @@ def gateway(superlink: str, kit: Path) -> Starlette:
     )
 
     def known(request: Request) -> Response:
-        silo = _known(kit).get(request.path_params["fingerprint"])
+        try:
+            silo = _known(kit).get(request.path_params["fingerprint"])
+        except OSError as error:
+            return PlainTextResponse(f"the silos' keys cannot be read now: {error.strerror}\n", status_code=503)
         if silo is None:
             return PlainTextResponse("", status_code=403)
         complete, over = _complete(kit, silo)
@@ -90,11 +93,17 @@ def gateway(superlink: str, kit: Path) -> Starlette:
 
 
 def _known(kit: Path) -> dict[str, str]:
-    """Silos by the fingerprints of the keys that are in the server's kit now; a file that is none lets nobody in."""
+    """Silos by the fingerprints of the keys that are in the server's kit now; a file that is none lets nobody in.
+
+    Raises:
+        OSError: one cannot be read, so that nobody can be told that it is not known.
+    """
     found = {}
-    for path in (kit / "silos").glob("*.pub"):
-        with suppress(FederationError):
-            found[fingerprint(path)] = path.stem
+    for path in (kit / "silos").iterdir():  # glob passes over a folder that it may not read
+        if path.suffix == ".pub":
+            data = path.read_bytes()
+            with suppress(FederationError):
+                found[fingerprint_of(data, path)] = path.stem
     return found
 
 
