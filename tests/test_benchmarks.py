@@ -142,7 +142,7 @@ def test_generation_is_measured_and_checked(quick, monkeypatch):
 def test_the_update_is_measured_and_checked(quick, monkeypatch):
     figures = quick("update")
     assert figures["whole"]["largest_relative_difference"]["ours_float32"] < 1e-3
-    assert len(figures["whole"]["losses"]["plain"]) == 4
+    assert len(figures["whole"]["losses"]["plain"]) == 2
     assert figures["trimmed"]["ratio_float32"] > 0
 
     def spoil(module):

@@ -242,7 +242,7 @@ class Server:
             refusals: why each of the SLMs has no say; empty for one that has.
         """
         count = self.config.selection.pool
-        old = int(count * self.config.federation.closing_original)
+        old = round(count * self.config.federation.closing_original)
         pool = SyntheticSet(latest.samples[: count - old] + original.samples[:old])
         return Closing(pool, self._said(pool, "all clients") if self._is_asked(any(refusals)) else None)
 
