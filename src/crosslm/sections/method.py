@@ -24,8 +24,8 @@ class RewardConfig(Section):
     llm_judges: bool = False
     """The original LLM judges beside the SLMs what the LLM learns from: its own probabilities of the labels (Eq. 1),
     freed of its preference for some of them, times the SLMs' (ours), each counting as ``slm.weigh_judges`` says. A
-    classifier of a few hundred rows knows less of most texts than an LLM that has read as much as a library. The texts of
-    step 5 have their rewards from the SLMs alone, so that a run's warning of reward hacking then compares two judges."""
+    classifier of a few hundred rows knows less of most texts than an LLM that has read as much as a library. Texts of
+    step 5 get their rewards from the SLMs alone, so a run's warning of reward hacking then compares two judges."""
 
 
 class SynthesisConfig(Section):
