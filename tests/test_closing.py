@@ -540,8 +540,12 @@ def test_a_silo_tries_it_against_what_it_has_and_only_after_its_round(silo, fede
     change(silo.kit, closing=True)
     silo, experiment = Silo(silo.kit, silo.cache), silo.settings.experiment
     _, download = answer(silo, Config.model_validate(federated), models)
-    with pytest.raises(KeptFileError, match="a closing download of round 0, and 0 are complete"):
+    with pytest.raises(FederationError, match="a closing download of round 0, and 0 are complete"):
         silo.close(experiment, 0, [encode(download)])
+    silo.state.rename(silo.kit / "aside")
+    with pytest.raises(KeptFileError, match="give it back the folder state that it had then"):  # and is asked again
+        silo.close(experiment, 0, [encode(download)])
+    (silo.kit / "aside").rename(silo.state)
     silo.install(experiment, 0, [encode(download)])
     had = {name: value.clone() for name, value in silo.slm().model.state_dict().items()}
     tried = []

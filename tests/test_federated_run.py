@@ -477,6 +477,18 @@ def test_what_was_refused_is_still_known_after_a_restart(tables, local, tmp_path
     server.close()
 
 
+def test_a_mistake_that_stopped_the_first_start_can_be_mended(tables, tmp_path):
+    kit, config = tmp_path / "kit", Config.model_validate(tables | {"federation": {"closing": False}})
+    wrong = config.model_copy(update={"task": config.task.model_copy(update={"verbalizer": {"bad": "a", "good": "a"}})})
+    (kit / "spool").mkdir(parents=True)
+    spool = Spool(kit / "spool")
+    with pytest.raises(ConfigError, match="verbalizer"):
+        Deployment.open(kit / "run", wrong, kit / "cache", lambda *_: None, spool)
+    Deployment.open(kit / "run", config, kit / "cache", lambda *_: None, spool)
+    assert load(kit / "run" / "config.toml").task == config.task
+    spool.close()
+
+
 def test_a_server_that_is_started_again_counts_on(tables, local, tmp_path):
     kit, uploads = tmp_path / "kit", local[1]
     server = federation(kit, tables, uploads)
@@ -488,6 +500,9 @@ def test_a_server_that_is_started_again_counts_on(tables, local, tmp_path):
         other = config.model_copy(update={section: table})
         with pytest.raises(RunError, match=rf"another configuration \(different: {section}\.{next(iter(changes))}\)"):
             Deployment.open(kit / "run", other, kit / "cache", exchange_refuse, before.spool)
+    moved = config.model_copy(update={"llm": config.llm.model_copy(update={"model": f"{config.llm.model}/."})})
+    Deployment.open(kit / "run", moved, kit / "cache", exchange_refuse, before.spool)
+    assert load(kit / "run" / "config.toml").llm.model == moved.llm.model
     longer = config.federation.model_copy(update={"deadline_minutes": 7.0})
     config = config.model_copy(update={"federation": longer})
     unnamed = kit / "run" / "checkpoints" / "blobs" / "of-a-server-that-was-killed"

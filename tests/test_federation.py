@@ -40,6 +40,7 @@ from crosslm.federation.flower.carrier import LONGEST_WAIT
 from crosslm.federation.flower.exchange import MOST_TRIES, FlowerExchange
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.flower.silo_processes import run_silo
+from crosslm.federation.kit_texts import server_readme, silo_readme
 from crosslm.federation.kits import SILO_FILE, dump, read_server, read_silo, server_config, silo_names
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
@@ -254,7 +255,7 @@ def test_a_silo_without_rows_or_with_one_label_is_told_before_it_connects(kits, 
     for arguments in (("client", kit), ("client", kit, "--dry-run")):
         code, _, err = shell(*arguments)
         assert code == 2
-        assert "silo-0.csv: no usable training rows; put labelled text into it" in err
+        assert "silo.toml: data.train = 'silo-0.csv' has no usable rows; put some there" in err
     (kit / "silo-0.csv").write_text("text,label\na good day,good\nmore good,good\n")
     code, out, err = shell("client", kit)
     assert (code, err) == (0, "")
@@ -275,6 +276,8 @@ def test_a_hub_dataset_is_not_taken_for_a_file_that_is_missing(kits, monkeypatch
     )
     silo = Silo(kit, kit / "cache")
     assert len(silo.private()) == len(silo.test()) == 2
+    readmes = [silo_readme("a", "b", "c:1", ["hf:some/texts:train"], False), server_readme("b", "c:1", ["hf:x:test"])]
+    assert all("[federation,datasets]" in readme for readme in readmes)
     assert asked == ["hf:some/texts:train", "hf:some/texts:test"]
 
 
@@ -969,6 +972,26 @@ def test_an_upload_that_the_spool_has_lost_is_asked_for_again(exchange, what, ca
     assert file.read_bytes() == whole
     (arrival,) = exchange.spool.arrivals()
     assert arrival.state == "processing"
+
+
+def test_an_upload_that_is_lost_again_and_again_or_too_late_is_refused(exchange):
+    told = []
+    exchange.on_failure = lambda silo, why: told.append((silo, why))
+    exchange.grid.online = ["silo-0"]
+    for _ in range(MOST_TRIES + 1):
+        turn(exchange, 2)
+        exchange.spool.upload_file("silo-0", 0).unlink()
+        assert exchange.receive() is None
+    (arrival,) = exchange.spool.arrivals()
+    assert (arrival.state, len(told)) == ("refused", MOST_TRIES)
+    assert "the silo is asked for it again" in told[0][1]
+    assert exchange.carrier._told_of(arrival) == "the server has lost it on its disk"
+    exchange.grid.online = ["silo-1"]
+    turn(exchange, 2)
+    exchange.config = exchange.carrier.config = exchange.config.model_copy(update={"deadline_minutes": 1e-9})
+    exchange.spool.upload_file("silo-1", 0).unlink()
+    assert exchange.receive() is None
+    assert [arrival.state for arrival in exchange.spool.arrivals()] == ["refused", "refused"]
 
 
 def test_versions_must_fit(exchange, monkeypatch):

@@ -222,6 +222,7 @@ def test_a_server_of_another_version_gets_nothing_done(silo, flower_run, kind, i
     assert reply.has_error() == is_asked_again
     assert f"the server's crosslm 9.9 reads version {messages.VERSION + 1}: install the same" in caplog.text
     assert not list(silo.state.glob("upload-*"))
+    assert "install the same" in silo.doing()["why"]  # what crosslm status says, whether it is asked again or not
 
 
 def test_an_unforeseen_error_is_told_without_its_words(silo, flower_run, monkeypatch, caplog):
@@ -237,4 +238,4 @@ def test_an_unforeseen_error_is_told_without_its_words(silo, flower_run, monkeyp
     assert "a private sentence" in caplog.text
     now = silo.doing()  # what crosslm status says at the silo
     assert now["now"] == "refused"
-    assert now["why"].startswith("RuntimeError, an error that was not foreseen")
+    assert now["why"].startswith("RuntimeError, which was not foreseen")

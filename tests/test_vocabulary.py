@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from crosslm.config import Config, LLMConfig
-from crosslm.errors import DataError, ModelError
+from crosslm.errors import DataError, ModelError, RunError
 from crosslm.models import vocabulary
 from crosslm.models.llm import LLM
 from crosslm.models.sources import lock_of
@@ -162,10 +162,10 @@ def test_what_another_process_is_trimming_is_waited_for_and_taken(models, tmp_pa
 
 def test_what_could_not_be_written_whole_is_taken_away_again(models, tmp_path, monkeypatch):
     def full(*given):
-        raise OSError("no space left on device")
+        raise OSError(28, "no space left on device")
 
     monkeypatch.setattr(vocabulary, "_cut_tokenizer", full)
-    with pytest.raises(ModelError, match="cannot be written: no space left"):
+    with pytest.raises(RunError, match="cannot be written: no space left"):
         trim_vocabulary(str(models / "gpt2"), TEXTS, tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
@@ -249,6 +249,6 @@ def test_a_full_disk_is_said_and_leaves_no_half_of_a_model(models, tmp_path, mon
         raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
-    with pytest.raises(ModelError, match=r"cannot be written: .*No space left.*make room there, or name"):
+    with pytest.raises(RunError, match=r"cannot be written: .*No space left.*make room there, or name"):
         cached_trim(str(models / "gemma3"), TEXTS, tmp_path, lambda _: None)
     assert [path for path in (tmp_path / "models").iterdir() if not path.name.endswith(".lock")] == []

@@ -242,7 +242,7 @@ class Server:
             refusals: why each of the SLMs has no say; empty for one that has.
         """
         count = self.config.selection.pool
-        old = round(count * self.config.federation.closing_original)
+        old = int(count * self.config.federation.closing_original + 1e-9)  # 0.29 of 100 are 29
         pool = SyntheticSet(latest.samples[: count - old] + original.samples[:old])
         return Closing(pool, self._said(pool, "all clients") if self._is_asked(any(refusals)) else None)
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from crosslm.config import Config
 from crosslm.data.examples import Examples
+from crosslm.data.hub import HUB
 from crosslm.data.texts import is_there, load_examples
 from crosslm.errors import DataError
 from crosslm.support.seeding import seed_for
@@ -93,9 +94,9 @@ def one_label(who: str, private: Examples, labels: Sequence[str]) -> str | None:
 
 
 def test_rows(config: Config, warn: Callable[[str], None]) -> Examples | None:
-    """The rows of ``data.test`` as every seed of a run has them; None if the file is not there.
+    """The rows of ``data.test`` as every seed of a run has them; None if they are not there.
 
-    ``warn`` is told of rows that were left out.
+    ``warn`` is told of rows that were left out, and of a hub dataset that is not to be had.
 
     Raises:
         DataError: it is there and cannot be used.
@@ -103,7 +104,13 @@ def test_rows(config: Config, warn: Callable[[str], None]) -> Examples | None:
     data, labels = config.data, config.task.labels
     if not is_there(str(data.test), data):
         return None
-    loaded = load_examples(str(data.test), data, labels)
+    try:
+        loaded = load_examples(str(data.test), data, labels)
+    except DataError as error:
+        if not str(data.test).startswith(HUB):
+            raise
+        warn(f"{error}; accuracies are not measured here")
+        return None
     for line in loaded.warnings():
         warn(line)
     return balanced_sample(loaded.examples, data.test_rows, len(labels), seed_for(0, "test"))

@@ -32,9 +32,12 @@ from crosslm.support.seeding import seed_for
 from crosslm.task import Task
 from crosslm.teachers import stranger_proba
 
-CHANGEABLE = ("federation", "intake", "checkpoint", "tracking", "clients", "data", "device")
-"""Sections of a server's configuration that may be changed between two starts: who comes, how long is waited, and where
-files are."""
+CHANGEABLE = (
+    *("federation", "intake", "checkpoint", "tracking", "clients", "data", "device"),
+    *("llm.model", "selection.encoder", "gate.public_texts", "evaluation.perplexity_text", "llm.vocabulary_texts"),
+)
+"""What of a server's configuration may be changed between two starts: who comes, how long is waited, and where files
+and models are. That the LLM is the same one is known by its weights."""
 Refuse = Callable[[str, int, Exception], None]
 
 
@@ -78,8 +81,10 @@ class Deployment:
             RunError: the run in the folder has another configuration; names what differs.
         """
         if (folder / CONFIG).exists():
-            check_same(config, folder, CHANGEABLE)
             run = RunDir.open(folder)
+            if Checkpoints(run).last() is not None:  # else nothing has been made of it yet
+                hint = f"put that back in {folder.parent / CONFIG} as it is in {folder / CONFIG}, or provision anew"
+                check_same(config, folder, CHANGEABLE, hint)
             run.write(CONFIG, config.dump())
         else:
             run = RunDir.create(folder, config)

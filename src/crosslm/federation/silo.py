@@ -179,7 +179,8 @@ class Silo(SiloState):
                 f"silo {self.settings.id}: agrees to no closing download; set closing = true in its kit for one"
             )
         if number >= self.installed:
-            raise KeptFileError(
+            away = not self._sent(number).exists()
+            raise (KeptFileError if away else FederationError)(
                 f"silo {self.settings.id}: a closing download of round {number}, and {self.installed} are complete; "
                 f"give it back the folder {self.state.name} that it had then, or look at the server's spool"
             )

@@ -117,7 +117,7 @@ class SiloState:
             )
         rows = self._rows(name, warn)
         if not len(rows):
-            raise DataError(f"{Path(data.dir) / name}: no usable training rows; put labelled text into it")
+            raise DataError(f"{self.kit / SILO_FILE}: data.train = {name!r} has no usable rows; put some there")
         return rows
 
     def test(self, warn: Callable[[str], None] = lambda _: None) -> Examples | None:

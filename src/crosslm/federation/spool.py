@@ -21,6 +21,7 @@ from crosslm.support.files import partial_of, parts_of, rename, write_whole
 TOLD = "told/"  # and a silo: how many of its rounds it has been told are complete
 NO_SAY = "no say/"  # and silo and round
 CLOSING = "closing/"  # and silo: the round whose upload the closing download is made of, and its SHA-256
+LOSSES = "losses/"  # and silo and round: how often this disk has lost it
 TRIES = "tries/"  # and silo and round: how often its turn has come
 CLOSED = "closed/"  # and silo: what came of its closing download
 ENDED = "ended"  # no upload is asked for or served any more
@@ -271,10 +272,17 @@ class Spool:
             sql = "UPDATE arrivals SET state = 'refused', note = ? WHERE silo = ? AND round = ?"
             self._write(sql, why, silo, number)
 
-    def forget(self, silo: str, number: int) -> None:
+    def forget(self, arrival: Arrival) -> None:
         """An upload is lost on this disk: it is as if it had not come, and its silo, which has it, is asked."""
+        which = f"{arrival.silo}/{arrival.round}"
+        self.note(f"{LOSSES}{which}", str(self.losses(arrival) + 1))
+        self.note(f"{TRIES}{which}", "0")
         with self._lock:
-            self._write("DELETE FROM arrivals WHERE silo = ? AND round = ?", silo, number)
+            self._write("DELETE FROM arrivals WHERE number = ?", arrival.number)
+
+    def losses(self, arrival: Arrival) -> int:
+        """How often an upload was lost on this disk."""
+        return int(self.fact(f"{LOSSES}{arrival.silo}/{arrival.round}") or 0)
 
     def delivered(self, silo: str, number: int, note: str = "") -> None:
         """The silo has confirmed its download."""

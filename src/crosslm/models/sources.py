@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from crosslm.errors import ConfigError, ModelError
+from crosslm.errors import ConfigError, ModelError, RunError
 from crosslm.support.files import alone, disk_error, expanded, replace_folder
 
 PREFIX = "package:"
@@ -146,15 +146,15 @@ def writing_model(folder: Path) -> Iterator[None]:
     """Write a model into a folder within it.
 
     Raises:
-        ModelError: the disk does not let it be written; names the folder.
+        RunError: the disk does not let it be written; names the folder.
     """
     try:
         yield
     except Exception as error:
         if (why := disk_error(error)) is None:
             raise
-        raise ModelError(
-            f"{folder}: cannot be written: {why}; make room there, or name another folder (--cache-dir)"
+        raise RunError(
+            f"{folder}: cannot be written: {why}; make room there, or name another folder (CROSSLM_CACHE for the cache)"
         ) from error
 
 

@@ -68,13 +68,14 @@ def public_texts(config: Config, warn: Callable[[str], None] = lambda _: None) -
     return loaded.examples
 
 
-def check_same(config: Config, folder: Path, changeable: Collection[str] = ()) -> None:
+def check_same(config: Config, folder: Path, changeable: Collection[str] = (), hint: str = "") -> None:
     """Find out that a run folder is one of this configuration.
 
     Args:
         config: that is to be gone on with.
         folder: of the run.
-        changeable: sections that may differ.
+        changeable: sections, and ``section.key``, that may differ.
+        hint: what to do otherwise, if it is not to choose another ``--output``.
 
     Raises:
         RunError: it is not; names what differs.
@@ -83,15 +84,15 @@ def check_same(config: Config, folder: Path, changeable: Collection[str] = ()) -
     different = [
         f"{section}.{name}" if isinstance(value, dict) else section
         for section, value in config.model_dump().items()
-        if section not in changeable
         for name in (value if isinstance(value, dict) else [section])
         if (value[name] if isinstance(value, dict) else value)
         != (own[section][name] if isinstance(value, dict) else own[section])
     ]
+    different = [name for name in different if name not in changeable and name.partition(".")[0] not in changeable]
     if different:
         raise RunError(
             f"{folder}: its run has another configuration (different: {', '.join(different)}); "
-            f"go on with {folder / CONFIG}, or choose another --output"
+            + (hint or f"go on with {folder / CONFIG}, or choose another --output")
         )
 
 

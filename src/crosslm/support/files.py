@@ -21,8 +21,8 @@ def disk_error(error: Exception) -> str | None:
 
     safetensors and tokenizers have exceptions of their own that are no OSError; the system's number is in their words.
     """
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno is not None:  # transformers raises it for files that are not there
+        return error.strerror
     return str(error) if "(os error " in str(error) else None
 
 

@@ -21,7 +21,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from crosslm.errors import FederationError
 from crosslm.federation.flower.bundle import check_bundle
-from crosslm.federation.flower.client_app import app, refusal, tell_operator
+from crosslm.federation.flower.client_app import AskAgainError, app, refusal, tell_operator
 
 UNSAID = "an error at the silo, see its own log"
 logger = logging.getLogger(__name__)
@@ -59,11 +59,12 @@ def answer_to(message: Message, context: Context, bundle: bytes) -> Message:
         return app(message=message, context=context)
     except FederationError as error:
         return refusal(message, error)
+    except AskAgainError:
+        logger.exception("the message could not be answered")
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, UNSAID), reply_to=message)
     except Exception as error:
         logger.exception("the message could not be answered")
-        tell_operator(
-            f"{type(error).__name__}, an error that was not foreseen; the log of the process that trains has more"
-        )
+        tell_operator(f"{type(error).__name__}, which was not foreseen; the log of the process that trains has more")
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, UNSAID), reply_to=message)
 
 

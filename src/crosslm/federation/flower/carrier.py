@@ -95,7 +95,7 @@ class Carrier:
 
     def is_over(self) -> bool:
         """Whether nobody will be asked for an upload any more."""
-        return self._too_late() or all(self._is_done(line) for line in self.lines.values())
+        return self.is_too_late() or all(self._is_done(line) for line in self.lines.values())
 
     def untold(self) -> list[Arrival]:
         """Refused uploads whose silos do not know of it."""
@@ -186,7 +186,7 @@ class Carrier:
             return "closing", closing[0], content
         if self.has_ended or line.over or any(arrival.state in ("received", "processing") for arrival in mine):
             return None
-        if len(mine) >= self.config.participations or self._too_late():
+        if len(mine) >= self.config.participations or self.is_too_late():
             return None
         return "upload", len(mine), self.request(len(mine))
 
@@ -289,6 +289,7 @@ class Carrier:
     def _is_done(self, line: Line) -> bool:
         return line.over or len(self.spool.of(line.silo)) >= self.config.participations
 
-    def _too_late(self) -> bool:
+    def is_too_late(self) -> bool:
+        """Whether the deadline has passed."""
         minutes = self.config.deadline_minutes
         return minutes is not None and time.time() > float(str(self.spool.fact("started"))) + minutes * 60

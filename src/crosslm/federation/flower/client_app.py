@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from crosslm import __version__
-from crosslm.errors import CrosslmError, KeptFileError
+from crosslm.errors import CrosslmError, KeptFileError, RunError
 from crosslm.federation import leaving, messages
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.kits import KIT
@@ -30,7 +30,7 @@ def upload(message: Message, context: Context) -> Message:
     try:
         silo, number = _silo_for(request)
         file = silo.upload(str(request["experiment"]), number)
-    except KeptFileError as error:
+    except (KeptFileError, RunError) as error:  # a RunError is of the disk
         raise _ask_again(message, error) from None
     except CrosslmError as error:
         return refusal(message, error)
@@ -97,13 +97,17 @@ def _silo_for(request: object) -> tuple[Silo, int]:
     return silo, int(str(request["round"]))
 
 
-def _ask_again(message: Message, error: CrosslmError) -> RuntimeError:
+class AskAgainError(RuntimeError):
+    """Something of the silo's own is amiss, and its operator has been told what; the server asks again."""
+
+
+def _ask_again(message: Message, error: CrosslmError) -> AskAgainError:
     """What ends this answer where something of the silo's own is amiss: nothing is decided, and the server asks again.
 
     It learns the kind of error alone; the silo's own log has more.
     """
     refusal(message, error)
-    return RuntimeError(type(error).__name__)
+    return AskAgainError(type(error).__name__)
 
 
 def refusal(message: Message, error: CrosslmError) -> Message:

@@ -17,6 +17,7 @@ from crosslm.records import Download, Upload
 from crosslm.support.plain import plain
 
 LATE = "it came when the run had ended; send it to the next run"
+LOST = "the server has lost it on its disk"
 MOST_TRIES = 5  # at an upload with which the server application ends
 TELL_REFUSED = 120.0  # seconds at the end of a run for silos to hear that their upload was not used
 logger = logging.getLogger(__name__)
@@ -94,9 +95,18 @@ class FlowerExchange:
         self.carrier.to_carry.set()
 
     def _ask_again(self, arrival: Arrival, error: FederationError) -> None:
-        """What the spool has of an upload is not what was received: its silo still has it, so nothing is lost."""
+        """What the spool has of an upload is not what was received: its silo still has it, so nothing is lost.
+
+        When no uploads are asked for any more, or it has been lost as often as an upload is tried, it is refused.
+        """
+        if self.carrier.has_ended or self.carrier.is_too_late() or self.spool.losses(arrival) >= MOST_TRIES:
+            lost = UploadError(f"{LOST}: {error}")
+            lost.told = LOST  # not where
+            self.refuse(arrival.silo, arrival.round, lost)
+            return
         logger.error("%s; silo %s is asked for its upload again", error, arrival.silo)
-        self.spool.forget(arrival.silo, arrival.round)
+        self.on_failure(arrival.silo, f"round {arrival.round}: {error}; the silo is asked for it again")
+        self.spool.forget(arrival)
         self.carrier.to_carry.set()
 
     def finished(self) -> bool:
