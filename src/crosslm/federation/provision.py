@@ -164,7 +164,8 @@ def _silo_kit(kit: Path, settings: SiloSettings, server: Path) -> None:
     _file(kit / "ca.crt", (server / "ca.crt").read_bytes())
     _secret(kit / "silo.key", private)
     _text(kit / SILO_FILE, dump(settings))
-    needs = [settings.slm.model, settings.data.train, *([settings.encoder] if settings.privacy.checks_leaks else [])]
+    needs = [settings.slm.model, settings.data.train, settings.data.test or ""]
+    needs += [settings.encoder] if settings.privacy.checks_leaks else []
     readme = silo_readme(settings.id, settings.experiment, settings.server, needs, bool(settings.privacy.epsilon))
     _text(kit / "README.md", readme)
     _start_files(kit, "client", "crosslm-silo", settings.id)
