@@ -290,7 +290,7 @@ def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
         (
             "the server does not know the key",
             "was not signed by the authority",
-            "silo.key: is not a key as crosslm provision makes them",
+            "silo.key: cannot be read: No such file or directory",
             "as that of silo slow",
         ),
         strict=True,
