@@ -508,6 +508,7 @@ NAMES = {
     "sst2-one-client": "SST-2, one client of 200 rows, 256 texts to learn from, a pool of 1,024, preset recommended",
 }
 EARLIER_NAMES = {
+    "demo-at-once": "The demo without `federation.closing`, with pools of 512 texts",
     "demo-float32": "The demo with the LLM in float32, beside other work, so that its minutes say nothing",
     "demo-llm-judges": "The demo with `slm.llm_judges`, as preset recommended has it",
     "demo-intended-labels": "The demo with `slm.intended_labels` in the preset, in place of `slm.llm_judges`",
