@@ -25,7 +25,7 @@ def arguments(description: str, **more: dict) -> argparse.Namespace:
     """The options that every script has, and its own."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    parser.add_argument("--quick", action="store_true", help="less work, to see that it runs (under two minutes)")
+    parser.add_argument("--quick", action="store_true", help="less work, to see that it runs (about two minutes)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--keep", action="store_true", help="write the figures to benchmarks/results/")
     for name, options in more.items():
