@@ -146,7 +146,7 @@ METHODS = ("data_free_kd", "crosslm")
 TASKS = {"sst2": "SST-2", "imdb": "IMDb", "ag_news": "AG News", "yahoo_answers": "Yahoo! Answers"}
 HOW_CLOSED = (
     "Preset recommended with seed 0, on test rows; the first four are the runs of Table 4. The same judges teach "
-    "Data-free KD each time; of a client that does not take what comes in the end, Data-free KD too keeps its figure."
+    "Data-free KD each time, which counts with what it made in the end also for a client that does not take CrossLM's."
 )
 EARLIER_CLOSING = {"closing-yahoo_answers-earlier": "Yahoo! Answers"}
 HOW_CLOSED_EARLIER = (
@@ -565,7 +565,8 @@ HEADLINE = """\
 In the mean of the paper's four datasets, with four clients each and small models (preset `recommended`; {seeds} of the
 classifiers for each dataset), a classifier
 gains **{slm_gain_vs_standalone}** over what its silo has alone, and {slm_gain_vs_data_free_kd} over what the same
-judges and the untrained LLM would have given it (Data-free KD; nobody is asked there whether they accept). The LLM
+judges and the untrained LLM would have given it (Data-free KD, whose figure is of what it made for each client, taken
+or not). The LLM
 classifies {nlu_gain} better, and what it writes fits its label {nlg_judge_gain} more often, by a judge that it was not
 trained by; its perplexity on other text rises by {growth:.0f} % where it rises most. [docs/results.md](docs/results.md)
 has each dataset, the paper's own figures, and where it brings nothing."""

@@ -366,6 +366,15 @@ def test_a_copy_of_any_private_row_is_overlap(private_run, tmp_path, monkeypatch
     assert re.search(rf"private +│ {len(private)} ", out.file.getvalue())
 
 
+def test_where_no_text_was_selected_there_is_no_overlap(private_run, tmp_path, monkeypatch):
+    audit = _Audit(RunDir.open(private_run[0]), tmp_path, 0, None)
+    client, private = next(iter(audit.split.private.items()))
+    monkeypatch.setattr(audit, "_synthetic", lambda: [("x", "a text", False)])
+    found = audit._overlap(client, Rows(private, audit.split.test.take(range(20)), audit.split.judge), Same())
+    assert found == {"texts": 0}
+    assert overlap_table({"clients": {client: {"overlap": found}}}).row_count == 0
+
+
 def test_the_attackers_models_are_trained_like_a_private_slm(private_run, tmp_path, monkeypatch):
     """Under DP on the same layers, and no shadow model holds rows of its half out."""
     run, _ = private_run

@@ -536,6 +536,35 @@ def test_a_server_that_is_started_again_counts_on(tables, local, tmp_path):
     server.close()
 
 
+def test_of_a_silo_that_was_shut_out_nothing_is_used_and_nothing_is_owed_to_it(tables, local, tmp_path, monkeypatch):
+    kit, (first, second) = tmp_path / "kit", map(decode_upload, local[1])
+    server = federation(kit, tables, local[1][:1])
+    before = next(server)
+    spool, config, intake = before.spool, before.config, Intake(TASK["labels"], before.config.intake)
+    spool.put(second.client_id, 0, [local[1][1]])  # came before the server was stopped
+
+    def started(*silos):
+        exchange = FlowerExchange(None, spool, "tiny-1", list(silos), config.federation, intake)
+        return exchange, Deployment.open(kit / "run", config, kit / "cache", exchange.refuse, spool)
+
+    exchange, deployment = started(first.client_id, second.client_id, "late")
+    assert list(deployment.server.teachers.members) == [first.client_id]
+    assert exchange._owed() == [first.client_id]
+    exchange, deployment = started("late")
+    assert not deployment.server.teachers.members
+    assert exchange._owed() == []
+    assert deployment.last_served() == []
+    assert exchange.receive() is None
+    refused = spool.of(second.client_id)[0]
+    assert refused.state == "refused"
+    assert f"put silos/{second.client_id}.pub back there" in refused.note
+    assert exchange.carrier.untold() == []  # it cannot be told
+    exchange, deployment = started(first.client_id, "late")  # whose key was put back
+    assert list(deployment.server.teachers.members) == [first.client_id]
+    assert exchange._owed() == [first.client_id]
+    server.close()
+
+
 def silo_with(upload):
     """A silo in the grid that has trained: answers with this upload, and takes what comes back."""
 

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,9 +19,11 @@ import urllib.error
 import zipfile
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 from conftest import PATIENCE
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -30,7 +33,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from crosslm.config import AcceptanceConfig, Config, FederationConfig, PrivacyConfig
+from crosslm.config import AcceptanceConfig, Config, FederationConfig, PrivacyConfig, merged
 from crosslm.errors import ConfigError, DataError, FederationError, KeptFileError, LeakError, RunError, UploadError
 from crosslm.federation import keys, silo_state
 from crosslm.federation import spool as spool_module
@@ -1240,6 +1243,19 @@ def test_a_superlink_that_dies_at_its_start_is_started_again_but_not_for_ever(ki
         server.spool.close()
 
 
+def test_the_settings_of_dp_that_docs_deploy_shows_are_a_kits(kits):
+    page = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text()
+    shown = next(
+        tables for tables in map(tomllib.loads, re.findall(r"```toml\n(.*?)```", page, re.S)) if "fit" in tables
+    )
+    file = kits / "silos" / "silo-0" / SILO_FILE
+    written = tomllib.loads(file.read_text())
+    assert shown.keys() <= written.keys()
+    file.write_text(tomli_w.dumps(merged(written, shown)))
+    settings = read_silo(file.parent)
+    assert (settings.privacy.epsilon, settings.fit.batch_size, settings.slm.pooling) == (8.0, 200, "mean")
+
+
 def test_status_of_a_server_shows_what_a_silo_said_as_it_is(kits, shell):
     spool = Spool(kits / "server" / "spool")
     spool.put("silo-0", 0, [b"an upload"])
@@ -1252,6 +1268,15 @@ def test_status_of_a_server_shows_what_a_silo_said_as_it_is(kits, shell):
     assert "[/]" in out
     assert "[gate]" in "".join(out.split())
     assert "\x1b[2J" not in out
+
+
+def test_status_of_a_server_shows_what_came_of_a_silo_that_was_shut_out(kits, shell):
+    spool = Spool(kits / "server" / "spool")
+    spool.put("gone", 0, [b"an upload"])
+    spool.close()
+    code, out, _ = shell("status", kits / "server")
+    assert code == 0
+    assert [line for line in out.splitlines() if line.split()[:1] == ["gone"] and "shut out" in line]
 
 
 def test_it_is_not_over_for_a_silo_whose_upload_has_no_answer_yet(tmp_path):

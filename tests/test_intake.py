@@ -235,6 +235,13 @@ def test_every_allowed_type_can_be_described_without_memory(model_type):
     assert {str(tensor.device) for tensor in model.state_dict().values()} == {"meta"}
 
 
+def test_an_architecture_of_some_hundred_labels_may_travel():
+    labels = [f"label {place}" for place in range(300)]
+    architecture = travelling({"model_type": "bert", "transformers_version": "1"}, labels)
+    check_architecture(architecture)
+    assert on_meta(architecture, len(labels)).config.num_labels == 300
+
+
 @pytest.mark.parametrize(("model_type", "key"), [("bert", "hidden_dropout_prob"), ("gpt2", "resid_pdrop")])
 @pytest.mark.parametrize("value", [5.0, -0.1])
 def test_a_dropout_that_would_fail_in_training_is_refused(model_type, key, value):

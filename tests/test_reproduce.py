@@ -1,8 +1,10 @@
 """`crosslm reproduce` on tiny models: whole, stopped and gone on with."""
 
+import gzip
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
 from conftest import PATIENCE
 from moments import BOTH, THREE, Dying, Failing, Recording, Sleeping
 
@@ -636,6 +639,42 @@ def test_a_run_of_another_configuration_is_not_gone_on_with(scale, data, tmp_pat
     assert not store.ready_run_folder(cell, other).exists()
 
 
+def test_a_cell_made_of_other_data_is_refused_wherever_the_same_data_are(scale, data, tmp_path, quick):
+    reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
+    made, elsewhere = len(quick), tmp_path / "elsewhere"
+    shutil.copytree(data, elsewhere)
+    packed = elsewhere / "sst2" / "train_sentences.csv"
+    with gzip.open(packed.with_name(f"{packed.name}.gz"), "wb") as file:
+        file.write(packed.read_bytes())
+    packed.unlink()
+    reproduce(chosen(scale, elsewhere, "4"), tmp_path / "out", tmp_path)
+    assert len(quick) == made
+    kept = tmp_path / "out/test/cells/sst2/paper/base/seed-0/run.json"
+    cell = json.loads(kept.read_text())
+    digests = cell["settings"].pop("files")
+    assert set(digests) == {"train_sentences.csv", "test.csv", "../ptb/ptb.test.txt"}
+    with packed.open("w") as file:
+        file.write((data / "sst2" / "train_sentences.csv").read_text().replace("good", "kind"))
+    with pytest.raises(
+        RunError, match=r"3 of 3 cells failed(.|\n)*other settings \(the contents of train_sentences.csv\)"
+    ):
+        reproduce(chosen(scale, elsewhere, "4"), tmp_path / "out", tmp_path)
+    kept.write_text(json.dumps(cell))  # one that was kept before contents were: not known to be of others
+    choice, store = chosen(scale, elsewhere, "4"), Store(tmp_path / "out", "test")
+    (run,) = [cell for cell in plan(choice) if (cell.stage, cell.method) == ("run", "paper")]
+    assert driver.is_done(run, choice, store)
+
+
+def test_a_benchmark_of_other_rows_is_refused(scale, data, tmp_path):
+    choice = chosen(scale, data, "7")
+    cell = next(cell for cell in plan(choice) if cell.stage == "rte")
+    before = settings_of(cell, choice)
+    assert differences(cell, before, settings_of(cell, choice)) == []
+    path = data / "rte" / "test.csv"
+    path.write_text(path.read_text() + path.read_text().splitlines()[-1] + "\n")
+    assert differences(cell, before, settings_of(cell, choice)) == ["the contents of rte/test.csv"]
+
+
 def test_a_damaged_cell_is_named_at_the_end(scale, data, tmp_path, quick):
     choice = chosen(scale, data, "4")
     reproduce(choice, tmp_path / "out", tmp_path)
@@ -660,16 +699,23 @@ def test_the_settings_are_those_at_the_beginning_of_a_cell(scale, data, tmp_path
     assert kept["settings"]["config"]["llm"]["samples"] == 4
 
 
-def test_a_cell_that_fails_does_not_stop_the_others(scale, data, tmp_path, monkeypatch, quick):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModelError("the LLM's update is not finite"), "the LLM's update is not"),
+        (torch.OutOfMemoryError("no room"), "OutOfMemoryError: no room"),
+    ],
+)
+def test_a_cell_that_fails_does_not_stop_the_others(scale, data, tmp_path, monkeypatch, quick, error, said):
     good = work.run_local
 
     def run(config, folder, *rest, **how):
         if config.preset == "paper":
-            raise ModelError("the LLM's update is not finite")
+            raise error
         good(config, folder, *rest, **how)
 
     monkeypatch.setattr(work, "run_local", run)
-    with pytest.raises(RunError, match="1 of 3 cells failed:\nsst2/paper/base/seed-0/run: the LLM's update is not"):
+    with pytest.raises(RunError, match=f"1 of 3 cells failed:\nsst2/paper/base/seed-0/run: {said}"):
         reproduce(chosen(scale, data, "4"), tmp_path / "out", tmp_path)
     assert len(contents(tmp_path / "out")) == 2
     monkeypatch.setattr(work, "run_local", good)
@@ -679,8 +725,13 @@ def test_a_cell_that_fails_does_not_stop_the_others(scale, data, tmp_path, monke
 
 def test_a_run_whose_uploads_were_all_refused_is_no_hole_in_the_mean(scale, data, tmp_path):
     scale["run"]["gate"] = {"enabled": True, "min_texts": 1, "max_share": 0.01}
-    choice = chosen(scale, data, "4", presets=["paper"])
+    choice = chosen(scale, data, "4", "7", presets=["paper"])
     reproduce(choice, tmp_path / "out", tmp_path)
+    of_run, of_original = (
+        json.loads((tmp_path / f"out/test/cells/{place}/base/seed-0/rte.json").read_text())["figures"]
+        for place in ("sst2/paper", "original/original")
+    )
+    assert of_run == of_original  # its LLM is the original
     run = json.loads((tmp_path / "out/test/cells/sst2/paper/base/seed-0/run.json").read_text())["figures"]
     assert not any(name.startswith("slm/crosslm") for name in run["correct"])
     assert run["llm"]["perplexity"]["before"] == run["llm"]["perplexity"]["after"] > 0

@@ -20,7 +20,7 @@ from crosslm.client import Client
 from crosslm.config import FitConfig
 from crosslm.data.examples import Examples
 from crosslm.errors import ModelError, UploadError
-from crosslm.models.architecture import MODEL_TYPES, longest_text
+from crosslm.models.architecture import MODEL_TYPES, check_architecture, longest_text, on_meta, output_layer
 from crosslm.models.batches import batches as row_batches
 from crosslm.models.batches import hold_out
 from crosslm.models.slm import SLM
@@ -45,6 +45,34 @@ def test_training_teaches_and_follows_the_seed(slm, models):
     again = SLM.load(slm.model.config._name_or_path, LABELS, 32, seed=0)
     again.fit(EXAMPLES, FIT, 1)
     torch.testing.assert_close(again.predict_proba(EXAMPLES.texts), slm.predict_proba(EXAMPLES.texts))
+
+
+def test_training_in_bfloat16_teaches_as_well_and_leaves_weights_in_float32(slm, models, monkeypatch):
+    monkeypatch.setattr("crosslm.models.slm.fast_dtype", lambda device: torch.bfloat16)
+    exact = SLM.load(slm.model.config._name_or_path, LABELS, 32, seed=0)
+    exact.fit(EXAMPLES, FIT, 1)
+    given = []
+    hook = output_layer(slm.model).register_forward_hook(lambda _, inputs, output: given.append(output.dtype))
+    slm.fit(EXAMPLES, FIT.model_copy(update={"dtype": "auto"}), 1)
+    assert set(given) == {torch.bfloat16}
+    assert {value.dtype for value in slm.model.parameters()} == {torch.float32}
+    given.clear()
+    assert slm.accuracy(EXAMPLES) > 0.9
+    assert set(given) == {torch.float32}  # what it says of texts
+    hook.remove()
+    apart = (slm.predict_proba(EXAMPLES.texts) - exact.predict_proba(EXAMPLES.texts)).abs()
+    assert apart.max() > 0
+    assert apart.mean() < 0.1
+
+
+@pytest.mark.parametrize("name", ["float32", "auto"])
+def test_training_is_in_float32_unless_told_and_where_the_processor_has_no_other(models, monkeypatch, name):
+    fast = torch.bfloat16 if name == "float32" else torch.float32
+    monkeypatch.setattr("crosslm.models.slm.fast_dtype", lambda device: fast)
+    slm, given = SLM.load(str(models / "bert"), LABELS, 32, seed=0), []
+    output_layer(slm.model).register_forward_hook(lambda _, inputs, output: given.append(output.dtype))
+    slm.fit(EXAMPLES, FIT.model_copy(update={"dtype": name, "epochs": 1}), 1)
+    assert set(given) == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -241,6 +269,24 @@ def test_layers_can_be_left_out_and_embeddings_frozen(models):
     assert torch.equal(slm.model.get_input_embeddings().weight, table)
     with pytest.raises(ModelError, match="has 2 hidden layers; num_hidden_layers = 5"):
         SLM.load(str(models / "bert"), LABELS, 32, 0, num_hidden_layers=5)
+
+
+@pytest.mark.parametrize("model_type", ["modernbert", "qwen3", "gemma3_text"])
+def test_what_has_fewer_layers_travels_where_a_configuration_names_each(models, tmp_path, model_type):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    tokenizer = AutoTokenizer.from_pretrained(models / "gpt2")
+    more = {} if model_type == "modernbert" else {"num_key_value_heads": 1, "head_dim": 8}
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1, "cls_token_id": 0, "sep_token_id": 1}
+    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **sizes, **more, **ids)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    slm = SLM.load(str(tmp_path), LABELS, 32, seed=0, num_hidden_layers=2)
+    state = slm.to_state()
+    check_architecture(state.architecture)
+    assert on_meta(state.architecture, 2).config.num_hidden_layers == 2
+    again = SLM.from_state(state, slm.labels)
+    torch.testing.assert_close(again.predict_proba(GOOD), slm.predict_proba(GOOD))
+    slm.save(str(tmp_path / "saved"))
 
 
 def test_training_does_not_disturb_the_random_state_of_others(models):

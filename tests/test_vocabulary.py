@@ -241,6 +241,16 @@ def test_generation_and_update_work_on_it(trimmed):
     assert all(0 < len(text) <= 5 for text in texts)
 
 
+def test_a_padding_token_that_there_is_not_is_left_out(models, tmp_path):
+    whole = tmp_path / "whole"
+    shutil.copytree(models / "llama", whole)
+    config = json.loads((whole / "config.json").read_text()) | {"pad_token_id": -1}
+    (whole / "config.json").write_text(json.dumps(config))
+    trim_vocabulary(str(whole), TEXTS, tmp_path / "cut")
+    assert json.loads((tmp_path / "cut" / "config.json").read_text()).get("pad_token_id") is None
+    assert LLM.load(str(tmp_path / "cut"), LLMConfig(model="llama", lora_rank=4), seed=0).encode("a good text")
+
+
 def test_a_full_disk_is_said_and_leaves_no_half_of_a_model(models, tmp_path, monkeypatch):
     """safetensors' own exception is no OSError."""
 

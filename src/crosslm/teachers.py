@@ -7,7 +7,7 @@ Federated Learning", NeurIPS 2020, on texts that the LLM wrote.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -114,6 +114,11 @@ class Teachers:
         self.members[upload.client_id] = Teacher(upload, slm)
         for name in list(self.members)[: -self.config.teachers]:
             del self.members[name]
+
+    def forget(self, clients: Iterable[str]) -> None:
+        """Have these clients' SLMs judge no more."""
+        for name in list(clients):
+            self.members.pop(name, None)
 
 
 def stranger_proba(slm: SLM, texts: list[str]) -> Tensor:

@@ -40,9 +40,10 @@ def leave_one_out_advantages(rewards: Tensor, labels: Tensor) -> Tensor:
     Returns:
         ``(texts,)``; 0 for a text that is the only one of its label.
     """
-    same = (labels.unsqueeze(0) == labels.unsqueeze(1)).to(rewards)
-    others = same.sum(dim=1) - 1
-    mean = (same @ rewards - rewards) / others.clamp_min(1)
+    counts = labels.bincount()
+    sums = torch.zeros(len(counts)).to(rewards).index_add(0, labels, rewards)
+    others = counts[labels] - 1
+    mean = (sums[labels] - rewards) / others.clamp_min(1)
     return torch.where(others > 0, rewards - mean, torch.zeros_like(rewards))
 
 

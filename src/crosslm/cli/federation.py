@@ -143,14 +143,16 @@ def server_status(kit: Path) -> None:
     if doing := spool.fact("working on"):
         _say(f"at work on: {doing}")
     table = Table("silo", "round", "state", "since", "bytes", "note", box=None)
-    for silo in silo_names(kit):
+    admitted = silo_names(kit)
+    shut_out = [arrival.silo for arrival in spool.arrivals() if arrival.silo not in admitted]
+    for silo in [*admitted, *dict.fromkeys(shut_out)]:
         moment, _, line = (spool.fact(f"silo/{silo}") or " ").partition(" ")
         mine, since = spool.of(silo), _ago(float(moment)) if moment else "-"
         if not mine:
             table.add_row(silo, "-", "not uploaded", since, "-", _plain(line))
         line = f"{line}, {since} ago" if line else ""
         for arrival in mine:
-            note = _plain(arrival.note or line)
+            note = _plain(arrival.note or (line if silo in admitted else "shut out: its key is not in the kit"))
             table.add_row(silo, str(arrival.round), arrival.state, _ago(arrival.since), f"{arrival.bytes:,}", note)
         if spool.closing_of(silo) is not None:
             taken = "served" if spool.owes_closing(silo) else "delivered"

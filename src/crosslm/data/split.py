@@ -22,7 +22,7 @@ class Split:
     tests: dict[str, Examples]
     """Test rows of each client."""
     test: Examples
-    """Test rows for the LLM: those of all clients if they have their own."""
+    """Test rows for the LLM, and of every client without test rows of its own (``data.test``)."""
     judge: Examples
     """Held-out rows that no client has."""
     warnings: list[str] = field(default_factory=list)

@@ -129,6 +129,7 @@ class Deployment:
         self.progress.seconds.update(state["seconds"])
         self.server.begin(self.base, public_texts(self.config))
         snapshot.go_back_to(self.server, record, get)
+        self.server.teachers.forget(name for name in self.server.teachers.members if not self.spool.is_admitted(name))
         cause = record["cause"]
         for arrival in self.spool.of(str(cause.get("client"))):
             if arrival.round == cause["round"] and arrival.state in ("received", "processing"):
@@ -211,7 +212,8 @@ class Deployment:
             refusal = "the gate refused it" if self.spool.has_no_say(arrival.silo, arrival.round) else ""
             return Served(lambda: decode_upload(self.spool.upload(arrival)), refusal)
 
-        waiting = [arrival for arrival in last.values() if self.spool.closing_of(arrival.silo) is None]
+        known = [arrival for arrival in last.values() if self.spool.is_admitted(arrival.silo)]
+        waiting = [arrival for arrival in known if self.spool.closing_of(arrival.silo) is None]
         return list(map(of, waiting)) if len(last) > 1 else []
 
     def written(self) -> tuple[SyntheticSet, SyntheticSet]:

@@ -7,6 +7,7 @@ received, what it was working on, and what it still owes to whom.
 
 import fcntl
 import hashlib
+import json
 import sqlite3
 import threading
 import time
@@ -24,6 +25,7 @@ CLOSING = "closing/"  # and silo: the round whose upload the closing download is
 LOSSES = "losses/"  # and silo and round: how often this disk has lost it
 TRIES = "tries/"  # and silo and round: how often its turn has come
 CLOSED = "closed/"  # and silo: what came of its closing download
+ADMITTED = "admitted"  # the silos that have a key in the kit, as JSON
 ENDED = "ended"  # no upload is asked for or served any more
 OVER = "over"  # all that any silo will get is here
 SCHEMA = """
@@ -160,6 +162,15 @@ class Spool:
             )
         return True
 
+    def admit(self, silos: Iterable[str]) -> None:
+        """Note whose keys are in the kit: of a silo that was shut out nothing is used and nothing is owed to it."""
+        self.note(ADMITTED, json.dumps(sorted(silos)))
+
+    def is_admitted(self, silo: str) -> bool:
+        """Whether a silo's key was in the kit when the server was started last."""
+        admitted = self.fact(ADMITTED)
+        return admitted is None or silo in json.loads(admitted)
+
     def next(self) -> Arrival | None:
         """The upload that waits longest, or the one that was being worked on when the server stopped."""
         with self._lock:
@@ -292,7 +303,7 @@ class Spool:
 
     def not_delivered(self, silos: Iterable[str]) -> list[str]:
         """Silos that have not answered to a download, one of these to its closing download."""
-        owed = [arrival.silo for arrival in self.arrivals() if arrival.state == "served"]
+        owed = [each.silo for each in self.arrivals() if each.state == "served" and self.is_admitted(each.silo)]
         return list(dict.fromkeys([*owed, *(silo for silo in silos if self.owes_closing(silo))]))
 
     def told(self, silo: str, number: int) -> None:

@@ -56,6 +56,7 @@ NOT_COMPUTED = frozenset(
 SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "bos_token", "eos_token")
 LABEL_KEYS = ("id2label", "label2id")
 MAX_COUNT, MAX_SIZE, MAX_ENTRIES, MAX_WORD = 256, 2**20, 256, 64
+MAX_LABELS = 2**16  # each is held against the task's
 SHARES = ("dropout", "pdrop")
 COUNTS = ("layer", "heads", "n_head", "group", "networks", "block")
 """Parts of the names of keys that say how many modules there are."""
@@ -175,12 +176,16 @@ def _check_value(key: str, value: object, depth: int) -> None:
     elif isinstance(value, str):
         if len(value) > MAX_WORD and key not in LABEL_KEYS:
             raise UploadError(f"its architecture has a text of {len(value)} characters as {key}")
-    elif isinstance(value, (list, dict)) and depth < 3 and len(value) <= MAX_ENTRIES:
+    elif isinstance(value, (list, dict)) and depth < 3 and len(value) <= _most_entries(key):
         entries = value.items() if isinstance(value, dict) else ((key, entry) for entry in value)
         for name, entry in entries:
             _check_value(key if key in LABEL_KEYS else f"{key}.{name}"[:200], entry, depth + 1)
     else:
         raise UploadError(f"its architecture has a value that is too large or too deep as {key}")
+
+
+def _most_entries(key: str) -> int:
+    return MAX_LABELS if key in LABEL_KEYS else MAX_ENTRIES
 
 
 def _shown(value: object) -> str:

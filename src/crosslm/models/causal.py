@@ -1,5 +1,7 @@
 """A causal language model as transformers loads it: its dtype, its adapter's places, its head."""
 
+import re
+from math import ceil
 from typing import Any, cast
 
 import torch
@@ -10,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from crosslm.config import LLMConfig
 from crosslm.errors import ModelError
+from crosslm.models.dtypes import fast_dtype
 from crosslm.models.loading import loading
 from crosslm.models.tokens import load_tokenizer
 
@@ -41,27 +44,33 @@ def weight_dtype(config: LLMConfig, device: str = "cpu") -> torch.dtype:
     """The dtype that ``llm.dtype`` means on a device; weights that are themselves trained are in float32."""
     if config.dtype != "auto":
         return cast(torch.dtype, getattr(torch, config.dtype))
-    if config.adapter == "full":
-        return torch.float32
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device.startswith("mps"):  # whose sums have not been looked at
-        return torch.float32
-    # older torch cannot say; elsewhere than on x86 the names are others
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    multiplies = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if multiplies else torch.float32
+    return torch.float32 if config.adapter == "full" else fast_dtype(device)
 
 
 def lora_config(model: Any, config: LLMConfig) -> LoraConfig:
-    """An adapter on every linear layer but the head."""
+    """An adapter on every linear layer but the head, in as many of the upper layers as are wanted."""
+    name, layers = decoder_layers(model)
+    lower = "|".join(map(str, range(len(layers) - ceil(config.adapted_layers * len(layers)))))
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules="all-linear",
+        target_modules="all-linear",  # of which peft's layers_to_transform knows nothing
+        exclude_modules=rf"{re.escape(name)}\.({lower})\..*" if lower else None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
+
+
+def decoder_layers(model: Any) -> tuple[str, torch.nn.ModuleList]:
+    """The layers of a causal model, from the lowest, and the name that they have in it.
+
+    Raises:
+        ModelError: it has none that can be told from other parts.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return name, module
+    raise ModelError(f"{model.config.model_type}: its layers cannot be found; choose a GPT-2, Llama or Gemma 3 model")
 
 
 def head_weight(model: Any) -> Tensor:

@@ -27,6 +27,7 @@ from crosslm.models.causal import check_head, head_weight, load_causal, lora_con
 from crosslm.models.decoding import decode
 from crosslm.models.graph_decoding import can_be_recorded, decode_recorded
 from crosslm.models.head import head_logps, head_scores
+from crosslm.models.lower_layers import UpperLayers
 from crosslm.models.tokens import TextEnd, distinct_tokens, encode
 
 ADAPTER = "default"  # peft's name for the only adapter
@@ -178,10 +179,12 @@ class LLM:
         """Log-probabilities under this model and the reference, and the KL divergence (Eq. 5, 6, 8)."""
         ids, attention = self._pad(sequences)
         mask = attention[:, 1:].bool()
-        hidden = self._hidden(self._causal().base_model, ids, attention)[mask]
+        upper = UpperLayers(self._causal())
+        with upper.remembered():
+            hidden = self._hidden(self._causal().base_model, ids, attention)[mask]
         with torch.no_grad(), self._reference() as reference:
-            reference_hidden = self._hidden(reference.base_model, ids, attention)[mask]
-            reference_head = head_weight(reference)
+            shared = upper.again()[:, :-1] if upper.below else self._hidden(reference.base_model, ids, attention)
+            reference_hidden, reference_head = shared[mask], head_weight(reference)
         places, which = (
             torch.tensor(numbers, dtype=torch.long, device=self.device) for numbers in distinct_tokens(sequences)
         )

@@ -141,6 +141,8 @@ def _keep_layers(config: Any, layers: int, folder: str) -> None:
     if has is None or layers > has:
         raise ModelError(f"SLM {folder!r} has {has} hidden layers; num_hidden_layers = {layers} must be no more")
     config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):  # one for each layer, of ModernBERT, Qwen and Gemma 3
+        config.layer_types = list(config.layer_types)[:layers]
 
 
 def agree_on_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,6 +19,7 @@ from crosslm.config import Config, FitConfig, SLMSpec
 from crosslm.data.examples import Examples
 from crosslm.models.architecture import SPECIAL_TOKENS, longest_text, output_layer, travelling
 from crosslm.models.batches import batches, hold_out
+from crosslm.models.dtypes import fast_dtype
 from crosslm.models.pretrained import agree_on_padding, pretrained_classifier, travelled_classifier
 from crosslm.records import SlmState
 
@@ -231,7 +232,7 @@ class SLM:
         """Cross-entropy of each encoded row with its label, or with probabilities ``(rows, labels)``: ``(rows,)``."""
         wanted, outputs = torch.as_tensor(labels), torch.tensor(self._outputs)
         target = outputs[wanted] if wanted.ndim == 1 else torch.zeros_like(wanted).index_copy(1, outputs, wanted)
-        return cross_entropy(self.logits(rows), target.to(self.device), reduction="none")
+        return cross_entropy(self.logits(rows).float(), target.to(self.device), reduction="none")
 
     def logits(self, rows: Sequence[list[int]]) -> Tensor:
         """The model's outputs for encoded rows, in the model's own order: ``(rows, labels)``."""
@@ -325,9 +326,11 @@ class SLM:
         on_rows: Callable[[float], None],
     ) -> float:
         self.model.train()
-        total = 0.0
+        total, device = 0.0, self.device.type
+        dtype = fast_dtype(device) if config.dtype == "auto" else torch.float32
         for batch in batches(rows, config.batch_size, generator):
-            loss = self.losses([rows[row] for row in batch], targets[batch]).mean()
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = self.losses([rows[row] for row in batch], targets[batch]).mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

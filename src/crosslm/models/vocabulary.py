@@ -233,5 +233,6 @@ def _renumber_special_tokens(model: Any, kept: list[int]) -> None:
     for config in (model.config, model.generation_config):
         for name in SPECIAL_IDS:
             value = getattr(config, name, None)
-            if value is not None:
-                setattr(config, name, [new[old] for old in value] if isinstance(value, list) else new[value])
+            if value is not None:  # some configurations name a token that there is not, -1 or the first beyond
+                cut = [new[old] for old in value if old in new] if isinstance(value, list) else new.get(value)
+                setattr(config, name, cut)

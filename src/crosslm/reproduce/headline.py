@@ -15,7 +15,8 @@ from crosslm.reproduce.tables import Part, Statistic, change, growth, ratio
 
 UNITS = {
     "slm_gain_vs_standalone": "points, mean of the tasks; Standalone on all private rows, as under preset paper",
-    "slm_gain_vs_data_free_kd": "points, mean of the tasks; under preset recommended it has the same judges",
+    "slm_gain_vs_data_free_kd": "points, mean of the tasks; under preset recommended it has the same judges, "
+    "and counts with what it made for each client, while CrossLM counts with what the client took",
     "slm_gain_vs_data_free_kd_of_paper": "points, mean of the tasks; Data-free KD of preset paper, without judges",
     "nlu_gain": "points, mean of the tasks",
     "nlg_judge_gain": "points, mean of the tasks",

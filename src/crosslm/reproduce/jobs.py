@@ -3,6 +3,7 @@
 A run of a small model leaves most of a GPU idle, so that several get more done there. Two CPU cores are full with one.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,8 @@ from crosslm.reproduce.work import do, settings_of
 from crosslm.support.progress import Display, Silent
 from crosslm.support.provenance import commit, machine, versions
 from crosslm.support.quiet import quiet_libraries
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class Work:
             figures: dict[str, Any] = do(cell, self.choice, store, self.cache, display, self.llm_cache)
         except CrosslmError as error:
             return [f"{cell.path}: {error}"]
+        except Exception as error:  # as memory that is short, or a mistake of ours: the others are done all the same
+            logger.exception("%s failed", cell.path, exc_info=error)
+            return [f"{cell.path}: {type(error).__name__}: {error}"]
         # a run that was gone on with knows of the time before
         seconds = max(round(time.perf_counter() - started, 2), figures.get("run_seconds", 0.0))
         made = {"versions": self.versions, "seconds": seconds, "settings": settings, "figures": figures}

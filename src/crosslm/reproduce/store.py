@@ -134,6 +134,7 @@ def differences(cell: Cell, kept: dict[str, Any], now: dict[str, Any]) -> list[s
 
     A field that the cell does not know, being older, counts as its default: that is what was done then. (It is not for
     ``gate.new_head``: no silo of the cells that were kept before that had one label, but for two that were made again.)
+    A file counts where its contents are known of both.
     """
     try:
         # under preset paper what is missing gets its default
@@ -143,11 +144,13 @@ def differences(cell: Cell, kept: dict[str, Any], now: dict[str, Any]) -> list[s
     both = [then, Config.model_validate(now["config"] | {"preset": "paper"})]
     tables = [{**_relevant(config, cell), **_rest(side)} for config, side in zip(both, (kept, now), strict=True)]
     paths = dict.fromkeys(path for table in tables for path in leaves(table) if path not in MACHINES_OWN)
-    return [".".join(path) for path in paths if _at(tables[0], path) != _at(tables[1], path)]
+    files = kept.get("files", {}), now.get("files", {})
+    changed = [f"the contents of {name}" for name in files[0] if name in files[1] and files[0][name] != files[1][name]]
+    return [".".join(path) for path in paths if _at(tables[0], path) != _at(tables[1], path)] + changed
 
 
 def _rest(side: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in side.items() if name != "config"}
+    return {name: value for name, value in side.items() if name not in ("config", "files")}
 
 
 def _relevant(config: Config, cell: Cell) -> dict[str, Any]:

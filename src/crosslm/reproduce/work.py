@@ -15,6 +15,7 @@ from crosslm.experiment import run_local
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.reproduce.benchmarks import fine_tune, matthews, start_llm
+from crosslm.reproduce.inputs import digests_of
 from crosslm.reproduce.plan import CEILING, ORIGINAL, RUN, STANDALONE, Cell, Choice
 from crosslm.reproduce.store import MACHINES_OWN, Store
 from crosslm.runs.checkpoint import Checkpoints
@@ -29,11 +30,12 @@ KEPT_OF_A_SUMMARY = ("slm", "llm", "judge_accuracy", "reward_hacking", "clients"
 
 
 def settings_of(cell: Cell, choice: Choice) -> dict[str, Any]:
-    """What the figures of a cell depend on; not where this machine has its data, since cells are passed on."""
-    dump = choice.cell_config(cell).model_dump(mode="json", exclude_none=True)
+    """What the figures of a cell depend on; of its data what they say and not where they are: cells are passed on."""
+    whole = choice.cell_config(cell)
+    dump = whole.model_dump(mode="json", exclude_none=True)
     for *path, name in MACHINES_OWN:
         functools.reduce(dict.__getitem__, path, dump).pop(name, None)
-    config = {"config": dump}
+    config = {"config": dump, "files": digests_of(cell, choice, whole)}
     if cell.stage in (RUN, CEILING, STANDALONE):
         return config
     return config | {"finetuning": choice.scale.finetuning.model_dump(mode="json")}
@@ -64,7 +66,7 @@ def do(
     if cell.stage == STANDALONE:
         return standalone(config, cache, Progress(display))
     trained = None
-    if cell.method != ORIGINAL:
+    if cell.method != ORIGINAL and not _is_unserved(store.read(replace(cell, stage=RUN))):
         trained = store.run_folder(cell) / "llm"
         if not trained.is_dir():
             again = f"delete {store.cell_file(replace(cell, stage=RUN))} and {trained.parent}"
@@ -72,6 +74,11 @@ def do(
                 f"{trained}: the enhanced LLM is not there; put the folder back, or {again} to have it made again"
             )
     return benchmark(cell, config, trained, choice, cache, Progress(display))
+
+
+def _is_unserved(kept: dict[str, Any] | None) -> bool:
+    """Whether a run's cell is of one in which every upload was refused: its LLM is the original."""
+    return kept is not None and bool(kept["figures"].get("unserved"))
 
 
 def run_figures(run: RunDir) -> dict[str, Any]:
@@ -102,7 +109,7 @@ def unserved_figures(run: RunDir, error: UnservedError) -> dict[str, Any]:
     same = {name: {"before": before.get(name), "after": before.get(name)} for name in LLM_MEASURES}
     if "nlu/before" in correct:
         correct["nlu/after"] = correct["nlu/before"]
-    return {"llm": same, "correct": correct, "arrivals": [], "reward_hacking": None}
+    return {"llm": same, "correct": correct, "arrivals": [], "reward_hacking": None, "unserved": True}
 
 
 def read_correct(folder: Path) -> dict[str, str]:

@@ -203,6 +203,8 @@ class _Audit:
         had: the more rows, the nearer is the nearest.
         """
         texts = [text for _, text, kept in self._synthetic() if kept]
+        if not texts:
+            return {"texts": 0}
         vectors, private = encoder.encode(texts), self.split.private[client].texts
         count = min(len(private), len(rows.others))
         generator = torch.Generator().manual_seed(seed_for(self.config.seed, "audit", client, "overlap"))
@@ -330,5 +332,5 @@ def _gains(llm: LLM, texts: list[str]) -> Tensor:
     parts = []
     for start in range(0, len(texts), LLM_BATCH):
         scores = llm.score([llm.encode(text) for text in texts[start : start + LLM_BATCH]])
-        parts.append(((scores.logps - scores.reference_logps) * scores.mask).sum(dim=1).double().cpu())
+        parts.append(((scores.logps - scores.reference_logps) * scores.mask).sum(dim=1).cpu().double())
     return torch.cat(parts)

@@ -247,14 +247,15 @@ class RunJournal:
         is_closing = client.id in self._closing
         if is_closing:
             self._measure_closing(client.id, decision.accepted)
+        previous, client.previous = client.previous, None  # gigabytes, of many large ones
         if not self.config.acceptance.enabled:
             self.decisions.pop(client.id, None)  # it may have refused an earlier one
             return
         if decision.accepted or not is_closing:  # else it is as it was decided before
             self.decisions[client.id] = vars(decision)
         self.run.event("acceptance", client=client.id, **vars(decision))
-        if decision.accepted and client.previous is not None:
-            self.run.save_slm(client.id, client.previous, "slm-previous")
+        if decision.accepted and previous is not None:
+            self.run.save_slm(client.id, previous, "slm-previous")
         if not decision.accepted:
             alike = ", each label counting alike" if decision.balanced else ""
             self.progress.note(

@@ -14,8 +14,9 @@ class FederationConfig(Section):
     """How often each client uploads; 1 is one-shot. In one process the order is drawn from the seed."""
     closing: bool = False
     """When no more uploads come, step 5 once more for every client that was served (ours): who came first then has as
-    much of the others as who came last. The LLM as it is in the end and all SLMs judge the texts. Between machines a
-    silo stays for it, with the SLM that it got at once."""
+    much of the others as who came last. The SLMs that came last judge the texts, as many as ``reward.teachers``, and
+    the LLM as it is in the end where ``slm.llm_judges``. Between machines a silo stays for it, with the SLM that it got
+    at once."""
     closing_original: Annotated[float, Field(ge=0, le=1)] = 0.5
     """With ``closing``: share of its texts that the LLM wrote before it had learned anything; the others it wrote last.
     The former vary more, the latter fit their labels better."""

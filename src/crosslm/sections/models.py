@@ -33,6 +33,10 @@ class FitConfig(Section):
     """Share of the steps in which the learning rate rises; then it falls to 0."""
     weight_decay: NonNegative = 0.01
     """Of AdamW."""
+    dtype: Literal["float32", "auto"] = "float32"
+    """What training multiplies in. ``auto``: bfloat16 where the processor or GPU multiplies in it, which is half again
+    as fast on two cores, and float32 elsewhere. Weights, their gradients and the optimiser are in float32 in any case,
+    and so is all that a classifier says of texts, and training with DP-SGD."""
     patience: Annotated[int, Field(ge=0)] = 0
     """Stop after so many epochs without a lower hold-out loss and go back to the best; 0: never."""
     holdout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -100,6 +104,10 @@ class LLMConfig(Section):
     """Rank of the adapter's matrices."""
     lora_alpha: Positive = 32
     """The adapter is scaled by ``lora_alpha / lora_rank``."""
+    adapted_layers: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the LLM's layers that the adapter is in, counted from the top and rounded up. The layers below are the
+    original's, which then are read once for both, and no gradient goes through them: an update takes less time and
+    memory (docs/performance.md). 1: all of them, as in the paper."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Of AdamW; lower it if the perplexity on other text rises too much."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -135,10 +143,15 @@ class LLMConfig(Section):
     """Log-likelihoods summed over tokens (Eq. 6) or averaged; the same in Eq. 5, 7 and 8."""
 
     @model_validator(mode="after")
-    def _no_training_of_bfloat16(self) -> Self:
+    def _fits_full_training(self) -> Self:
         if self.adapter == "full" and self.dtype == "bfloat16":
             raise ValueError(
                 'llm.adapter = "full" trains the weights themselves, and in bfloat16 most are too coarse to move; '
                 'found llm.dtype = "bfloat16", allowed are "float32" and "auto" (which is float32 here)'
+            )
+        if self.adapter == "full" and self.adapted_layers < 1:
+            raise ValueError(
+                f'llm.adapter = "full" trains all layers; found llm.adapted_layers = {self.adapted_layers:g}, allowed '
+                'is 1, or llm.adapter = "lora"'
             )
         return self

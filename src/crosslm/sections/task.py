@@ -89,7 +89,8 @@ class DataConfig(Section):
     train: str | None = None
     """CSV, CSV.gz or JSONL file, or ``hf:DATASET[/CONFIG]:SPLIT``; split among ``num_clients``."""
     test: str | None = None
-    """Rows that every SLM and the LLM are tested on."""
+    """Rows that the LLM is tested on, and every SLM whose client has no test file of its own. Must be named; between
+    machines the file need not be there."""
     text_column: str = "text"
     """Column that holds the text."""
     label_column: str = "label"

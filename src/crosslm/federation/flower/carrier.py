@@ -98,9 +98,9 @@ class Carrier:
         return self.is_too_late() or all(self._is_done(line) for line in self.lines.values())
 
     def untold(self) -> list[Arrival]:
-        """Refused uploads whose silos do not know of it."""
-        arrivals = self.spool.arrivals()
-        return [arrival for arrival in arrivals if arrival.state == "refused" and arrival.delivered_at is None]
+        """Refused uploads whose silos do not know of it, and can be told."""
+        refused = [arrival for arrival in self.spool.arrivals() if arrival.state == "refused"]
+        return [arrival for arrival in refused if arrival.delivered_at is None and arrival.silo in self.lines]
 
     def _carry(self) -> None:
         moves: dict[str, Future[bool]] = {}

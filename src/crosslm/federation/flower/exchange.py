@@ -17,6 +17,7 @@ from crosslm.records import Download, Upload
 from crosslm.support.plain import plain
 
 LATE = "it came when the run had ended; send it to the next run"
+SHUT_OUT = "its key is not in the server's kit any more; put silos/NAME.pub back there, and start the server again"
 LOST = "the server has lost it on its disk"
 MOST_TRIES = 5  # at an upload with which the server application ends
 TELL_REFUSED = 120.0  # seconds at the end of a run for silos to hear that their upload was not used
@@ -38,6 +39,7 @@ class FlowerExchange:
     carrier: Carrier = field(init=False)
 
     def __post_init__(self) -> None:
+        self.spool.admit(self.silos)
         most = self.intake.bounds.max_bytes
         self.carrier = Carrier(self.grid, self.spool, self.experiment, self.silos, self.config, most)
         self.carrier.has_ended = self.spool.fact(ENDED) is not None
@@ -58,6 +60,8 @@ class FlowerExchange:
             self._wait()
             return None
         try:
+            if not self.spool.is_admitted(arrival.silo):
+                raise UploadError(SHUT_OUT.replace("NAME", arrival.silo))
             if (tries := self.spool.tries(arrival)) > MOST_TRIES:
                 raise UploadError(
                     f"client {arrival.silo}: the server ended {tries - 1} times while it worked on its upload of round "

@@ -1,0 +1,17 @@
+"""Which numbers a processor or GPU multiplies fastest."""
+
+from typing import Any
+
+import torch
+
+
+def fast_dtype(device: str) -> torch.dtype:
+    """What ``dtype = "auto"`` means on a device: bfloat16 where it multiplies in it, and float32 elsewhere."""
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.startswith("mps"):  # whose sums have not been looked at
+        return torch.float32
+    # older torch cannot say; elsewhere than on x86 the names are others
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    multiplies = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if multiplies else torch.float32

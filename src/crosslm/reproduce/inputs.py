@@ -1,0 +1,60 @@
+"""Which data a cell was made of: the contents of its files, wherever they lie."""
+
+import gzip
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, cast
+
+from crosslm.config import Config
+from crosslm.data.texts import find_file
+from crosslm.errors import DataError
+from crosslm.reproduce.benchmarks import BENCHMARKS
+from crosslm.reproduce.plan import CEILING, STANDALONE, Cell, Choice
+
+PART = 2**20
+
+
+def digests_of(cell: Cell, choice: Choice, config: Config) -> dict[str, str]:
+    """SHA-256 of the contents of each file that a cell is made of, by its name; what is not here is left out.
+
+    Args:
+        cell: whose.
+        choice: has the folder of all data.
+        config: the cell's.
+    """
+    if cell.stage in BENCHMARKS:
+        folder = choice.data_dir / cell.stage
+        return {
+            f"{cell.stage}/{name}": _digest(folder / name, (folder / name).stat().st_mtime_ns)
+            for name in ("train.csv", f"{choice.split}.csv")
+            if (folder / name).is_file()
+        }
+    found = {}
+    for name in _files_of(cell, config):
+        try:
+            path = find_file(name, config.data)
+        except DataError:  # of a hub, of a package, or on another machine
+            continue
+        found[name] = _digest(path, path.stat().st_mtime_ns)
+    return found
+
+
+def _files_of(cell: Cell, config: Config) -> Iterator[str]:
+    data = config.data
+    names = [data.train, data.test, data.judge]
+    names += [name for client in config.clients for name in (client.train, client.test)]
+    if cell.stage not in (CEILING, STANDALONE):
+        names += [config.gate.public_texts, config.evaluation.perplexity_text, *config.llm.vocabulary_texts]
+    yield from dict.fromkeys(name for name in names if name)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, _changed: int) -> str:
+    """Of what a file says, compressed or not; known until it is changed."""
+    digest = hashlib.sha256()
+    with cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+        while part := file.read(PART):
+            digest.update(part)
+    return digest.hexdigest()
