@@ -12,7 +12,7 @@ import torch
 from of_federations import answer, change, from_kit, turn
 
 from crosslm.client import Client
-from crosslm.config import Config, PrivacyConfig
+from crosslm.config import AcceptanceConfig, Config, PrivacyConfig
 from crosslm.errors import (
     BrokenLLMError,
     DataError,
@@ -250,22 +250,22 @@ def test_a_silo_that_is_added_is_asked_once_the_server_was_started_again(exchang
     spool.close()
 
 
-@pytest.mark.parametrize("name", ["upload-0000", "download-0000", "closing"])
+@pytest.mark.parametrize("name", ["upload-0000.json", "download-0000.safetensors", "closing.safetensors"])
 def test_a_kept_file_that_changed_on_the_disk_is_named_and_decides_nothing(silo, federated, models, name):
-    """The privacy budget that is spent is read from the uploads."""
+    """The privacy budget that is spent is read from what the uploads told."""
     change(silo.kit, max_participations=2, closing=True)
     silo, experiment = Silo(silo.kit, silo.cache), silo.settings.experiment
     _, download = answer(silo, Config.model_validate(federated), models)
     silo.install(experiment, 0, [encode(download)])
-    if name == "closing":
+    if name == "closing.safetensors":
         silo.close(experiment, 0, [encode(download)])
-    path = silo.state / f"{name}.safetensors"
+    path = silo.state / name
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ModelError, match=rf"silo silo-0: .*{name}.safetensors has changed since .*put {name}.* back"):
+    with pytest.raises(ModelError, match=rf"silo silo-0: .*{name} has changed since .*put {name}.* back"):
         silo.upload(experiment, 1)
     path.unlink()
-    with pytest.raises(ModelError, match=rf"{name}.safetensors cannot be read"):
+    with pytest.raises(ModelError, match=rf"{name} cannot be read"):
         silo.upload(experiment, 1)
     path.write_bytes(whole)
     silo.upload(experiment, 1)
@@ -276,6 +276,23 @@ def test_a_kept_file_that_changed_on_the_disk_is_named_and_decides_nothing(silo,
     with pytest.raises(ModelError, match="upload-0001"):
         silo.install(experiment, 1, [encode(dataclasses.replace(download, client_round=1))])
     assert silo.installed == 1
+
+
+def test_the_weights_of_earlier_uploads_are_not_read_again(silo, federated, models, monkeypatch):
+    """They are hundreds of megabytes each, and a round would take longer than the one before."""
+    change(silo.kit, max_participations=3, acceptance=AcceptanceConfig())
+    silo, read = Silo(silo.kit, silo.cache), []
+    _, download = answer(silo, Config.model_validate(federated), models)
+    silo.install(silo.settings.experiment, 0, [encode(download)])
+    kept = Silo._kept
+    monkeypatch.setattr(Silo, "_kept", lambda self, path: (read.append(path.name), kept(self, path))[1])
+    for number in (1, 2):
+        read.clear()
+        silo.upload(silo.settings.experiment, number)
+        assert [name for name in read if name.endswith("safetensors")] == [f"download-{number - 1:04}.safetensors"]
+        read.clear()
+        silo.install(silo.settings.experiment, number, [encode(dataclasses.replace(download, client_round=number))])
+        assert [name for name in read if name.endswith("safetensors")] == [f"upload-{number:04}.safetensors"]
 
 
 def test_a_changed_file_is_no_answer_to_the_server(silo, federated, models, flower_run, monkeypatch):

@@ -182,14 +182,29 @@ class Client:
         Raises:
             ConfigError: under DP, those of an upload are missing.
         """
+        self.go_on(rounds, told_counts, told_metrics)
+        frozen = not self.slm.model.get_input_embeddings().weight.requires_grad
+        self.slm = SLM.from_state(state, self.slm.labels, str(self.slm.device))
+        self.slm.freeze_embeddings(frozen)
+
+    def go_on(
+        self, rounds: int, told_counts: tuple[int, ...] | None, told_metrics: Sequence[Mapping[str, float]]
+    ) -> None:
+        """Go on after so many uploads, with the SLM that this client was made with.
+
+        Args:
+            rounds: as for :meth:`restore`, and so are the others.
+            told_counts: what the last one told of the rows of each label.
+            told_metrics: of each of them.
+
+        Raises:
+            ConfigError: under DP, those of an upload are missing.
+        """
         if self._privacy and len(told_metrics) != rounds:
             raise ConfigError(
                 f"client {self.id}: {rounds} upload(s) were made and the metadata of {len(told_metrics)} is kept, so "
                 "what is spent of privacy.epsilon cannot be known; start a new run"
             )
-        frozen = not self.slm.model.get_input_embeddings().weight.requires_grad
-        self.slm = SLM.from_state(state, self.slm.labels, str(self.slm.device))
-        self.slm.freeze_embeddings(frozen)
         self.rounds, self.told_counts, self.told_metrics = rounds, told_counts, tuple(told_metrics)
         if self._privacy:
             self._privacy.go_on(told_metrics, told_counts)

@@ -3,7 +3,8 @@
 A request that comes twice is answered from what :mod:`crosslm.federation.silo_state` keeps; nothing is trained twice.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ class Silo(SiloState):
             self._keep(self._unrounded(number), encode(upload))
         else:  # one that was rounded may have been cut off here, before wire_dtype was changed
             self._unrounded(number).unlink(missing_ok=True)
+        told = {
+            "class_counts": dict(zip(upload.slm.labels, upload.class_counts, strict=True)),
+            "metrics": dict(upload.metrics),
+        }
+        self._keep(self._metadata(number), json.dumps(told).encode())
         self._keep(path, data)
         self.now("waiting", number)
         return path
@@ -118,9 +124,7 @@ class Silo(SiloState):
         return told
 
     def _install(self, number: int, file: Path, upload: Upload) -> tuple[dict[str, Any], bool]:
-        client = self.client()
-        told = upload.counts_of(self.settings.labels)
-        client.restore(upload.slm, number + 1, told, self._told(number + 1))
+        client = self.client(self._rebuilt(upload.slm), number + 1)
         decision, had_say = self._try(number, file, upload, client)
         self._keep_file(self._downloaded(number), file)
         self._use(client.slm)
@@ -232,10 +236,16 @@ class Silo(SiloState):
             )
         return confirmation(number, decision["accepted"])
 
-    def client(self) -> Client:
-        """The client of the method, with the SLM as it is after all complete rounds."""
+    def client(self, slm: SLM | None = None, rounds: int | None = None) -> Client:
+        """The client of the method.
+
+        Args:
+            slm: its classifier; not given: as it is after all complete rounds.
+            rounds: uploads so far; not given: as many as are complete.
+        """
         settings = self.settings
-        private, slm, privacy, leaks = self.private(), self.slm(), None, None
+        rounds = self.installed if rounds is None else rounds
+        private, slm, privacy, leaks = self.private(), slm or self.slm(), None, None
         if settings.privacy.epsilon:
             privacy = PrivateTraining(settings.privacy, settings.max_participations)
         if settings.privacy.checks_leaks:
@@ -252,9 +262,10 @@ class Silo(SiloState):
             leaks=leaks,
             hides_counts=settings.privacy.told_counts == "hidden",
         )
-        if self.installed:
-            counts = self._uploaded(self.installed - 1).counts_of(settings.labels)
-            client.restore(slm.to_state(), self.installed, counts, self._told(self.installed))
+        if rounds:
+            told = [self._told(number) for number in range(rounds)]
+            counts = tuple(told[-1]["class_counts"][label] for label in settings.labels)
+            client.go_on(rounds, counts, [each["metrics"] for each in told])
         return client
 
     def _uploaded(self, number: int) -> Upload:
@@ -274,9 +285,13 @@ class Silo(SiloState):
         dtype = DTYPES[self.settings.wire_dtype]
         return upload if dtype == float32 else replace(upload, slm=upload.slm.in_dtype(dtype))
 
-    def _told(self, rounds: int) -> list[Mapping[str, float]]:
-        """The metadata of so many uploads: what they have spent of the privacy budget, whatever the kit says now."""
-        return [self._uploaded(number).metrics for number in range(rounds)]
+    def _told(self, number: int) -> dict[str, Any]:
+        """What an upload told beside its weights, which are not read again for it.
+
+        ``class_counts`` by label, and ``metrics``, which say what is spent of the privacy budget.
+        """
+        found: dict[str, Any] = json.loads(self._kept(self._metadata(number)))
+        return found
 
     def slm(self) -> SLM:
         """The SLM as it is now: pretrained with a new head, as the server returned it, or as it was kept."""
@@ -292,8 +307,11 @@ class Silo(SiloState):
                 state = self._uploaded(number).slm
         else:
             return self._pretrained(device)
-        slm = SLM.from_state(state, settings.labels, device)
-        slm.freeze_embeddings(settings.freeze_embeddings)
+        return self._rebuilt(state)
+
+    def _rebuilt(self, state: SlmState) -> SLM:
+        slm = SLM.from_state(state, self.settings.labels, resolve_device(self.settings.device))
+        slm.freeze_embeddings(self.settings.freeze_embeddings)
         return slm
 
     def _use(self, slm: SLM) -> None:

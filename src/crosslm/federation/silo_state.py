@@ -162,6 +162,9 @@ class SiloState:
     def _sent(self, number: int) -> Path:
         return self.state / f"upload-{number:04}.safetensors"
 
+    def _metadata(self, number: int) -> Path:
+        return self.state / f"upload-{number:04}.json"
+
     def _unrounded(self, number: int) -> Path:
         return self.state / f"trained-{number:04}.safetensors"
 
