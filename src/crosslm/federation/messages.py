@@ -5,7 +5,6 @@ No pickle. The header is read with a size limit before any tensor is.
 
 import json
 import struct
-from dataclasses import asdict
 from typing import Any
 
 from safetensors import SafetensorError
@@ -73,7 +72,7 @@ def decode_download(data: bytes) -> Download:
 
 def describe(message: Upload | Download) -> dict[str, Any]:
     """What a message holds besides weights, with the tensors' names, shapes and bytes: for reports."""
-    fields = {name: value for name, value in asdict(message).items() if name != "slm"}
+    fields = {name: value for name, value in vars(message).items() if name != "slm"}
     tensors = {
         name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "bytes": tensor.nbytes}
         for name, tensor in message.slm.weights.items()
