@@ -170,7 +170,7 @@ def test_selection_is_measured_and_checked(quick, monkeypatch):
 
 def test_the_slms_training_is_measured_and_checked(quick, monkeypatch):
     figures = quick("slm")
-    assert set(figures["accuracy"]) == {"ours", "trainer"}
+    assert set(figures["accuracy"]) == {"ours", "auto", "trainer"}
 
     def spoil(module):
         monkeypatch.setattr(module.SLM, "accuracy", lambda slm, _: float(slm is trained[-1]))

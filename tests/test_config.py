@@ -179,7 +179,7 @@ def put(section, key, value):
     ("change", "message"),
     [
         (put("llm", "learning_rat", 1), r"own.toml: unknown key llm.learning_rat; did you mean 'learning_rate'\?"),
-        (put("llm", "zzz", 1), r"unknown key llm.zzz; known keys: adapter, anchors, batch_size"),
+        (put("llm", "zzz", 1), r"unknown key llm.zzz; known keys: adapted_layers, adapter, anchors"),
         (lambda tables: tables["slm"]["private"].update(epoch=2), r"slm.private.epoch; did you mean 'epochs'\?"),
         (
             lambda tables: tables["slm"]["models"][0].update(modle="x"),

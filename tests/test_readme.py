@@ -81,7 +81,11 @@ FEDERATED = [
     "crosslm client kits/silos/north --dry-run",
     "crosslm status kits/server",
 ]
-COPY = ["cp tickets/north.csv kits/silos/north/", "cp tickets/south.csv kits/silos/south/"]
+COPY = [
+    "cp tickets/north.csv kits/silos/north/",
+    "cp tickets/south.csv kits/silos/south/",
+    "cp tickets/test.csv kits/server/",
+]
 # run by test_federation_live.py, in processes of their own
 LIVE = ["crosslm server kits/server", "crosslm client kits/silos/north"]
 
