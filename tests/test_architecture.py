@@ -24,7 +24,7 @@ LAYERS = [
         "support.quiet",
         "sections.section",
     },
-    {"sections.privacy", "sections.task", "sections.models", "sections.federation"},
+    {"sections.privacy", "sections.task", "sections.models", "sections.federation"} | {"support.writing"},
     {"sections.method"},
     {"config"},
     {"config_file"},

@@ -428,7 +428,9 @@ def test_a_full_disk_leaves_the_last_good_state(config, stopped, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, full)
-        with pytest.raises(RunError, match="cannot be written: No space left on device; nothing that was"):
+        with pytest.raises(
+            RunError, match="cannot be written: No space left on device; make room there, and go on with --resume"
+        ):
             run_local(config, stopped, tmp_path, resume=True)
     kept = contents(stopped)
     assert {name: kept[name] for name in before if name.startswith("checkpoints/arrival")} == {

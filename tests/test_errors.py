@@ -272,7 +272,7 @@ PARTS_OF_ALL = {"the SLM cannot classify: {}: {}", "the SLM gives probabilities 
 
 NEXT = re.compile(
     r"must|needs?\b|give|set |choose|name |name\b.*new|\bput\b|lower|raise|look at|run[: ]|install|delete|unpack|start|"
-    r"known|allowed|are[: ]|add |say|mend|write|keep|use |go on|did you|\?|\n",
+    r"known|allowed|are[: ]|add |say|mend|make |write|keep|use |go on|did you|\?|\n",
 )
 
 

@@ -550,18 +550,27 @@ def test_of_a_silo_that_was_shut_out_nothing_is_used_and_nothing_is_owed_to_it(t
     exchange, deployment = started(first.client_id, second.client_id, "late")
     assert list(deployment.server.teachers.members) == [first.client_id]
     assert exchange._owed() == [first.client_id]
+    assert list(deployment.server.gate.references) == [first.client_id]
+    assert [silo for silo, _ in deployment._first_uploads()] == [first.client_id]
     exchange, deployment = started("late")
     assert not deployment.server.teachers.members
+    assert not deployment.server.gate.references
+    assert not list(deployment._first_uploads())
     assert exchange._owed() == []
     assert deployment.last_served() == []
+    told = []
+    exchange.on_failure = lambda *said: told.append(said)
     assert exchange.receive() is None
-    refused = spool.of(second.client_id)[0]
-    assert refused.state == "refused"
-    assert f"put silos/{second.client_id}.pub back there" in refused.note
+    ((silo, why),) = told
+    assert (silo, spool.of(second.client_id)) == (second.client_id, [])
+    assert f"put silos/{second.client_id}.pub back there" in why
     assert exchange.carrier.untold() == []  # it cannot be told
     exchange, deployment = started(first.client_id, "late")  # whose key was put back
     assert list(deployment.server.teachers.members) == [first.client_id]
     assert exchange._owed() == [first.client_id]
+    exchange, _ = started(first.client_id, second.client_id)
+    asked = exchange.carrier._task(exchange.carrier.lines[second.client_id])
+    assert asked[:2] == ("upload", 0)  # it has it still
     server.close()
 
 

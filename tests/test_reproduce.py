@@ -634,9 +634,14 @@ def test_a_run_of_another_configuration_is_not_gone_on_with(scale, data, tmp_pat
     folder = store.run_folder(cell)
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.toml").write_text(config.dump())
-    assert (store.ready_run_folder(cell, config) / "checkpoints").is_dir()
+    assert (store.ready_run_folder(cell, config, {}) / "checkpoints").is_dir()  # one that was begun by an older version
+    assert (store.ready_run_folder(cell, config, {"train.csv": "1"}) / "checkpoints").is_dir()
+    assert (store.ready_run_folder(cell, config, {"train.csv": "1"}) / "checkpoints").is_dir()
     other = config.model_copy(update={"device": "cuda"})  # no other settings, but no other half of the same run
-    assert not store.ready_run_folder(cell, other).exists()
+    assert not store.ready_run_folder(cell, other, {"train.csv": "1"}).exists()
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.toml").write_text(config.dump())
+    assert not store.ready_run_folder(cell, config, {"train.csv": "2"}).exists()  # of other rows
 
 
 def test_a_cell_made_of_other_data_is_refused_wherever_the_same_data_are(scale, data, tmp_path, quick):
@@ -673,6 +678,31 @@ def test_a_benchmark_of_other_rows_is_refused(scale, data, tmp_path):
     path = data / "rte" / "test.csv"
     path.write_text(path.read_text() + path.read_text().splitlines()[-1] + "\n")
     assert differences(cell, before, settings_of(cell, choice)) == ["the contents of rte/test.csv"]
+
+
+def test_a_benchmark_of_an_llm_that_learned_from_other_rows_is_refused(scale, data):
+    choice = chosen(scale, data, "7")
+    (cell, original) = (
+        next(cell for cell in plan(choice) if cell.stage == "rte" and cell.method == method)
+        for method in ("recommended", "original")
+    )
+    before = [settings_of(each, choice) for each in (cell, original)]
+    path = data / "sst2" / "train_sentences.csv"
+    path.write_text(path.read_text() + path.read_text().splitlines()[-1] + "\n")
+    changed = ["the contents of train_sentences.csv"]
+    assert differences(cell, before[0], settings_of(cell, choice)) == changed
+    assert differences(original, before[1], settings_of(original, choice)) == []
+
+
+def test_a_file_that_is_cut_off_is_the_cells_error_and_not_the_ends_of_all(scale, data):
+    choice = chosen(scale, data, "4")
+    cell = next(cell for cell in plan(choice) if cell.stage == "run")
+    plain = data / "sst2" / "train_sentences.csv"
+    whole = gzip.compress(plain.read_bytes())
+    plain.unlink()
+    for cut in (whole[:-9], whole[:40], b"no gzip"):
+        plain.with_name(f"{plain.name}.gz").write_bytes(cut)
+        assert "train_sentences.csv" not in settings_of(cell, choice)["files"]
 
 
 def test_a_damaged_cell_is_named_at_the_end(scale, data, tmp_path, quick):

@@ -295,6 +295,18 @@ def test_the_weights_of_earlier_uploads_are_not_read_again(silo, federated, mode
         assert [name for name in read if name.endswith("safetensors")] == [f"upload-{number:04}.safetensors"]
 
 
+def test_a_kit_of_a_version_that_kept_it_in_the_upload_alone_goes_on(silo, federated, models):
+    change(silo.kit, max_participations=2)
+    silo = Silo(silo.kit, silo.cache)
+    upload, download = answer(silo, Config.model_validate(federated), models)
+    told = silo._told(0)
+    for path in silo.state.glob("upload-0000.json*"):
+        path.unlink()
+    assert silo._told(0) == told
+    assert told["metrics"] == dict(upload.metrics)
+    silo.install(silo.settings.experiment, 0, [encode(download)])
+
+
 def test_a_changed_file_is_no_answer_to_the_server(silo, federated, models, flower_run, monkeypatch):
     """It asks again: a refusal would be for good, and the file may be put back."""
     ask(silo, "upload", monkeypatch)

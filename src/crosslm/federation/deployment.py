@@ -116,6 +116,13 @@ class Deployment:
         test_rows(self.config, self._warn)
         self._save({"outcome": "beginning"}, None)
 
+    def _leave_out_the_shut_out(self) -> None:
+        """A silo whose key is not in the kit any more judges no text, and nobody is held to agree with it."""
+        teachers, gate = self.server.teachers, self.server.gate
+        teachers.forget([name for name in teachers.members if not self.spool.is_admitted(name)])
+        if gate is not None:
+            gate.references = {who: found for who, found in gate.references.items() if self.spool.is_admitted(who)}
+
     def _warn(self, message: str) -> None:
         self.run.event("warning", message=message)
 
@@ -129,7 +136,7 @@ class Deployment:
         self.progress.seconds.update(state["seconds"])
         self.server.begin(self.base, public_texts(self.config))
         snapshot.go_back_to(self.server, record, get)
-        self.server.teachers.forget(name for name in self.server.teachers.members if not self.spool.is_admitted(name))
+        self._leave_out_the_shut_out()
         cause = record["cause"]
         for arrival in self.spool.of(str(cause.get("client"))):
             if arrival.round == cause["round"] and arrival.state in ("received", "processing"):
@@ -305,13 +312,13 @@ class Deployment:
         return summary_of(self.run, self.config, self.spool, silos, self.test, self._counted() | {"llm_dtype": dtype})
 
     def _first_uploads(self) -> Iterator[tuple[str, SLM]]:
-        """The SLM of each silo as it was when it was served first, but for those that had no say then."""
+        """The SLM of each silo as it was when it was served first, but for those that had no say then, or are out."""
         first: dict[str, Arrival] = {}
         for arrival in self.spool.arrivals():
             if arrival.state in ("served", "delivered"):
                 first.setdefault(arrival.silo, arrival)
         for silo, arrival in first.items():
-            if not self.spool.has_no_say(silo, arrival.round):
+            if self.spool.is_admitted(silo) and not self.spool.has_no_say(silo, arrival.round):
                 yield silo, receive_slm(decode_upload(self.spool.upload(arrival)), self.task, self.config)
 
     def _count(self, texts: SyntheticSet) -> None:

@@ -75,11 +75,7 @@ class Silo(SiloState):
             self._keep(self._unrounded(number), encode(upload))
         else:  # one that was rounded may have been cut off here, before wire_dtype was changed
             self._unrounded(number).unlink(missing_ok=True)
-        told = {
-            "class_counts": dict(zip(upload.slm.labels, upload.class_counts, strict=True)),
-            "metrics": dict(upload.metrics),
-        }
-        self._keep(self._metadata(number), json.dumps(told).encode())
+        self._keep(self._metadata(number), json.dumps(_told_by(upload)).encode())
         self._keep(path, data)
         self.now("waiting", number)
         return path
@@ -290,7 +286,10 @@ class Silo(SiloState):
 
         ``class_counts`` by label, and ``metrics``, which say what is spent of the privacy budget.
         """
-        found: dict[str, Any] = json.loads(self._kept(self._metadata(number)))
+        path = self._metadata(number)
+        if not self._was_kept(path):  # an earlier version kept it in the upload alone
+            return _told_by(self._uploaded(number))
+        found: dict[str, Any] = json.loads(self._kept(path))
         return found
 
     def slm(self) -> SLM:
@@ -393,3 +392,8 @@ class Silo(SiloState):
                 self.settings.wire_dtype: rounded.accuracy(private),
             }
         self._keep_receipt("upload", number, receipt)
+
+
+def _told_by(upload: Upload) -> dict[str, Any]:
+    counts = dict(zip(upload.slm.labels, upload.class_counts, strict=True))
+    return {"class_counts": counts, "metrics": dict(upload.metrics)}

@@ -194,6 +194,10 @@ class SiloState:
         write_whole(_digest_of(path), [digest.encode()])
         rename(file, path)
 
+    def _was_kept(self, path: Path) -> bool:
+        """Whether :meth:`_keep` has written a file of this name, though it may be gone."""
+        return path.exists() or _digest_of(path).exists()
+
     def _kept(self, path: Path) -> bytes:
         """What :meth:`_keep` wrote.
 

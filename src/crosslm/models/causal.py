@@ -50,7 +50,7 @@ def weight_dtype(config: LLMConfig, device: str = "cpu") -> torch.dtype:
 def lora_config(model: Any, config: LLMConfig) -> LoraConfig:
     """An adapter on every linear layer but the head, in as many of the upper layers as are wanted."""
     name, layers = decoder_layers(model)
-    lower = "|".join(map(str, range(len(layers) - ceil(config.adapted_layers * len(layers)))))
+    lower = "|".join(map(str, range(len(layers) - ceil(config.adapted_layers * len(layers) - 1e-9))))
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,

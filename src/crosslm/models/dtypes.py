@@ -8,7 +8,7 @@ import torch
 def fast_dtype(device: str) -> torch.dtype:
     """What ``dtype = "auto"`` means on a device: bfloat16 where it multiplies in it, and float32 elsewhere."""
     if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.startswith("mps"):  # whose sums have not been looked at
         return torch.float32
     # older torch cannot say; elsewhere than on x86 the names are others

@@ -8,8 +8,7 @@ model folder in the cache.
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,10 +19,12 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from crosslm.errors import ConfigError, ModelError, RunError
-from crosslm.support.files import alone, disk_error, expanded, replace_folder
+from crosslm.errors import ConfigError, ModelError
+from crosslm.support.files import alone, expanded, replace_folder
+from crosslm.support.writing import writing
 
 PREFIX = "package:"
+ELSEWHERE = "or name another folder (CROSSLM_CACHE for the cache)"
 
 
 @dataclass(frozen=True)
@@ -141,23 +142,6 @@ def lock_of(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.lock"
 
 
-@contextmanager
-def writing_model(folder: Path) -> Iterator[None]:
-    """Write a model into a folder within it.
-
-    Raises:
-        RunError: the disk does not let it be written; names the folder.
-    """
-    try:
-        yield
-    except Exception as error:
-        if (why := disk_error(error)) is None:
-            raise
-        raise RunError(
-            f"{folder}: cannot be written: {why}; make room there, or name another folder (CROSSLM_CACHE for the cache)"
-        ) from error
-
-
 def _convert(module: str, package: Package, folder: Path, on_news: Callable[[str], None]) -> None:
     on_news(f"Converting {package.file} once into {folder} (about two minutes). Licence: {package.licence}")
 
@@ -176,7 +160,7 @@ def _convert(module: str, package: Package, folder: Path, on_news: Callable[[str
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
 
-    with writing_model(folder):
+    with writing(folder, ELSEWHERE):
         replace_folder(folder, write)
 
 

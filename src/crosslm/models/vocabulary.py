@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from crosslm.errors import ModelError
 from crosslm.models.loading import loading
-from crosslm.models.sources import lock_of, writing_model
+from crosslm.models.sources import ELSEWHERE, lock_of
 from crosslm.support.files import alone, partial_of, replace_folder, settle_folder
+from crosslm.support.writing import writing
 
 PUNCTUATION = frozenset(string.punctuation)
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "decoder_start_token_id")
@@ -81,7 +82,7 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
         cut = json.dumps(_cut_tokenizer(description, kept), ensure_ascii=False)
         (folder / "tokenizer.json").write_text(cut, "utf-8")
 
-    with writing_model(output):
+    with writing(output, ELSEWHERE):
         replace_folder(output, write)
     return Trimmed(before[0], len(kept), before[1], model.num_parameters())
 

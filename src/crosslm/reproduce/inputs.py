@@ -2,7 +2,9 @@
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, cast
@@ -11,34 +13,36 @@ from crosslm.config import Config
 from crosslm.data.texts import find_file
 from crosslm.errors import DataError
 from crosslm.reproduce.benchmarks import BENCHMARKS
-from crosslm.reproduce.plan import CEILING, STANDALONE, Cell, Choice
+from crosslm.reproduce.plan import CEILING, ORIGINAL, STANDALONE, Cell, Choice
 
 PART = 2**20
 
 
 def digests_of(cell: Cell, choice: Choice, config: Config) -> dict[str, str]:
-    """SHA-256 of the contents of each file that a cell is made of, by its name; what is not here is left out.
+    """SHA-256 of the contents of each file that a cell is made of, by its name; what cannot be read here is left out.
 
     Args:
         cell: whose.
         choice: has the folder of all data.
         config: the cell's.
     """
+    found = {}
+    for name, path in _paths_of(cell, choice, config):
+        with suppress(OSError, EOFError, zlib.error):  # the cell itself will say what is amiss
+            found[name] = _digest(path, path.stat().st_mtime_ns)
+    return found
+
+
+def _paths_of(cell: Cell, choice: Choice, config: Config) -> Iterator[tuple[str, Path]]:
+    """Names and places of a cell's files; of an enhanced LLM's benchmark those of its run, too."""
     if cell.stage in BENCHMARKS:
         folder = choice.data_dir / cell.stage
-        return {
-            f"{cell.stage}/{name}": _digest(folder / name, (folder / name).stat().st_mtime_ns)
-            for name in ("train.csv", f"{choice.split}.csv")
-            if (folder / name).is_file()
-        }
-    found = {}
+        yield from ((f"{cell.stage}/{name}", folder / name) for name in ("train.csv", f"{choice.split}.csv"))
+    if cell.method == ORIGINAL:
+        return
     for name in _files_of(cell, config):
-        try:
-            path = find_file(name, config.data)
-        except DataError:  # of a hub, of a package, or on another machine
-            continue
-        found[name] = _digest(path, path.stat().st_mtime_ns)
-    return found
+        with suppress(DataError):  # of a hub, of a package, or on another machine
+            yield name, find_file(name, config.data)
 
 
 def _files_of(cell: Cell, config: Config) -> Iterator[str]:

@@ -85,21 +85,35 @@ class Store:
         except OSError as error:
             raise RunError(f"{self.folder / name}: cannot be written: {error}; choose another --output") from error
 
-    def ready_run_folder(self, cell: Cell, config: Config) -> Path:
+    def ready_run_folder(self, cell: Cell, config: Config, contents: dict[str, str]) -> Path:
         """The run folder: with the finished run of this configuration, with one that can be gone on with, or empty.
 
         A run that was stopped is gone on with if its configuration is this one to the last field. What else is there
-        is removed: it is of another configuration, and its cell has been deleted.
+        is removed: it is of another configuration or of other data, and its cell has been deleted.
+
+        Args:
+            cell: whose.
+            config: its own.
+            contents: of its files (:func:`crosslm.reproduce.inputs.digests_of`); are noted beside the folder.
+
+        Raises:
+            RunError: they cannot be noted.
         """
         folder = self.run_folder(cell)
+        files = folder.with_name(f"{folder.name}.files.json")
+        try:
+            noted = json.loads(files.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            noted = {}
         now = {"config": config.model_dump(mode="json", exclude_none=True)}
         try:
             then = {"config": tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))}
         except (OSError, ValueError):
             then = {}
         is_finished = (folder / SUMMARY).is_file() and not differences(cell, then, now)
-        if not is_finished and then != now:
+        if (not is_finished and then != now) or other_contents(noted, contents):
             shutil.rmtree(folder, ignore_errors=True)
+        self.write(str(files.relative_to(self.folder)), json.dumps(contents) + "\n")
         return folder
 
     def drop_unneeded(self, cell: Cell) -> None:
@@ -144,9 +158,13 @@ def differences(cell: Cell, kept: dict[str, Any], now: dict[str, Any]) -> list[s
     both = [then, Config.model_validate(now["config"] | {"preset": "paper"})]
     tables = [{**_relevant(config, cell), **_rest(side)} for config, side in zip(both, (kept, now), strict=True)]
     paths = dict.fromkeys(path for table in tables for path in leaves(table) if path not in MACHINES_OWN)
-    files = kept.get("files", {}), now.get("files", {})
-    changed = [f"the contents of {name}" for name in files[0] if name in files[1] and files[0][name] != files[1][name]]
+    changed = [f"the contents of {name}" for name in other_contents(kept.get("files", {}), now.get("files", {}))]
     return [".".join(path) for path in paths if _at(tables[0], path) != _at(tables[1], path)] + changed
+
+
+def other_contents(then: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Names of the files whose contents are known of both times and differ."""
+    return [name for name in then if name in now and then[name] != now[name]]
 
 
 def _rest(side: dict[str, Any]) -> dict[str, Any]:

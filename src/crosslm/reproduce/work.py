@@ -51,7 +51,7 @@ def do(
     """
     config = choice.cell_config(cell)
     if cell.stage == RUN:
-        folder = store.ready_run_folder(cell, config)
+        folder = store.ready_run_folder(cell, config, digests_of(cell, choice, config))
         try:
             if not (folder / SUMMARY).is_file():
                 run_local(config, folder, cache, display, resume=True, llm_cache=llm_cache)

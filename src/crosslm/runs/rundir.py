@@ -18,12 +18,12 @@ from crosslm.support.files import (
     alone,
     append_line,
     clear_partial,
-    disk_error,
     missing,
     replace_folder,
     whole_lines,
     write_whole,
 )
+from crosslm.support.writing import writing
 
 if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
     from torch import Tensor
@@ -40,6 +40,7 @@ LOCK, ROLLBACK = ".lock", "rollback.json"
 SESSIONS = "sessions.jsonl"
 ENGINE = "flower"
 """What carried the messages of a run between machines: a field of its first event and of its summary."""
+GO_ON = "and go on with --resume: nothing that was there is lost"
 KIT_FILE = "server.toml"
 """What a server's kit has in it; its run folder is ``run`` beside that."""
 
@@ -142,7 +143,7 @@ class RunDir:
             RunError: it cannot be written; what was there before is still there.
         """
         target = self.path / name
-        with _writing(target):
+        with writing(target, GO_ON):
             write_whole(target, [data])
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -152,7 +153,7 @@ class RunDir:
             RunError: it cannot be written; the events before it are still there.
         """
         event = {"event": kind, "time": round(time.time(), 3), **fields}
-        with _writing(self.path / METRICS):
+        with writing(self.path / METRICS, GO_ON):
             append_line(self.path / METRICS, json.dumps(event, ensure_ascii=False))
         for listen in self.listeners:
             listen(event)
@@ -163,7 +164,7 @@ class RunDir:
         Raises:
             RunError: it cannot be written.
         """
-        with _writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
+        with writing(self.path / METRICS, GO_ON), (self.path / METRICS).open("a") as file:
             os.fsync(file.fileno())
             return file.seek(0, os.SEEK_END)
 
@@ -181,7 +182,7 @@ class RunDir:
             RunError: it cannot be written.
         """
         line = json.dumps({"event": kind, "time": round(time.time(), 3), "pid": os.getpid()})
-        with _writing(self.path / SESSIONS):
+        with writing(self.path / SESSIONS, GO_ON):
             append_line(self.path / SESSIONS, line)
 
     def barred(self) -> list[str]:
@@ -305,7 +306,7 @@ class RunDir:
             RunError: it cannot be written; what was there before is still there.
         """
         target = self.path / name
-        with _writing(target):
+        with writing(target, GO_ON):
             replace_folder(target, lambda folder: save(str(folder)))
 
     def summarise(self, summary: dict[str, Any]) -> None:
@@ -352,16 +353,3 @@ def check_elsewhere(folder: Path) -> None:
 def _make_private(folder: Path) -> None:
     """A run folder says much of the private rows (docs/privacy.md), and so is its owner's alone."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """What the disk does not let be written is an error of the run that names the file."""
-    try:
-        yield
-    except Exception as error:
-        if (why := disk_error(error)) is None:
-            raise
-        raise RunError(
-            f"{target}: cannot be written: {why}; nothing that was there is lost: make room, and go on with --resume"
-        ) from error

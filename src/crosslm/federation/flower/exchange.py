@@ -52,16 +52,17 @@ class FlowerExchange:
         """The upload that has waited longest; None when nobody waits, after a short while.
 
         An upload that does not pass the intake's checks is refused and noted in the journal; one that the disk has lost
-        or changed is asked for again.
+        or changed is asked for again. One of a silo that was shut out is not used.
         """
         self._look_at_carrier()
         arrival = self.spool.next()
         if arrival is None:
             self._wait()
             return None
+        if not self.spool.is_admitted(arrival.silo):
+            self._leave_out(arrival)
+            return None
         try:
-            if not self.spool.is_admitted(arrival.silo):
-                raise UploadError(SHUT_OUT.replace("NAME", arrival.silo))
             if (tries := self.spool.tries(arrival)) > MOST_TRIES:
                 raise UploadError(
                     f"client {arrival.silo}: the server ended {tries - 1} times while it worked on its upload of round "
@@ -112,6 +113,13 @@ class FlowerExchange:
         self.on_failure(arrival.silo, f"round {arrival.round}: {error}; the silo is asked for it again")
         self.spool.forget(arrival)
         self.carrier.to_carry.set()
+
+    def _leave_out(self, arrival: Arrival) -> None:
+        """An upload of a silo that was shut out: nothing is made of it, and should its key come back, it is asked."""
+        why = SHUT_OUT.replace("NAME", arrival.silo)
+        logger.error("silo %s, round %d: not used: %s", arrival.silo, arrival.round, why)
+        self.on_failure(arrival.silo, f"round {arrival.round}: not used: {why}")
+        self.spool.forget(arrival)
 
     def finished(self) -> bool:
         """Whether no upload is to be served any more."""
