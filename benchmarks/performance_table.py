@@ -94,7 +94,7 @@ LEADS = [
         "adapters in the upper half of the layers alone, and the layers below read once for LLM and reference",
         "leads",
         "ratio_upper_half_update",
-        "times our update's speed; what the LLM then learns is in the ablation of [results](results.md)",
+        "times our update's speed; what the LLM then learns is not measured",
         "`llm.adapted_layers`, in no preset",
     ),
     ("`torch.compile`, reading texts", "leads", "ratio_compiled_read", "times our speed, once it is compiled", "no"),

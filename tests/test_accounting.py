@@ -18,7 +18,7 @@ from crosslm.experiment import run_local
 from crosslm.federation.kits import SiloSettings
 from crosslm.models.slm import SLM
 from crosslm.preflight import doctor
-from crosslm.privacy.accounting import Mechanism, Spent, plan
+from crosslm.privacy.accounting import Mechanism, Spent, check_budget, plan
 from crosslm.privacy.bounds import privacy_line, privacy_summary
 from crosslm.privacy.leaks import LeakCheck
 from crosslm.privacy.private_fit import PrivateTraining
@@ -134,6 +134,10 @@ def test_the_line_says_what_is_outside_the_bound():
     noisy = {"a": {"epsilon": 2.0, "delta": 1e-5, "count_epsilon": 0.5}}
     assert line({"a": 3}, privacy=noisy) == f"{start} a 2.00 (delta 1e-05)."  # they are within it
     assert line({"a": 0}, engine="flower") == f"{start} a 2.00 (delta 1e-05), as the silo says."
+    one = "The run that it was rolled back from, x, has an epsilon of its own, and the two add up."
+    both = "The runs that it was rolled back from, x, y, have epsilons of their own; all add up."
+    for earlier, said in ((["x"], one), ("x", one), (["x", "y"], both)):
+        assert line({"a": 0}, rolled_back_from=earlier) == f"{start} a 2.00 (delta 1e-05). {said}"
 
 
 def test_after_a_rollback_the_earlier_runs_epsilon_is_named(settings, tmp_path):
@@ -169,8 +173,27 @@ def test_a_delta_that_means_nothing_is_refused(settings, tmp_path, delta, verdic
     with pytest.raises(ConfigError, match="client client-0") if wrong else nullcontext():
         warnings = prepare(config, tmp_path / "cache", lambda _: None).split.warnings
         assert len(warnings) == (2 if delta > 0.1 / 25 else 0)
-    found = [finding for finding, _ in doctor.data(config) if finding.subject == "privacy.delta"]
+    found = [finding for finding, _ in doctor.data(config) if finding.subject == "privacy"]
     assert [finding.level for finding in found] == ["error" if wrong else "warning"] * (2 if delta > 0.1 / 25 else 0)
+
+
+def test_a_budget_that_no_noise_keeps_is_refused_before_a_run(settings, tmp_path):
+    tight = PrivacyConfig(epsilon=0.01)
+    said = (
+        r"client a: privacy\.epsilon = 0\.01 cannot be kept: .*privacy\.delta = 1e-05 no noise brings that below 0\.1"
+    )
+    with pytest.raises(ConfigError, match=said):
+        check_budget(80, FIT, tight, 1, "client a")
+    with pytest.raises(ConfigError, match=said.removeprefix("client a")):
+        plan(80, FIT, tight, 1)
+    assert check_budget(80, FIT, PrivacyConfig(epsilon=8, delta=1e-6), 1, "client a") is None
+    assert check_budget(80, FIT, PrivacyConfig(), 1, "client a") is None
+    settings["privacy"] = {"epsilon": 0.01}
+    config = Config.model_validate(settings)
+    with pytest.raises(ConfigError, match=r"client client-0: privacy\.epsilon = 0\.01 cannot be kept"):
+        prepare(config, tmp_path / "cache", lambda _: None)
+    found = [finding for finding, _ in doctor.data(config) if finding.subject == "privacy"]
+    assert [finding.level for finding in found] == ["error", "error"]
 
 
 def test_counts_that_were_told_stay_paid_for(slm):

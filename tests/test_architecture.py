@@ -57,7 +57,7 @@ LAYERS = [
         "preflight.memory",
         "preflight.starter",
     },
-    {"federation.tokenizer_rules", "federation.leaving"},
+    {"federation.tokenizer_rules", "federation.leaving", "federation.hashed_files"},
     {"federation.intake"},
     {"federation.local", "runs.checkpoint"},
     {"runs.preparation", "runs.snapshot", "runs.tracking"},

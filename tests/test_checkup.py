@@ -15,7 +15,7 @@ from crosslm.config import AcceptanceConfig, Config, PrivacyConfig, SLMSpec
 from crosslm.errors import CrosslmError
 from crosslm.federation import checkup
 from crosslm.federation import provision as provision_module
-from crosslm.federation.kits import SERVER_FILE, SILO_FILE, dump, read_server, read_silo, server_config
+from crosslm.federation.kits import SERVER_FILE, SILO_FILE, dump, held, read_server, read_silo, server_config
 from crosslm.federation.provision import provision
 from crosslm.preflight import doctor
 from crosslm.runs.preparation import measured_on, original_llm, public_texts
@@ -131,6 +131,13 @@ def test_a_port_that_is_taken_and_one_that_the_server_itself_has(kits, shell, se
         code, out, _ = shell("doctor", kits / "server")
     assert code == 2
     assert "is in use by another program; end it, or choose another superlink_port in server.toml" in out
+    silo = kits / "silos" / "silo-0"
+    with socket.create_server(("127.0.0.1", read_silo(silo).runtime_port)):
+        other = shell("doctor", silo)[1]
+        with held(silo):
+            own = shell("doctor", silo)[1]
+    assert "is in use by another program; end it, or choose another runtime_port in silo.toml" in other
+    assert f"127.0.0.1:{read_silo(silo).runtime_port} is in use, and this kit is at work" in own
     serving(kits / "server", port_of(kits))
     code, out, _ = shell("doctor", kits / "server")
     assert code == 0
@@ -282,6 +289,24 @@ def test_a_silos_delta_is_looked_at_beside_its_rows(kits, shell):
             code, _, err = shell("client", kit)  # found now, and not when the server asks
             assert code == 2
             assert "silo silo-0: privacy.delta = 0.9 with" in err
+
+
+def test_a_silos_budget_is_looked_at_beside_its_rows(kits, shell):
+    kit = kits / "silos" / "silo-0"
+    change(kit, privacy=PrivacyConfig(epsilon=0.01), acceptance=AcceptanceConfig())
+    code, out, _ = shell("doctor", kit)
+    assert code == 2
+    assert any("silo silo-0: privacy.epsilon = 0.01 cannot be kept" in line for line in lines(out, "error"))
+
+
+def test_a_server_looks_for_the_trackers_that_its_configuration_asks_for(kits, shell, monkeypatch):
+    config = kits / "server" / "config.toml"
+    tables = tomllib.loads(config.read_text())
+    config.write_text(tomli_w.dumps(tables | {"tracking": ["mlflow"]}))
+    monkeypatch.setattr("crosslm.runs.tracking._installed", lambda _: False)
+    code, out, _ = shell("doctor", kits / "server")
+    assert code == 2
+    assert any(line.startswith("error   tracking: ") for line in lines(out, "error"))
 
 
 def test_without_the_extra_it_says_so_and_looks_no_further(kits, shell, monkeypatch):

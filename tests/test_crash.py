@@ -175,7 +175,7 @@ def test_a_client_shut_out_by_a_rollback_leaves_no_trace(small_file, small, tmp_
     elsewhere = tmp_path / "elsewhere"
     monkeypatch.setattr("crosslm.cli.recovery.finish", lambda *_, **__: None)
     assert command("rollback", ".", "--client", first, "--output", elsewhere)[0] == 0
-    assert RunDir(elsewhere).rolled_back_from() == "run"
+    assert RunDir(elsewhere).rolled_back_from() == ["run"]
     monkeypatch.undo()
 
     ordered = experiment.LocalExchange.__init__
@@ -193,6 +193,9 @@ def test_a_client_shut_out_by_a_rollback_leaves_no_trace(small_file, small, tmp_
     assert found == expected
     assert not (target / "slm" / first).exists()
     assert (target / "slm" / other).is_dir()
+    monkeypatch.setattr("crosslm.cli.recovery.finish", lambda *_, **__: None)
+    assert command("rollback", target, "--client", other, "--output", tmp_path / "again")[0] == 0
+    assert RunDir(tmp_path / "again").rolled_back_from() == ["run", target.name]
 
     code, _, err = command("rollback", tmp_path / "run", "--client", "nobody")
     assert code == 2
@@ -429,7 +432,8 @@ def test_a_full_disk_leaves_the_last_good_state(config, stopped, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, full)
         with pytest.raises(
-            RunError, match="cannot be written: No space left on device; make room there, and go on with --resume"
+            RunError,
+            match="cannot be written: No space left on device; make room there, and give the same command again",
         ):
             run_local(config, stopped, tmp_path, resume=True)
     kept = contents(stopped)

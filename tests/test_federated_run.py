@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import BAD, GOOD, TASK, sentences
@@ -536,7 +537,9 @@ def test_a_server_that_is_started_again_counts_on(tables, local, tmp_path):
     server.close()
 
 
-def test_of_a_silo_that_was_shut_out_nothing_is_used_and_nothing_is_owed_to_it(tables, local, tmp_path, monkeypatch):
+def test_of_a_silo_that_was_shut_out_nothing_is_used_and_nothing_is_owed_to_it(
+    tables, local, tmp_path, monkeypatch, caplog
+):
     kit, (first, second) = tmp_path / "kit", map(decode_upload, local[1])
     server = federation(kit, tables, local[1][:1])
     before = next(server)
@@ -557,20 +560,26 @@ def test_of_a_silo_that_was_shut_out_nothing_is_used_and_nothing_is_owed_to_it(t
     assert not deployment.server.gate.references
     assert not list(deployment._first_uploads())
     assert exchange._owed() == []
-    assert deployment.last_served() == []
-    told = []
-    exchange.on_failure = lambda *said: told.append(said)
+    caplog.clear()
+    monkeypatch.setattr(exchange.carrier, "thread", SimpleNamespace(start=lambda: None))
+    exchange.start()
+    assert f"put silos/{second.client_id}.pub back there" in caplog.text
     assert exchange.receive() is None
-    ((silo, why),) = told
-    assert (silo, spool.of(second.client_id)) == (second.client_id, [])
-    assert f"put silos/{second.client_id}.pub back there" in why
-    assert exchange.carrier.untold() == []  # it cannot be told
+    exchange._refuse_late()
+    assert spool.of(second.client_id)[0].state == "received"
     exchange, deployment = started(first.client_id, "late")  # whose key was put back
     assert list(deployment.server.teachers.members) == [first.client_id]
     assert exchange._owed() == [first.client_id]
-    exchange, _ = started(first.client_id, second.client_id)
-    asked = exchange.carrier._task(exchange.carrier.lines[second.client_id])
-    assert asked[:2] == ("upload", 0)  # it has it still
+    exchange, deployment = started(first.client_id, second.client_id, "late")
+    assert exchange.receive().client_id == second.client_id  # its turn comes when its key is back
+    download, record = deployment.server.step(second)
+    deployment.served(second, download, record)
+    spool.serve(second.client_id, 0, encode(download))
+    assert {served.read().client_id for served in deployment.last_served()} == {first.client_id, second.client_id}
+    spool.admit([second.client_id])
+    assert [served.read().client_id for served in deployment.last_served()] == [second.client_id]
+    ((silo, _),) = deployment._first_uploads()
+    assert silo == second.client_id
     server.close()
 
 

@@ -35,8 +35,7 @@ from starlette.routing import Route
 
 from crosslm.config import AcceptanceConfig, Config, FederationConfig, PrivacyConfig, merged
 from crosslm.errors import ConfigError, DataError, FederationError, KeptFileError, LeakError, RunError, UploadError
-from crosslm.federation import keys, silo_state
-from crosslm.federation import spool as spool_module
+from crosslm.federation import hashed_files, keys, silo_state
 from crosslm.federation.flower import carrier, gateway, processes, server_processes, silo_processes
 from crosslm.federation.flower import exchange as exchange_module
 from crosslm.federation.flower.carrier import LONGEST_WAIT
@@ -328,7 +327,7 @@ def test_a_file_is_written_whole_or_not_at_all_by_everybody(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space"):
         write_whole(tmp_path / "new" / "file", cut())
     assert (tmp_path / "new" / "file").read_bytes() == b"one whole"
-    for module in (rundir, spool_module, silo_state):
+    for module in (rundir, hashed_files, silo_state):
         assert module.write_whole is write_whole
     spool = Spool(tmp_path / "spool")
     with pytest.raises(RunError, match="No space"):
@@ -1194,6 +1193,9 @@ def test_a_server_waits_until_its_silos_have_heard_but_not_for_ever(kits, monkey
     server.spool.note("told/silo-0", "1")
     monkeypatch.setattr(server_processes, "TELL_TIME", 300.0)
     server._wait_until_told()  # silo-1 has nothing to hear
+    server.spool.put("gone", 0, [b"an upload"])
+    server.spool.delivered("gone", 0)
+    server._wait_until_told()  # nor has one whose key is not in the kit any more
     server.spool.close()
 
 

@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from crosslm.config import Config, FederationConfig
 from crosslm.errors import FederationError, RunError, UploadError
+from crosslm.federation import hashed_files
 from crosslm.federation import provision as provision_module
 from crosslm.federation import spool as spool_module
 from crosslm.federation.flower import gateway, processes, server_processes, silo_processes
@@ -184,7 +185,7 @@ def test_a_file_of_the_spool_that_is_too_large_is_not_read(exchange, monkeypatch
     turn(exchange, 2)
     bounds = exchange.intake.bounds.model_copy(update={"max_bytes": 1000})
     exchange.intake = type(exchange.intake)(exchange.intake.labels, bounds)
-    monkeypatch.setattr(spool_module, "_unchanged", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(spool_module, "unchanged", lambda *_: pytest.fail("it was read"))
     assert exchange.receive() is None
     first = exchange.spool.of("silo-0")[0]
     assert first.state == "refused"
@@ -202,7 +203,7 @@ def test_a_full_disk_is_told_with_its_file_and_what_to_do(exchange, monkeypatch)
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(spool_module, "write_whole", full)
+        patch.setattr(hashed_files, "write_whole", full)
         exchange.start()
         exchange.carrier.thread.join(PATIENCE)
         with pytest.raises(RunError, match=r"silo-\d-0000-up\.part: cannot be written: No space left.*make room"):

@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import tiny_llm
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, Gemma3Config
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.config_file import load, packaged
 from crosslm.errors import ConfigError, ModelError
 from crosslm.models import llm as llm_module
-from crosslm.models.causal import weight_dtype
+from crosslm.models.causal import check_causal, weight_dtype
 from crosslm.models.llm import LLM, _has_room
 from crosslm.models.tokens import TextEnd, distinct_tokens, verbalizer_ids
 
@@ -426,6 +426,15 @@ def test_a_head_that_is_not_a_plain_matrix_is_refused(models):
     model.config.final_logit_softcapping = 0.01
     with pytest.raises(ModelError, match="not a plain matrix"):
         LLM(model, None, LLMConfig(model="gemma3"))
+
+
+def test_a_model_whose_logits_are_capped_is_refused_before_it_is_loaded(models, tmp_path):
+    config = AutoConfig.from_pretrained(models / "gemma3")
+    config.final_logit_softcapping = 30.0
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"has final_logit_softcapping, and crosslm supports no scale or soft cap"):
+        check_causal(str(tmp_path), "mine")
+    check_causal(str(models / "gemma3"), "mine")
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):

@@ -49,7 +49,7 @@ def folders(models, tmp_path_factory):
 
 def check(folders, kind, layers):
     privacy = PrivacyConfig(epsilon=8, trained_layers=layers)
-    check_slm(str(folders[kind]), SLMSpec(model=kind), privacy, "client north")
+    check_slm(str(folders[kind]), SLMSpec(model=kind), privacy, False, "client north")
 
 
 def train(folders, kind, layers):
@@ -86,6 +86,16 @@ def test_what_fails_in_a_step_is_an_error_of_the_model(folders, kind, layers):
         train(folders, kind, layers)
 
 
+def test_embeddings_that_are_scaled_must_be_frozen(models):
+    """Gemma's: Opacus refuses a table that has a buffer beside its weights."""
+    folder, spec = str(models / "gemma3"), SLMSpec(model="gemma3")
+    with pytest.raises(ModelError, match=r"client north: the word embeddings of .* gemma3_text .*freeze_embeddings"):
+        check_slm(folder, spec, PrivacyConfig(epsilon=8), False, "client north")
+    check_slm(folder, spec, PrivacyConfig(epsilon=8), True, "client north")
+    check_slm(folder, spec, PrivacyConfig(epsilon=8, trained_layers=1), False, "client north")
+    check_slm(folder, spec, PrivacyConfig(), False, "client north")
+
+
 def test_without_epsilon_all_are_let_through(folders):
     for kind in folders:
-        check_slm(str(folders[kind]), SLMSpec(model=kind), PrivacyConfig(), "client north")
+        check_slm(str(folders[kind]), SLMSpec(model=kind), PrivacyConfig(), False, "client north")

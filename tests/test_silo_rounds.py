@@ -113,6 +113,15 @@ def test_the_classifier_in_use_is_whole_whenever_the_silo_dies(silo, federated, 
     assert (used / "model.safetensors").read_bytes() != before
 
 
+def test_what_a_silo_keeps_is_for_its_owner_alone_whoever_starts_it(silo):
+    before = os.umask(0o022)  # Flower's own commands set none
+    try:
+        silo.upload(silo.settings.experiment, 0)
+    finally:
+        os.umask(before)
+    assert silo.state.stat().st_mode & 0o777 == 0o700
+
+
 def test_a_silo_that_starts_again_has_its_classifier_back(silo, monkeypatch):
     """One that was killed between moving the old folder aside and naming the new one."""
     aside = silo.state / f"slm{ASIDE}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BAD, GOOD, TINY_AMOUNTS, sentences
-from transformers import AutoModel, BertConfig, Gemma3TextConfig
+from transformers import AutoConfig, AutoModel, BertConfig, Gemma3TextConfig
 
 from crosslm.cli import main as cli
 from crosslm.cli.main import EXTRAS
@@ -303,6 +303,27 @@ def test_the_doctor_finds_an_error_and_ends_with_code_2(shell, workplace, models
     assert message in out
 
 
+def test_the_doctor_knows_which_llm_a_run_refuses(shell, workplace, models, tmp_path):
+    config = AutoConfig.from_pretrained(models / "gemma3")
+    config.final_logit_softcapping = 30.0
+    shutil.copytree(models / "gemma3", tmp_path / "capped")
+    config.save_pretrained(tmp_path / "capped")
+    for model, more, message in (
+        (tmp_path / "capped", (), "error   llm.model: .*has final_logit_softcapping"),
+        (models / "encoder", ("--set", "llm.vocabulary_texts=['test.csv']"), "error   llm.model: .*only byte-pair"),
+    ):
+        code, out, _ = shell("doctor", workplace / "tickets.toml", "--set", f"llm.model='{model}'", *more)
+        assert code == 2
+        assert re.search(message, " ".join(out.split()).replace("error ", "error   ")), out
+
+
+def test_a_cache_that_may_only_be_read_is_no_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    assert doctor.disk(tmp_path, "kit").level == "error"
+    found = doctor.disk(tmp_path, "cache folder", is_needed=False)
+    assert (found.level, "have each model in it" in found.message) == ("warning", True)
+
+
 def test_the_doctor_knows_which_classifiers_may_travel(shell, workplace, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     code, out, _ = shell("doctor", workplace / "tickets.toml", "--set", f"slm.models=[{{model='{tmp_path}'}}]")
@@ -471,8 +492,9 @@ def test_full_fine_tuning_needs_more(config):
 
 
 def test_memory_is_no_more_than_the_container_allows(monkeypatch):
-    monkeypatch.setattr(memory.Path, "read_text", lambda path: "5000" if path.name == "memory.max" else "2000")
-    assert memory.available("cpu") == 3000
-    monkeypatch.setattr(memory.Path, "read_text", lambda _: "max\n")
+    limits = {"memory.max": "5000\n", "memory.current": "2500\n", "memory.stat": "anon 1500\ninactive_file 500\n"}
+    monkeypatch.setattr(memory.Path, "read_text", lambda path: limits[path.name])
+    assert memory.available("cpu") == 3000  # what is only kept of files makes room
+    limits["memory.max"] = "max\n"
     assert memory.available("cpu") > 10**6
     assert torch.cuda.is_available() or memory.available("mps") > 10**6

@@ -15,6 +15,7 @@ from crosslm.classification import class_probabilities
 from crosslm.config import RewardConfig
 from crosslm.enhancement import train_on_synthetic
 from crosslm.errors import QuarantineError, UploadError
+from crosslm.federation.messages import encode
 from crosslm.models.slm import SLM
 from crosslm.records import SyntheticSet, SyntheticText
 from crosslm.runs import journal, snapshot
@@ -42,6 +43,21 @@ def test_the_mean_is_over_the_arriving_and_the_last_of_the_others(uploads, recei
     torch.testing.assert_close(three, (opinions[0] + opinions[1] + opinions[2]) / 3)
     teachers.accepted(stranger, received[0])
     assert list(teachers.members) == ["south", "west", "east"]
+
+
+def test_a_judge_and_its_upload_are_one_copy(uploads, received):
+    """They are kept as long as it judges, and may be large; not where the upload is in half precision."""
+    teachers = Teachers(RewardConfig(teachers=2))
+    half = dataclasses.replace(uploads[1], slm=uploads[1].slm.in_dtype(torch.float16))
+    teachers.accepted(uploads[0], received[0])
+    teachers.accepted(half, received[1])
+    one, two = teachers.members.values()
+    own = one.slm.model.state_dict()
+    assert all(value.data_ptr() == own[name].data_ptr() for name, value in one.upload.slm.weights.items())
+    assert encode(one.upload) == encode(uploads[0])
+    assert one.is_of(uploads[0])
+    assert encode(two.upload) == encode(half)
+    assert two.is_of(half)
 
 
 def test_the_same_texts_are_read_once_by_whom_has_not_changed(uploads, received, monkeypatch):

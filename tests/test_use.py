@@ -105,8 +105,41 @@ def test_what_is_not_utf8_is_counted_and_what_is_only_odd_is_not(shell, workplac
     code, out, err = shell("predict", run, "--client", "north", tmp_path / "x.csv")
     assert code == 0
     assert [row["text"] for row in table(out)] == ["a \ufffd day", "caf\ufffd"]
-    assert "warning: 1 lines are not UTF-8" in err
+    assert "warning: 1 lines are not whole UTF-8" in err
     assert re.search(r"accuracy \S+ on 2 rows that have a label", err)
+
+
+def test_half_a_character_that_json_escapes_loses_no_row(shell, workplace, tmp_path):
+    run = workplace / "runs" / "tickets-1"
+    lines = [{"text": "a good \ud83d day", "label": None, "more": ["\udc00"]}, {"text": "a day", "label": "urgent"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, err = shell("predict", run, "--client", "north", tmp_path / "x.jsonl")
+    assert code == 0, err
+    first, second = map(json.loads, out.splitlines())
+    assert (first["text"], first["more"]) == ("a good \ufffd day", ["\ufffd"])
+    assert None not in (first["predicted"], second["predicted"])
+    assert "warning: 1 lines are not whole UTF-8" in err
+    assert re.search(r"accuracy \S+ on 1 rows that have a label", err)
+
+
+def test_a_row_without_a_label_is_none_of_the_label_none(shell, workplace, tmp_path, monkeypatch):
+    slm = Run.open(workplace / "runs" / "tickets-1").slm("north")
+    slm.labels = ("None", "urgent")
+    monkeypatch.setattr(Run, "slm", lambda *_: slm)
+    (tmp_path / "x.jsonl").write_text('{"text": "a day", "label": null}\n{"text": "a day"}\n')
+    code, _, err = shell("predict", workplace / "runs" / "tickets-1", "--client", "north", tmp_path / "x.jsonl")
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["predicted", "probability"])
+def test_a_column_that_predict_writes_is_not_written_over(shell, workplace, tmp_path, name):
+    (tmp_path / "x.csv").write_text(f"text,{name}\na day,mine\n")
+    output = tmp_path / "out.csv"
+    code, _, err = shell(
+        "predict", workplace / "runs" / "tickets-1", "--client", "north", tmp_path / "x.csv", "--output", output
+    )
+    assert (code, output.exists()) == (2, False)
+    assert f"the rows have a column '{name}', which is what is written here: give it another name" in err
 
 
 def test_rows_are_utf8_wherever_they_go(workplace, monkeypatch):

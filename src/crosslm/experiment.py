@@ -301,7 +301,7 @@ class _Run:
         if isinstance(self.llm, CachedLLM):  # the seconds above say nothing then
             summary["llm_cache"] = {"found": self.llm.cache.found, "made": self.llm.cache.made}
         if config.privacy.epsilon is not None and (earlier := run.rolled_back_from()):
-            summary["rolled_back_from"] = earlier  # whose epsilon is no part of this run's
+            summary["rolled_back_from"] = earlier  # whose epsilons are no part of this run's
         write_cards(run, config, summary)
         run.summarise(summary)
         return summary

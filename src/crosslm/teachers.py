@@ -8,7 +8,7 @@ Federated Learning", NeurIPS 2020, on texts that the LLM wrote.
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -111,7 +111,7 @@ class Teachers:
         if self.config.teachers == 1:
             return
         self.members.pop(upload.client_id, None)  # the latest is the last
-        self.members[upload.client_id] = Teacher(upload, slm)
+        self.members[upload.client_id] = Teacher(_of_one_copy(upload, slm), slm)
         for name in list(self.members)[: -self.config.teachers]:
             del self.members[name]
 
@@ -119,6 +119,19 @@ class Teachers:
         """Have these clients' SLMs judge no more."""
         for name in list(clients):
             self.members.pop(name, None)
+
+
+def _of_one_copy(upload: Upload, slm: SLM) -> Upload:
+    """An upload whose weights are an SLM's own that was rebuilt from it: both stay, and may be large.
+
+    They stay two where they are not the same, in half precision on the wire or on a GPU.
+    """
+    own = slm.model.state_dict()
+    weights = {
+        name: own[name] if (own[name].dtype, own[name].device) == (value.dtype, value.device) else value
+        for name, value in upload.slm.weights.items()
+    }
+    return replace(upload, slm=replace(upload.slm, weights=weights))
 
 
 def stranger_proba(slm: SLM, texts: list[str]) -> Tensor:

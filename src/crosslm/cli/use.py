@@ -96,7 +96,8 @@ def predict(
     def counted() -> Iterator[Row]:
         nonlocal right, labelled
         for row in classified(slm, rows, column):
-            label = str(row.get(data.label_column)).strip()
+            said = row.get(data.label_column)
+            label = "" if said is None else str(said).strip()  # "None" may be the name of a label
             label = names.get(label, label)
             if row["predicted"] is not None and label in slm.labels:
                 labelled += 1
@@ -106,7 +107,9 @@ def predict(
     keeps_all = as_jsonl or kind is RowFormat.jsonl  # the rows of JSONL need not have the same columns
     write_rows(counted(), RowFormat.jsonl if keeps_all else RowFormat.csv, output)
     if broken:
-        told = f"warning: {broken} lines are not UTF-8 and were read with {NOT_UTF8} in them; save the file as UTF-8"
+        told = (
+            f"warning: {broken} lines are not whole UTF-8 and were read with {NOT_UTF8} in them; save the file as UTF-8"
+        )
         errors.print(told, highlight=False, soft_wrap=True)
     if labelled:
         errors.print(f"accuracy {right / labelled:.3f} on {labelled} rows that have a label", highlight=False)

@@ -73,30 +73,31 @@ def rows_of(
 ) -> Iterator[Row]:
     """Rows as they come: ``text``: a text a line; ``csv`` with a header; ``jsonl``: an object a line.
 
-    Bytes that are not UTF-8 become U+FFFD, so that no row is lost.
+    Bytes that are not UTF-8, and halves of a character that JSON has escaped, become U+FFFD, so that no row is lost.
 
     Args:
         stream: is read no further than needed.
         source: its name, for messages.
         text_column: the column that is classified; every row of ``csv`` and ``jsonl`` must have it.
         kind: the format.
-        on_broken: told of each line with such bytes.
+        on_broken: told of each line with such.
 
     Raises:
         DataError: a row is not of the format, or has no such column.
     """
-    lines = _readable(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=""), on_broken)
+    opened = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    if kind is RowFormat.jsonl:
+        for number, row in json_rows(opened, source):
+            if text_column not in row:
+                raise _no_column(source, number, text_column, row)
+            yield _encodable(row, on_broken)
+        return
+    lines = _readable(opened, on_broken)
     if kind is RowFormat.text:
         for line in lines:
             yield {text_column: line.rstrip("\r\n")}
         return
-    if kind is RowFormat.csv:
-        found = csv_rows(lines, source, partial(_check_header, source, text_column))
-    else:
-        found = json_rows(lines, source)
-    for number, row in found:
-        if text_column not in row:
-            raise _no_column(source, number, text_column, row)
+    for _, row in csv_rows(lines, source, partial(_check_header, source, text_column)):
         yield row
 
 
@@ -136,10 +137,25 @@ def write_rows(rows: Iterable[Row], kind: RowFormat, path: Path | None) -> int:
 
 def _readable(lines: Iterable[str], on_broken: Callable[[], None]) -> Iterator[str]:
     for line in lines:
-        if any("\ud800" <= letter <= "\udfff" for letter in line):
+        whole = _without_surrogates(line)
+        if whole != line:
             on_broken()
-            line = "".join(NOT_UTF8 if "\ud800" <= letter <= "\udfff" else letter for letter in line)
-        yield line
+        yield whole
+
+
+def _encodable(row: Row, on_broken: Callable[[], None]) -> Row:
+    """A row without bytes that are not UTF-8 and halves of characters, in whatever depth."""
+    written = json.dumps(row, ensure_ascii=False)
+    whole = _without_surrogates(written)
+    if whole == written:
+        return row
+    on_broken()
+    mended: Row = json.loads(whole)
+    return mended
+
+
+def _without_surrogates(text: str) -> str:
+    return "".join(NOT_UTF8 if "\ud800" <= letter <= "\udfff" else letter for letter in text)
 
 
 def csv_rows(

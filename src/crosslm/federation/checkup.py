@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from crosslm.config import Config, PrivacyConfig, SLMSpec
+from crosslm.config import Config
 from crosslm.data.texts import is_there, load_examples
 from crosslm.errors import CrosslmError, DataError, FederationError
 from crosslm.federation.flower.processes import program
@@ -26,6 +26,8 @@ from crosslm.models.sources import check_model, model_folder
 from crosslm.preflight import doctor
 from crosslm.preflight.doctor import Finding
 from crosslm.runs.preparation import check_slm, client_specs, describe_spec, measured_text, public_texts
+from crosslm.runs.rundir import LOCK
+from crosslm.support.files import is_held
 
 FEW_DAYS = 30
 News = Callable[[str], None]
@@ -72,12 +74,13 @@ def _server(kit: Path, settings: ServerSettings, cache: Path, on_news: News) -> 
     else:
         yield Finding("error", "silos", f"{kit / 'silos'} has no public key of a silo: make the kits again")
     yield doctor.device(config.device)
+    yield from doctor.trackers(config)
     yield _test_rows(kit)
     yield from _texts(config)
     named, folders = {"llm.model": config.llm.model, "selection.encoder": config.selection.encoder}, dict[str, str]()
     yield from doctor.find_models(named, folders, cache, on_news)
     if config.llm.model in folders:
-        yield from doctor.verbalizers(config, folders[config.llm.model])
+        yield from doctor.language_model(config, folders[config.llm.model])
     if set(folders) == set(named.values()):
         encoder = folders[config.selection.encoder]
         slms = [_here(spec.model, cache, encoder) for spec in client_specs(config, silos).values()]
@@ -106,7 +109,8 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
     try:
         private = silo.private(left_out.append)
         yield doctor.count_rows("data", settings.data.train, private, settings.labels)
-        yield from doctor.delta(settings.privacy, len(private), f"silo {settings.id}")
+        agreed, who = settings.max_participations, f"silo {settings.id}"
+        yield from doctor.budget(len(private), settings.fit, settings.privacy, agreed, who)
         yield from (Finding("warning", "data", line) for line in left_out)
     except CrosslmError as error:
         yield Finding("error", "data", str(error))
@@ -117,7 +121,7 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
         named["encoder"] = settings.encoder
     yield from doctor.find_models(named, folders, cache, on_news)
     if settings.slm.model in folders:
-        yield _classifier(settings.slm, settings.privacy, folders[settings.slm.model])
+        yield _classifier(settings, folders[settings.slm.model])
 
 
 def _program(name: str) -> Finding:
@@ -127,12 +131,12 @@ def _program(name: str) -> Finding:
         return Finding("error", "flower", str(error))
 
 
-def _classifier(spec: SLMSpec, privacy: PrivacyConfig, folder: str) -> Finding:
+def _classifier(settings: SiloSettings, folder: str) -> Finding:
     try:
-        check_slm(folder, spec, privacy, "slm")
+        check_slm(folder, settings.slm, settings.privacy, settings.freeze_embeddings, "slm")
     except CrosslmError as error:
         return Finding("error", "slm", str(error))
-    return Finding("ok", "slm", f"trains {describe_spec(spec)}")
+    return Finding("ok", "slm", f"trains {describe_spec(settings.slm)}")
 
 
 def _test_rows(kit: Path) -> Finding:
@@ -241,7 +245,7 @@ def _secret(path: Path) -> Iterator[Finding]:
 
 
 def _listens(kit: Path, host: str, port: int, otherwise: str) -> Finding:
-    """Whether a port is free, or this kit's own server has it."""
+    """Whether a port is free, or what this kit started has it."""
     with socket.socket() as tried:
         tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -251,6 +255,8 @@ def _listens(kit: Path, host: str, port: int, otherwise: str) -> Finding:
                 return Finding("error", "port", f"{host}:{port}: {error.strerror}; {otherwise}")
         else:
             return Finding("ok", "port", f"{host}:{port} is free")
+    if not (kit / SERVER_FILE).is_file() and is_held(kit / LOCK):  # a SuperNode does not answer in TLS
+        return Finding("ok", "port", f"{host}:{port} is in use, and this kit is at work")
     try:
         greet(f"localhost:{port}", kit / "ca.crt")
     except (FederationError, OSError):

@@ -26,6 +26,7 @@ from crosslm.runs.measures import LLMMeter, measure_slm
 from crosslm.runs.preparation import check_same, check_words, measured_on, original_llm, public_texts
 from crosslm.runs.rundir import CLOSING_POOL, CONFIG, ENGINE, RunDir
 from crosslm.server import Server, StepRecord, receive_slm
+from crosslm.support.memory import give_back
 from crosslm.support.progress import Progress
 from crosslm.support.provenance import versions
 from crosslm.support.seeding import seed_for
@@ -149,13 +150,13 @@ class Deployment:
         if why := self.checkpoints.prune():  # who was killed may not have come to it
             self._warn(why)
 
-    def _save(self, cause: dict[str, Any], download: bytes | None) -> None:
+    def _save(self, cause: dict[str, Any], download: Download | None) -> None:
         put, server = self.checkpoints.put, self.server
         state = {
             **snapshot.server_state(server, put),
             "base": self._base_name,
             "before": self.before,
-            "download": None if download is None else put(download),
+            "download": None if download is None else put(encode(download)),
             "events": self.run.keep_events(),
             **self._counted(),
         }
@@ -188,11 +189,9 @@ class Deployment:
         who, step = upload.client_id, download.step
         for texts in record.written:
             self._count(texts)
-        slm = SLM.from_state(download.slm, self.task.labels, self.config.device)
-        self.run.save_slm(who, slm)
+        give_back()  # what its training took, which is several times the SLM
+        self._keep_slm(download)
         self.run.save_llm(self.server.llm)
-        if self.test is not None:
-            measure_slm(self.run, "crosslm", who, slm, self.test, 0)
         if record.refusal:
             self.run.event("gate", step=step, client=who, passed=False, reason=record.refusal, **record.gate)
         accuracy = accuracies(self.run.events())
@@ -208,8 +207,15 @@ class Deployment:
         if record.refusal:
             self.spool.no_say(who, upload.client_round)
         cause = {"client": who, "round": upload.client_round, "outcome": outcome, "step": step}
-        self._save(cause, encode(download))
+        self._save(cause, download)
         self.spool.note("working on", "")
+
+    def _keep_slm(self, download: Download) -> None:
+        """Write the SLM that goes back; with test rows, it is measured."""
+        slm = SLM.from_state(download.slm, self.task.labels, self.config.device)
+        self.run.save_slm(download.client_id, slm)
+        if self.test is not None:
+            measure_slm(self.run, "crosslm", download.client_id, slm, self.test, 0)
 
     def last_served(self) -> list[Served]:
         """The last upload of each silo that was served and has no closing download yet; of nobody if it is one silo."""
@@ -241,14 +247,13 @@ class Deployment:
 
     def closed(self, upload: Upload, download: Download, record: StepRecord) -> None:
         """Keep the SLM that goes back in the end; with test rows, it is measured."""
-        who, slm = upload.client_id, SLM.from_state(download.slm, self.task.labels, self.config.device)
+        who = upload.client_id
         if who in {event["client"] for event in self._events_of("closing")}:  # it was not sent before a restart
             return
-        self.run.save_slm(who, slm)
+        give_back()
+        self._keep_slm(download)
         self._learned_in_the_end |= set(record.kept)
         self.run.save_synthetic(CLOSING_POOL, self.task.labels, record.pool, kept=self._learned_in_the_end)
-        if self.test is not None:
-            measure_slm(self.run, "crosslm", who, slm, self.test, 0)
         accuracy = accuracies(self.run.events()).get("crosslm", {})
         measures = {"slm/crosslm": accuracy[who]} if who in accuracy else {}
         self.run.event("closing", client=who, **measures, **download.metrics)
@@ -302,6 +307,7 @@ class Deployment:
         self.meter.compare(readings, self.base, final, self._first_uploads(), self.server.steps)
         write_cards(self.run, self.config, self._summary(silos))
         self.summarise(silos)
+        give_back()  # silos may be at work for long yet
 
     def summarise(self, silos: Iterable[str]) -> None:
         """Write ``summary.json`` as things stand; and again when downloads were taken."""

@@ -71,7 +71,7 @@ class SiloState:
     def confirm(self) -> None:
         """Remember that the server was told of all rounds that are complete."""
         told = {"rounds": self.complete, "time": time.time()}
-        write_whole(self.state / "confirmed.json", [json.dumps(told).encode()])
+        self._write(self.state / "confirmed.json", [json.dumps(told).encode()])
 
     def nothing_more(self) -> None:
         """The server says that there is no closing download for this silo."""
@@ -79,18 +79,18 @@ class SiloState:
 
     def _close(self, decision: Mapping[str, Any]) -> None:
         kept = {**decision, "rounds": self.installed}
-        write_whole(self.state / "closed.json", [json.dumps(kept, indent=1).encode()])
+        self._write(self.state / "closed.json", [json.dumps(kept, indent=1).encode()])
         self.now("closed")
 
     def _complete(self, number: int, decision: Mapping[str, Any]) -> None:
-        write_whole(self.state / f"decision-{number:04}.json", [json.dumps(dict(decision), indent=1).encode()])
-        write_whole(self.state / "installed.json", [json.dumps({"rounds": number + 1, "time": time.time()}).encode()])
+        self._write(self.state / f"decision-{number:04}.json", [json.dumps(dict(decision), indent=1).encode()])
+        self._write(self.state / "installed.json", [json.dumps({"rounds": number + 1, "time": time.time()}).encode()])
         self.now("complete", number)
 
     def now(self, what: str, number: int | None = None, why: str = "") -> None:
         """Remember for ``crosslm status`` what goes on since now: training, waiting, complete or refused."""
         fields = {"now": what, "round": number, "why": why, "since": time.time(), "pid": os.getpid()}
-        write_whole(self.state / "now.json", [json.dumps(fields).encode()])
+        self._write(self.state / "now.json", [json.dumps(fields).encode()])
 
     def doing(self) -> dict[str, Any] | None:
         """What goes on at this silo, as :meth:`now` was told last; None before anything did."""
@@ -157,7 +157,7 @@ class SiloState:
         """Keep what leaves, before it does."""
         kept = {"time": time.time(), "server": self.settings.server, **receipt}
         path = self.state / "receipts" / f"{kind}-{number:04}.json"
-        write_whole(path, [(json.dumps(kept, indent=1) + "\n").encode()])
+        self._write(path, [(json.dumps(kept, indent=1) + "\n").encode()])
 
     def _sent(self, number: int) -> Path:
         return self.state / f"upload-{number:04}.safetensors"
@@ -171,17 +171,22 @@ class SiloState:
     def _downloaded(self, number: int) -> Path:
         return self.state / f"download-{number:04}.safetensors"
 
+    def _write(self, path: Path, parts: Iterable[bytes]) -> None:
+        """Write a file of the state whole; what is there is for its owner alone."""
+        self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_whole(path, parts)
+
     def _keep(self, path: Path, data: bytes) -> None:
         """Write a file whole, and before it its SHA-256, so that every file has one."""
-        write_whole(_digest_of(path), [hashlib.sha256(data).hexdigest().encode()])
-        write_whole(path, [data])
+        self._write(_digest_of(path), [hashlib.sha256(data).hexdigest().encode()])
+        self._write(path, [data])
 
     @contextmanager
     def _incoming(self, parts: Iterable[bytes]) -> Iterator[Path]:
         """What comes in parts, in a file for as long as it is looked at, unless :meth:`_keep_file` gives it a name."""
         path = self.state / "incoming.safetensors"
         try:
-            write_whole(path, parts)
+            self._write(path, parts)
             yield path
         finally:
             path.unlink(missing_ok=True)
@@ -191,7 +196,7 @@ class SiloState:
         """Keep a file that is in the same folder as :meth:`_keep` would, under this name."""
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        write_whole(_digest_of(path), [digest.encode()])
+        self._write(_digest_of(path), [digest.encode()])
         rename(file, path)
 
     def _was_kept(self, path: Path) -> bool:

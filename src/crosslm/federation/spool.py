@@ -6,7 +6,6 @@ received, what it was working on, and what it still owes to whom.
 """
 
 import fcntl
-import hashlib
 import json
 import sqlite3
 import threading
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from crosslm.errors import FederationError, RunError, UploadError
-from crosslm.support.files import partial_of, parts_of, rename, write_whole
+from crosslm.errors import FederationError, UploadError
+from crosslm.federation.hashed_files import unchanged, unwritable, write_hashed
+from crosslm.support.files import rename
 
 TOLD = "told/"  # and a silo: how many of its rounds it has been told are complete
 NO_SAY = "no say/"  # and silo and round
@@ -138,7 +138,7 @@ class Spool:
             RunError: it cannot be written.
         """
         path = self.upload_file(silo, number)
-        digest, size = _write_hashed(path.with_suffix(".part"), parts)
+        digest, size = write_hashed(path.with_suffix(".part"), parts)
         with self._lock:
             known = self._row("silo = ? AND round = ?", silo, number)
             if known is not None:
@@ -163,7 +163,10 @@ class Spool:
         return True
 
     def admit(self, silos: Iterable[str]) -> None:
-        """Note whose keys are in the kit: of a silo that was shut out nothing is used and nothing is owed to it."""
+        """Note whose keys are in the kit: of a silo that was shut out nothing is used and nothing is owed to it.
+
+        What it has sent waits until its key is back.
+        """
         self.note(ADMITTED, json.dumps(sorted(silos)))
 
     def is_admitted(self, silo: str) -> bool:
@@ -173,14 +176,19 @@ class Spool:
 
     def next(self) -> Arrival | None:
         """The upload that waits longest, or the one that was being worked on when the server stopped."""
+        if not (waiting := self.waiting()):
+            return None
+        longest = waiting[0]
         with self._lock:
-            waiting = self._row("state IN ('received', 'processing') ORDER BY number LIMIT 1")
-            if waiting is not None:
-                sql = "UPDATE arrivals SET state = 'processing', started_at = ? WHERE number = ?"
-                self._write(sql, time.time(), waiting.number)
-        if waiting is not None:
-            self.note(f"{TRIES}{waiting.silo}/{waiting.round}", str(self.tries(waiting) + 1))
-        return waiting
+            sql = "UPDATE arrivals SET state = 'processing', started_at = ? WHERE number = ?"
+            self._write(sql, time.time(), longest.number)
+        self.note(f"{TRIES}{longest.silo}/{longest.round}", str(self.tries(longest) + 1))
+        return longest
+
+    def waiting(self, are_admitted: bool = True) -> list[Arrival]:
+        """Uploads that wait for their turn, or are worked on: of silos whose keys are in the kit, or of the others."""
+        open_ones = [arrival for arrival in self.arrivals() if arrival.state in ("received", "processing")]
+        return [arrival for arrival in open_ones if self.is_admitted(arrival.silo) == are_admitted]
 
     def tries(self, arrival: Arrival) -> int:
         """How often an upload's turn has come: more than once where the server ended meanwhile."""
@@ -203,7 +211,7 @@ class Spool:
             raise UploadError(
                 f"client {arrival.silo}: the upload has {size} bytes; at most {most} are allowed (intake.max_bytes)"
             )
-        return b"".join(_unchanged(path, arrival.sha256))
+        return b"".join(unchanged(path, arrival.sha256))
 
     def serve(self, silo: str, number: int, download: bytes) -> None:
         """Keep the download that answers an upload; it is owed from now on.
@@ -211,7 +219,7 @@ class Spool:
         Raises:
             RunError: it cannot be written.
         """
-        digest, _ = _write_hashed(self.download_file(silo, number), [download])
+        digest, _ = write_hashed(self.download_file(silo, number), [download])
         sql = "UPDATE arrivals SET state = 'served', served_at = ?, download_sha256 = ? WHERE silo = ? AND round = ?"
         with self._lock:
             self._write(sql, time.time(), digest, silo, number)
@@ -240,7 +248,7 @@ class Spool:
         Raises:
             RunError: it cannot be written.
         """
-        digest, _ = _write_hashed(self.closing_file(silo), [download])
+        digest, _ = write_hashed(self.closing_file(silo), [download])
         self.note(f"{CLOSING}{silo}", f"{number} {digest}")
 
     def closing_of(self, silo: str) -> tuple[int, str] | None:
@@ -263,7 +271,7 @@ class Spool:
         Raises:
             FederationError: the file is not what was written; known after the last part.
         """
-        return _unchanged(self.closing_file(silo), digest)
+        return unchanged(self.closing_file(silo), digest)
 
     def closed(self, silo: str, note: str) -> None:
         """A silo has answered to its closing download."""
@@ -275,7 +283,7 @@ class Spool:
         Raises:
             FederationError: the file is not what was written; known after the last part.
         """
-        return _unchanged(self.download_file(arrival.silo, arrival.round), str(arrival.download_sha256))
+        return unchanged(self.download_file(arrival.silo, arrival.round), str(arrival.download_sha256))
 
     def refuse(self, silo: str, number: int, why: str) -> None:
         """An upload cannot be used; it stays on disk."""
@@ -364,49 +372,4 @@ class Spool:
             with self._database:
                 self._database.execute(sql, values)
         except sqlite3.OperationalError as error:
-            raise _unwritable(self.folder / "journal.sqlite", str(error)) from error
-
-
-def _write_hashed(path: Path, parts: Iterable[bytes]) -> tuple[str, int]:
-    """Write a file whole or not at all; gives its SHA-256 and its size in bytes.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    digest = hashlib.sha256()
-
-    def counted() -> Iterator[bytes]:
-        for part in parts:
-            digest.update(part)
-            yield part
-
-    try:
-        write_whole(path, counted())
-    except OSError as error:
-        raise _unwritable(path, error.strerror or str(error)) from error
-    finally:
-        partial_of(path).unlink(missing_ok=True)  # of one that was too large, or did not fit
-    return digest.hexdigest(), path.stat().st_size
-
-
-def _unwritable(path: Path, why: str) -> RunError:
-    return RunError(
-        f"{path}: cannot be written: {why}; nothing that was received is lost: make room there, and give the same "
-        "command (crosslm server) again"
-    )
-
-
-def _unchanged(path: Path, expected: str) -> Iterator[bytes]:
-    hashed = hashlib.sha256()
-    try:
-        for part in parts_of(path):
-            hashed.update(part)
-            yield part
-    except OSError as error:
-        raise FederationError(f"{path}: cannot be read: {error}; put it back from a backup") from error
-    digest = hashed.hexdigest()
-    if digest != expected:
-        raise FederationError(
-            f"{path}: has changed since it was written (SHA-256 {digest[:12]}, not {expected[:12]}); "
-            "put it back from a backup"
-        )
+            raise unwritable(self.folder / "journal.sqlite", str(error)) from error

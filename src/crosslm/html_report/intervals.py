@@ -7,6 +7,8 @@ from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 2000
+BATCH = 50
+"""Resamples that are in memory at a time: of IMDb's rows all would be a gigabyte."""
 
 Interval = tuple[float, float]
 
@@ -50,6 +52,7 @@ def paired_gain_interval(
         tuple(groups.values()),
         gain,
         n_resamples=RESAMPLES,
+        batch=BATCH,
         confidence_level=LEVEL,
         method="percentile",
         rng=np.random.default_rng(0),

@@ -16,6 +16,9 @@ from crosslm.models.dtypes import fast_dtype
 from crosslm.models.loading import loading
 from crosslm.models.tokens import load_tokenizer
 
+CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""What models call that which they do to their logits beyond ``hidden @ weight.T``; 1 is nothing."""
+
 
 def load_causal(folder: str, config: LLMConfig, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """A model folder or hub id and its tokenizer, in the dtype of the configuration.
@@ -23,21 +26,42 @@ def load_causal(folder: str, config: LLMConfig, device: str) -> tuple[Any, PreTr
     Raises:
         ModelError: it cannot be loaded.
     """
-    place = "" if folder == config.model else f" ({folder})"
-    with loading(f"llm.model {config.model!r}{place} cannot be loaded"):
-        about = AutoConfig.from_pretrained(folder)
-    if getattr(about, "vision_config", None) is not None:
-        raise ModelError(
-            f"llm.model {config.model!r} reads pictures too, which crosslm does not support; choose a model of text "
-            "alone (of Gemma 3 those of 270M and 1B)"
-        )
-    with loading(f"llm.model {config.model!r}{place} cannot be loaded"):
+    check_causal(folder, config.model)
+    with loading(_not_loaded(folder, config.model)):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype(config, device))
     # for the whole process: the head needs sums in fp32 that are rounded once (models/head.py), and cuDNN's attention
     # plans anew for every shape, of which nearly every batch and step has its own
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device), load_tokenizer(folder, config.model)
+
+
+def check_causal(folder: str, name: str) -> None:
+    """Find out from its ``config.json`` that a model may be the LLM, as far as that says it.
+
+    Args:
+        folder: of the model, or its hub id.
+        name: as in the configuration.
+
+    Raises:
+        ModelError: it may not, or the file cannot be read.
+    """
+    with loading(_not_loaded(folder, name)):
+        about = AutoConfig.from_pretrained(folder)
+    if getattr(about, "vision_config", None) is not None:
+        raise ModelError(
+            f"llm.model {name!r} reads pictures too, which crosslm does not support; choose a model of text "
+            "alone (of Gemma 3 those of 270M and 1B)"
+        )
+    if changed := [key for key in CHANGED_LOGITS if getattr(about, key, None) not in (None, 1)]:
+        raise ModelError(
+            f"llm.model {name!r}: its config.json has {changed[0]}, and crosslm supports no scale or soft cap of the "
+            "logits; choose a GPT-2, Llama or Gemma 3 model"
+        )
+
+
+def _not_loaded(folder: str, name: str) -> str:
+    return f"llm.model {name!r}{'' if folder == name else f' ({folder})'} cannot be loaded"
 
 
 def weight_dtype(config: LLMConfig, device: str = "cpu") -> torch.dtype:

@@ -172,6 +172,7 @@ class SLM:
                     break
         if best is not None:
             self.model.load_state_dict(best)
+        self.model.zero_grad()  # as large as the model
         self.model.eval()
         return metrics
 

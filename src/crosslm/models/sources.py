@@ -131,7 +131,7 @@ def _converted(module: str, package: Package, cache: Path, on_news: Callable[[st
     folder = cache / "models" / f"{module}-{package.sha256[:12]}"
     if (folder / "config.json").is_file():
         return folder  # without the lock: a cache that others share may be read-only
-    with alone(lock_of(folder), wait=True):
+    with writing(folder, ELSEWHERE), alone(lock_of(folder), wait=True):
         if not (folder / "config.json").is_file():
             _convert(module, package, folder, on_news)
     return folder
@@ -160,8 +160,7 @@ def _convert(module: str, package: Package, folder: Path, on_news: Callable[[str
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
 
-    with writing(folder, ELSEWHERE):
-        replace_folder(folder, write)
+    replace_folder(folder, write)
 
 
 def _package(module: str, key: str) -> Package:

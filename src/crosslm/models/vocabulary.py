@@ -61,15 +61,10 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
             f"{work}: is there already, where the model would be written until it is whole; delete it if it was left "
             "by this command, or name another folder"
         )
+    tokenizer, description = trimmable_tokenizer(folder)
     with loading(f"{folder!r} cannot be loaded as a language model"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise ModelError(
-            f"{folder!r}: its tokenizer must be of the tokenizers library to be trimmed; use the model whole"
-        )
     before = len(model.get_input_embeddings().weight), model.num_parameters()
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = _tokens_to_keep(description, tokenizer, model, texts)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ModelError(f"{folder!r}: its head has a bias, which crosslm does not support; choose another model")
@@ -87,13 +82,34 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
     return Trimmed(before[0], len(kept), before[1], model.num_parameters())
 
 
+def trimmable_tokenizer(folder: str) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """A model's tokenizer and its description, if it is of a kind that can be trimmed.
+
+    Raises:
+        ModelError: it is not, or cannot be loaded.
+    """
+    with loading(f"{folder!r} cannot be loaded as a language model"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError(
+            f"{folder!r}: its tokenizer must be of the tokenizers library to be trimmed; use the model whole"
+        )
+    description: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    if (kind := description["model"]["type"]) != "BPE":
+        raise ModelError(
+            f"{folder!r}: the tokenizer is of the kind {kind}; only byte-pair (BPE) ones can be trimmed: use it whole"
+        )
+    _alphabet(description["model"])
+    return tokenizer, description
+
+
 def cached_trim(folder: str, texts: list[str], cache: Path, on_news: Callable[[str], None]) -> str:
     """:func:`trim_vocabulary` into the cache, once for the same model and texts; the folder."""
     key = hashlib.sha256("\n".join([_identity(folder), *texts]).encode()).hexdigest()[:12]
     output = cache / "models" / f"{Path(folder).name}-trimmed-{key}"
     if (output / "config.json").is_file():
         return str(output)  # without the lock: a cache that others share may be read-only
-    with alone(lock_of(output), wait=True):
+    with writing(output, ELSEWHERE), alone(lock_of(output), wait=True):
         if not (output / "config.json").is_file():
             on_news(f"Trimming the vocabulary of {Path(folder).name} once into {output} (about half a minute)")
             settle_folder(output)  # of a process that died; the cache is ours
@@ -123,10 +139,6 @@ def _tokens_to_keep(
 ) -> list[int]:
     """Ids of the tokens to keep, ascending; a token's place in it becomes its new id."""
     bpe = description["model"]
-    if bpe["type"] != "BPE":
-        raise ModelError(
-            f"the tokenizer is of the kind {bpe['type']}; only byte-pair (BPE) ones can be trimmed: use it whole"
-        )
     vocabulary: dict[str, int] = bpe["vocab"]
     names = {index: token for token, index in vocabulary.items()}
     used: set[int] = set()
@@ -136,7 +148,7 @@ def _tokens_to_keep(
         raise ModelError("the texts whose tokens are to be kept are empty; name a text file with words in it")
     ranks = {merge: rank for rank, merge in enumerate(map(_pair, bpe["merges"]))}
     needed = {part for index in used if index in names for part in _parts(names[index], ranks)}
-    alphabet = _alphabet(vocabulary, bool(bpe.get("byte_fallback")))
+    alphabet = _alphabet(bpe)
     kept = used | {vocabulary[part] for part in needed | alphabet if part in vocabulary}
     kept |= set(tokenizer.all_special_ids) | _special_ids(model)
     kept |= {token["id"] for token in description["added_tokens"] if token["content"].isspace()}
@@ -155,9 +167,14 @@ def _punctuation(vocabulary: dict[str, int], ranks: dict[tuple[str, str], int]) 
     return {vocabulary[part] for token in tokens for part in _parts(token, ranks) if part in vocabulary}
 
 
-def _alphabet(vocabulary: dict[str, int], byte_fallback: bool) -> set[str]:
-    """The tokens from which every text can be made."""
-    of_bytes = {f"<0x{byte:02X}>" for byte in range(256)} if byte_fallback else _byte_characters()
+def _alphabet(bpe: dict[str, Any]) -> set[str]:
+    """The tokens from which every text can be made.
+
+    Raises:
+        ModelError: they are not all there.
+    """
+    vocabulary: dict[str, int] = bpe["vocab"]
+    of_bytes = {f"<0x{byte:02X}>" for byte in range(256)} if bpe.get("byte_fallback") else _byte_characters()
     missing = of_bytes - vocabulary.keys()
     if missing:
         raise ModelError(

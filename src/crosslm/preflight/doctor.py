@@ -7,22 +7,25 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
 
-from crosslm.config import Config, PrivacyConfig
+from crosslm.config import Config, FitConfig, PrivacyConfig
 from crosslm.config_file import load
 from crosslm.data.examples import Examples
 from crosslm.data.split import load_split
 from crosslm.data.texts import find_file, load_examples
 from crosslm.errors import CrosslmError, DataError
+from crosslm.models.causal import check_causal
 from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
 from crosslm.models.tokens import check_room, load_tokenizer, verbalizer_ids
+from crosslm.models.vocabulary import trimmable_tokenizer
 from crosslm.preflight.memory import Shape, available, estimate, in_gib
 from crosslm.preflight.starter import SAMPLE
-from crosslm.privacy.accounting import require_opacus
+from crosslm.privacy.accounting import check_budget, require_opacus
 from crosslm.runs.preparation import check_slm, client_specs, describe_spec, perplexity_text_of, public_texts
 from crosslm.runs.tracking import wanted
 from crosslm.task import Task
@@ -32,6 +35,7 @@ OLDEST_PYTHON = (3, 11)
 FEW_ROWS = 10  # of a label; fewer teach a classifier little
 FEW_TEST_ROWS = 50  # of which each is two points of accuracy
 SOME_DISK = 2 * 2**30
+NOT_ALL_THERE = ", or have each model in it before the run"
 OPTIONAL = {"demo": "the demo's models", "datasets": "hf: data and the export of synthetic text"}
 """Extras whose packages are looked for, and what needs them."""
 
@@ -71,7 +75,7 @@ def examine(
     """
     yield python()
     yield from packages()
-    yield disk(cache, "cache folder")
+    yield disk(cache, "cache folder", is_needed=False)
     if source is None:
         yield device("auto")
         yield Finding("ok", "configuration", "none given; crosslm doctor CONFIG looks at models and data too")
@@ -85,7 +89,8 @@ def examine(
     yield disk(Path.cwd(), "folder that runs are written to")
     there = device(config.device)
     yield there
-    yield from asked_for(config)
+    yield from trackers(config)
+    yield from private(config.privacy)
     silos = list(data(config))
     yield from (finding for finding, _ in silos)
     clients = [name for _, name in silos if name]
@@ -127,28 +132,28 @@ def packages(needed: str | None = None) -> Iterator[Finding]:
     yield Finding("ok", "packages", ", ".join(shown))
 
 
-def disk(folder: Path, what: str) -> Finding:
-    """Whether there is room where files will be written."""
+def disk(folder: Path, what: str, is_needed: bool = True) -> Finding:
+    """Whether there is room where files will be written; ``is_needed``: nothing can be done where none may be."""
     there = folder.absolute()
     while not there.exists():
         there = there.parent
     free = shutil.disk_usage(there).free
     message = f"{in_gib(free)} free for the {what}, {folder}"
     if not os.access(there, os.W_OK):
-        return Finding("error", "disk", f"{folder}: cannot be written to; choose another {what}")
+        message = f"{folder}: cannot be written to; choose another {what}"
+        return Finding("error" if is_needed else "warning", "disk", message + ("" if is_needed else NOT_ALL_THERE))
     if free < SOME_DISK:
         return Finding("warning", "disk", f"{message}; {in_gib(SOME_DISK)} is a good reserve: make room")
     return Finding("ok", "disk", message)
 
 
-def asked_for(config: Config) -> Iterator[Finding]:
-    """Whether the packages are there that the configuration asks for: trackers, and Opacus for ``privacy.epsilon``."""
+def trackers(config: Config) -> Iterator[Finding]:
+    """Whether the trackers are there that the configuration asks for."""
     try:
-        if trackers := wanted(config):
-            yield Finding("ok", "tracking", ", ".join(trackers))
+        if asked := wanted(config):
+            yield Finding("ok", "tracking", ", ".join(asked))
     except CrosslmError as error:
         yield Finding("error", "tracking", str(error))
-    yield from private(config.privacy)
 
 
 def private(privacy: PrivacyConfig) -> Iterator[Finding]:
@@ -163,14 +168,16 @@ def private(privacy: PrivacyConfig) -> Iterator[Finding]:
         yield Finding("ok", "privacy.epsilon", f"{privacy.epsilon:g}, by DP-SGD at the client")
 
 
-def delta(privacy: PrivacyConfig, rows: int, who: str) -> Iterator[Finding]:
-    """Whether ``privacy.delta`` means anything with so many rows, if a client is to train with it."""
+def budget(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int, who: str) -> Iterator[Finding]:
+    """Whether a client can keep to ``privacy.epsilon``, and ``privacy.delta`` means anything with so many rows."""
+    if privacy.epsilon and find_spec("opacus") is None:
+        return  # which is said once
     try:
-        doubt = privacy.check_delta(rows, who)
+        doubt = check_budget(rows, fit, privacy, uploads, who)
     except CrosslmError as error:
-        yield Finding("error", "privacy.delta", str(error))
+        yield Finding("error", "privacy", str(error))
     else:
-        yield from [Finding("warning", "privacy.delta", doubt)] if doubt else []
+        yield from [Finding("warning", "privacy", doubt)] if doubt else []
 
 
 def device(name: str) -> Finding:
@@ -210,7 +217,9 @@ def data(config: Config) -> Iterator[tuple[Finding, str | None]]:
         yield Finding("error", "data", str(error)), None
         return
     for client, examples in split.private.items():
-        yield from ((finding, None) for finding in delta(config.privacy, len(examples), f"client {client}"))
+        uploads, who = config.federation.participations, f"client {client}"
+        found = budget(len(examples), config.slm.private, config.privacy, uploads, who)
+        yield from ((finding, None) for finding in found)
     if not config.clients:
         for client, examples in split.private.items():
             yield count_rows(f"client {client}", str(config.data.train), examples, config.task.labels), client
@@ -230,11 +239,12 @@ def models(
     yield from find_models(named, folders, cache, on_news)
     yield from vocabulary_texts(config)
     if config.llm.model in folders:
-        yield from verbalizers(config, folders[config.llm.model])
+        yield from language_model(config, folders[config.llm.model])
     specs = {client: spec for client, spec in client_specs(config, clients).items() if spec.model in folders}
     for client, spec in specs.items():
         try:
-            check_slm(folders[spec.model], spec, config.privacy, f"client {client}")
+            who = f"client {client}"
+            check_slm(folders[spec.model], spec, config.privacy, config.slm.freeze_embeddings, who)
         except CrosslmError as error:
             yield Finding("error", "model", str(error))
         else:
@@ -299,9 +309,19 @@ def count_rows(subject: str, source: str, examples: Examples, labels: Sequence[s
     return Finding("ok", subject, message)
 
 
-def verbalizers(config: Config, folder: str) -> Iterator[Finding]:
-    """Whether the LLM's tokenizer tells the labels' words apart by their first tokens, and prompts leave room."""
+def language_model(config: Config, folder: str) -> Iterator[Finding]:
+    """Whether the LLM is of a kind that crosslm can use, and its vocabulary can be trimmed where that is asked for.
+
+    And whether its tokenizer tells the labels' words apart by their first tokens, and prompts leave room.
+    """
     task = Task.from_config(config.task)
+    try:
+        check_causal(folder, config.llm.model)
+        if config.llm.vocabulary_texts:
+            trimmable_tokenizer(folder)
+    except CrosslmError as error:
+        yield Finding("error", "llm.model", str(error))
+        return
     try:
         tokenizer = load_tokenizer(folder, config.llm.model)
         yield Finding("ok", "tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens")

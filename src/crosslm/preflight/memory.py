@@ -17,6 +17,7 @@ from crosslm.config import Config
 from crosslm.models.causal import weight_dtype
 from crosslm.models.head import candidate_count
 
+CONTAINER = Path("/sys/fs/cgroup")
 PROCESS = int(0.75 * 2**30)
 """Python with torch, transformers and sentence-transformers imported, before any model."""
 TEXT_TOKENS = 40
@@ -141,9 +142,10 @@ def available(device: str) -> int:
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     free: int = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    with suppress(OSError, ValueError):  # there may be no such limit
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    with suppress(OSError, ValueError, KeyError):  # there may be no such limit
+        limit, used = (int((CONTAINER / f"memory.{name}").read_text()) for name in ("max", "current"))
+        parts = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(parts["inactive_file"]))  # files that were read, which make room
     return free
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.errors import ConfigError
 from crosslm.privacy.bounds import PREFIX
 
-MOST_NOISE, CLOSE = 1e6, 0.01  # of the search for the least noise multiplier, as in Opacus's own
+MOST_NOISE, CLOSE = 2.0**19, 0.01  # of the search for the least noise multiplier, as in Opacus's own, but for rounding
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,45 @@ def require_opacus() -> None:
         raise ConfigError("privacy.epsilon needs Opacus: pip install 'crosslm[privacy]'") from error
 
 
+def check_budget(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int, who: str) -> str | None:
+    """Find out that some noise keeps so many uploads within the budget, if there is one, without looking for the least.
+
+    Args:
+        rows: private rows.
+        fit: how a client trains.
+        privacy: the budget; there is none without ``epsilon``.
+        uploads: how often the client trains and uploads in all.
+        who: has the rows.
+
+    Returns:
+        What is doubtful of ``privacy.delta``, if anything is.
+
+    Raises:
+        ConfigError: no noise is enough, delta means nothing with so few rows, or Opacus is not installed.
+    """
+    doubt = privacy.check_delta(rows, who)
+    if privacy.epsilon is None or not rows:
+        return doubt
+    require_opacus()
+    least = _mechanism(MOST_NOISE, rows, fit, privacy).epsilon(privacy.delta, uploads)
+    if least > privacy.epsilon_of_training:
+        raise _too_little(who, privacy, privacy.epsilon_of_training, least)
+    return doubt
+
+
+def _mechanism(noise: float, rows: int, fit: FitConfig, privacy: PrivacyConfig) -> Mechanism:
+    """One upload with this noise."""
+    steps = fit.epochs * -(-rows // fit.batch_size)
+    return Mechanism(noise, min(1.0, fit.batch_size / rows), steps, int(privacy.center))
+
+
+def _too_little(who: str, privacy: PrivacyConfig, budget: float, least: float) -> ConfigError:
+    return ConfigError(
+        f"{who}: privacy.epsilon = {privacy.epsilon} cannot be kept: {budget:g} of it is for training, and with "
+        f"privacy.delta = {privacy.delta:g} no noise brings that below {least:.3g}; raise privacy.epsilon"
+    )
+
+
 def plan(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int, spent: Spent | None = None) -> Mechanism:
     """The least noise with which so many uploads stay within the budget, those made already as they were made.
 
@@ -132,11 +171,10 @@ def plan(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int, spent:
     privacy.check_delta(rows, "the client")
     spent = spent or Spent()
     budget = (privacy.epsilon or 0.0) - (spent.count_epsilon or privacy.epsilon_of_counts)
-    rate = min(1.0, fit.batch_size / rows)
-    steps, means = fit.epochs * -(-rows // fit.batch_size), int(privacy.center)
+    like = _mechanism(0.0, rows, fit, privacy)
     left = uploads - len(spent.uploads)
     if spent.uploads:
-        again = Mechanism(spent.uploads[-1].noise_multiplier, rate, steps, means)
+        again = replace(like, noise_multiplier=spent.uploads[-1].noise_multiplier)
         if 0 <= budget - epsilon_of((*spent.uploads, *(again,) * left), privacy.delta) <= CLOSE:
             return again
         used = epsilon_of(spent.uploads, privacy.delta)
@@ -146,13 +184,12 @@ def plan(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int, spent:
                 f"{used:.2f} of the {budget:g} for training; no more may be trained with it; raise privacy.epsilon "
                 "if you agree to that bound"
             )
-    noise = _noise_multiplier(budget, privacy.delta, Mechanism(0.0, rate, steps, means), left, spent.uploads)
+    noise = _noise_multiplier(budget, privacy.delta, like, left, spent.uploads)
     if noise is None:
-        raise ConfigError(
-            f"privacy.epsilon = {privacy.epsilon} cannot be kept over {steps * left} steps of {rows} rows: "
-            "raise it, or lower slm.private.epochs"
-        )
-    return Mechanism(noise, rate, steps, means)
+        most = replace(like, noise_multiplier=MOST_NOISE)
+        least = epsilon_of((*spent.uploads, *(most,) * left), privacy.delta)
+        raise _too_little("the client", privacy, budget, least)
+    return replace(like, noise_multiplier=noise)
 
 
 @cache  # a search of seconds, the same for each upload
@@ -162,7 +199,7 @@ def _noise_multiplier(
     """The least noise of the uploads to come within the budget, to a hundredth of epsilon; None: none is enough."""
 
     def spent(noise: float) -> float:
-        return epsilon_of((*earlier, *(Mechanism(noise, like.sample_rate, like.steps, like.means),) * uploads), delta)
+        return epsilon_of((*earlier, *(replace(like, noise_multiplier=noise),) * uploads), delta)
 
     def excess(noise: float) -> float:
         """Above the middle of what is near enough; 0 anywhere there, which ends the search."""

@@ -44,10 +44,14 @@ def privacy_line(summary: Mapping[str, Any]) -> str:
 
 
 def of_earlier_run(summary: Mapping[str, Any]) -> str:
-    """What a run that goes on from a rolled-back one has to say of that one's epsilon; nothing for any other."""
-    if not (earlier := summary.get("rolled_back_from")):
-        return ""
-    return f" The run that it was rolled back from, {earlier}, has an epsilon of its own, and the two add up."
+    """What a run that goes on from rolled-back ones has to say of their epsilons; nothing for any other."""
+    earlier = summary.get("rolled_back_from") or []
+    earlier = [earlier] if isinstance(earlier, str) else earlier  # as older versions have it
+    if len(earlier) == 1:
+        return f" The run that it was rolled back from, {earlier[0]}, has an epsilon of its own, and the two add up."
+    if earlier:
+        return f" The runs that it was rolled back from, {', '.join(earlier)}, have epsilons of their own; all add up."
+    return ""
 
 
 def told_counts(events: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:

@@ -32,12 +32,20 @@ EVERY_LAYER = (
 """Model types all of whose layers get true gradients of each row."""
 HEAD_ONLY = ("deberta", "deberta-v2", "mpnet")
 """Those that can be trained with ``trained_layers = 0``: their relative positions are looked up for a whole batch."""
+SCALED_EMBEDDINGS = "gemma3_text"
+"""Whose embeddings are multiplied where they are looked up, of which Opacus has no gradients of rows."""
 LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
 EMBEDDINGS = re.compile(r"embed|\bwte\b|\bwpe\b")
 
 
-def check_private(folder: str, privacy: PrivacyConfig, who: str) -> None:
+def check_private(folder: str, privacy: PrivacyConfig, frozen: bool, who: str) -> None:
     """Find out that a model can be trained by DP-SGD as is asked, without loading its weights.
+
+    Args:
+        folder: of the model.
+        privacy: which layers are trained.
+        frozen: ``slm.freeze_embeddings``.
+        who: trains it.
 
     Raises:
         ModelError: it cannot; says what can.
@@ -57,6 +65,11 @@ def check_private(folder: str, privacy: PrivacyConfig, who: str) -> None:
         raise ModelError(
             f"{who}: the layers of a model of the type albert share their weights; leave privacy.trained_layers out, "
             "or choose another of slm.models"
+        )
+    if model_type == SCALED_EMBEDDINGS and not frozen and privacy.trained_layers is None:
+        raise ModelError(
+            f"{who}: the word embeddings of a model of the type {model_type} cannot be trained with privacy.epsilon; "
+            "set slm.freeze_embeddings = true (freeze_embeddings in a silo's kit), or privacy.trained_layers"
         )
     if privacy.center:
         check_center(folder, who)

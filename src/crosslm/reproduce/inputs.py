@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, cast
 
-from crosslm.config import Config
+from crosslm.config import Config, DataConfig
 from crosslm.data.texts import find_file
 from crosslm.errors import DataError
 from crosslm.reproduce.benchmarks import BENCHMARKS
@@ -36,8 +36,10 @@ def digests_of(cell: Cell, choice: Choice, config: Config) -> dict[str, str]:
 def _paths_of(cell: Cell, choice: Choice, config: Config) -> Iterator[tuple[str, Path]]:
     """Names and places of a cell's files; of an enhanced LLM's benchmark those of its run, too."""
     if cell.stage in BENCHMARKS:
-        folder = choice.data_dir / cell.stage
-        yield from ((f"{cell.stage}/{name}", folder / name) for name in ("train.csv", f"{choice.split}.csv"))
+        data = DataConfig(dir=str(choice.data_dir / cell.stage), test="train.csv")
+        for name in ("train.csv", f"{choice.split}.csv"):
+            with suppress(DataError):
+                yield f"{cell.stage}/{name}", find_file(name, data)
     if cell.method == ORIGINAL:
         return
     for name in _files_of(cell, config):

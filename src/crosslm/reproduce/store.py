@@ -30,7 +30,7 @@ STEP_5 = {
     "acceptance": ("balanced", "margin", "confidence"),
 }
 """What an SLM learns before it goes back, and who keeps it: the LLM never meets it where nobody comes twice."""
-ORIGINAL_LLM = ("model", "dtype", "lora_rank", "lora_alpha")
+ORIGINAL_LLM = ("model", "dtype", "lora_rank", "lora_alpha", "adapted_layers")
 UNNEEDED = ("slm", "slm-previous", "uploads", "quarantine", "checkpoints")
 """Of a run whose figures are kept: a gigabyte that nothing here reads again. Table 7 reads ``llm``."""
 
@@ -80,10 +80,7 @@ class Store:
         Raises:
             RunError: the folder cannot be written.
         """
-        try:
-            self._files.write(name, text)
-        except OSError as error:
-            raise RunError(f"{self.folder / name}: cannot be written: {error}; choose another --output") from error
+        self._files.write(name, text)
 
     def ready_run_folder(self, cell: Cell, config: Config, contents: dict[str, str]) -> Path:
         """The run folder: with the finished run of this configuration, with one that can be gone on with, or empty.
@@ -113,7 +110,8 @@ class Store:
         is_finished = (folder / SUMMARY).is_file() and not differences(cell, then, now)
         if (not is_finished and then != now) or other_contents(noted, contents):
             shutil.rmtree(folder, ignore_errors=True)
-        self.write(str(files.relative_to(self.folder)), json.dumps(contents) + "\n")
+            noted = {}
+        self.write(str(files.relative_to(self.folder)), json.dumps(noted | contents) + "\n")
         return folder
 
     def drop_unneeded(self, cell: Cell) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.data.rows import Row
-from crosslm.errors import ConfigError, ModelError, RunError
+from crosslm.errors import ConfigError, DataError, ModelError, RunError
 from crosslm.experiment import run_local
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
@@ -27,6 +27,8 @@ from crosslm.synthesis import synthesize
 from crosslm.task import Task
 
 ROWS_AT_ONCE = 64
+ADDED = ("predicted", "probability")
+"""The columns that a classified row has more."""
 
 
 @dataclass(frozen=True)
@@ -236,9 +238,14 @@ def classified(slm: SLM, rows: Iterable[Row], text_column: str) -> Iterator[Row]
     """Each row with ``predicted`` and ``probability``, which are None where there is no text.
 
     Rows are taken some at a time, so that what comes through a pipe goes on at once.
+
+    Raises:
+        DataError: a row has a column of such a name already.
     """
     rows = iter(rows)
     while chunk := list(islice(rows, ROWS_AT_ONCE)):
+        if taken := [name for name in ADDED if any(name in row for row in chunk)]:
+            raise DataError(f"the rows have a column {taken[0]!r}, which is what is written here: give it another name")
         texts = [" ".join(str(row[text_column] or "").split()) for row in chunk]
         found = iter(predict(slm, [text for text in texts if text]))
         for row, text in zip(chunk, texts, strict=True):

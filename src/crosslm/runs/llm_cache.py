@@ -55,6 +55,7 @@ class LLMCache:
             RunError: the folder cannot be written.
         """
         try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # its rewards are of classifiers of private text
             with alone(self.folder / ".lock", wait=True):  # other cells may make the same at the same time
                 for ending, content in data.items():
                     write_whole(self.folder / f"{key}.{ending}", [content])

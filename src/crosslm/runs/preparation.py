@@ -11,10 +11,12 @@ from crosslm.data.split import Split, load_split, test_rows
 from crosslm.data.texts import find_file, is_there, load_examples, readable_lines, whole_text
 from crosslm.errors import ModelError, RunError
 from crosslm.models.architecture import check_travels
+from crosslm.models.causal import check_causal
 from crosslm.models.pretrained import check_spec
 from crosslm.models.sources import PREFIX, check_model, model_folder
 from crosslm.models.tokens import check_room, load_tokenizer, verbalizer_ids
 from crosslm.models.vocabulary import cached_trim, tokenizer_words
+from crosslm.privacy.accounting import check_budget
 from crosslm.privacy.private_layers import check_private
 from crosslm.runs.rundir import CONFIG
 from crosslm.support.seeding import seed_for
@@ -40,7 +42,8 @@ def prepare(config: Config, cache: Path, on_news: Callable[[str], None]) -> Prep
     """
     split = load_split(config)
     for client_id, rows in split.private.items():
-        if doubt := config.privacy.check_delta(len(rows), f"client {client_id}"):
+        uploads, who = config.federation.participations, f"client {client_id}"
+        if doubt := check_budget(len(rows), config.slm.private, config.privacy, uploads, who):
             split.warnings.append(doubt)
     specs = client_specs(config, list(split.private))
     check_models(config, specs)
@@ -48,7 +51,7 @@ def prepare(config: Config, cache: Path, on_news: Callable[[str], None]) -> Prep
     public = public_texts(config, split.warnings.append)
     for client_id, spec in specs.items():
         folder = model_folder(spec.model, cache, on_news)
-        check_slm(folder, spec, config.privacy, f"client {client_id}")
+        check_slm(folder, spec, config.privacy, config.slm.freeze_embeddings, f"client {client_id}")
     llm_folder = original_llm(config, cache, on_news)
     check_words(config, llm_folder)
     return Prepared(split, specs, perplexity_text, llm_folder, public)
@@ -125,8 +128,15 @@ def describe_spec(spec: SLMSpec) -> str:
     return spec.model + layers + (", mean of its tokens" if spec.pooling else "")
 
 
-def check_slm(folder: str, spec: SLMSpec, privacy: PrivacyConfig, who: str) -> None:
+def check_slm(folder: str, spec: SLMSpec, privacy: PrivacyConfig, frozen: bool, who: str) -> None:
     """Find out that a client's model can be trained as is asked, and can travel, without loading its weights.
+
+    Args:
+        folder: of the model.
+        spec: the architecture that is made of it.
+        privacy: whether it is trained by DP-SGD, and how.
+        frozen: ``slm.freeze_embeddings``.
+        who: trains it.
 
     Raises:
         ModelError: it is not so.
@@ -134,7 +144,7 @@ def check_slm(folder: str, spec: SLMSpec, privacy: PrivacyConfig, who: str) -> N
     check_spec(folder, spec, who)
     check_travels(folder, who)
     if privacy.epsilon:
-        check_private(folder, privacy, who)
+        check_private(folder, privacy, frozen, who)
 
 
 def check_models(config: Config, specs: dict[str, SLMSpec]) -> None:
@@ -165,6 +175,7 @@ def original_llm(config: Config, cache: Path, on_news: Callable[[str], None]) ->
         else:
             texts += readable_lines(find_file(name, config.data), lambda line: on_news(f"warning: {line}"))
     folder = model_folder(config.llm.model, cache, on_news)
+    check_causal(folder, config.llm.model)
     if not texts:
         return folder
     try:

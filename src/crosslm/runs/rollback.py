@@ -59,7 +59,7 @@ def roll_back(run: RunDir, client_id: str, output: Path) -> int:
                 shutil.copytree(uploaded, partial.path / "uploads" / who)
         origin = {
             "clients": sorted({*run.barred(), client_id}),
-            "of": run.path.resolve().name,
+            "of": [*run.rolled_back_from(), run.path.resolve().name],
             "after_arrival": before[-1]["arrival"],
         }
         partial.write(ROLLBACK, json.dumps(origin, indent=2) + "\n")

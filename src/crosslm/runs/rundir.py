@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -18,6 +17,7 @@ from crosslm.support.files import (
     alone,
     append_line,
     clear_partial,
+    is_held,
     missing,
     replace_folder,
     whole_lines,
@@ -40,7 +40,7 @@ LOCK, ROLLBACK = ".lock", "rollback.json"
 SESSIONS = "sessions.jsonl"
 ENGINE = "flower"
 """What carried the messages of a run between machines: a field of its first event and of its summary."""
-GO_ON = "and go on with --resume: nothing that was there is lost"
+GO_ON = "and give the same command again, crosslm run with --resume: nothing that was there is lost"
 KIT_FILE = "server.toml"
 """What a server's kit has in it; its run folder is ``run`` beside that."""
 
@@ -123,14 +123,7 @@ class RunDir:
 
     def is_locked(self) -> bool:
         """Whether a process is at work here."""
-        if not (self.path / LOCK).exists():
-            return False
-        with (self.path / LOCK).open("r") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return True
-        return False
+        return is_held(self.path / LOCK)
 
     def write(self, name: str, text: str) -> None:
         """Write a text file whole or not at all."""
@@ -189,9 +182,10 @@ class RunDir:
         """Clients that a rollback has shut out from the beginning of this folder's own arrivals."""
         return list(self._rollback().get("clients", []))
 
-    def rolled_back_from(self) -> str | None:
-        """The name of the run that ``crosslm rollback`` copied this one from, if it did."""
-        return self._rollback().get("of")
+    def rolled_back_from(self) -> list[str]:
+        """The names of the runs that ``crosslm rollback`` copied this one from, the first one first."""
+        earlier = self._rollback().get("of", [])
+        return [earlier] if isinstance(earlier, str) else list(earlier)  # older versions knew of one alone
 
     def _rollback(self) -> dict[str, Any]:
         path = self.path / ROLLBACK

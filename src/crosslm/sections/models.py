@@ -34,9 +34,9 @@ class FitConfig(Section):
     weight_decay: NonNegative = 0.01
     """Of AdamW."""
     dtype: Literal["float32", "auto"] = "float32"
-    """What training multiplies in. ``auto``: bfloat16 where the processor or GPU multiplies in it, which is half again
-    as fast on two cores, and float32 elsewhere. Weights, their gradients and the optimiser are in float32 in any case,
-    and so is all that a classifier says of texts, and training with DP-SGD."""
+    """What training multiplies in. ``auto``: bfloat16 where the processor or GPU multiplies in it,
+    and float32 elsewhere. Weights, their gradients and the optimiser are in float32 in any case, and so is
+    all that a classifier says of texts, and training with DP-SGD."""
     patience: Annotated[int, Field(ge=0)] = 0
     """Stop after so many epochs without a lower hold-out loss and go back to the best; 0: never."""
     holdout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -220,6 +220,18 @@ def alone(lock: Path, wait: bool = False) -> Iterator[None]:
         yield
 
 
+def is_held(lock: Path) -> bool:
+    """Whether a process holds :func:`alone`'s lock; nothing is written."""
+    if not lock.exists():
+        return False
+    with lock.open("r") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 def expanded(path: str | Path) -> Path:
     """A path with ``~`` and ``~user`` replaced; one of a user that is not known is left as it is, and not there."""
     try:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from crosslm.errors import RunError
+from crosslm.errors import CrosslmError, RunError
 from crosslm.support.files import disk_error
 
 
@@ -21,6 +21,8 @@ def writing(target: Path, hint: str) -> Iterator[None]:
     """
     try:
         yield
+    except CrosslmError:  # which says of itself what it is about
+        raise
     except Exception as error:
         if (why := disk_error(error)) is None:
             raise

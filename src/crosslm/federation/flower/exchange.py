@@ -46,21 +46,21 @@ class FlowerExchange:
 
     def start(self) -> None:
         """Begin to carry."""
+        for arrival in self.spool.waiting(are_admitted=False):
+            why = SHUT_OUT.replace("NAME", arrival.silo)
+            logger.warning("silo %s, round %d: passed over: %s", arrival.silo, arrival.round, why)
         self.carrier.thread.start()
 
     def receive(self) -> Upload | None:
         """The upload that has waited longest; None when nobody waits, after a short while.
 
         An upload that does not pass the intake's checks is refused and noted in the journal; one that the disk has lost
-        or changed is asked for again. One of a silo that was shut out is not used.
+        or changed is asked for again. One of a silo that was shut out is passed over.
         """
         self._look_at_carrier()
         arrival = self.spool.next()
         if arrival is None:
             self._wait()
-            return None
-        if not self.spool.is_admitted(arrival.silo):
-            self._leave_out(arrival)
             return None
         try:
             if (tries := self.spool.tries(arrival)) > MOST_TRIES:
@@ -114,13 +114,6 @@ class FlowerExchange:
         self.spool.forget(arrival)
         self.carrier.to_carry.set()
 
-    def _leave_out(self, arrival: Arrival) -> None:
-        """An upload of a silo that was shut out: nothing is made of it, and should its key come back, it is asked."""
-        why = SHUT_OUT.replace("NAME", arrival.silo)
-        logger.error("silo %s, round %d: not used: %s", arrival.silo, arrival.round, why)
-        self.on_failure(arrival.silo, f"round {arrival.round}: not used: {why}")
-        self.spool.forget(arrival)
-
     def finished(self) -> bool:
         """Whether no upload is to be served any more."""
         self._look_at_carrier()
@@ -131,16 +124,14 @@ class FlowerExchange:
 
     def _refuse_late(self) -> None:
         """Refuse what has come and will not be served, since the run has ended; its silos are told."""
-        for arrival in self.spool.arrivals():
-            if arrival.state in ("received", "processing"):
-                self.refuse(arrival.silo, arrival.round, UploadError(LATE))
+        for arrival in self.spool.waiting():
+            self.refuse(arrival.silo, arrival.round, UploadError(LATE))
 
     def _ends(self) -> bool:
         if self.config.arrivals is not None and self.spool.counted() >= self.config.arrivals:
             return True
         is_over = self.carrier.is_over()  # first: what comes after it is among the arrivals
-        waiting = any(arrival.state in ("received", "processing") for arrival in self.spool.arrivals())
-        return is_over and not waiting
+        return is_over and not self.spool.waiting()
 
     def drain(self, seconds: float) -> list[str]:
         """Wait until all downloads are delivered, at most so long; then stop carrying.
