@@ -91,7 +91,7 @@ LEADS = [
     ("the same in bfloat16", "update", "ratio_vs_plain", "times the plain way's texts/s in float32", "yes"),
     ("texts packed into one row; both sequences of a text in one batch", "", "", "not measured", "no"),
     (
-        "adapters in the upper half of the layers alone, and the layers below read once for LLM and reference",
+        "adapters in the upper half of the layers alone, before the layers below were read once for LLM and reference",
         "leads",
         "ratio_upper_half_update",
         "times our update's speed; what the LLM then learns is not measured",
@@ -122,7 +122,8 @@ def leads_table(loaded: dict[str, dict]) -> list[str]:
     lines = ["Leads, and what came of each:", "", "| lead | figure | in the product |", "| --- | --- | --- |"]
     for lead, script, key, what, kept in LEADS:
         found = figure_at(loaded.get(f"performance-{script}", {}), key) if key else None
-        lines.append(f"| {lead} | {f'{found} ' if found is not None else ''}{what} | {kept} |")
+        said = what if not key else "not measured" if found is None else f"{found} {what}"
+        lines.append(f"| {lead} | {said} | {kept} |")
     return [*lines, ""]
 
 

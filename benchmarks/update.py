@@ -273,7 +273,7 @@ def main() -> None:
         only(options.only, options.drafts, options.device)
         return
     options = arguments(__doc__, trl={"metavar": "PYTHON", "help": "interpreter of an environment with trl and peft"})
-    count, repeats = (4, 1) if options.quick else (32, 2)
+    count, repeats = (8, 1) if options.quick else (32, 2)
     whole = compare(False, count, repeats, options.device)
     trimmed = compare(True, count, repeats, options.device)
     peaks = side_memory(count, options.device, 2 if options.quick else 1)

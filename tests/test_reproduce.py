@@ -198,7 +198,7 @@ def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, comman
     assert svg.startswith("<?xml")
     assert "label-word echo" in svg
     # of a run Table 7's LLM is kept, and no classifier or checkpoint
-    for run_folder in (output / "test/runs").glob("*/*/*/*"):
+    for run_folder in (output / "test/runs").glob("*/*/*/*/"):
         kept = {path.name for path in run_folder.iterdir()}
         assert "llm" in kept
         assert not kept & {"slm", "slm-previous", "uploads", "quarantine", "checkpoints"}
