@@ -20,6 +20,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from results import RESULTS, provenance
 
+from crosslm.models.dtypes import fast_dtype
+
+BY_DTYPE = ("generation", "update", "families", "leads", "slm", "arrival")
+"""Scripts that multiply in what ``dtype = "auto"`` means."""
+
 
 def arguments(description: str, **more: dict) -> argparse.Namespace:
     """The options that every script has, and its own."""
@@ -113,6 +118,17 @@ def peak_of(script: str, *options: str) -> int:
     return int(done.stdout.split()[-1])
 
 
+def kept_as(name: str, device: str) -> str:
+    """Under what name a script's figures are kept.
+
+    Those of a processor on which ``dtype = "auto"`` is float32 stand beside those of others, since they are of other
+    arithmetic.
+    """
+    if device != "cpu":
+        return f"{name}-{device}"
+    return f"{name}-float32" if name in BY_DTYPE and fast_dtype(device) == torch.float32 else name
+
+
 def finish(name: str, figures: dict, options: argparse.Namespace) -> None:
     """Print the figures as the last line; write them where asked.
 
@@ -124,8 +140,7 @@ def finish(name: str, figures: dict, options: argparse.Namespace) -> None:
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     if options.keep:
-        suffix = "" if options.device == "cpu" else f"-{options.device}"
-        kept = RESULTS / f"performance-{name}{suffix}.json"
+        kept = RESULTS / f"performance-{kept_as(name, options.device)}.json"
         missing = sorted(json.loads(kept.read_text()).keys() - figures.keys()) if kept.exists() else []
         if missing:
             print(json.dumps(figures))

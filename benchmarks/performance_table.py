@@ -10,6 +10,7 @@ GOALS = [
     ("generation", "the same model, `model.generate` in ours' dtype too", "ratio_vs_hf_generate_same_dtype", ""),
     ("generation", "share of the matrix-rate limit, by the rate in float32", "fraction_of_limit", "0.60"),
     ("generation", "the same, vocabulary trimmed", "fraction_of_limit_trimmed", ""),
+    ("generation", "the same, 256 texts at a time, as a run writes them", "fraction_of_limit_trimmed_256", ""),
     ("update", "texts/s against the plain way", "ratio_vs_plain", "3x"),
     ("update", "the same, vocabulary trimmed on both sides", "ratio_vs_plain_trimmed", ""),
     ("update", "the same, vocabulary trimmed on both sides, ours in float32 too", "trimmed.ratio_float32", ""),
@@ -117,6 +118,14 @@ LEADS = [
 ]
 
 
+SECTIONS = {
+    "": "On the CPU",
+    "cuda": "On a GPU",
+    "float32": "On a CPU that does not multiply in bfloat16",
+}
+"""What the figures are of, by how the files end (``kept_as`` of ``measure.py``)."""
+
+
 def leads_table(loaded: dict[str, dict]) -> list[str]:
     """Each lead that was followed on the CPU, or not, and what came of it."""
     lines = ["Leads, and what came of each:", "", "| lead | figure | in the product |", "| --- | --- | --- |"]
@@ -165,7 +174,7 @@ def performance(loaded: dict[str, dict], remarks: list[str]) -> str:
     ]
     devices = sorted({name.removeprefix("performance-").partition("-")[2] for name in loaded if "performance-" in name})
     for device in devices:
-        lines += [f"## {'On the CPU' if not device else 'On ' + device}", ""]
+        lines += [f"## {SECTIONS[device]}", ""]
         lines += ["| what | key | measured | goal | commit, machine, date |", "| --- | --- | --- | --- | --- |"]
         for script, what, key, goal in GOALS:
             result = loaded.get(f"performance-{script}" + (f"-{device}" if device else ""))

@@ -88,6 +88,7 @@ def test_kept_figures_are_not_overwritten_by_fewer(monkeypatch, tmp_path, capsys
     measure = loaded("measure", monkeypatch)
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     options = argparse.Namespace(origin={"commit": "c"}, quick=False, device="cpu", json=None, keep=True)
+    monkeypatch.setattr(measure, "fast_dtype", lambda _: torch.bfloat16)
     measure.finish("update", {"ratio": 1.0, "ratio_vs_trl": 2.0}, options)
     with pytest.raises(SystemExit, match=r"performance-update.json was not written: this run has no ratio_vs_trl"):
         measure.finish("update", {"ratio": 3.0}, options)
@@ -95,6 +96,15 @@ def test_kept_figures_are_not_overwritten_by_fewer(monkeypatch, tmp_path, capsys
     assert json.loads((tmp_path / "performance-update.json").read_text())["ratio"] == 1.0
     measure.finish("update", {"ratio": 3.0, "ratio_vs_trl": 4.0, "more": 5.0}, options)
     assert json.loads((tmp_path / "performance-update.json").read_text())["more"] == 5.0
+
+
+def test_figures_in_float32_do_not_take_the_place_of_those_in_bfloat16(monkeypatch):
+    measure, table = loaded("measure", monkeypatch), loaded("performance_table", monkeypatch)
+    monkeypatch.setattr(measure, "fast_dtype", lambda _: torch.float32)
+    names = [measure.kept_as("update", "cpu"), measure.kept_as("update", "cuda"), measure.kept_as("selection", "cpu")]
+    assert names == ["update-float32", "update-cuda", "selection"]
+    assert {name.partition("-")[2] for name in names} == set(table.SECTIONS)
+    assert set(measure.BY_DTYPE) < {path.stem for path in BENCHMARKS.glob("*.py")}
 
 
 @pytest.fixture
