@@ -504,6 +504,7 @@ def teacher_section(result: dict) -> list[str]:
 
 NAMES = {
     "demo": "The demo",
+    "demo-avx2": "The demo on a processor that does not multiply in bfloat16",
     "sst2-paper": "SST-2, preset paper",
     "sst2-one-client": "SST-2, one client of 200 rows, 256 texts to learn from, a pool of 1,024, preset recommended",
 }
