@@ -86,8 +86,8 @@ class Store:
         """The run folder: with the finished run of this configuration, with one that can be gone on with, or empty.
 
         A run that was stopped is gone on with if its configuration is this one to the last field. What else is there
-        is removed: it is of another configuration or of other data, and its cell has been deleted. A run of a version that
-        noted no contents counts as one of the data that are there now.
+        is removed: it is of another configuration or of other data, and its cell has been deleted. A run of a version
+        that noted no contents counts as one of the data that are there now.
 
         Args:
             cell: whose.
