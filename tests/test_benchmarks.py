@@ -140,6 +140,7 @@ def quick(models, config, monkeypatch, tmp_path):
 def test_generation_is_measured_and_checked(quick, monkeypatch):
     figures = quick("generation")
     assert figures["same_greedy_texts"]["float32"] == 1.0
+    assert figures["fraction_of_limit_trimmed_64"] > 0  # four times the quick batch; of the whole one it is 256
     assert set(figures["mean_logp"]) == {"hf", "ours", "ours_float32", "hf_same_dtype"}
 
     def spoil(module):

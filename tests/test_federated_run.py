@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -581,6 +582,26 @@ def test_of_a_silo_that_was_shut_out_nothing_is_used_and_nothing_is_owed_to_it(
     ((silo, _),) = deployment._first_uploads()
     assert silo == second.client_id
     server.close()
+
+
+def test_what_is_written_of_a_classifier_is_gone_before_its_message_is_made(tables, local, tmp_path, monkeypatch):
+    """Each is as large as the classifier, and more than one at a time is what a server's memory goes to."""
+    written, alive, save = [], [], RunDir.save_slm
+
+    def saved(run, who, slm, folder="slm"):
+        written.append(weakref.ref(slm))
+        save(run, who, slm, folder)
+
+    def encoded(message):
+        alive.append(sum(slm() is not None for slm in written))
+        return encode(message)
+
+    monkeypatch.setattr(RunDir, "save_slm", saved)
+    monkeypatch.setattr("crosslm.federation.deployment.encode", encoded)
+    for _ in federation(tmp_path / "kit", tables, local[1]):
+        pass
+    assert len(written) == 2 * len(SILOS)  # at once, and in the end
+    assert alive == [0] * len(SILOS)
 
 
 def silo_with(upload):

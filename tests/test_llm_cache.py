@@ -1,6 +1,7 @@
 """What the LLM did is kept and not done twice (``--llm-cache``)."""
 
 import json
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from crosslm.errors import RunError
 from crosslm.experiment import run_local
 from crosslm.models.llm import LLM
 from crosslm.runs import llm_cache
+from crosslm.runs.llm_cache import LLMCache
 from crosslm.runs.reevaluate import evaluate_run
 from crosslm.runs.rundir import RunDir
 from crosslm.server import Server
@@ -154,6 +156,15 @@ def test_two_who_make_the_same_at_the_same_time_do_each_other_no_harm(tmp_path):
     with ThreadPoolExecutor(4) as threads:
         for made in [threads.submit(make) for _ in range(4)]:
             made.result()
+
+
+def test_a_cache_is_for_its_owner_alone(tmp_path):
+    before = os.umask(0o022)
+    try:
+        LLMCache(tmp_path / "llm").put("key", 1)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "llm").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_cache_that_cannot_be_written_is_named(settings, tmp_path):

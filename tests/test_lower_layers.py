@@ -1,5 +1,8 @@
 """Adapters in the upper layers alone: what is shared below them changes nothing."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import tiny_llm
@@ -9,7 +12,7 @@ from test_llm import FAMILIES, TEXTS, disturb, plain_logps
 from transformers import AutoModelForCausalLM
 
 from crosslm.config import LLMConfig
-from crosslm.models.causal import decoder_layers
+from crosslm.models.causal import decoder_layers, lora_config
 from crosslm.models.llm import LLM
 from crosslm.models.lower_layers import UpperLayers
 
@@ -104,3 +107,12 @@ def test_full_fine_tuning_has_no_lower_layers():
         ValidationError, match=r'llm\.adapter = "full" trains all layers; found llm\.adapted_layers = 0\.5'
     ):
         LLMConfig(model="gemma3", adapter="full", adapted_layers=0.5)
+
+
+def test_a_share_that_floats_make_a_little_larger_is_no_layer_more():
+    layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(25))
+    model = torch.nn.ModuleDict({"layers": layers})
+    model.config = SimpleNamespace(num_hidden_layers=25, model_type="mine")
+    assert 0.28 * 25 > 7
+    excluded = lora_config(model, LLMConfig(model="mine", adapted_layers=0.28)).exclude_modules
+    assert [place for place in range(25) if not re.fullmatch(excluded, f"layers.{place}.0")] == list(range(18, 25))

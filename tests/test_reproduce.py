@@ -641,6 +641,7 @@ def test_a_run_of_another_configuration_is_not_gone_on_with(scale, data, tmp_pat
     assert not store.ready_run_folder(cell, other, {"train.csv": "1"}).exists()
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.toml").write_text(config.dump())
+    store.ready_run_folder(cell, config, {})  # the data are away once: what is known of them stays known
     assert not store.ready_run_folder(cell, config, {"train.csv": "2"}).exists()  # of other rows
 
 
@@ -676,8 +677,22 @@ def test_a_benchmark_of_other_rows_is_refused(scale, data, tmp_path):
     before = settings_of(cell, choice)
     assert differences(cell, before, settings_of(cell, choice)) == []
     path = data / "rte" / "test.csv"
-    path.write_text(path.read_text() + path.read_text().splitlines()[-1] + "\n")
+    rows = path.read_bytes()
+    path.unlink()
+    packed = path.with_name("test.csv.gz")
+    packed.write_bytes(gzip.compress(rows))
+    assert settings_of(cell, choice)["files"] == before["files"]
+    packed.write_bytes(gzip.compress(rows + rows.splitlines()[-1] + b"\n"))
     assert differences(cell, before, settings_of(cell, choice)) == ["the contents of rte/test.csv"]
+
+
+def test_where_the_fresh_adapter_is_counts_for_the_original_llm_too(scale, data):
+    choice = chosen(scale, data, "7")
+    cell = next(cell for cell in plan(choice) if cell.method == "original")
+    before = settings_of(cell, choice)
+    now = json.loads(json.dumps(before))
+    now["config"]["llm"]["adapted_layers"] = 0.5
+    assert differences(cell, before, now) == ["llm.adapted_layers"]
 
 
 def test_a_benchmark_of_an_llm_that_learned_from_other_rows_is_refused(scale, data):

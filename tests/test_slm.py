@@ -23,6 +23,7 @@ from crosslm.errors import ModelError, UploadError
 from crosslm.models.architecture import MODEL_TYPES, check_architecture, longest_text, on_meta, output_layer
 from crosslm.models.batches import batches as row_batches
 from crosslm.models.batches import hold_out
+from crosslm.models.dtypes import fast_dtype
 from crosslm.models.slm import SLM
 
 LABELS = ("bad", "good")
@@ -368,3 +369,15 @@ def test_the_loss_on_held_out_rows_is_of_what_is_learned_by_hand(models, monkeyp
     assert (loss, accuracy) == (pytest.approx(0.458145), 1.0)
     loss, accuracy = slm._holdout(rows, torch.tensor([[0.5, 0.5], [1.0, 0.0]]))  # (ln 2 - ln .2) / 2
     assert (loss, accuracy) == (pytest.approx(1.151293), 1.0)
+
+
+def test_a_trained_classifier_keeps_no_gradients(models):
+    """They are as large as it is, and a run or a server holds it for long."""
+    slm = SLM.load(str(models / "bert"), ("bad", "good"), 32, 0)
+    slm.fit(Examples(sentences(BAD, 4) + sentences(GOOD, 4), [0] * 4 + [1] * 4), FitConfig(epochs=1, batch_size=4), 0)
+    assert all(parameter.grad is None for parameter in slm.model.parameters())
+
+
+def test_a_gpu_that_only_imitates_bfloat16_does_not_multiply_in_it(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert fast_dtype("cuda") == torch.float32

@@ -21,9 +21,10 @@ from crosslm.errors import DataError, ModelError, RunError
 from crosslm.models import vocabulary
 from crosslm.models.llm import LLM
 from crosslm.models.sources import lock_of
-from crosslm.models.vocabulary import cached_trim, tokenizer_words, trim_vocabulary
+from crosslm.models.vocabulary import cached_trim, tokenizer_words, trim_vocabulary, trimmable_tokenizer
 from crosslm.runs.preparation import original_llm
 from crosslm.support.files import alone
+from crosslm.support.writing import writing
 
 TEXTS = CORPUS[:10]
 FAMILIES = ("gpt2", "llama", "gemma3", "bytefallback")
@@ -229,6 +230,8 @@ def test_a_vocabulary_without_bytes_is_refused(models, tmp_path):
     AutoModelForCausalLM.from_pretrained(models / "gpt2").save_pretrained(tmp_path / "whole")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "whole")
     with pytest.raises(ModelError, match="of the 256 bytes"):
+        trimmable_tokenizer(str(tmp_path / "whole"))  # before the model is loaded
+    with pytest.raises(ModelError, match="of the 256 bytes"):
         trim_vocabulary(str(tmp_path / "whole"), TEXTS, tmp_path / "new")
 
 
@@ -251,6 +254,19 @@ def test_a_padding_token_that_there_is_not_is_left_out(models, tmp_path):
     assert LLM.load(str(tmp_path / "cut"), LLMConfig(model="llama", lora_rank=4), seed=0).encode("a good text")
 
 
+def test_a_cache_that_cannot_be_written_is_named(models, tmp_path):
+    (tmp_path / "models").write_text("in the way")
+    with pytest.raises(RunError, match=r"gemma3-trimmed-\w+: cannot be written: .*CROSSLM_CACHE for the cache"):
+        cached_trim(str(models / "gemma3"), TEXTS, tmp_path, lambda _: None)
+
+
+def test_what_is_wrong_with_a_model_is_not_put_down_to_the_disk(tmp_path):
+    wrong = ModelError("'llm' cannot be loaded: Permission denied (os error 13)")
+    with pytest.raises(ModelError) as found, writing(tmp_path, "hint"):
+        raise wrong
+    assert found.value is wrong
+
+
 def test_a_full_disk_is_said_and_leaves_no_half_of_a_model(models, tmp_path, monkeypatch):
     """safetensors' own exception is no OSError."""
 
@@ -259,6 +275,8 @@ def test_a_full_disk_is_said_and_leaves_no_half_of_a_model(models, tmp_path, mon
         raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
-    with pytest.raises(RunError, match=r"cannot be written: .*No space left.*make room there, or name"):
+    said = r"gemma3-trimmed-\w+: cannot be written: Error while .*\(os error 28\); make room there, or name .*\)$"
+    with pytest.raises(RunError, match=said) as found:
         cached_trim(str(models / "gemma3"), TEXTS, tmp_path, lambda _: None)
+    assert str(found.value).count("cannot be written") == 1
     assert [path for path in (tmp_path / "models").iterdir() if not path.name.endswith(".lock")] == []
