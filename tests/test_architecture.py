@@ -61,7 +61,7 @@ LAYERS = [
     {"federation.intake"},
     {"federation.local", "runs.checkpoint"},
     {"runs.preparation", "runs.snapshot", "runs.tracking"},
-    {"runs.llm_cache"},
+    {"runs.llm_cache", "preflight.machine"},
     {"runs.journal", "runs.loaded"},
     {"federation.keys", "federation.kits", "federation.kit_texts", "federation.spool"},
     {"federation.provision", "federation.silo_state"},

@@ -17,7 +17,7 @@ from crosslm.federation import checkup
 from crosslm.federation import provision as provision_module
 from crosslm.federation.kits import SERVER_FILE, SILO_FILE, dump, held, read_server, read_silo, server_config
 from crosslm.federation.provision import provision
-from crosslm.preflight import doctor
+from crosslm.preflight import machine
 from crosslm.runs.preparation import measured_on, original_llm, public_texts
 
 
@@ -310,7 +310,7 @@ def test_a_server_looks_for_the_trackers_that_its_configuration_asks_for(kits, s
 
 
 def test_without_the_extra_it_says_so_and_looks_no_further(kits, shell, monkeypatch):
-    monkeypatch.setattr(doctor, "requires", lambda _: ["no-such-flower; extra == 'federation'"])
+    monkeypatch.setattr(machine, "requires", lambda _: ["no-such-flower; extra == 'federation'"])
     code, out, _ = shell("doctor", kits / "server")
     assert code == 2
     assert "package no-such-flower: not installed; pip install 'crosslm[federation]'" in out

@@ -20,7 +20,7 @@ from crosslm.config import PRESETS
 from crosslm.config_file import load
 from crosslm.errors import ConfigError, ModelError
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
-from crosslm.preflight import doctor, memory, starter
+from crosslm.preflight import doctor, machine, memory, starter
 from crosslm.task import Task
 
 ROOT = Path(__file__).parents[1]
@@ -318,9 +318,9 @@ def test_the_doctor_knows_which_llm_a_run_refuses(shell, workplace, models, tmp_
 
 
 def test_a_cache_that_may_only_be_read_is_no_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
-    assert doctor.disk(tmp_path, "kit").level == "error"
-    found = doctor.disk(tmp_path, "cache folder", is_needed=False)
+    monkeypatch.setattr(machine.os, "access", lambda *_: False)
+    assert machine.disk(tmp_path, "kit").level == "error"
+    found = machine.disk(tmp_path, "cache folder", is_needed=False)
     assert (found.level, "have each model in it" in found.message) == ("warning", True)
 
 
@@ -406,7 +406,7 @@ def test_no_weights_are_read(shell, workplace, monkeypatch):
 
 def test_little_memory_and_little_disk_are_warned_of(shell, workplace, monkeypatch):
     monkeypatch.setattr(doctor, "available", lambda _: 10**6)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 10**6))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 10**6))
     code, out, _ = shell("doctor", workplace / "tickets.toml")
     assert code == 0
     assert "lower synthesis.batch_size and llm.micro_batch_size" in out
@@ -415,11 +415,11 @@ def test_little_memory_and_little_disk_are_warned_of(shell, workplace, monkeypat
 
 def test_packages_that_are_missing_or_old_are_told(monkeypatch):
     monkeypatch.setattr(
-        doctor,
+        machine,
         "requires",
         lambda _: ["torch>=999", "no-such-thing", "gguf>=999; extra == 'demo'", "nothing-here; extra == 'datasets'"],
     )
-    found = {finding.subject: finding for finding in doctor.packages()}
+    found = {finding.subject: finding for finding in machine.packages()}
     assert found["package torch"].level == "error"
     assert ">=999 is needed: pip install 'crosslm'" in found["package torch"].message
     assert found["package no-such-thing"].level == "error"

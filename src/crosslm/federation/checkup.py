@@ -23,8 +23,8 @@ from crosslm.federation.kits import (
 from crosslm.federation.silo import Silo
 from crosslm.federation.silo_state import SiloState
 from crosslm.models.sources import check_model, model_folder
-from crosslm.preflight import doctor
-from crosslm.preflight.doctor import Finding
+from crosslm.preflight import doctor, machine
+from crosslm.preflight.machine import Finding
 from crosslm.runs.preparation import check_slm, client_specs, describe_spec, measured_text, public_texts
 from crosslm.runs.rundir import LOCK
 from crosslm.support.files import is_held
@@ -43,10 +43,10 @@ def examine_kit(kit: Path, cache: Path, on_news: News = lambda _: None) -> Itera
         cache: where converted models are kept.
         on_news: told before something takes long.
     """
-    yield doctor.python()
-    missing = list(doctor.packages("federation"))
+    yield machine.python()
+    missing = list(machine.packages("federation"))
     yield from missing
-    yield doctor.disk(kit, "kit")
+    yield machine.disk(kit, "kit")
     if any(finding.level == "error" for finding in missing):
         return
     try:
@@ -73,7 +73,7 @@ def _server(kit: Path, settings: ServerSettings, cache: Path, on_news: News) -> 
         yield Finding("ok", "silos", f"{', '.join(silos)} are known by their keys")
     else:
         yield Finding("error", "silos", f"{kit / 'silos'} has no public key of a silo: make the kits again")
-    yield doctor.device(config.device)
+    yield machine.device(config.device)
     yield from doctor.trackers(config)
     yield _test_rows(kit)
     yield from _texts(config)
@@ -104,7 +104,7 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
     silo = Silo(kit, cache)
     yield _answers(silo)
     yield _listens(kit, "127.0.0.1", settings.runtime_port, "choose another runtime_port in silo.toml")
-    yield doctor.device(settings.device)
+    yield machine.device(settings.device)
     left_out: list[str] = []
     try:
         private = silo.private(left_out.append)

@@ -1,17 +1,8 @@
 """What would stop a run, or make it disappoint, found before it starts."""
 
-import os
-import platform
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
-
-from packaging.requirements import Requirement
 
 from crosslm.config import Config, FitConfig, PrivacyConfig
 from crosslm.config_file import load
@@ -23,6 +14,8 @@ from crosslm.models.causal import check_causal
 from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
 from crosslm.models.tokens import check_room, load_tokenizer, verbalizer_ids
 from crosslm.models.vocabulary import trimmable_tokenizer
+from crosslm.preflight import machine
+from crosslm.preflight.machine import Finding
 from crosslm.preflight.memory import Shape, available, estimate, in_gib
 from crosslm.preflight.starter import SAMPLE
 from crosslm.privacy.accounting import check_budget, require_opacus
@@ -30,28 +23,8 @@ from crosslm.runs.preparation import check_slm, client_specs, describe_spec, per
 from crosslm.runs.tracking import wanted
 from crosslm.task import Task
 
-Level = Literal["ok", "warning", "error"]
-OLDEST_PYTHON = (3, 11)
 FEW_ROWS = 10  # of a label; fewer teach a classifier little
 FEW_TEST_ROWS = 50  # of which each is two points of accuracy
-SOME_DISK = 2 * 2**30
-NOT_ALL_THERE = ", or have each model in it before the run"
-OPTIONAL = {"demo": "the demo's models", "datasets": "hf: data and the export of synthetic text"}
-"""Extras whose packages are looked for, and what needs them."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    level: Level
-    subject: str
-    message: str
-    """What was found and, unless all is well, what to do."""
-
-    def __str__(self) -> str:
-        """Without its level."""
-        return f"{self.subject}: {self.message}"
 
 
 def examine(
@@ -73,11 +46,11 @@ def examine(
         cache: where converted models are kept.
         on_news: told before something takes long.
     """
-    yield python()
-    yield from packages()
-    yield disk(cache, "cache folder", is_needed=False)
+    yield machine.python()
+    yield from machine.packages()
+    yield machine.disk(cache, "cache folder", is_needed=False)
     if source is None:
-        yield device("auto")
+        yield machine.device("auto")
         yield Finding("ok", "configuration", "none given; crosslm doctor CONFIG looks at models and data too")
         return
     try:
@@ -86,8 +59,8 @@ def examine(
         yield from (Finding("error", "configuration", line) for line in str(error).splitlines())
         return
     yield Finding("ok", "configuration", f"{source}: task {config.name}, labels {', '.join(config.task.labels)}")
-    yield disk(Path.cwd(), "folder that runs are written to")
-    there = device(config.device)
+    yield machine.disk(Path.cwd(), "folder that runs are written to")
+    there = machine.device(config.device)
     yield there
     yield from trackers(config)
     yield from private(config.privacy)
@@ -95,56 +68,6 @@ def examine(
     yield from (finding for finding, _ in silos)
     clients = [name for _, name in silos if name]
     yield from models(config, clients, cache, on_news, memory_too=there.level != "error")
-
-
-def python() -> Finding:
-    """Whether this Python will do."""
-    if sys.version_info < OLDEST_PYTHON:
-        needed = ".".join(map(str, OLDEST_PYTHON))
-        return Finding("error", "python", f"{platform.python_version()}; crosslm needs {needed} or newer: install one")
-    return Finding("ok", "python", platform.python_version())
-
-
-def packages(needed: str | None = None) -> Iterator[Finding]:
-    """Whether what crosslm needs is installed, in a version that it knows.
-
-    Args:
-        needed: an extra without which the purpose at hand cannot be served.
-    """
-    shown = []
-    for line in requires("crosslm") or []:
-        requirement = Requirement(line)
-        extra = _extra(requirement)
-        if extra not in (None, needed, *OPTIONAL) or (requirement.marker and not _applies(requirement, extra)):
-            continue
-        wanted = f"pip install 'crosslm{f'[{extra}]' if extra else ''}'"
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            what = f"not installed; {f'only {OPTIONAL[extra]} need it: ' if extra in OPTIONAL else ''}{wanted}"
-            yield Finding("warning" if extra in OPTIONAL else "error", f"package {requirement.name}", what)
-            continue
-        if not requirement.specifier.contains(found, prereleases=True):
-            message = f"{found} is installed, {requirement.specifier} is needed: {wanted}"
-            yield Finding("warning" if extra in OPTIONAL else "error", f"package {requirement.name}", message)
-        elif not extra:
-            shown.append(f"{requirement.name} {found}")
-    yield Finding("ok", "packages", ", ".join(shown))
-
-
-def disk(folder: Path, what: str, is_needed: bool = True) -> Finding:
-    """Whether there is room where files will be written; ``is_needed``: nothing can be done where none may be."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
-    message = f"{in_gib(free)} free for the {what}, {folder}"
-    if not os.access(there, os.W_OK):
-        message = f"{folder}: cannot be written to; choose another {what}"
-        return Finding("error" if is_needed else "warning", "disk", message + ("" if is_needed else NOT_ALL_THERE))
-    if free < SOME_DISK:
-        return Finding("warning", "disk", f"{message}; {in_gib(SOME_DISK)} is a good reserve: make room")
-    return Finding("ok", "disk", message)
 
 
 def trackers(config: Config) -> Iterator[Finding]:
@@ -178,16 +101,6 @@ def budget(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int, who:
         yield Finding("error", "privacy", str(error))
     else:
         yield from [Finding("warning", "privacy", doubt)] if doubt else []
-
-
-def device(name: str) -> Finding:
-    """Whether the device is there, and how much memory it has."""
-    try:
-        found = resolve_device(name)
-    except CrosslmError as error:
-        return Finding("error", "device", f'{error}; set device = "auto"')
-    cores = f", {os.cpu_count()} cores" if found == "cpu" else ""
-    return Finding("ok", "device", f"{found}{cores}, {in_gib(available(found))} of memory free")
 
 
 def data(config: Config) -> Iterator[tuple[Finding, str | None]]:
@@ -359,12 +272,3 @@ def memory(config: Config, llm: str, slms: list[str], encoder: str) -> Finding:
         what = "lower synthesis.batch_size and llm.micro_batch_size, or choose smaller models"
         return Finding("warning", "memory", f"{message}; {what}")
     return Finding("ok", "memory", message)
-
-
-def _extra(requirement: Requirement) -> str | None:
-    marker = str(requirement.marker or "")
-    return marker.split("extra == ")[1].strip("\"'() ") if "extra == " in marker else None
-
-
-def _applies(requirement: Requirement, extra: str | None) -> bool:
-    return bool(requirement.marker and requirement.marker.evaluate({"extra": extra or ""}))
