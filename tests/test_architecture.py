@@ -65,6 +65,7 @@ LAYERS = [
     {"runs.journal", "runs.loaded"},
     {"federation.keys", "federation.kits", "federation.kit_texts", "federation.spool"},
     {"federation.provision", "federation.silo_state"},
+    {"federation.silo_models"},
     {"federation.silo"},
     {"federation.summary"},
     {"federation.deployment"},

@@ -122,10 +122,10 @@ def _classifier(folder: Path, client: str) -> "tuple[SLM, DataConfig | SiloData]
     from crosslm.runs.finished import Run
 
     if (folder / SILO_FILE).is_file():
-        from crosslm.federation.silo import Silo
+        from crosslm.federation.silo_models import SiloModels
         from crosslm.models.sources import cache_folder
 
-        silo = Silo(folder, cache_folder())
+        silo = SiloModels(folder, cache_folder())
         if client not in ("", silo.settings.id):
             raise ConfigError(f"{folder}: is the kit of {silo.settings.id}, which needs no --client")
         return silo.trained(), silo.settings.data

@@ -20,7 +20,6 @@ from crosslm.federation.kits import (
     server_config,
     silo_names,
 )
-from crosslm.federation.silo import Silo
 from crosslm.federation.silo_state import SiloState
 from crosslm.models.sources import check_model, model_folder
 from crosslm.preflight import doctor, machine
@@ -101,7 +100,7 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
     yield _program("flower-supernode")
     yield from _authority(kit)
     yield from _secret(kit / "silo.key")
-    silo = Silo(kit, cache)
+    silo = SiloState(kit)
     yield _answers(silo)
     yield _listens(kit, "127.0.0.1", settings.runtime_port, "choose another runtime_port in silo.toml")
     yield machine.device(settings.device)
@@ -264,7 +263,7 @@ def _listens(kit: Path, host: str, port: int, otherwise: str) -> Finding:
     return Finding("ok", "port", f"{host}:{port} is in use by a server of this federation, which runs already")
 
 
-def _answers(silo: Silo) -> Finding:
+def _answers(silo: SiloState) -> Finding:
     """Whether a silo reaches its server, and is known there."""
     server = silo.settings.server
     try:
