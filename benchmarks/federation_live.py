@@ -38,13 +38,14 @@ from tokenizers import models as tokenizer_models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from crosslm.config import Config
+from crosslm.federation.arrivals_journal import Arrival
 from crosslm.federation.flower.processes import Child, flwr, wait_for_port
 from crosslm.federation.flower.server_processes import configure, superlink_command
 from crosslm.federation.flower.silo_processes import supernode_command
 from crosslm.federation.kit_texts import FLOWER_APP
 from crosslm.federation.kits import SERVER_FILE, SILO_FILE, read_server
 from crosslm.federation.provision import provision
-from crosslm.federation.spool import Arrival, Spool
+from crosslm.federation.spool import Spool
 
 SILO = "silo"
 EVERY = 2.0  # seconds between two looks at the memory

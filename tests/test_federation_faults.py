@@ -216,7 +216,7 @@ def test_a_full_disk_is_told_with_its_file_and_what_to_do(exchange, monkeypatch)
 
 def test_a_journal_that_cannot_be_written_is_named(tmp_path):
     spool = Spool(tmp_path / "spool")
-    spool._database.execute("PRAGMA max_page_count = 6")  # as good as a full disk
+    spool._journal._database.execute("PRAGMA max_page_count = 6")  # as good as a full disk
     with pytest.raises(RunError, match=r"journal\.sqlite: cannot be written: .*full.*make room"):
         spool.note("large", "x" * 10**6)
     spool.close()

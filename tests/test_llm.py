@@ -13,8 +13,9 @@ from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.config_file import load, packaged
 from crosslm.errors import ConfigError, ModelError
 from crosslm.models import llm as llm_module
+from crosslm.models.adapter_weights import _has_room, merged
 from crosslm.models.causal import check_causal, weight_dtype
-from crosslm.models.llm import LLM, _has_room
+from crosslm.models.llm import LLM
 from crosslm.models.tokens import TextEnd, distinct_tokens, verbalizer_ids
 
 FAMILIES = ("gpt2", "llama", "gemma3")
@@ -458,19 +459,19 @@ def test_an_interpolated_llm_lies_between_the_original_and_the_trained_one(model
         named = ((name.replace(".base_layer", ""), value) for name, value in model.named_parameters())
         return {name: value.clone() for name, value in named if "lora" not in name}
 
-    def merged():
-        with llm._merged() as model:
+    def merged_weights():
+        with merged(llm.model, llm.device) as model:
             return weights(model)
 
     with llm._reference() as reference:
         original = weights(reference)
-    trained = merged()
+    trained = merged_weights()
     assert max((trained[name] - value).abs().max() for name, value in original.items()) > 1e-3
     with llm.interpolated(0.25):
-        for name, value in merged().items():
+        for name, value in merged_weights().items():
             torch.testing.assert_close(value, 0.75 * original[name] + 0.25 * trained[name], atol=1e-6, rtol=1e-5)
     with pytest.raises(KeyboardInterrupt), llm.interpolated(0.25):
         raise KeyboardInterrupt
     assert all(torch.equal(value, before[name]) for name, value in llm.model.state_dict().items())
     with llm.interpolated(1.0):
-        assert all(torch.equal(value, trained[name]) for name, value in merged().items())
+        assert all(torch.equal(value, trained[name]) for name, value in merged_weights().items())

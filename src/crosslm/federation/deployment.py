@@ -10,9 +10,10 @@ from crosslm import evaluate
 from crosslm.config import Config
 from crosslm.data.split import test_rows
 from crosslm.errors import QuarantineError, UploadError
+from crosslm.federation.arrivals_journal import Arrival
 from crosslm.federation.exchange import Served
 from crosslm.federation.messages import decode_upload, describe, encode
-from crosslm.federation.spool import Arrival, Spool
+from crosslm.federation.spool import Spool
 from crosslm.federation.summary import accuracies, summary_of
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM

@@ -1,22 +1,19 @@
 """The server's spool: every upload and download is on its disk before anything is done about it.
 
-Files are safetensors as they came. What happened to each is a row of a SQLite journal (WAL, each
-commit synced), so that a server that dies at any moment finds on its next start what it has
-received, what it was working on, and what it still owes to whom.
+Files are safetensors as they came. What happened to each is in a journal, so that a server that dies at any moment
+finds on its next start what it has received, what it was working on, and what it still owes to whom.
 """
 
 import fcntl
 import json
-import sqlite3
-import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from crosslm.errors import FederationError, UploadError
-from crosslm.federation.hashed_files import unchanged, unwritable, write_hashed
+from crosslm.federation.arrivals_journal import Arrival, ArrivalsJournal
+from crosslm.federation.hashed_files import unchanged, write_hashed
 from crosslm.support.files import rename
 
 TOLD = "told/"  # and a silo: how many of its rounds it has been told are complete
@@ -28,50 +25,6 @@ CLOSED = "closed/"  # and silo: what came of its closing download
 ADMITTED = "admitted"  # the silos that have a key in the kit, as JSON
 ENDED = "ended"  # no upload is asked for or served any more
 OVER = "over"  # all that any silo will get is here
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS arrivals (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    silo TEXT NOT NULL,
-    round INTEGER NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('received', 'processing', 'served', 'delivered', 'refused')),
-    sha256 TEXT NOT NULL,
-    bytes INTEGER NOT NULL,
-    received_at REAL NOT NULL,
-    started_at REAL,
-    served_at REAL,
-    delivered_at REAL,
-    download_sha256 TEXT,
-    note TEXT NOT NULL DEFAULT '',
-    UNIQUE (silo, round)
-);
-CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-"""
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """One upload and what became of it; times are seconds since 1970."""
-
-    number: int
-    """Order of arrival, from 1."""
-    silo: str
-    round: int
-    state: str
-    """``received``, ``processing``, ``served`` (its download waits), ``delivered`` or ``refused``."""
-    sha256: str
-    bytes: int
-    received_at: float
-    started_at: float | None
-    served_at: float | None
-    delivered_at: float | None
-    download_sha256: str | None
-    note: str
-
-    @property
-    def since(self) -> float:
-        """When it came into its state."""
-        times = {"processing": self.started_at, "served": self.served_at, "delivered": self.delivered_at}
-        return times.get(self.state) or self.received_at
 
 
 class Spool:
@@ -84,18 +37,14 @@ class Spool:
             FederationError: it cannot be opened.
         """
         self.folder = folder
-        self._lock = threading.Lock()
         self._held: TextIO | None = None
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # classifiers that were trained on private text
-            self._database = sqlite3.connect(folder / "journal.sqlite", check_same_thread=False, timeout=30)
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")
-            self._database.executescript(SCHEMA)
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             raise FederationError(
                 f"{folder}: the spool cannot be opened: {error}; it must be a folder that can be written"
             ) from error
+        self._journal = ArrivalsJournal(folder / "journal.sqlite")
 
     def hold(self, seconds: float = 60.0) -> None:
         """Keep every other process from serving from this spool until this one ends.
@@ -118,7 +67,7 @@ class Spool:
 
     def close(self) -> None:
         """Close the journal, and let others serve."""
-        self._database.close()
+        self._journal.close()
         if self._held is not None:
             self._held.close()
 
@@ -139,8 +88,8 @@ class Spool:
         """
         path = self.upload_file(silo, number)
         digest, size = write_hashed(path.with_suffix(".part"), parts)
-        with self._lock:
-            known = self._row("silo = ? AND round = ?", silo, number)
+        with self._journal.lock:
+            known = self._journal.arrival(silo, number)
             if known is not None:
                 path.with_suffix(".part").unlink()
                 if known.sha256 == digest:
@@ -151,7 +100,7 @@ class Spool:
                     "and the silo must not use another state folder"
                 )
             rename(path.with_suffix(".part"), path)
-            self._write(
+            self._journal.write(
                 "INSERT INTO arrivals (silo, round, state, sha256, bytes, received_at) "
                 "VALUES (?, ?, 'received', ?, ?, ?)",
                 silo,
@@ -179,9 +128,8 @@ class Spool:
         if not (waiting := self.waiting()):
             return None
         longest = waiting[0]
-        with self._lock:
-            sql = "UPDATE arrivals SET state = 'processing', started_at = ? WHERE number = ?"
-            self._write(sql, time.time(), longest.number)
+        sql = "UPDATE arrivals SET state = 'processing', started_at = ? WHERE number = ?"
+        self._journal.write(sql, time.time(), longest.number)
         self.note(f"{TRIES}{longest.silo}/{longest.round}", str(self.tries(longest) + 1))
         return longest
 
@@ -221,8 +169,7 @@ class Spool:
         """
         digest, _ = write_hashed(self.download_file(silo, number), [download])
         sql = "UPDATE arrivals SET state = 'served', served_at = ?, download_sha256 = ? WHERE silo = ? AND round = ?"
-        with self._lock:
-            self._write(sql, time.time(), digest, silo, number)
+        self._journal.write(sql, time.time(), digest, silo, number)
 
     def no_say(self, silo: str, number: int) -> None:
         """The gate gives this upload no say: its silo is served, and counts nowhere."""
@@ -287,17 +234,15 @@ class Spool:
 
     def refuse(self, silo: str, number: int, why: str) -> None:
         """An upload cannot be used; it stays on disk."""
-        with self._lock:
-            sql = "UPDATE arrivals SET state = 'refused', note = ? WHERE silo = ? AND round = ?"
-            self._write(sql, why, silo, number)
+        sql = "UPDATE arrivals SET state = 'refused', note = ? WHERE silo = ? AND round = ?"
+        self._journal.write(sql, why, silo, number)
 
     def forget(self, arrival: Arrival) -> None:
         """An upload is lost on this disk: it is as if it had not come, and its silo, which has it, is asked."""
         which = f"{arrival.silo}/{arrival.round}"
         self.note(f"{LOSSES}{which}", str(self.losses(arrival) + 1))
         self.note(f"{TRIES}{which}", "0")
-        with self._lock:
-            self._write("DELETE FROM arrivals WHERE number = ?", arrival.number)
+        self._journal.write("DELETE FROM arrivals WHERE number = ?", arrival.number)
 
     def losses(self, arrival: Arrival) -> int:
         """How often an upload was lost on this disk."""
@@ -305,9 +250,8 @@ class Spool:
 
     def delivered(self, silo: str, number: int, note: str = "") -> None:
         """The silo has confirmed its download."""
-        with self._lock:
-            sql = "UPDATE arrivals SET state = 'delivered', delivered_at = ?, note = ? WHERE silo = ? AND round = ?"
-            self._write(sql, time.time(), note, silo, number)
+        sql = "UPDATE arrivals SET state = 'delivered', delivered_at = ?, note = ? WHERE silo = ? AND round = ?"
+        self._journal.write(sql, time.time(), note, silo, number)
 
     def not_delivered(self, silos: Iterable[str]) -> list[str]:
         """Silos that have not answered to a download, one of these to its closing download."""
@@ -316,14 +260,12 @@ class Spool:
 
     def told(self, silo: str, number: int) -> None:
         """The silo knows that its upload was refused."""
-        with self._lock:
-            self._write("UPDATE arrivals SET delivered_at = ? WHERE silo = ? AND round = ?", time.time(), silo, number)
+        sql = "UPDATE arrivals SET delivered_at = ? WHERE silo = ? AND round = ?"
+        self._journal.write(sql, time.time(), silo, number)
 
     def arrivals(self) -> list[Arrival]:
         """All, in order of arrival."""
-        with self._lock:
-            rows = self._database.execute("SELECT * FROM arrivals ORDER BY number").fetchall()
-        return [Arrival(*row) for row in rows]
+        return self._journal.arrivals()
 
     def of(self, silo: str) -> list[Arrival]:
         """One silo's, in order of arrival."""
@@ -342,14 +284,11 @@ class Spool:
         Raises:
             RunError: the journal cannot be written.
         """
-        with self._lock:
-            self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", name, value)
+        self._journal.note(name, value)
 
     def fact(self, name: str) -> str | None:
         """A fact that was remembered."""
-        with self._lock:
-            row = self._database.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return None if row is None else str(row[0])
+        return self._journal.fact(name)
 
     def upload_file(self, silo: str, number: int) -> Path:
         """Where an upload is kept."""
@@ -362,14 +301,3 @@ class Spool:
     def closing_file(self, silo: str) -> Path:
         """Where a closing download is kept."""
         return self.folder / f"{silo}-closing-down.safetensors"
-
-    def _row(self, where: str, *values: object) -> Arrival | None:
-        row = self._database.execute(f"SELECT * FROM arrivals WHERE {where}", values).fetchone()
-        return None if row is None else Arrival(*row)
-
-    def _write(self, sql: str, *values: object) -> None:
-        try:
-            with self._database:
-                self._database.execute(sql, values)
-        except sqlite3.OperationalError as error:
-            raise unwritable(self.folder / "journal.sqlite", str(error)) from error

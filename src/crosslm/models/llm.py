@@ -16,13 +16,13 @@ from typing import Any, Self
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from crosslm.algorithm.verbalizer import label_probabilities
 from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.errors import ModelError
+from crosslm.models.adapter_weights import interpolated, merged
 from crosslm.models.causal import check_head, head_weight, load_causal, lora_config
 from crosslm.models.decoding import decode
 from crosslm.models.graph_decoding import can_be_recorded, decode_recorded
@@ -30,7 +30,6 @@ from crosslm.models.head import head_logps, head_scores
 from crosslm.models.lower_layers import UpperLayers
 from crosslm.models.tokens import TextEnd, distinct_tokens, encode
 
-ADAPTER = "default"  # peft's name for the only adapter
 SCORING_BATCH = 32
 PERPLEXITY_WINDOW = 256
 
@@ -167,7 +166,7 @@ class LLM:
             token or the one that completed a stop string.
         """
         has_ended = TextEnd(self.tokenizer, self.end_ids, sampling.stop)
-        with self._reference() if original else self._merged() as model:
+        with self._reference() if original else merged(self.model, self.device) as model:
             longest = max(map(len, prompts)) + sampling.max_new_tokens
             how = decode_recorded if can_be_recorded(model.config, self.device, longest) else decode
             head = head_weight(model)
@@ -210,25 +209,13 @@ class LLM:
     def interpolated(self, share: float) -> Iterator[None]:
         """Within it the weights lie between theta_old and theta: ``theta_old + share * (theta - theta_old)``.
 
-        With LoRA that is the adapter's product B A times the share. Afterwards they are theta again.
-        Wortsman et al., "Robust fine-tuning of zero-shot models", 2022.
+        Afterwards they are theta again.
 
         Args:
             share: of the weights as trained, in [0, 1].
         """
-        frozen = {} if self._frozen is None else dict(self._frozen.named_parameters())
-        trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
-        moved = {name: value for name, value in trained if share < 1 and (name in frozen or "lora_B" in name)}
-        before = {name: weight.detach().clone() for name, weight in moved.items()}
-        try:
-            with torch.no_grad():
-                for name, weight in moved.items():
-                    weight.lerp_(frozen[name] if frozen else torch.zeros_like(weight), 1 - share)
+        with interpolated(self.model, self._frozen, share):
             yield
-        finally:
-            with torch.no_grad():
-                for name, weight in moved.items():
-                    weight.copy_(before[name])
 
     # -- what it knows -----------------------------------------------------------------------
 
@@ -322,29 +309,6 @@ class LLM:
         return head_weight(self._causal())
 
     @contextmanager
-    def _merged(self) -> Iterator[Any]:
-        """The adapter added into the weights for a while: fewer products, which pays at few tokens a pass.
-
-        The weights themselves are kept and put back, since subtracting the adapter again would leave
-        rounding errors in them. Not where there is no memory for this second copy and as much again for the cache.
-        """
-        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        weights = [layer.get_base_layer().weight for layer in layers]
-        if not layers or not _has_room(self.device, 2 * sum(weight.nbytes for weight in weights)):
-            yield self._causal()
-            return
-        originals = [weight.data for weight in weights]
-        try:
-            with torch.no_grad(), self.model.disable_adapter():
-                for layer, weight in zip(layers, weights, strict=True):
-                    merged = weight.data.float() + layer.get_delta_weight(ADAPTER).float()
-                    weight.data = merged.to(weight.dtype)
-                yield self._causal()
-        finally:
-            for weight, original in zip(weights, originals, strict=True):
-                weight.data = original
-
-    @contextmanager
     def _reference(self) -> Iterator[Any]:
         """The original model, theta_old."""
         if self._frozen is not None:
@@ -368,17 +332,6 @@ class LLM:
         output = backbone(input_ids=ids, attention_mask=attention, use_cache=False)
         hidden: Tensor = output.last_hidden_state[:, :-1]
         return hidden
-
-
-def _has_room(device: torch.device, size: int) -> bool:
-    """Whether so many more bytes are sure to fit; on the CPU they were counted before the run began.
-
-    What PyTorch keeps for itself counts as free, or what was done before would decide how texts are rounded.
-    """
-    if device.type != "cuda":
-        return device.type == "cpu"
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept >= size
 
 
 def _unflatten(values: Tensor, mask: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ from crosslm import __version__
 from crosslm.config import FederationConfig
 from crosslm.errors import FederationError, UploadError
 from crosslm.federation import messages
+from crosslm.federation.arrivals_journal import Arrival
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.flower.replies import Answer, answer_in, pulled
-from crosslm.federation.spool import Arrival, Spool
+from crosslm.federation.spool import Spool
 from crosslm.support.plain import plain
 
 POLL = 0.5  # seconds after which each thread looks again, if the other has not woken it

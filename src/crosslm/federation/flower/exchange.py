@@ -9,10 +9,11 @@ from flwr.serverapp import Grid
 
 from crosslm.config import FederationConfig
 from crosslm.errors import FederationError, UploadError
+from crosslm.federation.arrivals_journal import Arrival
 from crosslm.federation.flower.carrier import POLL, TOLD, Carrier
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
-from crosslm.federation.spool import ENDED, Arrival, Spool
+from crosslm.federation.spool import ENDED, Spool
 from crosslm.records import Download, Upload
 from crosslm.support.plain import plain
 
