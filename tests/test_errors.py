@@ -26,6 +26,7 @@ from crosslm.errors import (
     ConfigError,
     CrosslmError,
     DataError,
+    DeclinedError,
     FederationError,
     KeptFileError,
     LeakError,
@@ -33,6 +34,7 @@ from crosslm.errors import (
     PassingError,
     QuarantineError,
     RunError,
+    ShortageError,
     StoppedError,
     UnservedError,
     UploadError,
@@ -125,6 +127,15 @@ def flwr_fails(monkeypatch):
     monkeypatch.setattr(server_processes.ServerProcesses, "run", lambda server: processes.flwr(server.kit, "run"))
 
 
+def no_memory_for_a_check(monkeypatch):
+    from crosslm.federation import intake
+
+    def decoded(data):
+        raise MemoryError
+
+    monkeypatch.setattr(intake, "decode_upload", decoded)
+
+
 def a_kept_upload_has_changed(monkeypatch):
     provision(load("tickets.toml"), "localhost:1", Path("kits"))
     state = Path("kits/silos/north/state")
@@ -181,6 +192,11 @@ CASES = {
         None,
         r"client north failed: .*\(privacy.max_similarity\); the SLM is not taken back; look at",
     ),
+    ShortageError: (
+        ("run", "tickets.toml", "--output", "run", *OVERRIDES),
+        no_memory_for_a_check,
+        r"client north: a check could not be made: MemoryError: ; see to it that this machine has room",
+    ),
     FederationError: (("server", "nowhere"), None, r"nowhere: is not there; name a folder that crosslm provision made"),
     PassingError: (("server", "kits/server"), flwr_fails, r"flwr run failed 3 times, start it again"),
     StoppedError: (
@@ -196,16 +212,18 @@ ENDS = {
     LeakError: (0, []),
     StoppedError: (130, None),
     PassingError: (75, None),
+    ShortageError: (2, [UnservedError]),
 }
 """Exit code, and the class that the command line catches, where they are not 2 and the class itself.
 
-Four of them end one client's arrival and not the run, which says so while it goes on. It fails if it has served
+Five of them end one client's arrival and not the run, which says so while it goes on. It fails if it has served
 nobody; a client that was served and has not taken its SLM back does not make it fail.
 """
 
 
 def test_every_class_has_a_case():
-    assert set(CASES) == CLASSES - {CrosslmError}
+    in_a_silos_log = DeclinedError  # tests/test_federation.py
+    assert set(CASES) == CLASSES - {CrosslmError, in_a_silos_log}
 
 
 @pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)

@@ -18,6 +18,7 @@ from crosslm.sections.privacy import NO_ACCEPTANCE, NO_LEAK_CHECK
 from crosslm.support.progress import Progress
 from crosslm.support.seeding import seed_for
 
+EXACT_SHARE = "holdout_accuracy"  # a fraction by which the number of rows may be found
 ROUNDING = 1e-9  # of means and probabilities: what is just ``acceptance.margin`` is not above it
 
 
@@ -79,7 +80,8 @@ class Client:
             privacy: trains within its budget.
             leaks: looks at the texts that trained a returned SLM; not with ``privacy``.
             canaries: how many rows are planted.
-            hides_counts: tell zeros in the place of the rows of each label; with ``privacy``, that decides.
+            hides_counts: tell zeros in the place of the rows of each label, and no share of rows; with ``privacy``,
+                that decides.
 
         Raises:
             ConfigError: acceptance or the leak check is on under DP.
@@ -140,6 +142,7 @@ class Client:
             counts = self._privacy.class_counts(counts)
         elif self._hides_counts:
             counts = (0,) * len(counts)
+            metrics = {name: value for name, value in metrics.items() if name != EXACT_SHARE}
         self.told_counts = counts
         upload = Upload(self.id, self.rounds, self.slm.by_output(counts), metrics, self.slm.to_state())
         self.rounds += 1

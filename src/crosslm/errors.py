@@ -68,5 +68,13 @@ class FederationError(CrosslmError):
     """A kit, a key, a request or the state of a federation is not as it must be."""
 
 
+class DeclinedError(FederationError):
+    """A silo is asked for more than it has agreed to, or by another federation: asking again would not help."""
+
+
+class ShortageError(CrosslmError):
+    """This machine lacked memory or the like for a check: of what was to be checked nothing is known."""
+
+
 class PassingError(FederationError):
     """Something failed that may go well when the same command is given again (exit code 75)."""

@@ -75,6 +75,7 @@ def client(
 ) -> None:
     """Run the silo of a kit: train when asked, upload, install what returns."""
     from crosslm.data.split import one_label
+    from crosslm.federation.keys import exposed
     from crosslm.federation.silo_state import SiloState
 
     if cache_dir:
@@ -88,7 +89,8 @@ def client(
         return
     private = silo.private(_say)  # a file that cannot be used is found now, and not when the server asks
     who, settings = f"silo {silo.settings.id}", silo.settings
-    for doubt in (settings.privacy.check_delta(len(private), who), one_label(who, private, settings.labels)):
+    doubts = [settings.privacy.check_delta(len(private), who), one_label(who, private, settings.labels)]
+    for doubt in (*doubts, exposed(silo.kit / "silo.key")):
         if doubt:
             _say(f"warning: {doubt}")
     silo.test(_say)
@@ -130,7 +132,11 @@ def server_status(kit: Path) -> None:
     from crosslm.federation.kits import read_server, silo_names
     from crosslm.federation.spool import CLOSED, Spool
 
-    spool, settings = Spool(kit / "spool"), read_server(kit)
+    settings = read_server(kit)
+    if not (kit / "spool").exists():  # it is whoever runs the server to whom it will belong
+        _say(f"{settings.experiment} at {settings.address}: not started")
+        return
+    spool = Spool(kit / "spool")
     alive, finished = spool.fact("alive"), spool.fact("finished")
     state = (
         "complete"

@@ -1,6 +1,7 @@
 """The command line: every module of commands is imported here, and :func:`main` runs the one that was asked for."""
 
 import atexit
+import errno
 import io
 import signal
 import sys
@@ -37,6 +38,8 @@ EXTRAS = {
     "opacus": "privacy",
 }
 """Packages that a command may find missing, and what brings them."""
+PASSING = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Of the operating system's errors those by which a machine is short of something now and may not be later."""
 
 
 class _PlainHelp(TyperCommand):
@@ -60,7 +63,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def main() -> None:
     """Run a command; a :class:`CrosslmError` is printed and ends with exit code 2, a stop with 130.
 
-    So is a package that is not there, if one of the extras brings it. A :class:`PassingError` ends with 75.
+    So is a package that is not there, if one of the extras brings it. A :class:`PassingError` ends with 75, and so does
+    what a machine is short of.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -74,7 +78,8 @@ def main() -> None:
         sys.exit(130)
     except (CrosslmError, OSError) as error:  # an OSError names its file: a full disk, a folder that is not ours
         errors.print(plain_lines(f"error: {error}"), highlight=False, markup=False, soft_wrap=True)
-        sys.exit(75 if isinstance(error, PassingError) else 2)
+        is_short = isinstance(error, OSError) and error.errno in PASSING
+        sys.exit(75 if is_short or isinstance(error, PassingError) else 2)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:

@@ -11,6 +11,7 @@ from crosslm.data.texts import is_there, load_examples
 from crosslm.errors import CrosslmError, DataError, FederationError
 from crosslm.federation.flower.processes import program
 from crosslm.federation.flower.silo_processes import ask, greet
+from crosslm.federation.keys import exposed
 from crosslm.federation.kits import (
     SERVER_FILE,
     ServerSettings,
@@ -239,8 +240,8 @@ def _secret(path: Path) -> Iterator[Finding]:
     """A private key that others on this machine can read is a secret no more."""
     if not path.is_file():
         yield Finding("error", path.name, f"{path}: no such file; bring it here again from where the kit was made")
-    elif path.stat().st_mode & 0o077:
-        yield Finding("warning", path.name, f"{path} can be read by others on this machine: chmod 600 {path}")
+    elif doubt := exposed(path):
+        yield Finding("warning", path.name, doubt)
 
 
 def _listens(kit: Path, host: str, port: int, otherwise: str) -> Finding:

@@ -9,7 +9,7 @@ from typing import Any, Self
 from crosslm import evaluate
 from crosslm.config import Config
 from crosslm.data.split import test_rows
-from crosslm.errors import QuarantineError, UploadError
+from crosslm.errors import FederationError, QuarantineError, UploadError
 from crosslm.federation.arrivals_journal import Arrival
 from crosslm.federation.exchange import Served
 from crosslm.federation.messages import decode_upload, describe, encode
@@ -325,8 +325,14 @@ class Deployment:
             if arrival.state in ("served", "delivered"):
                 first.setdefault(arrival.silo, arrival)
         for silo, arrival in first.items():
-            if self.spool.is_admitted(silo) and not self.spool.has_no_say(silo, arrival.round):
-                yield silo, receive_slm(decode_upload(self.spool.upload(arrival)), self.task, self.config)
+            if not self.spool.is_admitted(silo) or self.spool.has_no_say(silo, arrival.round):
+                continue
+            try:
+                upload = decode_upload(self.spool.upload(arrival))
+            except FederationError as error:  # the disk has lost it, and it is a measure alone
+                self._warn(f"{silo} is left out of what SLMs say of the LLM's texts: {error}")
+                continue
+            yield silo, receive_slm(upload, self.task, self.config)
 
     def _count(self, texts: SyntheticSet) -> None:
         self.tokens_generated += texts.tokens_generated

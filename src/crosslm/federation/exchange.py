@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from crosslm.errors import UploadError
+from crosslm.errors import FederationError, UploadError
 from crosslm.records import Download, SyntheticSet, Upload
 from crosslm.server import Closing, Server, StepRecord
 from crosslm.support.memory import give_back
@@ -15,7 +15,7 @@ class Served:
     """A client's last upload that was served."""
 
     read: Callable[[], Upload]
-    """Gives it: all at once may be more than memory holds."""
+    """Gives it: all at once may be more than memory holds. Raises a FederationError where it is lost."""
     refusal: str
     """Why it has no say; empty where it has."""
 
@@ -110,7 +110,11 @@ def close(exchange: Exchange, server: Server, journal: Journal, between: Callabl
 
 
 def _teach_once_more(exchange: Exchange, server: Server, journal: Journal, client: Served, closing: Closing) -> None:
-    upload = client.read()
+    try:
+        upload = client.read()
+    except FederationError as error:  # the disk has lost it; the others are taught all the same
+        journal.not_closed(f"a client has no step 5 in the end and goes on with what it got: {error}")
+        return
     try:
         download, record = server.close(upload, client.refusal, closing)
     except UploadError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from crosslm.config import IntakeConfig
-from crosslm.errors import FederationError, UploadError
+from crosslm.errors import FederationError, ShortageError, UploadError
 from crosslm.federation import strict_json
 from crosslm.federation.messages import MAX_HEADER, VERSION, decode_download, decode_upload
 from crosslm.federation.tokenizer_rules import check_tokenizer
@@ -31,6 +31,7 @@ DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 FLOATS = ("F32", "F16", "BF16")
 MAX_COUNT, MAX_METRICS, MAX_TEXTS = 10**9, 64, 10**6
 UNFORESEEN = "a check could not be made"
+NO_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)  # as PyTorch says it
 FIELDS = {
     "upload": {"version", "kind", "client_id", "client_round", "class_counts", "metrics", "slm"},
     "download": {"version", "kind", "client_id", "client_round", "step", "metrics", "texts", "slm"},
@@ -54,9 +55,10 @@ class Intake:
 
         Raises:
             UploadError: it is refused; names the client and the reason.
+            ShortageError: this machine lacks what the checks need.
         """
         with _refusing(f"client {client_id}: "):
-            deadline = time.monotonic() + self.bounds.max_seconds
+            deadline = time.thread_time() + self.bounds.max_seconds
             upload = decode_upload(_checked(data, "upload", self.labels, self.bounds, client_id, deadline))
             _check_numbers(upload.slm, self.bounds, deadline)
         return upload
@@ -66,9 +68,10 @@ class Intake:
 
         Raises:
             UploadError: it is refused; names the client and the reason.
+            ShortageError: as of :meth:`upload`.
         """
         with _refusing(f"client {client_id}: what the server returned is refused: "):
-            deadline = time.monotonic() + self.bounds.max_seconds
+            deadline = time.thread_time() + self.bounds.max_seconds
             download = decode_download(_checked(data, "download", self.labels, self.bounds, client_id, deadline))
             _check_numbers(download.slm, self.bounds, deadline)
         return download
@@ -96,13 +99,19 @@ def check_same_model(mine: SlmState, returned: SlmState, who: str) -> None:
 
 @contextmanager
 def _refusing(prefix: str) -> Iterator[None]:
-    """Whatever goes wrong with a stranger's bytes is a refusal of them, and never the end of who checks them."""
+    """Whatever goes wrong with a stranger's bytes is a refusal of them, and never the end of who checks them.
+
+    But for what this machine lacks meanwhile, which says nothing of them.
+    """
     try:
         yield
     except UploadError as error:
         raise UploadError(f"{prefix}{error}") from error
     except Exception as error:
-        raise UploadError(f"{prefix}{UNFORESEEN}: {type(error).__name__}: {str(error)[:120]}") from error
+        what = f"{prefix}{UNFORESEEN}: {type(error).__name__}: {str(error)[:120]}"
+        if isinstance(error, MemoryError | OSError) or NO_MEMORY.search(str(error)):
+            raise ShortageError(f"{what}; see to it that this machine has room") from error
+        raise UploadError(what) from error
 
 
 def _checked(
@@ -273,7 +282,7 @@ def _check_numbers(state: SlmState, bounds: IntakeConfig, deadline: float) -> No
 
 
 def _in_time(deadline: float, bounds: IntakeConfig) -> None:
-    if time.monotonic() > deadline:
+    if time.thread_time() > deadline:  # work alone counts: a machine may be suspended, or wait for its disk
         raise UploadError(f"its checks took more than {bounds.max_seconds:g} s (intake.max_seconds)")
 
 

@@ -15,6 +15,13 @@ rounds are complete, their last answers received, a blank, that silo's name, and
 it; 403: it has not."""
 
 
+def exposed(key: Path) -> str | None:
+    """Why a private key is a secret no more on this machine; None where it is one, or is not there."""
+    if key.is_file() and key.stat().st_mode & 0o077:
+        return f"{key} can be read by others on this machine: chmod 600 {key}"
+    return None
+
+
 def fingerprint(key: Path) -> str:
     """SHA-256 of the public key in an OpenSSH file, or of that which belongs to the private one in it.
 

@@ -7,6 +7,7 @@ the answers to what came back.
 from typing import Any
 
 from crosslm import __version__
+from crosslm.client import EXACT_SHARE
 from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.errors import CrosslmError
 from crosslm.federation.messages import VERSION, describe
@@ -49,6 +50,7 @@ def answers() -> dict[str, list[str]]:
         ],
         "when the server did not use the upload": list(done(0)),
         "when this silo refuses": list(refused(CrosslmError())),
+        "when something went wrong here": [f"error.{field}" for field in ("code", "reason")],
     }
 
 
@@ -75,4 +77,5 @@ def metric_names(fit: FitConfig, privacy: PrivacyConfig) -> list[str]:
     """The metrics of an upload by name, which training gives their values."""
     if privacy.epsilon:
         return ["epochs", *(f"dp/{name}" for name in DP_METRICS)]
-    return ["loss", "epochs"] + (["holdout_loss", "holdout_accuracy"] if fit.patience else [])
+    share = [] if privacy.told_counts == "hidden" else [EXACT_SHARE]
+    return ["loss", "epochs"] + (["holdout_loss", *share] if fit.patience else [])

@@ -22,7 +22,16 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from crosslm.config import ClientConfig, Config
 from crosslm.errors import FederationError
 from crosslm.federation.kit_texts import FLOWER_APP, server_readme, silo_readme, start_script, systemd_unit
-from crosslm.federation.kits import SERVER_FILE, SILO_FILE, ServerSettings, SiloData, SiloSettings, dump, read_server
+from crosslm.federation.kits import (
+    SERVER_FILE,
+    SILO_FILE,
+    ServerSettings,
+    SiloData,
+    SiloSettings,
+    dump,
+    read_server,
+    server_config,
+)
 from crosslm.runs.preparation import client_specs
 from crosslm.support.files import PARTIAL, partial_of, replace_folder
 
@@ -60,6 +69,7 @@ def provision(
             raise FederationError(
                 f"{output}: holds the kits of {settings.experiment} at {settings.address}; choose another --output"
             )
+        _check_fits(config, server)
     else:
         settings = ServerSettings(experiment=f"{config.name}-{secrets.token_hex(4)}", address=address)
         _check_beginning(output)
@@ -84,6 +94,21 @@ def provision(
             raise
         made.append(kit)
     return made
+
+
+def _check_fits(config: Config, server: Path) -> None:
+    """Find out that kits of new silos would fit the server's, which is not made again."""
+    theirs = server_config(server)
+    for key, here, there in (
+        ("task.labels", config.task.labels, theirs.task.labels),
+        ("federation.participations", config.federation.participations, theirs.federation.participations),
+        ("federation.closing", config.federation.closing, theirs.federation.closing),
+    ):
+        if here != there:
+            raise FederationError(
+                f"{config.name}: {key} is {here}, and {there} in {server / 'config.toml'}, which a silo's kit must "
+                "fit; put it back in the configuration, or choose another --output for a new federation"
+            )
 
 
 def _check_beginning(output: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import float16, float32
 
 from crosslm.client import Client
-from crosslm.errors import DataError, FederationError, KeptFileError, LeakError, UploadError
+from crosslm.errors import DataError, DeclinedError, FederationError, KeptFileError, LeakError, UploadError
 from crosslm.federation.intake import Intake, check_same_model
 from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names, refused
 from crosslm.federation.messages import encode
@@ -82,6 +82,7 @@ class Silo(SiloModels):
         Raises:
             FederationError: it does not answer this silo's upload.
             UploadError: the download is refused by the intake's checks.
+            ShortageError: this machine lacks what they need; nothing is decided.
             LeakError: it was trained on text that is too near to private text.
             DataError: the private file cannot be used.
             KeptFileError: what was kept of an SLM has changed on the disk.
@@ -240,14 +241,14 @@ class Silo(SiloModels):
     def _check(self, experiment: str, number: int) -> None:
         settings = self.settings
         if experiment != settings.experiment:
-            raise FederationError(
+            raise DeclinedError(
                 f"silo {settings.id}: takes part in {settings.experiment!r}, and not in {experiment!r}; "
                 "start the server and the silo from kits that were made together"
             )
         if number < 0:  # or each would be one upload more than was agreed
             raise FederationError(f"silo {settings.id}: was asked about round {number}; the first must be 0")
         if number >= settings.max_participations:
-            raise FederationError(
+            raise DeclinedError(
                 f"silo {settings.id}: agrees to {settings.max_participations} uploads (max_participations) "
                 f"and was asked for number {number + 1}; raise that number in its kit if you agree to more"
             )

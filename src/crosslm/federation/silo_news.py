@@ -25,6 +25,10 @@ def outcome(decision: Mapping[str, Any]) -> str:
 
 def closing_outcome(closed: Mapping[str, Any]) -> str:
     """What came of the closing download."""
+    if closed.get("none") and not closed.get("rounds"):
+        last = plain(str(closed.get("last_refused", "")))
+        because = f"; its last request was refused here: {last}" if last else ""
+        return f"the run is over, and this silo took no part: nothing was installed here{because}"
     if closed.get("none"):
         return "nothing more comes; the classifier in use is the one of the last round"
     if why := closed.get("refused"):
@@ -65,5 +69,5 @@ def doing(now: Mapping[str, Any] | None, ago: str) -> str:
     if now["now"] == "waiting":
         return f"waiting since {ago} for what the server makes of round {now['round']}"
     if now["now"] == "closed":
-        return f"all is complete since {ago}"
+        return f"the run is over for this silo since {ago}"
     return f"round {now['round']} is complete since {ago}"

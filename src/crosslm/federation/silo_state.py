@@ -74,8 +74,10 @@ class SiloState:
         self._write(self.state / "confirmed.json", [json.dumps(told).encode()])
 
     def nothing_more(self) -> None:
-        """The server says that there is no closing download for this silo."""
-        self._close({"accepted": False, "rows": 0, "none": True})
+        """The server says that no more comes to this silo."""
+        now = self.doing()
+        refused = {"last_refused": now["why"]} if now and now["now"] == "refused" and not self.installed else {}
+        self._close({"accepted": False, "rows": 0, "none": True, **refused})
 
     def _close(self, decision: Mapping[str, Any]) -> None:
         kept = {**decision, "rounds": self.installed}

@@ -27,6 +27,9 @@ class FederationConfig(Section):
     """Between machines: take no upload in later than so many minutes after the start."""
     reply_minutes: Annotated[float, Field(gt=0)] = 60.0
     """Between machines: a silo that has not answered for so long is asked again."""
+    repair_minutes: Annotated[float, Field(ge=0)] = 60.0
+    """Between machines: a silo that refuses to train, or whose training fails, may be mended: it is asked again, and
+    for so long the run does not end without it. The others are served meanwhile; only what comes in the end waits."""
     delivery_hours: Annotated[float, Field(ge=0)] = 24.0
     """Between machines: after the last step, and after a deadline too, the server stays for so long for silos that have
     not taken their enhanced SLM yet."""
@@ -40,7 +43,7 @@ class IntakeConfig(Section):
     max_rms: Annotated[float, Field(gt=0)] = 100.0
     """Root mean square of the numbers of one tensor."""
     max_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """Time for the checks."""
+    """Processor time for the checks."""
 
 
 class GateConfig(Section):

@@ -32,7 +32,8 @@ POLL = 0.5  # seconds after which each thread looks again, if the other has not 
 LONGEST_WAIT = 60.0  # seconds between two attempts at a silo that does not answer
 HEARTBEAT = 5.0  # seconds
 LAST_MOVES = 15.0  # seconds in the end for what is on its way
-MOST_ERRORS = 5  # in a row that a silo answers with: what fails so often fails always
+MOST_ERRORS = 5  # in a row that a silo answers with before it is said that its training fails
+DECLINED = "DeclinedError"  # how the answer of a silo begins that agrees to no more
 TOLD = "told/"  # and silo and round: the words that stand for the reason of a refusal
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,11 @@ class Line:
     errors: int = 0
     """Attempts in a row that ended with an error at the silo which its application did not foresee."""
     not_before: float = 0.0
+    """On this machine's steady clock, as ``asked_at``: one that is set right meanwhile changes nothing."""
+    fails_since: float | None = None
+    """Since when it has refused to train, or its training has failed, each time that it was asked."""
     over: bool = False
-    """It refused to train: it is not asked again."""
+    """It is not asked again: what it answers is no answer, or it has agreed to no more."""
     note: str = ""
 
 
@@ -83,7 +87,8 @@ class Carrier:
         self.failure: BaseException | None = None
         """What ended the carrying thread."""
         self.thread = threading.Thread(target=self._carry, name="carrier", daemon=True)
-        self._stop, self._beat = threading.Event(), 0.0
+        self._stop, self._beat = threading.Event(), -HEARTBEAT
+        self._told: set[tuple[str, str]] = set()
         if spool.fact("started") is None:
             spool.note("started", str(time.time()))
 
@@ -96,7 +101,7 @@ class Carrier:
 
     def is_over(self) -> bool:
         """Whether nobody will be asked for an upload any more."""
-        return self.is_too_late() or all(self._is_done(line) for line in self.lines.values())
+        return self.is_too_late() or all(self._is_done(line) for line in list(self.lines.values()))
 
     def untold(self) -> list[Arrival]:
         """Refused uploads whose silos do not know of it, and can be told."""
@@ -108,15 +113,15 @@ class Carrier:
         try:
             while not self._stop.is_set():
                 online = self.online()
-                for line in self.lines.values():
+                for line in list(self.lines.values()):  # a silo may be added meanwhile
                     if line.silo not in moves and self._has_to_do(line, online):  # else one waits for its silo
                         moves[line.silo] = self._begin(line, online)
                 wait(moves.values(), timeout=POLL)
                 ended = [silo for silo, move in moves.items() if move.done()]
                 results = [moves.pop(silo).result() for silo in ended]
-                if time.time() - self._beat > HEARTBEAT:
-                    self._beat = time.time()
-                    self.spool.note("alive", str(self._beat))
+                if time.monotonic() - self._beat > HEARTBEAT:
+                    self._beat = time.monotonic()
+                    self.spool.note("alive", str(time.time()))
                 if any(results):
                     self.carried.set()
                     continue
@@ -129,7 +134,7 @@ class Carrier:
 
     def _has_to_do(self, line: Line, online: dict[str, int]) -> bool:
         """Whether a message is open, or may be sent."""
-        return line.open_message is not None or (time.time() >= line.not_before and line.silo in online)
+        return line.open_message is not None or (time.monotonic() >= line.not_before and line.silo in online)
 
     def _begin(self, line: Line, online: dict[str, int]) -> Future[bool]:
         """Do what can be done for one silo, in a thread that this process does not wait for when it ends."""
@@ -155,7 +160,12 @@ class Carrier:
             return self._look_for_reply(line)
         if not self._has_to_do(line, online):
             return False
-        task = self._task(line)  # reads a download, which may be large: only when it can be sent
+        try:
+            task = self._task(line)  # reads a download, which may be large: only when it can be sent
+        except FederationError as error:  # the disk has lost it: the others go on, and it may be put back
+            self._tell(line, str(error))
+            self._later(line, str(error), LONGEST_WAIT)
+            return False
         if task is None:
             return False
         kind, number, content = task
@@ -164,7 +174,7 @@ class Carrier:
         if not ids or not ids[0]:
             self._later(line, "the message could not be sent")
             return False
-        line.open_message, line.kind, line.round, line.asked_at = ids[0], kind, number, time.time()
+        line.open_message, line.kind, line.round, line.asked_at = ids[0], kind, number, time.monotonic()
         line.note = f"{kind} of round {number} asked for"
         self._write_line(line)
         return True
@@ -200,33 +210,47 @@ class Carrier:
         try:
             reply = pulled(self.grid, str(line.open_message))
             if reply is None:
-                if time.time() - line.asked_at > self.config.reply_minutes * 60:
+                if time.monotonic() - line.asked_at > self.config.reply_minutes * 60:
                     self._later(line, "no answer in time")
                 return False
-            if reply.has_error() and not self._has_failed(line, reply.error):
+            if reply.has_error():
+                self._count_error(line, reply.error)
                 self._later(
                     line, f"{reply.error.code} {reply.error.reason}"[:200], LONGEST_WAIT if line.errors else 0.0
                 )
                 return True
-            if not reply.has_error():
-                self._take(line, answer_in(reply, line.kind))
+            answer = answer_in(reply, line.kind)
+            if answer.refusal is not None and line.kind == "upload" and not answer.refusal.startswith(DECLINED):
+                self._may_be_mended(line, f"refused upload: {answer.refusal}")
+                self._later(line, f"refused upload: {answer.refusal}")
+                return True
+            self._take(line, answer)
         except UploadError as error:
             self._fail(line, "failed", str(error))
-        line.open_message, line.attempts, line.errors = None, 0, 0
+        line.open_message, line.attempts, line.errors, line.fails_since = None, 0, 0, None
         self._write_line(line)
         return True
 
-    def _has_failed(self, line: Line, error: Error) -> bool:
-        """Whether a silo has answered with an error of its own so often that it is asked for no upload any more.
-
-        What it is owed stays owed, since a machine that has no room or no GPU today may have them tomorrow.
-        """
+    def _count_error(self, line: Line, error: Error) -> None:
+        """An error of a silo's own: a machine that has no room or no GPU today may have them tomorrow."""
         if error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
             line.errors += 1
-        if line.errors < MOST_ERRORS or line.kind != "upload":
-            return False
-        self._fail(line, "failed", f"{error.reason}"[:200] + f"; {line.errors} times")
-        return True
+            if line.errors >= MOST_ERRORS and line.kind == "upload":
+                self._may_be_mended(line, f"failed upload: {error.reason}"[:200] + f"; {line.errors} times")
+
+    def _may_be_mended(self, line: Line, what: str) -> None:
+        """A silo does not train: it is asked again, since whoever runs it may see to it; told once."""
+        if line.fails_since is None:
+            line.fails_since = time.monotonic()
+            self._tell(line, f"{what}; it is asked again")
+
+    def _tell(self, line: Line, what: str) -> None:
+        """Have the run know of something once, however often it is tried."""
+        what = plain(what)
+        if (line.silo, what) not in self._told:
+            self._told.add((line.silo, what))
+            logger.error("silo %s, round %d: %s", line.silo, line.round, what)
+            self.failed.put((line.silo, f"round {line.round}: {what}"))
 
     def _take(self, line: Line, answer: Answer) -> None:
         if answer.refusal is not None:
@@ -274,7 +298,7 @@ class Carrier:
         wait = max(least, min(LONGEST_WAIT, 2.0 ** min(line.attempts, 10)))
         line.open_message, line.not_before, line.note = (
             None,
-            time.time() + wait,
+            time.monotonic() + wait,
             f"{plain(why)}; asked again in {wait:.0f} s",
         )
         logger.warning("silo %s: %s", line.silo, line.note)
@@ -288,7 +312,9 @@ class Carrier:
         return self.spool.fact(f"{TOLD}{refused.silo}/{refused.round}") or refused.note
 
     def _is_done(self, line: Line) -> bool:
-        return line.over or len(self.spool.of(line.silo)) >= self.config.participations
+        patience = self.config.repair_minutes * 60
+        is_given_up = line.fails_since is not None and time.monotonic() - line.fails_since >= patience
+        return line.over or is_given_up or len(self.spool.of(line.silo)) >= self.config.participations
 
     def is_too_late(self) -> bool:
         """Whether the deadline has passed."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from flwr.serverapp import Grid
 
 from crosslm.config import FederationConfig
-from crosslm.errors import FederationError, UploadError
+from crosslm.errors import FederationError, ShortageError, UploadError
 from crosslm.federation.arrivals_journal import Arrival
-from crosslm.federation.flower.carrier import POLL, TOLD, Carrier
+from crosslm.federation.flower.carrier import POLL, TOLD, Carrier, Line
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
 from crosslm.federation.spool import ENDED, Spool
@@ -20,7 +20,8 @@ from crosslm.support.plain import plain
 LATE = "it came when the run had ended; send it to the next run"
 SHUT_OUT = "its key is not in the server's kit any more; put silos/NAME.pub back there, and start the server again"
 LOST = "the server has lost it on its disk"
-MOST_TRIES = 5  # at an upload with which the server application ends
+MOST_TRIES = 5  # at an upload with which the server application ends, or for which this machine has no room
+SHORTAGE_PAUSE = 10.0  # seconds until what there was no room for is tried again
 TELL_REFUSED = 120.0  # seconds at the end of a run for silos to hear that their upload was not used
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class FlowerExchange:
     silos: list[str]
     config: FederationConfig
     intake: Intake
+    names: Callable[[], list[str]] = list
+    """Gives those whose keys are in the kit now: more than ``silos`` where some are new."""
     on_failure: Callable[[str, str], None] = lambda *_: None
     """Told in the thread that trains of a silo that is asked for no more, and why."""
     carrier: Carrier = field(init=False)
@@ -66,8 +69,8 @@ class FlowerExchange:
         try:
             if (tries := self.spool.tries(arrival)) > MOST_TRIES:
                 raise UploadError(
-                    f"client {arrival.silo}: the server ended {tries - 1} times while it worked on its upload of round "
-                    f"{arrival.round}; look at the server's logs"
+                    f"client {arrival.silo}: the server ended or had no room {tries - 1} times while it worked on its "
+                    f"upload of round {arrival.round}; look at the server's logs"
                 )
             data = self.spool.upload(arrival, self.intake.bounds.max_bytes)
             upload = self.intake.upload(data, arrival.silo)
@@ -82,6 +85,11 @@ class FlowerExchange:
             return None
         except FederationError as error:
             self._ask_again(arrival, error)
+            return None
+        except ShortageError as error:  # nothing is said of the upload: its turn comes again
+            logger.error("%s", error)
+            self.on_failure(arrival.silo, f"round {arrival.round}: {error}; tried again")
+            time.sleep(SHORTAGE_PAUSE)
             return None
         return upload
 
@@ -118,10 +126,20 @@ class FlowerExchange:
     def finished(self) -> bool:
         """Whether no upload is to be served any more."""
         self._look_at_carrier()
+        self._let_in_the_new()
         if not self.carrier.has_ended and self._ends():
             self.carrier.has_ended = True
             self.spool.note(ENDED, str(time.time()))  # for a server that is started again
         return self.carrier.has_ended
+
+    def _let_in_the_new(self) -> None:
+        """A silo whose key has been put into the kit since the start is asked as any other."""
+        for silo in self.names():
+            if silo not in self.silos:
+                logger.info("silo %s has come into the kit", silo)
+                self.silos.append(silo)
+                self.spool.admit(self.silos)
+                self.carrier.lines[silo] = Line(silo)
 
     def _refuse_late(self) -> None:
         """Refuse what has come and will not be served, since the run has ended; its silos are told."""
@@ -140,14 +158,14 @@ class FlowerExchange:
         Returns:
             Silos that still wait for theirs.
         """
-        end = time.time() + seconds
+        end = time.monotonic() + seconds
         self._refuse_late()
-        while time.time() < end and self._owed():
+        while time.monotonic() < end and self._owed():
             self._look_at_carrier()
             self._wait()
             self._refuse_late()
-        end = time.time() + TELL_REFUSED
-        while time.time() < end and self.carrier.untold():
+        end = time.monotonic() + TELL_REFUSED
+        while time.monotonic() < end and self.carrier.untold():
             self._look_at_carrier()
             self._wait()
             self._refuse_late()

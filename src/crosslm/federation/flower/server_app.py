@@ -2,6 +2,7 @@
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -43,7 +44,8 @@ def serve_kit(kit: Path, grid: Grid, spool: Spool) -> None:
     config = server_config(kit)
     wanted(config)  # a tracker that is not installed is found before models load
     intake = Intake(config.task.labels, config.intake)
-    exchange = FlowerExchange(grid, spool, read_server(kit).experiment, silo_names(kit), config.federation, intake)
+    federation, names = config.federation, partial(silo_names, kit)
+    exchange = FlowerExchange(grid, spool, read_server(kit).experiment, names(), federation, intake, names)
     delivery = config.federation.delivery_hours * 3600
     exchange.start()  # uploads are taken in while models load
     with (

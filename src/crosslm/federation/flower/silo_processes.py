@@ -9,11 +9,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 
-from crosslm.errors import FederationError
+from crosslm.errors import FederationError, PassingError
 from crosslm.federation.flower.processes import RESTART, Child, Note, program
 from crosslm.federation.keys import ASKED_AT, fingerprint
 from crosslm.federation.kits import SILO_FILE, read_silo
@@ -24,11 +26,12 @@ from crosslm.support.plain import plain
 
 REFUSED = "Failed to activate SuperNode"  # what Flower says to a key that it does not know
 REFUSED_PAUSE = 10.0  # seconds until a silo that was refused tries again
+NOT_YET_VALID = 9  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID
 ASK = 5.0  # seconds between two questions whether anything more comes: the server stays longer than that
 CONFIRM_TIME = 300.0  # seconds that a silo with all its rounds stays to tell the server of the last one
 UNCONFIRMED = (
     "all rounds are complete and the classifier is installed, but the server has not said that it knows of the last "
-    "one; start crosslm client again while the server runs, or it waits until federation.delivery_hours are over"
+    "one, and waits for it until federation.delivery_hours are over"
 )
 
 
@@ -66,9 +69,12 @@ def run_silo(silo: SiloState, note: Note) -> None:
     """Stay connected until all rounds that this silo agrees to are complete and the server knows it.
 
     Raises:
-        FederationError: the server's certificate is not the federation's, or it does not know this silo's key.
+        FederationError: the server's certificate is not the federation's, it does not know this silo's key, or the
+            run is over without this silo.
+        PassingError: the server has not said that it knows of the last round.
     """
     if silo.confirmed:
+        _took_part(silo)
         note(f"silo {silo.settings.id}: all {silo.installed} rounds that it agreed to are complete")
         return
     settle_folder(silo.state / "slm")
@@ -76,7 +82,7 @@ def run_silo(silo: SiloState, note: Note) -> None:
     node = Child("supernode", supernode_command(kit), kit)
     tasks = Child("tasks", tasks_command(kit), kit)
     told = silo.answered, len(silo.receipts())
-    refused = False
+    said_refused, refused = silo.doing(), False
     wait_for_server(silo.settings.server, kit / "ca.crt", note)
     rounds_complete(silo)
     note(f"silo {silo.settings.id}: connecting to {silo.settings.server}")
@@ -96,6 +102,9 @@ def run_silo(silo: SiloState, note: Note) -> None:
                 node.start()
                 tasks.start()
             told = _tell(silo, told, note)
+            if (doing := silo.doing()) and doing["now"] == "refused" and doing["why"] != _why(said_refused):
+                note(f"a request of the server was refused here: {plain(doing['why'])}; it asks again")
+            said_refused = doing
             if silo.complete >= silo.agreed and not until:
                 until = time.time() + CONFIRM_TIME
             elif silo.settings.closing and not until and time.time() > asked + ASK:
@@ -104,13 +113,28 @@ def run_silo(silo: SiloState, note: Note) -> None:
                     silo.nothing_more()
                     note(f"silo {silo.settings.id}: the run is over; nothing more comes")
             time.sleep(0.5)
-        if is_known:
-            silo.confirm()
-        else:
-            note(f"silo {silo.settings.id}: {UNCONFIRMED}")
+        if not is_known:
+            raise PassingError(f"silo {silo.settings.id}: {UNCONFIRMED}; start crosslm client again for that")
+        silo.confirm()
+        _took_part(silo)
     finally:
         tasks.stop()
         node.stop()
+
+
+def _took_part(silo: SiloState) -> None:
+    """Whether any round of this silo is complete, now that nothing more comes.
+
+    Raises:
+        FederationError: none is.
+    """
+    if not silo.installed:
+        why = closing_outcome(silo.closed or {})
+        raise FederationError(f"silo {silo.settings.id}: {why}; the kit of a new run is needed")
+
+
+def _why(doing: Mapping[str, Any] | None) -> str | None:
+    return doing["why"] if doing and doing["now"] == "refused" else None
 
 
 def _tell(silo: SiloState, told: tuple[int, int], note: Note) -> tuple[int, int]:
@@ -148,6 +172,7 @@ def greet(address: str, ca: Path) -> None:
 
     Raises:
         FederationError: its certificate is another's, or is for another name.
+        PassingError: this machine's clock is before it.
         OSError: nobody answers, or not in TLS.
     """
     host, _, port = address.rpartition(":")
@@ -156,6 +181,11 @@ def greet(address: str, ca: Path) -> None:
         with socket.create_connection((host, int(port)), timeout=10) as plain:
             context.wrap_socket(plain, server_hostname=host).close()
     except ssl.SSLCertVerificationError as error:
+        if error.verify_code == NOT_YET_VALID:
+            raise PassingError(
+                f"the certificate of {address} is not valid yet by this machine's clock, which says "
+                f"{time.strftime('%Y-%m-%d %H:%M')}; set it right"
+            ) from error
         raise FederationError(
             f"the certificate of {address} was not signed by the authority in {ca}, or is for another name "
             f"({error.verify_message}); is this kit of the same federation as the server's?"
