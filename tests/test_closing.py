@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -589,6 +590,65 @@ def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, m
     assert any("the run is over; nothing more comes" in note for note in notes)
     _, out, _ = shell("status", str(silo.kit))
     assert "in the end: nothing more comes" in out
+
+
+def test_a_run_that_ended_without_a_silo_says_so_and_why(silo, monkeypatch, shell):
+    """Its own files would else say that all is complete."""
+    notes, asked = [], []
+    change(silo.kit, closing=True)
+    silo = Silo(silo.kit, silo.cache)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: None)
+    monkeypatch.setattr(silo_processes, "ASK", 0.0)
+    monkeypatch.setattr(silo_processes, "supernode_command", lambda _: command)
+    monkeypatch.setattr(silo_processes, "tasks_command", lambda _: command)
+
+    def ask(_):
+        asked.append(1)
+        if len(asked) == 2:  # a request meanwhile
+            silo.now("refused", why="a.csv: no such file\x1b[2J; put it there")
+        return silo_processes.Answer(0, len(asked) > 3, "")
+
+    monkeypatch.setattr(silo_processes, "ask", ask)
+    ended = (
+        r"the run is over, and this silo took no part: nothing was installed here; its last request was refused here"
+    )
+    with pytest.raises(FederationError, match=ended):
+        run_silo(silo, notes.append)
+    assert "a request of the server was refused here: a.csv: no such file [2J; put it there; it asks again" in notes
+    _, out, _ = shell("status", str(silo.kit))
+    assert "complete" not in out
+    assert "refused here: a.csv: no such file" in out
+    with pytest.raises(FederationError, match=ended):  # however often it is started
+        run_silo(silo, notes.append)
+
+
+def test_an_upload_that_the_servers_disk_has_lost_is_no_end_of_the_others_closing():
+    done = []
+
+    class Book:
+        def last_served(self):
+            return [Served(lost, ""), Served(lambda: SimpleNamespace(client_id="south"), "")]
+
+        def __getattr__(self, name):
+            return lambda *given, **_: done.append((name, *map(str, given)))
+
+        def written(self):
+            return [], []
+
+    def lost():
+        raise FederationError("north-up: cannot be read; put it back from a backup")
+
+    class Method:
+        def for_all(self, *_):
+            return SimpleNamespace(pool="pool")
+
+        def close(self, upload, *_):
+            return "download", "record"
+
+    close(Book(), Method(), Book(), lambda: None)
+    assert [name for name, *_ in done] == ["closing", "not_closed", "closed", "send"]
+    assert "north-up: cannot be read" in done[1][1]
 
 
 def test_a_server_stays_until_its_silos_know_that_all_is_over(kits, monkeypatch):

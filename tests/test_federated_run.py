@@ -581,6 +581,9 @@ def test_of_a_silo_that_was_shut_out_nothing_is_used_and_nothing_is_owed_to_it(
     assert [served.read().client_id for served in deployment.last_served()] == [second.client_id]
     ((silo, _),) = deployment._first_uploads()
     assert silo == second.client_id
+    spool.upload_file(second.client_id, 0).unlink()  # a measure less, and not the end of the run
+    assert not list(deployment._first_uploads())
+    assert f"{second.client_id} is left out of what SLMs say" in deployment.run.events()[-1]["message"]
     server.close()
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import zipfile
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,8 +37,17 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from crosslm.config import AcceptanceConfig, Config, FederationConfig, PrivacyConfig, merged
-from crosslm.errors import ConfigError, DataError, FederationError, KeptFileError, LeakError, RunError, UploadError
-from crosslm.federation import hashed_files, keys, silo_state
+from crosslm.errors import (
+    ConfigError,
+    DataError,
+    FederationError,
+    KeptFileError,
+    LeakError,
+    PassingError,
+    RunError,
+    UploadError,
+)
+from crosslm.federation import hashed_files, intake, keys, silo_state
 from crosslm.federation.flower import carrier, gateway, processes, server_processes, silo_processes
 from crosslm.federation.flower import exchange as exchange_module
 from crosslm.federation.flower.carrier import LONGEST_WAIT
@@ -229,6 +241,11 @@ def test_provisioning_says_what_is_wrong(federated, settings, kits):
     with pytest.raises(FederationError, match="holds the kits of"):
         provision(config, "elsewhere:9400", kits)
     assert not (kits / "new").exists()
+    for key, value in (("task.labels", [*config.task.labels, "so-so"]), ("federation.participations", 3)):
+        section, field = key.split(".")
+        changed = config.model_copy(update={section: getattr(config, section).model_copy(update={field: value})})
+        with pytest.raises(FederationError, match=rf"{key} is .*which a silo's kit must fit; put it back in the conf"):
+            provision(changed, "localhost:9400", kits)
 
 
 def test_settings_that_are_wrong_are_named(kits):
@@ -542,13 +559,15 @@ def test_counts_are_hidden_without_a_bound_too(silo):
     """A kit says of privacy what was set, and nothing that only looks as if it were in force."""
     assert tomllib.loads((silo.kit / SILO_FILE).read_text())["privacy"] == {}
     assert sum(silo.would_send()["fields"]["class_counts"]) == len(silo.private())
-    change(silo.kit, privacy=PrivacyConfig(hide_counts=True))
+    change(silo.kit, privacy=PrivacyConfig(hide_counts=True), fit=silo.settings.fit.model_copy(update={"patience": 3}))
     assert tomllib.loads((silo.kit / SILO_FILE).read_text())["privacy"] == {"hide_counts": True}
     hides = Silo(silo.kit, silo.cache)
     assert hides.would_send()["fields"]["class_counts"] == [0, 0]
+    assert "holdout_accuracy" not in hides.would_send()["metrics_after_training"]
     upload = decode_upload(hides.upload(hides.settings.experiment, 0).read_bytes())
     assert upload.class_counts == (0, 0)
-    assert "loss" in upload.metrics
+    assert {"loss", "holdout_loss"} <= set(upload.metrics)
+    assert set(upload.metrics) == set(hides.would_send()["metrics_after_training"])  # no share of rows
     (receipt,) = hides.receipts()
     assert receipt["fields"]["class_counts"] == [0, 0]
 
@@ -837,7 +856,7 @@ def test_a_silo_that_is_away_delays_nobody(exchange):
 
 def test_an_error_and_a_lost_message_are_asked_again_with_longer_waits(exchange, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("crosslm.federation.flower.exchange.time.time", lambda: now[0])
+    monkeypatch.setattr("crosslm.federation.flower.exchange.time.monotonic", lambda: now[0])
     good = exchange.grid.handlers["silo-0"]
     exchange.grid.online = ["silo-0"]
     replies = [lambda message: Message(Error(5, "Node Unavailable"), reply_to=message), lambda message: None, good]
@@ -859,29 +878,37 @@ def test_an_error_and_a_lost_message_are_asked_again_with_longer_waits(exchange,
     assert line.attempts == 0
 
 
-def test_a_silo_that_fails_each_time_is_not_asked_for_ever(exchange, monkeypatch):
+def test_a_silo_that_fails_each_time_is_asked_on_and_not_waited_for_for_ever(exchange, monkeypatch):
     now, told = [1000.0], []
-    monkeypatch.setattr("crosslm.federation.flower.exchange.time.time", lambda: now[0])
+    monkeypatch.setattr("crosslm.federation.flower.exchange.time.monotonic", lambda: now[0])
     exchange.on_failure = lambda *given: told.append(given)
-    errors = [Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "an error at the silo, see its own log")] * 5
+    errors = [Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "an error at the silo, see its own log")] * 7
     errors.insert(2, Error(ErrorCode.NODE_UNAVAILABLE, "away"))  # that is no failure of its
     exchange.grid.online = ["silo-0"]
-    exchange.grid.handlers["silo-0"] = lambda message: Message(errors.pop(0), reply_to=message)
-    line = exchange.carrier.lines["silo-0"]
-    for left in range(5, -1, -1):
-        assert not line.over
+    trains = exchange.grid.handlers["silo-0"]
+    exchange.grid.handlers["silo-0"] = lambda message: (
+        Message(errors.pop(0), reply_to=message) if errors else trains(message)
+    )
+    del exchange.carrier.lines["silo-1"]
+    for left in range(7, -1, -1):
         turn(exchange, 2)
+        assert not exchange.finished()
         now[0] += 100
         assert len(errors) == left
-    assert line.over
-    exchange.finished()
-    assert told == [("silo-0", "round 0: failed upload: an error at the silo, see its own log; 5 times")]
+        assert bool(told) == (left < 3)  # said once, when it has failed five times
+    assert told == [
+        ("silo-0", "round 0: failed upload: an error at the silo, see its own log; 5 times; it is asked again")
+    ]
+    now[0] += exchange.config.repair_minutes * 60
+    assert exchange.carrier.is_over()  # nobody waits any more, and it is asked all the same
+    turn(exchange, 2)
+    assert exchange.receive().client_id == "silo-0"
 
 
 def test_what_a_silo_is_owed_is_offered_however_often_it_fails_there(exchange, monkeypatch):
     """A GPU that is busy today is free tomorrow."""
-    now = [time.time()]
-    monkeypatch.setattr("crosslm.federation.flower.exchange.time.time", lambda: now[0])
+    now = [time.monotonic()]
+    monkeypatch.setattr("crosslm.federation.flower.exchange.time.monotonic", lambda: now[0])
     exchange.grid.online, line = ["silo-0"], exchange.carrier.lines["silo-0"]
     turn(exchange, 2)
     exchange.send(echo(exchange.receive()))
@@ -915,15 +942,117 @@ def test_what_is_on_this_machine_is_not_asked_of_a_proxy(tmp_path, monkeypatch):
     assert processes.settings_of(tmp_path)["no_proxy"] == "127.0.0.1,localhost"
 
 
-def test_a_silo_that_refuses_is_not_asked_again_and_the_server_learns_no_more(exchange, kits, caplog):
-    (kits / "silos" / "silo-0" / "silo-0.csv").unlink()
+def test_a_silo_that_refuses_may_be_mended_and_the_server_learns_no_more(exchange, kits, monkeypatch, caplog):
+    now, told, rows = [1000.0], [], kits / "silos" / "silo-0" / "silo-0.csv"
+    monkeypatch.setattr("crosslm.federation.flower.exchange.time.monotonic", lambda: now[0])
+    exchange.on_failure = lambda *given: told.append(given)
+    rows.rename(rows.with_suffix(".away"))
     turn(exchange, 4)
     assert exchange.grid.pushed.count(("silo-0", "train.upload", 0)) == 1
     line = exchange.carrier.lines["silo-0"]
-    assert line.note == "refused upload: DataError, see the silo's own log"
-    upload = exchange.receive()
-    exchange.send(echo(upload))
+    assert line.note == "refused upload: DataError, see the silo's own log; asked again in 2 s"
+    exchange.send(echo(exchange.receive()))  # the other is served meanwhile
+    assert not exchange.finished()
+    now[0] += 3
+    turn(exchange, 2)
+    assert told == [("silo-0", "round 0: refused upload: DataError, see the silo's own log; it is asked again")]
+    now[0] += 5
+    rows.with_suffix(".away").rename(rows)
+    turn(exchange, 2)
+    assert exchange.receive().client_id == "silo-0"
+    assert line.fails_since is None
+
+
+def test_the_run_ends_without_a_silo_that_is_not_mended(exchange, kits, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("crosslm.federation.flower.exchange.time.monotonic", lambda: now[0])
+    (kits / "silos" / "silo-0" / "silo-0.csv").unlink()
+    turn(exchange, 2)
+    exchange.send(echo(exchange.receive()))
+    now[0] += exchange.config.repair_minutes * 60 - 1
+    turn(exchange, 2)
+    assert not exchange.finished()
+    now[0] += 2
     assert exchange.finished()
+
+
+def test_a_silo_that_agrees_to_no_more_is_not_asked_again(exchange, kits):
+    exchange.config = exchange.carrier.config = exchange.config.model_copy(update={"participations": 2})
+    exchange.grid.online = ["silo-0"]
+    turn(exchange, 2)
+    exchange.send(echo(exchange.receive()))
+    turn(exchange, 6)
+    assert exchange.carrier.lines["silo-0"].note == "refused upload: DeclinedError, see the silo's own log"
+    assert exchange.grid.pushed.count(("silo-0", "train.upload", 1)) == 1
+    del exchange.carrier.lines["silo-1"]
+    assert exchange.finished()
+
+
+def test_a_silo_whose_key_comes_into_the_kit_later_is_asked_too(exchange, monkeypatch):
+    handlers = exchange.grid.handlers
+    late = handlers.pop("silo-1")
+    names = ["silo-0"]
+    exchange.silos, exchange.names = ["silo-0"], lambda: names
+    del exchange.carrier.lines["silo-1"]
+    exchange.spool.admit(["silo-0"])
+    turn(exchange, 2)
+    exchange.send(echo(exchange.receive()))
+    names.append("silo-1")
+    handlers["silo-1"] = late
+    assert not exchange.finished()
+    turn(exchange, 2)
+    assert exchange.receive().client_id == "silo-1"
+    assert exchange.silos == names
+    assert exchange.spool.is_admitted("silo-1")
+
+
+def test_a_download_that_the_disk_has_lost_is_one_silos_trouble(exchange, monkeypatch):
+    now, told = [1000.0], []
+    monkeypatch.setattr("crosslm.federation.flower.exchange.time.monotonic", lambda: now[0])
+    exchange.on_failure = lambda *given: told.append(given)
+    turn(exchange, 2)
+    for _ in range(2):
+        exchange.send(echo(exchange.receive()))
+    file = exchange.spool.download_file("silo-0", 0)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    turn(exchange, 3)
+    assert [arrival.state for arrival in exchange.spool.arrivals()] == ["served", "delivered"]
+    exchange.finished()
+    ((who, why),) = told
+    assert (who, "has changed since it was written" in why, "put it back from a backup" in why) == (
+        "silo-0",
+        True,
+        True,
+    )
+    file.write_bytes(whole)
+    now[0] += LONGEST_WAIT + 1
+    turn(exchange, 2)
+    assert [arrival.state for arrival in exchange.spool.arrivals()] == ["delivered", "delivered"]
+
+
+def test_an_upload_for_whose_checks_there_is_no_room_has_its_turn_again(exchange, monkeypatch):
+    waited, told, decode = [], [], intake.decode_upload
+    monkeypatch.setattr("crosslm.federation.flower.exchange.time.sleep", waited.append)
+    exchange.on_failure = lambda *given: told.append(given)
+    shortages = [
+        MemoryError(),
+        OSError(5, "Input/output error"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ]
+
+    def decoded(data):
+        if shortages:
+            raise shortages.pop(0)
+        return decode(data)
+
+    monkeypatch.setattr(intake, "decode_upload", decoded)
+    exchange.grid.online = ["silo-0"]
+    turn(exchange, 2)
+    assert [exchange.receive() for _ in range(3)] == [None] * 3
+    assert len(waited) == len(told) == 3
+    assert "a check could not be made: MemoryError: ; see to it that this machine has room; tried again" in told[0][1]
+    assert exchange.receive().client_id == "silo-0"
 
 
 def test_another_silos_key_does_not_make_another_silo(exchange, kits, monkeypatch):
@@ -1066,7 +1195,10 @@ def test_an_upload_with_which_the_server_ends_again_and_again_is_refused(exchang
     for _ in range(MOST_TRIES):
         assert exchange.receive().client_id == "silo-0"  # and the application ends
     assert exchange.receive() is None
-    assert "the server ended 5 times while it worked on its upload of round 0" in exchange.spool.of("silo-0")[0].note
+    assert (
+        "the server ended or had no room 5 times while it worked on its upload of round 0"
+        in exchange.spool.of("silo-0")[0].note
+    )
     assert exchange.receive().client_id == "silo-1"
 
 
@@ -1166,10 +1298,10 @@ def test_a_silo_stays_until_the_server_knows_of_its_last_round(silo, monkeypatch
     monkeypatch.setattr(silo_processes, "CONFIRM_TIME", 1.0)
     write_whole(silo.state / "installed.json", [b'{"rounds": 1}'])
     began = time.time()
-    run_silo(silo, notes.append)
+    with pytest.raises(PassingError, match=r"has not said that it knows of the last one.*start crosslm client again"):
+        run_silo(silo, notes.append)  # exit code 75: who watches it starts it again
     assert time.time() - began > 1.0  # the server did not say that it had the answer
     assert not silo.confirmed
-    assert "the server has not said that it knows of the last one; start crosslm client again" in notes[-1]
     monkeypatch.setattr(silo_processes, "CONFIRM_TIME", 300.0)
     known = iter([0, None, 0, 1])
     run_silo(silo, notes.append)
@@ -1256,6 +1388,49 @@ def test_the_settings_of_dp_that_docs_deploy_shows_are_a_kits(kits):
     file.write_text(tomli_w.dumps(merged(written, shown)))
     settings = read_silo(file.parent)
     assert (settings.privacy.epsilon, settings.fit.batch_size, settings.slm.pooling) == (8.0, 200, "mean")
+
+
+def test_status_of_a_server_that_never_ran_makes_nothing(kits, shell):
+    """Whoever looks may be another user than the one who will run it."""
+    code, out, _ = shell("status", kits / "server")
+    assert (code, "not started" in out) == (0, True)
+    assert not (kits / "server" / "spool").exists()
+
+
+def test_a_key_that_others_can_read_is_told_at_the_start(kits, shell, monkeypatch):
+    monkeypatch.setattr("crosslm.federation.flower.silo_processes.run_silo", lambda *_: None)
+    kit = kits / "silos" / "silo-0"
+    assert "chmod" not in shell("client", kit)[1]
+    (kit / "silo.key").chmod(0o644)
+    assert f"warning: {kit / 'silo.key'} can be read by others" in shell("client", kit)[1].replace("\n", "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EAGAIN, 75), (errno.ENOMEM, 75), (errno.EACCES, 2)])
+def test_what_a_machine_is_short_of_is_no_reason_not_to_be_started_again(kits, shell, monkeypatch, number, code):
+    def short(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("crosslm.federation.flower.silo_processes.run_silo", short)
+    assert shell("client", kits / "silos" / "silo-0")[0] == code
+
+
+def test_a_clock_that_is_not_set_yet_is_told_from_a_wrong_kit(monkeypatch):
+    error = ssl.SSLCertVerificationError("certificate verify failed")
+    error.verify_code, error.verify_message = 9, "certificate is not yet valid"
+
+    def early(*_, **__):
+        raise error
+
+    monkeypatch.setattr(silo_processes.ssl, "create_default_context", lambda **_: SimpleNamespace(wrap_socket=early))
+    monkeypatch.setattr(silo_processes.socket, "create_connection", lambda *_, **__: nullcontext())
+    with pytest.raises(
+        PassingError, match=r"is not valid yet by this machine's clock, which says 20\d\d.*set it right"
+    ):
+        silo_processes.greet("localhost:9400", Path("ca.crt"))
+    error.verify_code = 20
+    with pytest.raises(FederationError, match="was not signed by the authority") as told:
+        silo_processes.greet("localhost:9400", Path("ca.crt"))
+    assert not isinstance(told.value, PassingError)
 
 
 def test_status_of_a_server_shows_what_a_silo_said_as_it_is(kits, shell):

@@ -54,7 +54,6 @@ BROKEN = {
     "no status": ({"reply": ConfigRecord({"round": 0})}, "has the status 'None'"),
     "another status": ({"reply": ConfigRecord({"status": "fine"})}, "has the status 'fine'"),
     "a status that is no word": ({"reply": ConfigRecord({"status": 1.0})}, "has the status '1.0'"),
-    "a refusal without a reason": ({"reply": ConfigRecord({"status": "refused"})}, "no reason given"),
     "no message": (ok(), "has no ArrayRecord 'message'"),
     "a message of another kind": (ok(message=ConfigRecord({"a": 1})), "has no ArrayRecord 'message'"),
     "an array that is none": (
@@ -121,9 +120,9 @@ def test_what_a_silo_says_reaches_no_terminal_as_it_is(exchange, caplog):
     turn(exchange, 3)
     exchange._look_at_carrier()
     notes = {name: line.note for name, line in exchange.carrier.lines.items()}
-    assert notes["silo-0"] == "refused upload: full ]0;root  [2J"
+    assert notes["silo-0"] == "refused upload: full ]0;root  [2J; asked again in 2 s"
     assert "no [2J room; asked again in" in notes["silo-1"]
-    assert told == [("silo-0", "round 0: refused upload: full ]0;root  [2J")]
+    assert told == [("silo-0", "round 0: refused upload: full ]0;root  [2J; it is asked again")]
     exchange.spool.put("silo-0", 0, [b"an upload"])
     exchange.refuse("silo-0", 0, UploadError("labels \x1b[2J"))
     assert exchange.spool.of("silo-0")[0].note == "labels  [2J"

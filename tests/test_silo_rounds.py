@@ -22,7 +22,9 @@ from crosslm.errors import (
     ModelError,
     QuarantineError,
 )
-from crosslm.federation.flower import silo_processes
+from crosslm.federation import intake
+from crosslm.federation.flower import client_app, silo_processes
+from crosslm.federation.flower.answer import answer_to
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import split
 from crosslm.federation.leaving import refused
@@ -33,7 +35,7 @@ from crosslm.federation.spool import Spool
 from crosslm.models.slm import SLM
 from crosslm.support.files import ASIDE
 
-from flwr.app import ConfigRecord, Message, RecordDict  # isort: skip
+from flwr.app import ConfigRecord, Context, Message, RecordDict  # isort: skip
 
 
 def ask(silo, kind, monkeypatch, number=0, message=None, **fields):
@@ -61,9 +63,15 @@ def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, 
     fresh = Silo(silo.kit.with_name("silo-1"), silo.cache)
     fresh.upload(fresh.settings.experiment, 0)
     sent["when the server did not use the upload"] = ask(fresh, "not_used", monkeypatch, reason="none")
-    assert {occasion: sorted(keys(content)) for occasion, content in sent.items()} == {
-        occasion: sorted(names) for occasion, names in promised["answers"].items()
-    }
+    lines = {occasion: sorted(keys(content)) for occasion, content in sent.items()}
+    with monkeypatch.context() as broken:  # a mistake of ours
+        broken.setattr(client_app.Silo, "upload", lambda *_: 1 / 0)
+        broken.setattr("crosslm.federation.flower.answer.check_bundle", lambda _: None)
+        request = {"experiment": silo.settings.experiment, "round": 0, "version": 1, "crosslm": "any"}
+        message = Message(RecordDict({"request": ConfigRecord(request)}), 1, "train.upload", ttl=60)
+        error = answer_to(message, Context(1, 1, {}, RecordDict(), {}), b"").error
+    lines["when something went wrong here"] = sorted(f"error.{name.strip('_')}" for name in vars(error))
+    assert lines == {occasion: sorted(names) for occasion, names in promised["answers"].items()}
     assert {"version", "kind", "client_id", "client_round", "class_counts", "metrics"} <= promised["fields"].keys()
     kept = {path.stem: json.loads(path.read_text()) for path in (silo.state / "receipts").iterdir()}
     assert kept["upload-0000"]["answer"] == dict(sent["beside the upload"]["reply"])
@@ -285,6 +293,20 @@ def test_a_kept_file_that_changed_on_the_disk_is_named_and_decides_nothing(silo,
     with pytest.raises(ModelError, match="upload-0001"):
         silo.install(experiment, 1, [encode(dataclasses.replace(download, client_round=1))])
     assert silo.installed == 1
+
+
+def test_no_memory_for_the_checks_of_what_comes_back_decides_nothing(silo, federated, models, flower_run, monkeypatch):
+    _, download = answer(silo, Config.model_validate(federated), models)
+    experiment, decode = silo.settings.experiment, intake.decode_download
+    monkeypatch.setattr(intake, "decode_download", lambda _: bytearray(2**60))
+    request = {"experiment": experiment, "round": 0, "version": 1, "crosslm": "any"}
+    content = RecordDict({"request": ConfigRecord(request), "message": split([encode(download)])})
+    with pytest.raises(client_app.AskAgainError, match="ShortageError"):
+        from_kit(silo.kit, monkeypatch)(Message(content, 1, "train.install", ttl=60))
+    assert silo.installed == 0
+    assert "a check could not be made: MemoryError" in silo.doing()["why"]
+    monkeypatch.setattr(intake, "decode_download", decode)
+    assert silo.install(experiment, 0, [encode(download)])["round"] == 0.0
 
 
 def test_the_weights_of_earlier_uploads_are_not_read_again(silo, federated, models, monkeypatch):
