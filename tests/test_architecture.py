@@ -28,7 +28,7 @@ LAYERS = [
     {"sections.method"},
     {"config"},
     {"config_file"},
-    {"task", "records", "data.rows", "data.hub", "models.loading", "models.dtypes"},
+    {"task", "records", "data.rows", "data.hub", "models.loading", "models.dtypes", "models.sealed"},
     {"algorithm.rewards", "algorithm.losses", "algorithm.selection", "algorithm.agreement"}
     | {"algorithm.membership", "algorithm.overlap", "algorithm.soft_labels", "algorithm.verbalizer"},
     {"data.texts", "data.demo", "models.sources", "models.encoder", "models.head", "models.tokens"},

@@ -9,7 +9,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from crosslm.config import PRESETS, Config, merged
-from crosslm.config_file import load, packaged
+from crosslm.config_file import load, nearest, packaged
 from crosslm.errors import ConfigError
 
 
@@ -54,7 +54,7 @@ def test_an_error_names_where_the_value_came_from(write):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lmm.samples=3", r"^\S+own.toml with --set lmm.samples=3: unknown key lmm; did you mean 'slm'\?"),
+        ("lmm.samples=3", r"^\S+own.toml with --set lmm.samples=3: unknown key lmm; did you mean 'llm'\?"),
         ('task.verbalizer.good=""', r"^\S+own.toml with --set task.verbalizer.good=\"\": task"),
         (
             "clients=[{id='a', train='x'}]",
@@ -66,6 +66,32 @@ def test_an_error_names_where_the_value_came_from(write):
 def test_an_override_that_makes_a_table_wrong_is_named_beside_the_file(write, override, message):
     with pytest.raises(ConfigError, match=message):
         load(write(), (override,))
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "meant"),
+    [
+        ("fed", ["seed", "federation"], "federation"),
+        ("LoRA", ["lora", "full"], "lora"),
+        ("sampels", ["samples", "seed"], "samples"),
+        ("xyz", ["samples", "seed"], None),
+        ("x", [], None),
+    ],
+)
+def test_the_nearest_word(word, known, meant):
+    assert nearest(word, known) == meant
+
+
+@pytest.mark.parametrize("override", ["seed=true", "llm.samples=true", "selection.fraction=true", "data.alpha=false"])
+def test_true_is_no_number(write, override):
+    with pytest.raises(ConfigError, match=r"must be no true or false, found (True|False)"):
+        load(write(), (override,))
+    assert load(write(), ("federation.closing=true",)).federation.closing
+
+
+def test_labels_that_are_read_alike_are_one_label(write):
+    with pytest.raises(ConfigError, match="labels must differ from each other"):
+        load(write(lambda tables: tables["task"].update(labels=["good", "good ", "bad"])))
 
 
 def test_what_is_dumped_loads_as_the_same_configuration(write, tmp_path):

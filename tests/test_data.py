@@ -319,7 +319,7 @@ def test_an_empty_silo_is_refused_and_one_of_a_single_class_warned_of(settings, 
     hides = Config.model_validate(settings | {"privacy": {"hide_counts": True}})
     assert load_split(hides).warnings == []  # they are written into the run folder
     (data_folder / "one.csv").write_text("text,label\n")
-    with pytest.raises(DataError, match="client a: no usable training rows"):
+    with pytest.raises(DataError, match=r"client a: one\.csv: no usable training rows"):
         load_split(Config.model_validate(settings))
     settings["clients"] = [{"id": "a", "train": "train.csv", "test": "one.csv"}]
     with pytest.raises(DataError, match=r"client a: one.csv: no usable test rows"):
@@ -348,3 +348,37 @@ def test_too_few_rows_for_judge_and_clients_names_the_field(config):
 def test_line_separators_within_json_text_do_no_harm(tmp_path, data):
     (tmp_path / "x.jsonl").write_text('{"text": "a\u2028b", "label": "good"}\n', encoding="utf-8")
     assert load_examples("x.jsonl", data, LABELS).examples == Examples(["a b"], [1])
+
+
+def test_rows_of_other_labels_and_of_none_can_be_left_out(settings, data_folder):
+    (data_folder / "odd.csv").write_text("text,label\na,good\nb,gone\nc,\nd,bad\ne, gone \n")
+    data = Config.model_validate(settings).data
+    with pytest.raises(DataError, match=r"row 3 has a text and no label.*data.skip_labels = \[\"\"\]"):
+        load_examples("odd.csv", data, ["good", "bad"])
+    with pytest.raises(
+        DataError, match=r"row 2 \(and 1 more\) has the label 'gone'.*or leave its rows out by data.skip"
+    ):
+        load_examples("odd.csv", data.model_copy(update={"skip_labels": ("",)}), ["good", "bad"])
+    loaded = load_examples("odd.csv", data.model_copy(update={"skip_labels": ("", "gone")}), ["good", "bad"])
+    assert loaded.examples.texts == ["a", "d"]
+    source = data_folder / "odd.csv"
+    assert sorted(loaded.warnings()) == [
+        f"{source}: 1 row (3) left out: no label",
+        f"{source}: 2 rows (2, 5) left out: labelled 'gone'",
+    ]
+
+
+def test_test_rows_that_are_trained_on_are_told(settings, data_folder):
+    settings["data"].pop("train")
+    settings["data"]["judge"] = "judge.csv"
+    settings["clients"] = [{"id": "a", "train": "mine.csv"}, {"id": "b", "train": "other.csv"}]
+    tested = (data_folder / "test.csv").read_text().splitlines()
+    own = "Mine,good\nMy own,bad\n"
+    (data_folder / "mine.csv").write_text("\n".join(tested[:3]) + "\n" + own)
+    (data_folder / "other.csv").write_text("text,label\n" + own)
+    (data_folder / "judge.csv").write_text("\n".join(tested[:2]) + "\n" + own)
+    warnings = load_split(Config.model_validate(settings)).warnings
+    assert [line.partition(", on which")[0] for line in warnings] == [
+        "client a: 2 of its training rows are test rows too",
+        "the judge: 1 of its training rows is a test row too",
+    ]

@@ -42,8 +42,10 @@ def start(shell, models, tmp_path):
 def fill(folder):
     """Put real rows in the place of the samples."""
     for path in folder.glob("*.csv"):
-        count = 25 if path.name == "test.csv" else 10
-        of = {"routine": sentences(GOOD, count), "urgent": sentences(BAD, count)}
+        is_test = path.name == "test.csv"
+        count = 25 if is_test else 10
+        both = {"routine": sentences(GOOD, 35), "urgent": sentences(BAD, 35)}
+        of = {label: texts[10:] if is_test else texts[:count] for label, texts in both.items()}
         rows = [f'"{text}",{label}' for label, texts in of.items() for text in texts]
         path.write_text("text,label\n" + "\n".join(rows) + "\n")
 
@@ -294,10 +296,11 @@ def test_the_doctor_looks_at_the_machine(shell):
         ("llm.sample=3", "unknown key llm.sample; did you mean 'samples'?"),
         ("evaluation.perplexity_text=none.txt", "error   data: "),
         ("gate.public_texts=none.csv", "error   data: "),
+        ("selection.encoder='GPT2'", "its tokenizer cannot pad, so that it is no sentence transformer: name one"),
     ],
 )
 def test_the_doctor_finds_an_error_and_ends_with_code_2(shell, workplace, models, change, message):
-    change = change.replace("BERT", str(models / "bert"))
+    change = change.replace("BERT", str(models / "bert")).replace("GPT2", str(models / "gpt2"))
     code, out, err = shell("doctor", workplace / "tickets.toml", "--set", change)
     assert (code, err) == (2, "")
     assert message in out

@@ -77,6 +77,7 @@ def test_removal_reason(text, raw, finished, expected):
 )
 def test_the_words_of_a_short_prompt_may_stand_in_a_text_of_its_label(prompt, text):
     assert removal_reason(text, text, prompt, True) is None
+    assert removal_reason(prompt, prompt, prompt, True) == "echo"  # nothing but the prompt
 
 
 def test_the_tokens_of_a_text_that_was_cut_end_where_it_ends():

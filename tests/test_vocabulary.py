@@ -185,6 +185,27 @@ def test_what_is_there_needs_no_lock_and_so_no_cache_that_can_be_written(models,
     assert not lock_of(Path(made)).exists()
 
 
+@pytest.mark.parametrize(
+    ("damage", "how"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has changed"),
+        (lambda path: path.unlink(), "is missing"),
+    ],
+)
+def test_what_is_damaged_in_the_cache_is_named_with_what_to_do(models, tmp_path, damage, how):
+    made = Path(cached_trim(str(models / "gpt2"), TEXTS, tmp_path, lambda _: None))
+    copied = made / "copied"
+    (made / "model.safetensors").rename(copied)
+    shutil.copyfile(copied, made / "model.safetensors")  # has another time, and is the same
+    copied.unlink()
+    assert cached_trim(str(models / "gpt2"), TEXTS, tmp_path, pytest.fail) == str(made)
+    damage(made / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"{made}/model.safetensors: {how}; delete the folder, which is made again"):
+        cached_trim(str(models / "gpt2"), TEXTS, tmp_path, pytest.fail)
+    shutil.rmtree(made)
+    assert cached_trim(str(models / "gpt2"), TEXTS, tmp_path, lambda _: None) == str(made)
+
+
 def test_a_model_folder_that_has_changed_is_trimmed_again(models, tmp_path):
     shutil.copytree(models / "gpt2", tmp_path / "model")
     first = cached_trim(str(tmp_path / "model"), TEXTS, tmp_path, lambda _: None)

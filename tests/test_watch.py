@@ -26,8 +26,33 @@ def started(folder):
     return RunDir.open(folder)
 
 
-def test_events_come_as_they_are_written_and_half_a_line_waits(tmp_path):
+@pytest.fixture
+def at_work():
+    """A run whose process lives."""
+    with ExitStack() as held:
+
+        def begun(folder):
+            run = started(folder)
+            held.enter_context(run.locked())
+            return run
+
+        yield begun
+
+
+def test_a_run_whose_process_was_killed_is_not_waited_for(tmp_path):
+    """Nothing tells of it but the lock, which goes with the process."""
     run = started(tmp_path / "run")
+    run.event("start")
+    console = Console(file=io.StringIO(), width=80)
+    assert not watch(run, console, pause=pytest.fail)
+    assert console.file.getvalue().splitlines() == [
+        "started, 0 clients",
+        f"The run has stopped. To go on: crosslm run {run.path}/config.toml --output {run.path} --resume",
+    ]
+
+
+def test_events_come_as_they_are_written_and_half_a_line_waits(tmp_path, at_work):
+    run = at_work(tmp_path / "run")
     seen = follow(run, pause=lambda _: None)
     assert next(seen) is None
     run.event("start")
@@ -42,8 +67,8 @@ def test_events_come_as_they_are_written_and_half_a_line_waits(tmp_path):
     assert list(seen) in ([], [None])
 
 
-def test_a_run_that_was_taken_back_is_followed_on(tmp_path):
-    run = started(tmp_path / "run")
+def test_a_run_that_was_taken_back_is_followed_on(tmp_path, at_work):
+    run = at_work(tmp_path / "run")
     seen = follow(run, pause=lambda _: None)
     for number in range(4):
         run.event("warning", message=f"number {number}")
@@ -60,8 +85,8 @@ def test_a_run_that_was_taken_back_is_followed_on(tmp_path):
     assert [event["message"][:7] for event in (next(seen), next(seen))] == ["another", "last"]
 
 
-def test_it_ends_with_a_failed_run_but_not_with_one_that_was_taken_up_again(tmp_path):
-    run = started(tmp_path / "run")
+def test_it_ends_with_a_failed_run_but_not_with_one_that_was_taken_up_again(tmp_path, at_work):
+    run = at_work(tmp_path / "run")
     run.event("end", error="OSError: disk full")
     run.event("start")
     seen = follow(run, pause=lambda _: None)
@@ -116,7 +141,7 @@ def test_a_run_that_is_stopped_tells_its_watchers(config, tmp_path, monkeypatch)
         run_local(config, tmp_path / "run", tmp_path)
     console = Console(file=io.StringIO(), width=80)
     assert not watch(RunDir.open(tmp_path / "run"), console)
-    assert console.file.getvalue().endswith("the run ended: KeyboardInterrupt: \n")
+    assert "the run ended: KeyboardInterrupt: \nThe run has stopped. To go on:" in console.file.getvalue()
 
 
 def test_the_command_ends_with_the_run_and_with_130_on_ctrl_c(tmp_path):
@@ -134,6 +159,7 @@ def test_the_command_ends_with_the_run_and_with_130_on_ctrl_c(tmp_path):
         return process
 
     with ExitStack() as stack:
+        stack.enter_context(RunDir.open(folder).locked())
         first, second = watching(), watching()
         for process in (first, second):
             assert process.stdout.readline() == "started, 0 clients\n"

@@ -2,7 +2,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 from crosslm.config import WHOLE, Config, merged
 from crosslm.errors import ConfigError
 from crosslm.support.files import expanded, missing
+
+ALIKE = 0.5  # from 0 to 1: less is no hint
 
 
 def packaged() -> dict[str, Path]:
@@ -102,6 +104,21 @@ def _origin(path: Path, entry: Any, overrides: tuple[str, ...]) -> str:
     return str(path)
 
 
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """The one that was probably meant: one that begins so, or else the most alike, if it is alike enough."""
+    given = word.casefold()
+
+    def likeness(candidate: str) -> tuple[float, int]:
+        other = candidate.casefold()
+        in_place = sum(one == two for one, two in zip(given, other, strict=False))
+        return difflib.SequenceMatcher(None, given, other).ratio(), in_place
+
+    if len(given) > 2 and (begun := [each for each in known if each.casefold().startswith(given)]):
+        return begun[0]
+    best = max(known, key=likeness, default=None)
+    return best if best is not None and likeness(best)[0] >= ALIKE else None
+
+
 def explain(path: str, entry: Any, kind: type[BaseModel]) -> str:
     """What is wrong with a key, in a line: with the nearest one that is known, what was found, and what is allowed.
 
@@ -113,16 +130,16 @@ def explain(path: str, entry: Any, kind: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in entry["loc"]) or "the configuration"
     if entry["type"] == "extra_forbidden":
         known = _known_keys(kind, entry["loc"][:-1])
-        near = difflib.get_close_matches(str(entry["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        near = nearest(str(entry["loc"][-1]), known)
+        hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{path}: unknown key {key}; {hint}"
     if entry["type"] == "missing":
         return f"{path}: {key} is missing"
     message = entry["msg"].removeprefix("Value error, ")
     if entry["type"] == "literal_error":
         allowed = [word.strip(" '") for word in entry["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        near = difflib.get_close_matches(str(entry["input"]), allowed, n=1, cutoff=0.5)
-        message += f"; did you mean {near[0]!r}?" if near else ""
+        near = nearest(str(entry["input"]), allowed)
+        message += f"; did you mean {near!r}?" if near else ""
     if entry["type"] in ("tuple_type", "list_type"):
         message = f'must be a list, like ["{entry["input"]}"]' if isinstance(entry["input"], str) else "must be a list"
     found = "" if isinstance(entry["input"], dict) else f", found {entry['input']!r}"

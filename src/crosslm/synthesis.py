@@ -61,13 +61,14 @@ def removal_reason(text: str, raw: str, prompt: str, finished: bool) -> str | No
     """Why a text cannot be used, or None.
 
     ``empty``: no letter or digit before it ended. ``truncated``: it reached the maximum length
-    within its first sentence, so that nothing whole is left. ``echo``: it repeats the prompt, if that is
-    long enough (:data:`ECHO`).
+    within its first sentence, so that nothing whole is left. ``echo``: it is the prompt, or repeats
+    it among other words, if it is long enough (:data:`ECHO`).
     """
     if not any(character.isalnum() for character in text):
         return "truncated" if not finished and raw.strip() else "empty"
     words = " ".join(prompt.split()).strip(" \"':").lower()
-    return "echo" if len(words.split()) >= ECHO and words in text.lower() else None
+    is_all = words == " ".join(text.split()).strip(" \"':").lower()
+    return "echo" if is_all or (len(words.split()) >= ECHO and words in text.lower()) else None
 
 
 def is_hopeless(missing: int, written: int, candidates: int, left: int) -> bool:

@@ -1,6 +1,6 @@
 """Which rows each client, the judge and the tests have (CrossLM, section 5.1)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,9 @@ from crosslm.data.hub import HUB
 from crosslm.data.texts import is_there, load_examples
 from crosslm.errors import DataError
 from crosslm.support.seeding import seed_for
+
+SAMPLE = "Replace this row"
+"""How the rows begin that ``crosslm init`` writes for an example."""
 
 
 @dataclass
@@ -71,9 +74,12 @@ def load_split(config: Config) -> Split:
         tests = dict.fromkeys(private, test)
     if data.judge:
         judge = sample(judge, data.judge_rows, seed_for(config.seed, "judge"))
+    files = {client.id: client.train for client in config.clients}
     for name, examples in private.items():
         if not len(examples):
-            raise DataError(f"client {name}: no usable training rows; put labelled text into its file")
+            raise DataError(f"client {name}: {files.get(name, data.train)}: no usable training rows; put some there")
+        if any(text.startswith(SAMPLE) for text in examples.texts):
+            warnings.append(f"client {name}: learns sample rows of crosslm init: put your own in their place")
         doubt = one_label(f"client {name}", examples, labels)
         if doubt and config.privacy.told_counts == "exact":  # else no file of the run may say it
             warnings.append(doubt)
@@ -82,7 +88,27 @@ def load_split(config: Config) -> Split:
     for client in config.clients:
         if not len(tests[client.id]):
             raise DataError(f"client {client.id}: {client.test}: no usable test rows; put labelled text into it")
+    trained = {f"client {name}": rows for name, rows in private.items()} | {"the judge": judge}
+    warnings.extend(seen_before(tests, test, trained))
     return Split(private, tests, test, judge, warnings)
+
+
+def seen_before(tests: Mapping[str, Examples], test: Examples, trained: Mapping[str, Examples]) -> list[str]:
+    """A warning for each who is trained on rows that are test rows too.
+
+    Args:
+        tests: of each client.
+        test: of the LLM.
+        trained: rows by who learns them, in words.
+    """
+    tested = {text for rows in (*tests.values(), test) for text in rows.texts}
+    counts = {who: sum(text in tested for text in rows.texts) for who, rows in trained.items()}
+    return [
+        f"{who}: {count} of its training rows {'is a test row' if count == 1 else 'are test rows'} too, on which "
+        "accuracies say little; take them out of one of both"
+        for who, count in counts.items()
+        if count
+    ]
 
 
 def one_label(who: str, private: Examples, labels: Sequence[str]) -> str | None:

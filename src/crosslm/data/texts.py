@@ -32,13 +32,16 @@ class Loaded:
     examples: Examples
     source: str
     empty: list[int] = field(default_factory=list)
-    """Row numbers (the first row of data is 1) without text."""
+    """Numbers of rows without text: the first one below the names of columns is 1, however many lines each has."""
     not_utf8: list[int] = field(default_factory=list)
+    skipped: dict[str, list[int]] = field(default_factory=dict)
+    """Those of ``data.skip_labels``, by label."""
 
     def warnings(self) -> list[str]:
         """A line for each kind of row that was left out."""
         kinds = (("no text", self.empty), ("not UTF-8; save the file as UTF-8", self.not_utf8))
-        return [f"{self.source}: {_counted(rows)} left out: {why}" for why, rows in kinds if rows]
+        skipped = [(f"labelled {label!r}" if label else "no label", rows) for label, rows in self.skipped.items()]
+        return [f"{self.source}: {_counted(rows)} left out: {why}" for why, rows in (*kinds, *skipped) if rows]
 
 
 def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
@@ -57,6 +60,7 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
     loaded = Loaded(Examples([], []), source)
     index = {label.strip(): place for place, label in enumerate(labels)}
     named = {theirs.strip(): ours.strip() for theirs, ours in data.label_names.items()}
+    skip = {label.strip() for label in data.skip_labels}
     unknown: dict[str, list[int]] = {}
     for number, row in rows:
         for column in (data.text_column, data.label_column):
@@ -71,12 +75,15 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
         if not isinstance(text, str) or not text.strip():
             loaded.empty.append(number)
             continue
-        if label is None or not str(label).strip():
+        told = "" if label is None else str(label).strip()
+        if told in skip:
+            loaded.skipped.setdefault(told, []).append(number)
+            continue
+        if not told:
             raise DataError(
                 f"{source}: row {number} has a text and no label: are there too few fields, or an unclosed quote in it "
-                "or above it? Give each row both"
+                'or above it? Give each row both, or leave such rows out: data.skip_labels = [""]'
             )
-        told = str(label).strip()
         known = named.get(told, told)
         if known not in index:
             unknown.setdefault(told, []).append(number)
@@ -85,8 +92,8 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
         loaded.examples.labels.append(index[known])
     if unknown:
         raise DataError(
-            f"{source}: {_of_labels(unknown, labels)}; the task's labels are {list(labels)}; correct the file, or say "
-            "in data.label_names which of them it is"
+            f"{source}: {_of_labels(unknown, labels)}; the task's labels are {list(labels)}; correct the file, say "
+            "in data.label_names which of them it is, or leave its rows out by data.skip_labels"
         )
     if not loaded.examples and (why := loaded.warnings()):
         raise DataError(f"{'; '.join(why)}; no row is left, and it must have some")

@@ -71,6 +71,8 @@ class SiloData(Section):
     label_column: str = "label"
     label_names: dict[str, str] = Field(default={})
     """The label for each name that the file has another name for."""
+    skip_labels: tuple[str, ...] = ()
+    """Labels of the file whose rows are left out; ``""`` for rows without one."""
 
 
 class SiloSettings(Section):

@@ -142,6 +142,7 @@ class SiloState:
             text_column=data.text_column,
             label_column=data.label_column,
             label_names=data.label_names,
+            skip_labels=data.skip_labels,
         )
 
     def _rows(self, name: str, warn: Callable[[str], None]) -> Examples:

@@ -27,6 +27,7 @@ class SentenceEncoder:
             f"selection.encoder {folder!r} cannot be loaded as a sentence transformer", "sentence-transformers"
         ):
             self._model = SentenceTransformer(folder, device=device)
+            self._model.encode(["a", "a longer text"], show_progress_bar=False)  # GPT-2, say, cannot pad
         # the original LLM's texts come again with each client, and what all learn in the end too
         self._vectors = lru_cache(maxsize=2)(self._read)
 

@@ -20,6 +20,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, t
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from crosslm.errors import ConfigError, ModelError
+from crosslm.models.sealed import check_seal, seal
 from crosslm.support.files import alone, expanded, replace_folder
 from crosslm.support.writing import writing
 
@@ -130,6 +131,7 @@ def model_folder(name: str, cache: Path, on_news: Callable[[str], None] = lambda
 def _converted(module: str, package: Package, cache: Path, on_news: Callable[[str], None]) -> Path:
     folder = cache / "models" / f"{module}-{package.sha256[:12]}"
     if (folder / "config.json").is_file():
+        check_seal(folder)
         return folder  # without the lock: a cache that others share may be read-only
     with writing(folder, ELSEWHERE), alone(lock_of(folder), wait=True):
         if not (folder / "config.json").is_file():
@@ -159,6 +161,7 @@ def _convert(module: str, package: Package, folder: Path, on_news: Callable[[str
         gguf.unlink()
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
+        seal(work)
 
     replace_folder(folder, write)
 
@@ -173,8 +176,13 @@ def _package(module: str, key: str) -> Package:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(
+            f"{path}: cannot be read: {error.strerror}; the package is damaged: uninstall it and install it again"
+        ) from error
     if found != expected:
         raise ModelError(
             f"{path}: its SHA-256 is {found}, not the pinned {expected}; "

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from crosslm.errors import ModelError
 from crosslm.models.loading import loading
+from crosslm.models.sealed import check_seal, seal
 from crosslm.models.sources import ELSEWHERE, lock_of
 from crosslm.support.files import alone, partial_of, replace_folder, settle_folder
 from crosslm.support.writing import writing
@@ -108,12 +109,14 @@ def cached_trim(folder: str, texts: list[str], cache: Path, on_news: Callable[[s
     key = hashlib.sha256("\n".join([_identity(folder), *texts]).encode()).hexdigest()[:12]
     output = cache / "models" / f"{Path(folder).name}-trimmed-{key}"
     if (output / "config.json").is_file():
+        check_seal(output)
         return str(output)  # without the lock: a cache that others share may be read-only
     with writing(output, ELSEWHERE), alone(lock_of(output), wait=True):
         if not (output / "config.json").is_file():
             on_news(f"Trimming the vocabulary of {Path(folder).name} once into {output} (about half a minute)")
             settle_folder(output)  # of a process that died; the cache is ours
             trim_vocabulary(folder, texts, output)
+            seal(output)
     return str(output)
 
 

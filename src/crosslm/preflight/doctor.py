@@ -7,7 +7,7 @@ from pathlib import Path
 from crosslm.config import Config, FitConfig, PrivacyConfig
 from crosslm.config_file import load
 from crosslm.data.examples import Examples
-from crosslm.data.split import load_split
+from crosslm.data.split import SAMPLE, load_split, seen_before
 from crosslm.data.texts import find_file, load_examples
 from crosslm.errors import CrosslmError, DataError
 from crosslm.models.causal import check_causal
@@ -17,7 +17,6 @@ from crosslm.models.vocabulary import trimmable_tokenizer
 from crosslm.preflight import machine
 from crosslm.preflight.machine import Finding
 from crosslm.preflight.memory import Shape, available, estimate, in_gib
-from crosslm.preflight.starter import SAMPLE
 from crosslm.privacy.accounting import check_budget, require_opacus
 from crosslm.runs.preparation import check_slm, client_specs, describe_spec, perplexity_text_of, public_texts
 from crosslm.runs.tracking import wanted
@@ -129,6 +128,8 @@ def data(config: Config) -> Iterator[tuple[Finding, str | None]]:
     except DataError as error:
         yield Finding("error", "data", str(error)), None
         return
+    trained = {f"client {client}": rows for client, rows in split.private.items()} | {"the judge": split.judge}
+    yield from ((Finding("warning", "data", line), None) for line in seen_before(split.tests, split.test, trained))
     for client, examples in split.private.items():
         uploads, who = config.federation.participations, f"client {client}"
         found = budget(len(examples), config.slm.private, config.privacy, uploads, who)
@@ -153,6 +154,8 @@ def models(
     yield from vocabulary_texts(config)
     if config.llm.model in folders:
         yield from language_model(config, folders[config.llm.model])
+    if config.selection.encoder in folders:
+        yield from sentence_encoder(folders[config.selection.encoder])
     specs = {client: spec for client, spec in client_specs(config, clients).items() if spec.model in folders}
     for client, spec in specs.items():
         try:
@@ -249,6 +252,18 @@ def language_model(config: Config, folder: str) -> Iterator[Finding]:
     if several:
         message = f"several tokens for {', '.join(several)}: classification by the LLM takes a pass for each label"
         yield Finding("warning", "verbalizers", f"{message}; a shorter word is faster")
+
+
+def sentence_encoder(folder: str) -> Iterator[Finding]:
+    """Whether the model whose vectors tell how much texts differ reads several at once."""
+    try:
+        tokenizer = load_tokenizer(folder, "selection.encoder")
+    except CrosslmError as error:
+        yield Finding("error", "selection.encoder", str(error))
+    else:
+        if tokenizer.pad_token is None:
+            message = f"{folder}: its tokenizer cannot pad, so that it is no sentence transformer: name one"
+            yield Finding("error", "selection.encoder", message)
 
 
 def memory(config: Config, llm: str, slms: list[str], encoder: str) -> Finding:

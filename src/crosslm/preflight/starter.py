@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from crosslm.config import TaskConfig
 from crosslm.config_file import load
+from crosslm.data.split import SAMPLE
 from crosslm.errors import ConfigError, RunError
 from crosslm.models.tokens import verbalizer_ids
 from crosslm.task import Task
 
-SAMPLE = "Replace this row"
 """What every row of a sample file starts with."""
 SAMPLE_ROWS = 4
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # what Config wants of names

@@ -15,7 +15,7 @@ from rich.text import Text
 from crosslm.errors import RunError
 from crosslm.privacy.bounds import hidden
 from crosslm.runs.report import MEASURE_NAMES
-from crosslm.runs.rundir import METRICS, SUMMARY, RunDir
+from crosslm.runs.rundir import CONFIG, METRICS, SUMMARY, RunDir
 from crosslm.support.plain import plain
 
 PAUSE = 0.5
@@ -39,7 +39,8 @@ def follow(run: RunDir, pause: Callable[[float], None] = time.sleep) -> Iterator
     """
     path, at, last = run.path / METRICS, 0, None
     while True:
-        over = (run.path / SUMMARY).is_file() or (last is not None and last["event"] == "end")
+        has_stopped = not run.is_between_machines() and not run.is_locked()  # before its last lines are read
+        over = has_stopped or (run.path / SUMMARY).is_file() or (last is not None and last["event"] == "end")
         news = b""
         if path.is_file():
             with path.open("rb") as file:
@@ -134,7 +135,11 @@ def watch(run: RunDir, console: Console, pause: Callable[[float], None] = time.s
             words = sentence(event) if event else None
             if words:
                 console.print(words, highlight=False, markup=False, soft_wrap=True)
-    return (run.path / SUMMARY).is_file()
+    is_complete = (run.path / SUMMARY).is_file()
+    if not is_complete and not run.is_between_machines():
+        how = f"crosslm run {run.path / CONFIG} --output {run.path} --resume"
+        console.print(f"The run has stopped. To go on: {how}", highlight=False, markup=False, soft_wrap=True)
+    return is_complete
 
 
 class _View:

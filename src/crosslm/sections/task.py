@@ -31,7 +31,7 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if len(set(self.labels)) != len(self.labels):
+        if len({label.strip() for label in self.labels}) != len(self.labels):  # so they are read
             raise ValueError(f"labels must differ from each other, found {list(self.labels)}")
         if self.query.count("{text}") != 1:
             raise ValueError(f"query must contain {{text}} exactly once, found {self.query!r}")
@@ -97,6 +97,8 @@ class DataConfig(Section):
     """Column that holds the label's name."""
     label_names: dict[str, str] = Field(default={})
     """The task's label for each name that the data have another name for: ``{ neg = "negative" }``."""
+    skip_labels: tuple[str, ...] = ()
+    """Labels of the data whose rows are left out, and counted; ``""`` for rows without one."""
     num_clients: Positive = 4
     """Clients that ``train`` is split among."""
     alpha: Annotated[float, Field(gt=0)] = 1.0
