@@ -30,7 +30,8 @@ LAYERS = [
     {"config_file"},
     {"task", "records", "data.rows", "data.hub", "models.loading", "models.dtypes", "models.sealed"},
     {"algorithm.rewards", "algorithm.losses", "algorithm.selection", "algorithm.agreement"}
-    | {"algorithm.membership", "algorithm.overlap", "algorithm.soft_labels", "algorithm.verbalizer"},
+    | {"algorithm.membership", "algorithm.overlap", "algorithm.soft_labels", "algorithm.verbalizer"}
+    | {"algorithm.per_label"},
     {"data.texts", "data.demo", "models.sources", "models.encoder", "models.head", "models.tokens"},
     {"data.split", "models.vocabulary"},
     {"models.architecture"},
@@ -88,7 +89,7 @@ LAYERS = [
     {"reproduce.driver"},
     {"runs.report", "cli.display", "html_report.intervals"},
     {"html_report.collect", "runs.watch"},
-    {"html_report.findings", "html_report.plots"},
+    {"html_report.findings", "html_report.plots", "html_report.verdict"},
     {"html_report.page"},
     {"cli.app"},
     {"cli.stopping"},

@@ -237,6 +237,14 @@ def test_data_free_kd_is_taught_by_all_in_the_end_too(closed, tmp_path, monkeypa
     assert [len(those) for those in judges] == [1, 2, 2, 2]
     pool = [json.loads(line) for line in (tmp_path / "run/synthetic/closing-pool.jsonl").read_text().splitlines()]
     assert {row["kept"] for row in pool} == {True, False}  # half of them is chosen
+    for row in pool:  # each client's own receipt of each text
+        assert set(row["receipts"]) == {"client-0", "client-1"}
+        for receipt in row["receipts"].values():
+            assert set(receipt) == {"reward", "diversity", "score", "rank", "kept"}
+    for client in ("client-0", "client-1"):
+        ranks = sorted(row["receipts"][client]["rank"] for row in pool)
+        assert ranks == list(range(1, len(pool) + 1))
+        assert sum(row["receipts"][client]["kept"] for row in pool) == len(pool) // 2
 
 
 @pytest.mark.parametrize("at_once", [True, False])

@@ -13,12 +13,14 @@ import pytest
 from made_run import HOSTILE, write_run, write_run_between_machines
 from rich.console import Console
 
+from crosslm.algorithm.per_label import macro_f1, recalls
 from crosslm.cli import main as cli
 from crosslm.errors import RunError
 from crosslm.html_report.collect import Arrival, RunView, Sample, representative, selection_reasons
 from crosslm.html_report.findings import findings
 from crosslm.html_report.intervals import binomial_interval, paired_gain_interval
 from crosslm.html_report.page import differences, gain_interval, number, render
+from crosslm.html_report.verdict import verdicts
 from crosslm.runs.report import closing
 from crosslm.runs.rundir import RunDir
 
@@ -87,6 +89,50 @@ def test_clients_on_the_same_rows_share_a_draw():
     other = paired_gain_interval([before] * 4, [after] * 4, [0, 1, 2, 3])
     assert same == paired_gain_interval([before], [after], [0])
     assert other[1] - other[0] == pytest.approx((same[1] - same[0]) / 2, rel=0.2)  # four times the rows
+
+
+def test_each_label_by_hand():
+    counts = [[6, 2, 0], [1, 3, 0], [0, 0, 0]]  # of 8 rows 6 are found, of 4 rows 3; the last label has none
+    assert recalls(counts) == [0.75, 0.75, None]
+    # F1 = 2 * 6 / (8 + 7) = 0.8 and 2 * 3 / (4 + 5) = 2/3; the third label counts for nothing
+    assert macro_f1(counts) == pytest.approx((0.8 + 2 / 3) / 2)
+    assert macro_f1([[0, 0], [0, 0]]) is None
+
+
+def test_what_the_gains_come_to_is_said_in_words(tmp_path):
+    worse = {"event": "test", "method": "crosslm", "client": "south", "rows": 0, "right": "1" * 50 + "0" * 50}
+    same = {"event": "test", "method": "crosslm", "client": "west", "rows": 0, "right": "1" * 59 + "0" * 40 + "1"}
+    arrivals = (("north", 0.5, 0.9), ("south", 0.4, 0.9), ("west", 0.4, 0.9))
+    folder = write_run(tmp_path / "run", arrivals, [worse, same])
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["slm"]["crosslm"] |= {"south": 0.5, "west": 0.6, "mean": 1.9 / 3}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    north, south, west, mean, kd, last = verdicts(view_of(folder))
+    assert north.startswith("north: better, +20.0 points [+1")
+    assert south.startswith("south: worse, -10.0 points [-1")
+    assert south.endswith("The one that it had found more: crosslm predict RUN --client south --own.")
+    assert west.startswith("west: no clear change, +0.0 points [-")
+    assert not west.endswith("--own.")
+    assert mean.startswith("Mean of the clients: no clear change, +3.3 points [-")
+    assert kd.startswith("What the LLM learned of the clients brought less: -6.7 points [-")
+    assert "over Data-free KD, whose LLM learned nothing" in kd
+    assert "another seed may move a figure more" in last
+    console = Console(file=io.StringIO(), width=200)
+    console.print(closing(summary, [north, south]))
+    told = console.file.getvalue()
+    assert north in told
+    assert re.search(r"north *│ *0\.\d+ │ *0\.\d+ │ routine: 0\.820 of 50|north *│ .* urgent: 0\.780 of 50", told)
+
+
+def test_an_llm_that_knows_no_labels_is_warned_of(tmp_path):
+    folder = write_run(tmp_path / "run", (("north", -0.2, 0.9), ("south", 0.4, 0.9)))
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["llm"]["nlu_accuracy"]["after"] = 0.54
+    (folder / "summary.json").write_text(json.dumps(summary))
+    chance, low = findings(view_of(folder))
+    assert chance.title == "the LLM does not tell the labels apart"
+    assert "classifies 0.540 of the test text right, and 0.500 is chance" in chance.text
+    assert (low.title, "(north -0.20)" in low.text) == ("mean reward below 0", True)
 
 
 def row(label, reward, kept):

@@ -472,7 +472,7 @@ def test_a_silo_measures_on_its_own_test_rows_and_tells_nobody(silo, federated, 
     assert (code, "has no classifier yet" in err) == (2, True)
     _, download = answer(silo, Config.model_validate(federated), models)
     code, out, err = shell("predict", str(silo.kit), str(silo.kit / "other.csv"))
-    before = float(re.search(r"accuracy (\S+) on 3 rows", err)[1])
+    before = float(re.search(r"accuracy (\S+) \[\S+ \S+\] on 3 rows", err)[1])
     told = silo.install(silo.settings.experiment, 0, [encode(download)])
     assert set(told) == {"round", "accepted"}
     figures = silo.decision(0)["test"]
@@ -485,7 +485,9 @@ def test_a_silo_measures_on_its_own_test_rows_and_tells_nobody(silo, federated, 
     receipts = " ".join(path.read_text() for path in (silo.state / "receipts").iterdir())
     assert '"test"' not in receipts
     code, out, err = shell("predict", str(silo.kit), str(silo.kit / "other.csv"))
-    assert f"accuracy {figures['after']:.3f} on 3 rows" in err
+    assert f"accuracy {figures['after']:.3f} [" in err
+    code, _, err = shell("predict", str(silo.kit), str(silo.kit / "other.csv"), "--own")
+    assert (code, "--own is for run folders" in err) == (2, True)
     assert out.splitlines()[0].startswith("text,label,predicted")
 
 

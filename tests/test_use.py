@@ -30,6 +30,9 @@ def table(text):
     return list(csv.DictReader(io.StringIO(text)))
 
 
+LABELS = ("routine", "urgent")
+
+
 def test_predictions_are_those_of_the_classifier(finished, workplace):
     texts = ["a good film.", "an awful day", "a kind song."]
     found = finished.predict("north", texts)
@@ -50,7 +53,18 @@ def test_a_csv_gets_two_columns_and_its_accuracy_is_told_beside_it(shell, workpl
     expected = finished.predict("south", [row["text"] for row in rows])
     assert [row["predicted"] for row in rows] == [prediction.label for prediction in expected]
     right = sum(row["predicted"] == row["label"] for row in rows) / len(rows)
-    assert err == f"accuracy {right:.3f} on 24 rows that have a label\n"
+    found = {label: [row["predicted"] == label for row in rows if row["label"] == label] for label in LABELS}
+    told = ", ".join(f"{label} {sum(mine) / len(mine):.3f} of 12" for label, mine in found.items())
+    assert err.startswith(f"accuracy {right:.3f} [")
+    assert "] on 24 rows that have a label; macro-F1 " in err
+    assert err.endswith(f"; found of each label: {told}\n")
+    own, theirs = (
+        shell("predict", run, "--client", "south", workplace / "test.csv", *more)[1] for more in (("--own",), ())
+    )
+    uploaded = pipeline("text-classification", model=str(run / "uploads" / "south"), device="cpu")
+    said = uploaded([row["text"] for row in rows])
+    assert [row["predicted"] for row in table(own)] == [each["label"] for each in said]
+    assert own != theirs
 
 
 def test_it_says_where_the_client_kept_another_one(shell, workplace, tmp_path):
@@ -61,10 +75,15 @@ def test_it_says_where_the_client_kept_another_one(shell, workplace, tmp_path):
     (run / "summary.json").write_text(json.dumps(summary))
     code, _, err = shell("predict", run, "--client", "north", workplace / "test.csv")
     assert code == 0, err
-    assert err.startswith(f"north kept the classifier that it had, in {run / 'uploads' / 'north'}: this one, ")
+    assert err.startswith(f"north kept the classifier that it had, in {run / 'uploads' / 'north'} (--own): this ")
     assert (run / "uploads" / "north" / "model.safetensors").exists()
     code, _, err = shell("predict", run, "--client", "south", workplace / "test.csv")
     assert (code, "kept" in err) == (0, False)
+    code, _, err = shell("predict", run, "--client", "north", "--own", workplace / "test.csv")
+    assert (code, "kept" in err) == (0, False)
+    shutil.rmtree(run / "uploads")
+    code, _, err = shell("predict", run, "--client", "north", "--own", workplace / "test.csv")
+    assert (code, "between machines a silo has its own: name its kit" in err) == (2, True)
 
 
 def test_labels_under_the_names_of_the_data_count_as_theirs(shell, workplace, tmp_path):
@@ -106,7 +125,7 @@ def test_what_is_not_utf8_is_counted_and_what_is_only_odd_is_not(shell, workplac
     assert code == 0
     assert [row["text"] for row in table(out)] == ["a \ufffd day", "caf\ufffd"]
     assert "warning: 1 lines are not whole UTF-8" in err
-    assert re.search(r"accuracy \S+ on 2 rows that have a label", err)
+    assert re.search(r"accuracy \S+ \[\S+ \S+\] on 2 rows that have a label", err)
 
 
 def test_half_a_character_that_json_escapes_loses_no_row(shell, workplace, tmp_path):
@@ -119,7 +138,7 @@ def test_half_a_character_that_json_escapes_loses_no_row(shell, workplace, tmp_p
     assert (first["text"], first["more"]) == ("a good \ufffd day", ["\ufffd"])
     assert None not in (first["predicted"], second["predicted"])
     assert "warning: 1 lines are not whole UTF-8" in err
-    assert re.search(r"accuracy \S+ on 1 rows that have a label", err)
+    assert re.search(r"accuracy \S+ \[\S+ \S+\] on 1 rows that have a label", err)
 
 
 def test_a_row_without_a_label_is_none_of_the_label_none(shell, workplace, tmp_path, monkeypatch):

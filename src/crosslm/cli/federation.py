@@ -135,6 +135,8 @@ def server_status(kit: Path) -> None:
     settings = read_server(kit)
     if not (kit / "spool").exists():  # it is whoever runs the server to whom it will belong
         _say(f"{settings.experiment} at {settings.address}: not started")
+        for silo in silo_names(kit):
+            _say(f"{silo}: not uploaded")
         return
     spool = Spool(kit / "spool")
     alive, finished = spool.fact("alive"), spool.fact("finished")

@@ -18,6 +18,7 @@ def report(run_folder: RunArgument, other: OtherArgument = None) -> None:
     """Print a run's tables and write RUN/report.html; of two runs, RUN/compare-with-RUN_B.html."""
     from crosslm.html_report.collect import RunView
     from crosslm.html_report.page import render
+    from crosslm.html_report.verdict import verdicts
     from crosslm.runs.report import closing
 
     runs = [RunDir.open(folder) for folder in (run_folder, other) if folder is not None]
@@ -25,7 +26,7 @@ def report(run_folder: RunArgument, other: OtherArgument = None) -> None:
     for run, view in zip(runs, views, strict=True):
         if other is not None:
             console.print(f"{run.path}", highlight=False, markup=False, soft_wrap=True)
-        console.print(closing(view.summary))
+        console.print(closing(view.summary, verdicts(view)))
     name = "report.html" if other is None else f"compare-with-{views[1].name}.html"
     runs[0].write(name, render(views))
     console.print(f"Report: {run_folder / name}", highlight=False, markup=False, soft_wrap=True)
@@ -34,6 +35,8 @@ def report(run_folder: RunArgument, other: OtherArgument = None) -> None:
 @app.command()
 def watch(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that goes on.")]) -> None:
     """Follow a run from another terminal until it ends; Ctrl-C stops watching, not the run."""
+    from crosslm.html_report.collect import RunView
+    from crosslm.html_report.verdict import verdicts
     from crosslm.runs.report import closing
     from crosslm.runs.watch import watch as watch_run
 
@@ -44,4 +47,4 @@ def watch(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder
         raise typer.Exit(130) from None
     if not complete:
         raise typer.Exit(1)
-    console.print(closing(run.summary()))
+    console.print(closing(run.summary(), verdicts(RunView.read(run))))

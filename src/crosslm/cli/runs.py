@@ -112,6 +112,8 @@ def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool, ll
     quiet_libraries()
     from crosslm.cli.display import display_for
     from crosslm.experiment import run_local
+    from crosslm.html_report.collect import RunView
+    from crosslm.html_report.verdict import verdicts
     from crosslm.models.sources import cache_folder
     from crosslm.runs.report import closing
 
@@ -122,7 +124,7 @@ def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool, ll
     except KeyboardInterrupt:
         how = f"crosslm run {folder / CONFIG} --output {folder} --resume"
         raise StoppedError(f"stopped at once; what earlier arrivals did is in {folder}. To go on: {how}") from None
-    console.print(closing(summary))
+    console.print(closing(summary, verdicts(RunView.read(RunDir.open(folder)))))
     console.print(
         f"Everything is in {folder} (summary.json, synthetic/, slm/, llm/). See it: crosslm report {folder}",
         highlight=False,

@@ -9,6 +9,7 @@ import typer
 
 from crosslm.cli.app import CacheOption, RunArgument, app, console, errors
 from crosslm.data.rows import NOT_UTF8, Row, RowFormat, check_output, format_of, rows_of, rows_of_file, write_rows
+from crosslm.support.plain import plain
 from crosslm.support.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def predict(
         typer.Argument(metavar="[FILE]", help="CSV, JSONL or text file, or any with .gz. [default: standard input]"),
     ] = None,
     client: Annotated[str, typer.Option("--client", help="Whose classifier of the run.")] = "",
+    own: Annotated[
+        bool, typer.Option("--own", help="The classifier that the client had, and not the one that came back.")
+    ] = False,
     given: Annotated[
         RowFormat | None,
         typer.Option("--format", help="Of the input. [default: by the file's name; text, one a line, without a file]"),
@@ -67,14 +71,14 @@ def predict(
 ) -> None:
     """Classify texts with a client's enhanced classifier, or with the one in use at a silo.
 
-    Each row is written with what is predicted and how probable that is. Where the rows have labels, the accuracy is
-    told on standard error.
+    Each row is written with what is predicted and how probable that is. Where the rows have labels, the accuracy with
+    its 95 % interval (Wilson), the macro-F1 and the share that is found of each label are told on standard error.
     """
     quiet_libraries()
     from crosslm.runs.finished import classified
 
     check_output(output)
-    slm, data = _classifier(run_folder, client)
+    slm, data = _classifier(run_folder, client, own)
     column = text_column or data.text_column
     broken = 0
 
@@ -90,18 +94,16 @@ def predict(
     else:
         kind = given or format_of(file)
         rows = rows_of_file(file, column, kind, is_broken)
-    right, labelled = 0, 0
+    counts = [[0] * len(slm.labels) for _ in slm.labels]
     names = {theirs.strip(): ours for theirs, ours in data.label_names.items()}
 
     def counted() -> Iterator[Row]:
-        nonlocal right, labelled
         for row in classified(slm, rows, column):
             said = row.get(data.label_column)
             label = "" if said is None else str(said).strip()  # "None" may be the name of a label
             label = names.get(label, label)
             if row["predicted"] is not None and label in slm.labels:
-                labelled += 1
-                right += row["predicted"] == label
+                counts[slm.labels.index(label)][slm.labels.index(row["predicted"])] += 1
             yield row
 
     keeps_all = as_jsonl or kind is RowFormat.jsonl  # the rows of JSONL need not have the same columns
@@ -111,11 +113,29 @@ def predict(
             f"warning: {broken} lines are not whole UTF-8 and were read with {NOT_UTF8} in them; save the file as UTF-8"
         )
         errors.print(told, highlight=False, soft_wrap=True)
-    if labelled:
-        errors.print(f"accuracy {right / labelled:.3f} on {labelled} rows that have a label", highlight=False)
+    if told := _measured(counts, slm.labels):
+        errors.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
-def _classifier(folder: Path, client: str) -> "tuple[SLM, DataConfig | SiloData]":
+def _measured(counts: list[list[int]], labels: tuple[str, ...]) -> str:
+    """What the rows that have a label say of the classifier; nothing where there are none."""
+    from crosslm.algorithm.per_label import macro_f1, recalls
+    from crosslm.html_report.intervals import binomial_interval
+
+    labelled = sum(map(sum, counts))
+    if not labelled:
+        return ""
+    right = sum(row[label] for label, row in enumerate(counts)) / labelled
+    low, high = binomial_interval(right, labelled)
+    found = zip(labels, recalls(counts), counts, strict=True)
+    each = ", ".join(f"{label} {share:.3f} of {sum(row)}" for label, share, row in found if share is not None)
+    return plain(
+        f"accuracy {right:.3f} [{low:.3f}, {high:.3f}] on {labelled} rows that have a label; "
+        f"macro-F1 {macro_f1(counts):.3f}; found of each label: {each}"
+    )
+
+
+def _classifier(folder: Path, client: str, own: bool) -> "tuple[SLM, DataConfig | SiloData]":
     """A client's enhanced classifier of a run, or the one in use at a silo; and what columns its rows have."""
     from crosslm.errors import ConfigError
     from crosslm.federation.kits import SILO_FILE
@@ -128,17 +148,19 @@ def _classifier(folder: Path, client: str) -> "tuple[SLM, DataConfig | SiloData]
         silo = SiloModels(folder, cache_folder())
         if client not in ("", silo.settings.id):
             raise ConfigError(f"{folder}: is the kit of {silo.settings.id}, which needs no --client")
+        if own:
+            raise ConfigError(f"{folder}: --own is for run folders; a silo uses the one of both that it has accepted")
         return silo.trained(), silo.settings.data
     run = Run.open(folder)
     if not client:
         raise ConfigError(f"say whose classifier: --client NAME with one of {', '.join(run.clients)}")
-    slm = run.slm(client)
-    if run.kept_its_own(client):
+    slm = run.slm(client, own)
+    if run.kept_its_own(client) and not own:
         refused = run.summary["clients"][client]["decision"].get("refused")
         why = f"was refused there: {refused}" if refused else "is worse on its held-out rows"
         errors.print(
-            f"{client} kept the classifier that it had, in {run.path / 'uploads' / client}: this one, which came back, "
-            f"{why}",
+            f"{client} kept the classifier that it had, in {run.path / 'uploads' / client} (--own): this one, which "
+            f"came back, {why}",
             highlight=False,
             soft_wrap=True,
         )

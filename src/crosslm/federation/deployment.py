@@ -19,7 +19,7 @@ from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
-from crosslm.records import Download, SyntheticSet, Upload
+from crosslm.records import Download, Receipt, SyntheticSet, Upload
 from crosslm.runs import arrivals, snapshot
 from crosslm.runs.cards import write_cards
 from crosslm.runs.checkpoint import Checkpoints
@@ -63,8 +63,8 @@ class Deployment:
         self.tokens_generated = 0
         self.removed: Counter[str] = Counter()
         self._completed = False
-        self._learned_in_the_end: set[int] = set()
-        """Places of the closing texts that an SLM has learned since the server was started."""
+        self._closing_receipts: dict[str, list[Receipt]] = {}
+        """Of the closing texts, by silo."""
 
     @classmethod
     def open(cls, folder: Path, config: Config, cache: Path, refuse: Refuse, spool: Spool) -> "Deployment":
@@ -237,9 +237,9 @@ class Deployment:
     def closing(self, pool: SyntheticSet) -> None:
         """Keep the texts that are for all who were served."""
         if self._events_of("closing"):  # they have been kept before a restart, and what has been learned of them
-            self._learned_in_the_end = self.run.kept_of(CLOSING_POOL)
+            self._closing_receipts = self.run.receipts_of(CLOSING_POOL)
             return
-        self.run.save_synthetic(CLOSING_POOL, self.task.labels, pool, kept=())
+        self.run.save_synthetic(CLOSING_POOL, self.task.labels, pool, receipts_of={})
 
     def not_closed(self, message: str) -> None:
         """Somebody has no step 5 in the end."""
@@ -253,8 +253,8 @@ class Deployment:
             return
         give_back()
         self._keep_slm(download)
-        self._learned_in_the_end |= set(record.kept)
-        self.run.save_synthetic(CLOSING_POOL, self.task.labels, record.pool, kept=self._learned_in_the_end)
+        self._closing_receipts[who] = record.receipts
+        self.run.save_synthetic(CLOSING_POOL, self.task.labels, record.pool, receipts_of=self._closing_receipts)
         accuracy = accuracies(self.run.events()).get("crosslm", {})
         measures = {"slm/crosslm": accuracy[who]} if who in accuracy else {}
         self.run.event("closing", client=who, **measures, **download.metrics)

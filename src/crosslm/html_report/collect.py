@@ -127,9 +127,22 @@ class RunView:
 
         Empty for a run that did not keep which rows were right.
         """
+        return self._gains_over("standalone")
+
+    @cached_property
+    def gains_over_kd(self) -> dict[str, Interval]:
+        """The same over Data-free KD."""
+        return self._gains_over("data_free_kd")
+
+    def gain(self, client: str, method: str = "standalone") -> float:
+        """CrossLM's accuracy less that of a method, of a client or ``mean``."""
+        slm = self.summary["slm"]
+        return float(slm["crosslm"][client] - slm[method][client])
+
+    def _gains_over(self, method: str) -> dict[str, Interval]:
         # a client that comes several times keeps its first Standalone and its last CrossLM, as the summary does
         tests = {(event["client"], event["method"]): event for event in self.of("test")}
-        wanted = [(client, method) for client in self.clients for method in ("standalone", "crosslm")]
+        wanted = [(client, each) for client in self.clients for each in (method, "crosslm")]
         if not wanted or any(key not in tests for key in wanted):
             return {}
         right = {key: [mark == "1" for mark in tests[key]["right"]] for key in wanted}
@@ -140,7 +153,7 @@ class RunView:
         def of(clients: Iterable[str]) -> Interval:
             chosen = list(clients)
             return paired_gain_interval(
-                [right[client, "standalone"] for client in chosen],
+                [right[client, method] for client in chosen],
                 [right[client, "crosslm"] for client in chosen],
                 [rows[client] for client in chosen],
             )

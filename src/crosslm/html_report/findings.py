@@ -8,6 +8,7 @@ from crosslm.privacy.bounds import how_told
 from crosslm.runs.report import declined, waited_for
 
 COLLAPSE = 0.75  # of the different word pairs before
+NEAR_CHANCE = 0.05  # of an accuracy
 FEW_TEST_ROWS = 50  # of which each is two points of accuracy
 
 
@@ -22,7 +23,8 @@ class Finding:
 
 def findings(view: RunView) -> list[Finding]:
     """Everything that went wrong or may have, failures first."""
-    found = [*_failures(view), *_journal(view), *_reward_hacking(view), *_silos(view), *_collapse(view), *_noted(view)]
+    parts = (_failures, _journal, _reward_hacking, _silos, _llm, _collapse, _noted)
+    found = [finding for part in parts for finding in part(view)]
     return sorted(found, key=lambda finding: finding.level != "failure")
 
 
@@ -115,6 +117,27 @@ def _answers(view: RunView) -> Iterator[Finding]:
             "warning",
             "few test rows",
             f"{', '.join(few)}: on {rows} rows one row is {100 / rows:.1f} points of accuracy. Look at the intervals.",
+        )
+
+
+def _llm(view: RunView) -> Iterator[Finding]:
+    """An LLM that does not know the labels, or whose texts do not please those that reward it."""
+    after, chance = (view.summary["llm"].get("nlu_accuracy") or {}).get("after"), 1 / len(view.labels)
+    if after is not None and after < chance + NEAR_CHANCE:
+        yield Finding(
+            "warning",
+            "the LLM does not tell the labels apart",
+            f"It classifies {after:.3f} of the test text right, and {chance:.3f} is chance: what it writes and judges "
+            "is worth little. Raise llm.samples, or choose other words in task.verbalizer, task.query and task.prompt.",
+        )
+    low = [arrival for arrival in view.arrivals if arrival.measures.get("reward/pool", 0) < 0]
+    if low:
+        told = ", ".join(f"{arrival.client} {arrival.measures['reward/pool']:+.2f}" for arrival in low)
+        yield Finding(
+            "warning",
+            "mean reward below 0",
+            f"After the LLM's update more than half of its texts did not have the label that was asked for, to those "
+            f"who judge them ({told}): they or the LLM do not know the labels well enough. See docs/tuning.md.",
         )
 
 

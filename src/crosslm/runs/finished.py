@@ -87,24 +87,27 @@ class Run:
         """Those that got an enhanced SLM, sorted by name."""
         return tuple(sorted(set(self.summary["slm"]["crosslm"]) - {"mean"}))
 
-    def slm_folder(self, client: str) -> Path:
-        """Folder of a client's enhanced SLM, for any ``from_pretrained``.
+    def slm_folder(self, client: str, own: bool = False) -> Path:
+        """Folder of a client's enhanced SLM, for any ``from_pretrained``; ``own``: of the one that it uploaded last.
 
         Raises:
-            RunError: the run has no such client.
+            RunError: the run has no such client, or has not kept what it uploaded.
         """
         if client not in self.clients:
             raise RunError(f"{self.path}: has no client {client!r}; its clients are: {', '.join(self.clients)}")
-        return self.path / "slm" / client
+        folder = self.path / ("uploads" if own else "slm") / client
+        if own and not folder.is_dir():
+            raise RunError(f"{folder}: is not there; between machines a silo has its own: name its kit")
+        return folder
 
-    def slm(self, client: str) -> SLM:
-        """A client's enhanced SLM, its labels in the task's order.
+    def slm(self, client: str, own: bool = False) -> SLM:
+        """A client's enhanced SLM, its labels in the task's order; ``own``: the one that it uploaded last.
 
         Raises:
-            RunError: the run has no such client.
+            RunError: the run has no such client, or has not kept what it uploaded.
             ModelError: the folder is damaged.
         """
-        folder = self.slm_folder(client)
+        folder = self.slm_folder(client, own)
         try:
             slm = SLM.load_trained(str(folder), self.config.device)
             slm.order_labels(self.task.labels)

@@ -18,7 +18,7 @@ from crosslm.errors import CrosslmError, QuarantineError, UploadError
 from crosslm.federation.exchange import Served
 from crosslm.federation.messages import decode_upload, describe, encode
 from crosslm.models.slm import SLM
-from crosslm.records import Download, SyntheticSet, Upload
+from crosslm.records import Download, Receipt, SyntheticSet, Upload
 from crosslm.runs import arrivals
 from crosslm.runs.checkpoint import Checkpoints
 from crosslm.runs.measures import measure_slm
@@ -58,7 +58,7 @@ class RunJournal:
         self._returned: dict[str, str] = {}  # names of the kept SLMs that went back last
         self._last: dict[str, tuple[str, str]] = {}  # the kept upload that was served last, and why it has no say
         self._closing: dict[str, tuple[Upload, Download, StepRecord]] = {}  # what waits for a client's yes in the end
-        self._closing_kept: set[int] = set()  # places of the last texts that somebody has learned
+        self._closing_receipts: dict[str, list[Receipt]] = {}  # of the last texts, by client
 
     def uploaded(self, upload: Upload) -> None:
         """Measure Standalone and Data-free KD when a client comes for the first time."""
@@ -141,8 +141,8 @@ class RunJournal:
 
     def closing(self, pool: SyntheticSet) -> None:
         """Keep the texts that are for all who were served."""
-        self._closing_kept = set()
-        self.run.save_synthetic(CLOSING_POOL, self.task.labels, pool, kept=self._closing_kept)
+        self._closing_receipts = {}
+        self.run.save_synthetic(CLOSING_POOL, self.task.labels, pool, receipts_of=self._closing_receipts)
 
     def not_closed(self, message: str) -> None:
         """Somebody has no step 5 in the end."""
@@ -153,9 +153,9 @@ class RunJournal:
         self.progress.note(f"warning: {message}")
 
     def closed(self, upload: Upload, download: Download, record: StepRecord) -> None:
-        """Keep which of the texts it learned, and wait for the client to take the SLM or not."""
-        self._closing_kept |= set(record.kept)
-        self.run.save_synthetic(CLOSING_POOL, self.task.labels, record.pool, kept=self._closing_kept)
+        """Keep why it learned which of the texts, and wait for the client to take the SLM or not."""
+        self._closing_receipts[upload.client_id] = record.receipts
+        self.run.save_synthetic(CLOSING_POOL, self.task.labels, record.pool, receipts_of=self._closing_receipts)
         self._closing[upload.client_id] = (upload, download, record)
 
     def _measure_closing(self, who: str, accepted: bool) -> None:

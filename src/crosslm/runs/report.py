@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from crosslm.algorithm.per_label import macro_f1, recalls
 from crosslm.privacy.bounds import privacy_line
 from crosslm.support.plain import plain
 
@@ -130,8 +131,35 @@ def declined(summary: Mapping[str, Any]) -> dict[str, str]:
     return told
 
 
-def closing(summary: Mapping[str, Any]) -> Group:
-    """Everything that a run ends with."""
+def label_table(summary: Mapping[str, Any]) -> Table | None:
+    """Macro-F1 of each client's classifier, and the label of which it finds least; None where that is not known."""
+    counts = summary.get("confusion") or {}
+    if not counts.get("crosslm"):
+        return None
+    table = Table(title="Each label counting alike (macro-F1), and the label found least", title_justify="left")
+    table.add_column("client")
+    for method in ("standalone", "crosslm"):
+        table.add_column(METHOD_NAMES[method], justify="right")
+    table.add_column("label found least by CrossLM: share of its rows")
+    names = list(next(iter(summary["clients"].values()))["rows"])
+    for client, found in counts["crosslm"].items():
+        scores = [macro_f1(counts[method][client]) for method in ("standalone", "crosslm") if client in counts[method]]
+        shares = [(share, label) for label, share in enumerate(recalls(found)) if share is not None]
+        share, label = min(shares, default=(None, 0))
+        rows = sum(found[label])
+        least = "–" if share is None else f"{names[label]}: {share:.3f} of {rows}"
+        figures = ["–" if score is None else f"{score:.3f}" for score in scores]
+        table.add_row(client, *["–"] * (2 - len(figures)), *figures, plain(least))
+    return table
+
+
+def closing(summary: Mapping[str, Any], verdicts: Sequence[str] = ()) -> Group:
+    """Everything that a run ends with.
+
+    Args:
+        summary: of the run.
+        verdicts: what its gains come to, in sentences.
+    """
     seconds = summary["seconds"]
     slowest = sorted((name for name in seconds if name != "total"), key=lambda name: -seconds[name])[:4]
     stages = ", ".join(f"{name} {seconds[name] / 60:.1f}" for name in slowest)
@@ -158,7 +186,9 @@ def closing(summary: Mapping[str, Any]) -> Group:
             "The reward rose while the judge's agreement fell (reward hacking): see reward_hacking in summary.json."
         )
     tables = [slm_table(summary)] if measured(summary) else []
+    labels = label_table(summary)
     if "arrivals" in summary:
         lines = [about_accuracy(summary), *waited_for(summary), *lines]
         tables.insert(0, uploads_table(summary))
-    return Group(*tables, llm_table(summary), Text("\n".join(lines)))
+    told = [Text("\n".join(verdicts))] if verdicts else []
+    return Group(*tables, *told, *([labels] if labels else []), llm_table(summary), Text("\n".join(lines)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,9 +222,12 @@ class RunDir:
         synthetic: SyntheticSet,
         rewards: Tensor | None = None,
         receipts: list[Receipt] | None = None,
-        kept: Collection[int] | None = None,
+        receipts_of: Mapping[str, Sequence[Receipt]] | None = None,
     ) -> None:
-        """Write texts with all that is known of each, one JSON object a line; ``kept``: places of those learned."""
+        """Write texts with all that is known of each, one JSON object a line.
+
+        ``receipts_of``: for texts that are for several clients, by client; ``kept`` is then whether any has learned it.
+        """
         lines = []
         for place, sample in enumerate(synthetic.samples):
             row: dict[str, Any] = {"text": sample.text, "label": labels[sample.label], "prompt": sample.prompt}
@@ -232,8 +235,9 @@ class RunDir:
                 row["reward"] = float(rewards[place])
             if receipts is not None:
                 row |= vars(receipts[place])
-            if kept is not None:
-                row["kept"] = place in kept
+            if receipts_of is not None:
+                row["receipts"] = {who: vars(theirs[place]) for who, theirs in receipts_of.items()}
+                row["kept"] = any(theirs[place].kept for theirs in receipts_of.values())
             row |= {"seed": sample.seed, "prompt_ids": sample.prompt_ids, "completion_ids": sample.completion_ids}
             lines.append(json.dumps(row, ensure_ascii=False))
         self.write(f"synthetic/{name}.jsonl", "\n".join(lines) + "\n")
@@ -253,14 +257,19 @@ class RunDir:
 
         return SyntheticSet(self._synthetic_rows(name, sample))
 
-    def kept_of(self, name: str) -> set[int]:
-        """The places of the texts that :meth:`save_synthetic` marked as learned.
+    def receipts_of(self, name: str) -> dict[str, list[Receipt]]:
+        """The receipts by client that :meth:`save_synthetic` wrote with texts for several.
 
         Raises:
             RunError: they cannot be read.
         """
-        kept = self._synthetic_rows(name, lambda row: row["kept"])
-        return {place for place, is_kept in enumerate(kept) if is_kept}
+        from crosslm.records import Receipt
+
+        def receipts(row: dict[str, Any]) -> dict[str, Receipt]:
+            return {who: Receipt(**fields) for who, fields in row["receipts"].items()}
+
+        rows = self._synthetic_rows(name, receipts)
+        return {who: [row[who] for row in rows] for who in rows[0]} if rows else {}
 
     def _synthetic_rows(self, name: str, read: Callable[[dict[str, Any]], Any]) -> list[Any]:
         path = self.path / "synthetic" / f"{name}.jsonl"
