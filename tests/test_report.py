@@ -19,7 +19,7 @@ from crosslm.errors import RunError
 from crosslm.html_report.collect import Arrival, RunView, Sample, representative, selection_reasons
 from crosslm.html_report.findings import findings
 from crosslm.html_report.intervals import binomial_interval, paired_gain_interval
-from crosslm.html_report.page import differences, gain_interval, number, render
+from crosslm.html_report.page import all_differences, compared, differences, gain_interval, number, render
 from crosslm.html_report.verdict import verdicts
 from crosslm.runs.report import closing
 from crosslm.runs.rundir import RunDir
@@ -326,6 +326,21 @@ def test_two_runs_side_by_side(tmp_path):
         ("d", "not set", "4"),
     ]
     assert differences({"a": False, "b": "x"}, {"a": True, "b": ["ü"]}) == [("a", "false", "true"), ("b", "x", '["ü"]')]
+
+
+def test_runs_of_different_clients_are_compared_on_those_that_both_have(tmp_path):
+    one = write_run(tmp_path / "one")
+    two = write_run(tmp_path / "two", (("north", 0.2, 0.90),))
+    summary = json.loads((one / "summary.json").read_text())
+    summary["slm"]["crosslm"] |= {"north": 0.75, "mean": 0.775}
+    (one / "summary.json").write_text(json.dumps(summary))
+    (two / "rollback.json").write_text(json.dumps({"clients": ["south"], "of": ["one"]}))
+    views = [view_of(folder) for folder in (one, two)]
+    assert [row[0] for row in compared(*views)] == ["north", "south", "mean of north"]
+    assert [cell[0] for cell in compared(*views)[-1][1:]] == [0.75, 0.8]
+    assert all_differences(*views) == [("rolled back without", "nobody", "south")]
+    page = " ".join(" ".join(Text(render(views)).text).split())
+    assert "mean of north 0.750 0.800 +0.050" in page
 
 
 def test_the_command_writes_beside_the_run(tmp_path, monkeypatch, capsys, no_charts):

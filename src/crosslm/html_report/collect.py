@@ -56,6 +56,8 @@ class RunView:
     events: list[Mapping[str, Any]]
     samples: list[Sample]
     samples_written: int
+    barred: tuple[str, ...] = ()
+    """Clients that the run was rolled back without."""
 
     @classmethod
     def read(cls, run: RunDir) -> "RunView":
@@ -83,6 +85,7 @@ class RunView:
             events,
             [sample for pool in pools for sample in representative(pool, MAX_SAMPLES // max(len(pools), 1))],
             sum(map(len, pools)),
+            tuple(run.barred()),
         )
 
     @property

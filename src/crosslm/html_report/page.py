@@ -46,7 +46,8 @@ def render(views: list[RunView]) -> str:
     page = environment.get_template("run.html.j2" if len(views) == 1 else "compare.html.j2")
     return page.render(
         pages=[contents(view) for view in views],
-        differences=differences(views[0].config, views[1].config) if len(views) == 2 else [],
+        differences=all_differences(*views) if len(views) == 2 else [],
+        compared=compared(*views) if len(views) == 2 else [],
         style=Markup(_asset("style.css")),
         script=Markup(script),
         script_hash=digest,
@@ -138,6 +139,30 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tup
         for key in dict.fromkeys([*one, *two])
         if one.get(key) != two.get(key)
     ]
+
+
+def all_differences(first: RunView, second: RunView) -> list[tuple[str, str, str]]:
+    """Configuration fields in which two runs differ, and which clients each was rolled back without."""
+    barred = [", ".join(view.barred) or "nobody" for view in (first, second)]
+    return differences(first.config, second.config) + (
+        [("rolled back without", *barred)] if len(set(barred)) > 1 else []
+    )
+
+
+def compared(first: RunView, second: RunView) -> list[tuple[str, Any, Any]]:
+    """The accuracy of each client's SLM in two runs, with intervals, and the mean of those that both have."""
+    rows = [{row["client"]: row["cells"][-1] for row in slm_rows(view)} for view in (first, second)]
+    shared = [client for client in first.clients if client in second.clients]
+    found: list[tuple[str, Any, Any]] = []
+    for client in dict.fromkeys([*first.clients, *second.clients]):
+        found.append((client, rows[0].get(client), rows[1].get(client)))
+
+    def mean(cells: Mapping[str, Any]) -> tuple[float, None] | None:
+        values = [cells[client][0] for client in shared]
+        return (sum(values) / len(values), None) if None not in values else None
+
+    of = "" if len(shared) == len(found) else f" of {', '.join(shared)}"
+    return [*found, (f"mean{of}", mean(rows[0]), mean(rows[1]))] if shared else found
 
 
 def number(value: float | None, digits: int = 3, sign: str = "-") -> str:
