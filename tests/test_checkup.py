@@ -109,6 +109,8 @@ def test_a_good_silo_kit_before_and_while_the_server_runs(kits, shell, serving):
     kit = kits / "silos" / "silo-0"
     code, out, err = shell("doctor", kit)
     assert (code, err) == (0, "")
+    assert "ok      privacy.epsilon: none, so that what the weights tell of single rows has no bound" in out
+    assert "ok      data.test: none named: what this silo gains will be known of the few rows alone" in out
     few, server = sorted(lines(out, "warning"))
     assert f"server: localhost:{port_of(kits)} does not answer" in server
     assert "data: silo-0.csv: 15 rows" in few

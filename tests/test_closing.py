@@ -230,6 +230,7 @@ def test_data_free_kd_is_taught_by_all_in_the_end_too(closed, tmp_path, monkeypa
 
     def data_free_kd(upload, pool, config, task, encoder, progress, teachers, said, may_judge):
         judges.append({upload.client_id, *teachers.members})
+        assert len(pool.samples) == config.selection.pool  # as many as CrossLM chooses from
         return measured(upload, pool, config, task, encoder, progress, teachers, said, may_judge)
 
     monkeypatch.setattr(journal, "data_free_kd", data_free_kd)

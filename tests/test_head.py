@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosslm.algorithm.losses import token_kl
 from crosslm.models import head
@@ -180,3 +181,35 @@ def test_no_gradient_is_computed_without_need(tensors, monkeypatch):
         rest = tensors[1:]
         head.head_scores(hidden.clone().requires_grad_(with_gradient), *rest)
         assert bool(products) == with_gradient
+
+
+class Largest(TorchDispatchMode):
+    """The numbers of the largest tensor that is made within it."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("scored", [True, False])
+def test_the_logits_of_all_tokens_are_never_held(monkeypatch, trainable, scored):
+    """Nor are they in the backward pass: a batch's would be gigabytes."""
+    tokens, size, vocabulary = 60, 4, 3 * head.VOCABULARY_BLOCK
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", tokens * vocabulary // 6)
+    hidden = torch.randn(tokens, size, requires_grad=True)
+    weight = torch.randn(vocabulary, size, requires_grad=trainable)
+    targets = torch.randint(vocabulary, (tokens,))
+    with Largest() as largest:
+        if scored:
+            reference = weight.detach().clone() if trainable else weight
+            logps, _, kl = head.head_scores(hidden, weight, targets, torch.randn(tokens, size), reference)
+            (logps.sum() + kl.sum()).backward()
+        else:
+            head.head_logps(hidden, weight, targets).sum().backward()
+    assert tokens * head.VOCABULARY_BLOCK // 3 <= largest.numel < tokens * vocabulary // 2

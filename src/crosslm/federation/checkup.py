@@ -116,6 +116,11 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
         yield Finding("error", "data", str(error))
     yield from _test_rows_of(silo)
     yield from doctor.private(settings.privacy)
+    if not settings.privacy.epsilon:
+        message = (
+            "none, so that what the weights tell of single rows has no bound; docs/privacy.md has what that comes to"
+        )
+        yield Finding("ok", "privacy.epsilon", message)
     named, folders = {"slm.model": settings.slm.model}, dict[str, str]()
     if settings.privacy.checks_leaks:
         named["encoder"] = settings.encoder
@@ -167,6 +172,8 @@ def _test_rows_of(silo: SiloState) -> Iterator[Finding]:
     """A silo's test rows, of which nobody else is told, are not needed either."""
     name, left_out = silo.settings.data.test, list[str]()
     if name is None:
+        message = "none named: what this silo gains will be known of the few rows alone that are held out to decide by"
+        yield Finding("ok", "data.test", message)
         return
     try:
         rows = silo.test(left_out.append)

@@ -143,10 +143,9 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tup
 
 def all_differences(first: RunView, second: RunView) -> list[tuple[str, str, str]]:
     """Configuration fields in which two runs differ, and which clients each was rolled back without."""
-    barred = [", ".join(view.barred) or "nobody" for view in (first, second)]
-    return differences(first.config, second.config) + (
-        [("rolled back without", *barred)] if len(set(barred)) > 1 else []
-    )
+    one, two = (", ".join(view.barred) or "nobody" for view in (first, second))
+    found = differences(first.config, second.config)
+    return found if one == two else [*found, ("rolled back without", one, two)]
 
 
 def compared(first: RunView, second: RunView) -> list[tuple[str, Any, Any]]:
