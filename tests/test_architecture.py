@@ -89,7 +89,7 @@ LAYERS = [
     {"reproduce.driver"},
     {"runs.report", "cli.display", "html_report.intervals"},
     {"html_report.collect", "runs.watch"},
-    {"html_report.findings", "html_report.plots", "html_report.verdict"},
+    {"html_report.findings", "html_report.plots", "html_report.verdict", "html_report.pooled"},
     {"html_report.page"},
     {"cli.app"},
     {"cli.stopping"},

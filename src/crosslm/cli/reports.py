@@ -1,12 +1,14 @@
 """Commands that show a run."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from crosslm.cli.app import RunArgument, app, console
-from crosslm.runs.rundir import RunDir
+from crosslm.errors import RunError
+from crosslm.runs.rundir import SEEDS, RunDir
 
 OtherArgument = Annotated[
     Path | None, typer.Argument(metavar="[RUN_B]", help="Another run, to be put side by side with the first.")
@@ -15,12 +17,18 @@ OtherArgument = Annotated[
 
 @app.command()
 def report(run_folder: RunArgument, other: OtherArgument = None) -> None:
-    """Print a run's tables and write RUN/report.html; of two runs, RUN/compare-with-RUN_B.html."""
+    """Print a run's tables and write RUN/report.html; of two runs, RUN/compare-with-RUN_B.html.
+
+    Of a folder with runs of several seeds (crosslm run --seeds), what they have in common.
+    """
     from crosslm.html_report.collect import RunView
     from crosslm.html_report.page import render
     from crosslm.html_report.verdict import verdicts
     from crosslm.runs.report import closing
 
+    if other is None and (run_folder / SEEDS).is_file():
+        _report_seeds(run_folder)
+        return
     runs = [RunDir.open(folder) for folder in (run_folder, other) if folder is not None]
     views = [RunView.read(run) for run in runs]
     for run, view in zip(runs, views, strict=True):
@@ -30,6 +38,17 @@ def report(run_folder: RunArgument, other: OtherArgument = None) -> None:
     name = "report.html" if other is None else f"compare-with-{views[1].name}.html"
     runs[0].write(name, render(views))
     console.print(f"Report: {run_folder / name}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _report_seeds(folder: Path) -> None:
+    """What the runs of several seeds have in common."""
+    from crosslm.html_report.pooled import pooled_tables
+
+    try:
+        figures = json.loads((folder / SEEDS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder / SEEDS}: damaged: {error}; crosslm run --seeds --resume writes it again") from error
+    console.print(pooled_tables(figures))
 
 
 @app.command()

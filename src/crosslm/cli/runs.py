@@ -1,5 +1,6 @@
 """Commands that make a run and look at one."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +20,10 @@ from crosslm.cli.app import (
 from crosslm.cli.stopping import StopRequest
 from crosslm.config import Config
 from crosslm.config_file import load
-from crosslm.errors import StoppedError
+from crosslm.errors import RunError, StoppedError
 from crosslm.runs.naming import last_unfinished, next_free
-from crosslm.runs.rundir import CONFIG, RunDir
+from crosslm.runs.rundir import CONFIG, SEEDS, RunDir
+from crosslm.support.files import write_whole
 from crosslm.support.quiet import quiet_libraries
 
 ResumeOption = Annotated[
@@ -30,6 +32,15 @@ ResumeOption = Annotated[
         "--resume",
         help="Go on with the unfinished run in --output (without it: the newest of this name in runs/), "
         "or start one if there is none.",
+    ),
+]
+SeedsOption = Annotated[
+    int,
+    typer.Option(
+        "--seeds",
+        min=1,
+        help="Run with so many seeds, one after the other, each in a folder of --output, and pool what they find: "
+        "means with intervals over seeds too.",
     ),
 ]
 QUICK = (
@@ -55,9 +66,14 @@ def run(
     cache_dir: CacheOption = None,
     llm_cache: LLMCacheOption = None,
     resume: ResumeOption = False,
+    seeds: SeedsOption = 1,
 ) -> None:
     """Run CrossLM and both baselines, with all clients in this process."""
-    _run(load(config, tuple(overrides), data_dir), output, cache_dir, resume, llm_cache)
+    loaded = load(config, tuple(overrides), data_dir)
+    if seeds == 1:
+        _run(loaded, output, cache_dir, resume, llm_cache)
+    else:
+        _run_seeds(loaded, seeds, output or next_free(Path("runs"), loaded.name), cache_dir, resume, llm_cache)
 
 
 @app.command()
@@ -105,6 +121,26 @@ def _run(
     runs = Path("runs")
     unfinished = last_unfinished(runs, config.name) if resume and output is None else None
     finish(config, output or unfinished or next_free(runs, config.name), cache_dir, resume, llm_cache)
+
+
+def _run_seeds(
+    config: Config, seeds: int, folder: Path, cache_dir: str | None, resume: bool, llm_cache: Path | None
+) -> None:
+    """A run for each seed, from the configuration's on; those that are complete are not done again."""
+    from crosslm.html_report.collect import RunView
+    from crosslm.html_report.pooled import pooled, pooled_tables
+
+    if (folder / CONFIG).is_file() or (not resume and folder.exists() and any(folder.iterdir())):
+        raise RunError(f"{folder}: is not empty; choose another --output, or go on with runs of seeds in it: --resume")
+    runs = []
+    for seed in range(config.seed, config.seed + seeds):
+        runs.append(folder / f"seed-{seed}")
+        finish(config.model_copy(update={"seed": seed}), runs[-1], cache_dir, resume=True, llm_cache=llm_cache)
+    figures = pooled([RunView.read(RunDir.open(run)) for run in runs])
+    write_whole(folder / SEEDS, [(json.dumps(figures, indent=1) + "\n").encode()])
+    console.print(pooled_tables(figures))
+    said = f"Pooled figures are in {folder / SEEDS}; crosslm report {folder} prints them again."
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool, llm_cache: Path | None = None) -> None:

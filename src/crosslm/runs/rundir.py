@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 METHODS = ("standalone", "data_free_kd", "crosslm")
 CLOSING_POOL = "closing-pool"
+SEEDS = "seeds.json"
+"""Of a folder with runs of several seeds: what they have in common."""
 """Name of the texts that all learn from when no more uploads come."""
 LOCK, ROLLBACK = ".lock", "rollback.json"
 SESSIONS = "sessions.jsonl"
