@@ -573,8 +573,8 @@ def test_a_silo_tries_it_against_what_it_has_and_only_after_its_round(silo, fede
     assert "worse (0.750 before, 0.250 with it, on 4 held-out rows)" in closing_outcome(silo.closed)
 
 
-def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, monkeypatch, shell):
-    notes, asked = [], []
+def staying(silo, monkeypatch):
+    """A silo that stays for what comes in the end, with processes that do nothing."""
     change(silo.kit, closing=True)
     silo = Silo(silo.kit, silo.cache)
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -582,6 +582,12 @@ def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, m
     monkeypatch.setattr(silo_processes, "ASK", 0.0)
     monkeypatch.setattr(silo_processes, "supernode_command", lambda _: command)
     monkeypatch.setattr(silo_processes, "tasks_command", lambda _: command)
+    return silo
+
+
+def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, monkeypatch, shell):
+    notes, asked = [], []
+    silo = staying(silo, monkeypatch)
 
     def ask(_):
         asked.append(1)
@@ -604,13 +610,7 @@ def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, m
 def test_a_run_that_ended_without_a_silo_says_so_and_why(silo, monkeypatch, shell):
     """Its own files would else say that all is complete."""
     notes, asked = [], []
-    change(silo.kit, closing=True)
-    silo = Silo(silo.kit, silo.cache)
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: None)
-    monkeypatch.setattr(silo_processes, "ASK", 0.0)
-    monkeypatch.setattr(silo_processes, "supernode_command", lambda _: command)
-    monkeypatch.setattr(silo_processes, "tasks_command", lambda _: command)
+    silo = staying(silo, monkeypatch)
 
     def ask(_):
         asked.append(1)
