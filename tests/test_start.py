@@ -193,6 +193,17 @@ def test_one_label_is_no_task(start):
     assert "a task needs two labels or more, found ['urgent']" in err
 
 
+def test_a_word_that_is_not_the_labels_name_is_told(start, tmp_path):
+    told = ", a word of its description; if another stands for it better: --verbalizer LABEL=WORD"
+    labels = ("--label", "5=sour meals", "--label", "good=a kind song")
+    code, out, err = start(labels=labels)
+    assert code == 0, err
+    assert f"label 5: the LLM says 'sour'{told}" in out.splitlines()
+    assert "label good: the LLM says 'good'" in out.splitlines()
+    (tmp_path / "tickets").rename(tmp_path / "first")
+    assert told not in start("--verbalizer", "5=sour", labels=labels)[1]
+
+
 def test_labels_that_start_alike_or_are_numbers_get_other_words(models):
     tokenizer = load_tokenizer(str(models / "gemma3"), "x")
     described = {"0": "a sour meal", "1": "a kind song", "kind of": "sweet and warm", "kind": "a bright day"}

@@ -14,6 +14,7 @@ from crosslm.errors import ConfigError, RunError
 from crosslm.support.files import expanded
 from crosslm.support.quiet import quiet_libraries
 
+OF_ITS_DESCRIPTION = ", a word of its description; if another stands for it better: --verbalizer LABEL=WORD"
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
@@ -66,7 +67,7 @@ def init(
     quiet_libraries()
     from crosslm.models.sources import cache_folder, check_model, model_folder
     from crosslm.models.tokens import load_tokenizer
-    from crosslm.preflight.starter import DEMO_LLM, DEMO_SLM, Start, draft, write_start
+    from crosslm.preflight.starter import DEMO_LLM, DEMO_SLM, Start, draft, is_its_name, write_start
 
     llm, slm, encoder = (_anywhere(model) for model in (llm or DEMO_LLM, slm or DEMO_SLM, encoder or DEMO_SLM))
     for key, model in (("--slm", slm), ("--encoder", encoder), ("--llm", llm)):
@@ -95,7 +96,8 @@ def init(
     for path in written:
         _say(f"wrote {path}")
     for label, word in task.verbalizer.items():
-        _say(f"label {label}: the LLM says {word!r}")
+        taken = "" if is_its_name(label, word) or label in start.verbalizers else OF_ITS_DESCRIPTION
+        _say(f"label {label}: the LLM says {word!r}{taken}")
     _say(
         f"Next: put your rows into {', '.join(path.name for path in written[1:])} in place of the samples, "
         f"look at the prompts in {written[0].name}, then: crosslm doctor {written[0]}"

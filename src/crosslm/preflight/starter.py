@@ -185,6 +185,11 @@ def _first_that_differs(
     raise ConfigError(f"{problem}\nGive a word of your own: --verbalizer {label}=WORD")
 
 
+def is_its_name(label: str, words: str) -> bool:
+    """Whether the words that stand for a label are its own name."""
+    return words == _in_words(label)
+
+
 def _in_words(label: str) -> str:
     return " ".join(label.replace("_", " ").replace("-", " ").split()).lower()
 
