@@ -78,6 +78,7 @@ LAYERS = [
     {"experiment", "preflight.doctor"},
     {"runs.finished", "federation.checkup"},
     {"runs.reevaluate", "runs.rollback", "runs.export", "runs.audit"},
+    {"federation.self_audit"},
     {"reproduce.scale", "reproduce.bootstrap"},
     {"reproduce.benchmarks"},
     {"reproduce.plan"},

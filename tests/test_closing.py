@@ -578,7 +578,7 @@ def staying(silo, monkeypatch):
     change(silo.kit, closing=True)
     silo = Silo(silo.kit, silo.cache)
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: None)
+    monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: True)
     monkeypatch.setattr(silo_processes, "ASK", 0.0)
     monkeypatch.setattr(silo_processes, "supernode_command", lambda _: command)
     monkeypatch.setattr(silo_processes, "tasks_command", lambda _: command)

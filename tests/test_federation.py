@@ -973,6 +973,10 @@ def test_the_run_ends_without_a_silo_that_is_not_mended(exchange, kits, monkeypa
     turn(exchange, 2)
     assert not exchange.finished()
     now[0] += 2
+    line = exchange.carrier.lines["silo-0"]
+    line.open_message, line.kind = "another", "upload"  # it may have been mended, and trains now
+    assert not exchange.finished()
+    line.open_message = None
     assert exchange.finished()
 
 
@@ -1291,7 +1295,7 @@ def test_a_silo_stays_until_the_server_knows_of_its_last_round(silo, monkeypatch
     change(silo.kit, closing=False)
     silo = Silo(silo.kit, silo.cache)
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: None)
+    monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: True)
     monkeypatch.setattr(silo_processes, "rounds_complete", lambda _: next(known))
     monkeypatch.setattr(silo_processes, "supernode_command", lambda _: command)
     monkeypatch.setattr(silo_processes, "tasks_command", lambda _: command)
@@ -1302,6 +1306,13 @@ def test_a_silo_stays_until_the_server_knows_of_its_last_round(silo, monkeypatch
         run_silo(silo, notes.append)  # exit code 75: who watches it starts it again
     assert time.time() - began > 1.0  # the server did not say that it had the answer
     assert not silo.confirmed
+    with monkeypatch.context() as away:  # and is not there at all when the silo is started again
+        away.setattr(silo_processes, "wait_for_server", lambda *given: given[-1] != silo_processes.CONFIRM_TIME)
+        with pytest.raises(PassingError, match="has not said that it knows of the last one"):
+            run_silo(silo, notes.append)
+        away.setattr(silo_processes, "GIVE_UP", 0.0)
+        run_silo(silo, notes.append)
+        assert "it has been a day" in notes[-1]
     monkeypatch.setattr(silo_processes, "CONFIRM_TIME", 300.0)
     known = iter([0, None, 0, 1])
     run_silo(silo, notes.append)
@@ -1324,7 +1335,8 @@ def test_a_server_waits_until_its_silos_have_heard_but_not_for_ever(kits, monkey
     assert time.time() - began >= 1.0
     server.spool.note("told/silo-0", "1")
     monkeypatch.setattr(server_processes, "TELL_TIME", 300.0)
-    server._wait_until_told()  # silo-1 has nothing to hear
+    server.spool.note("told/silo-1", "0 over")  # it may have refused to train, and hears that nothing more comes
+    server._wait_until_told()
     server.spool.put("gone", 0, [b"an upload"])
     server.spool.delivered("gone", 0)
     server._wait_until_told()  # nor has one whose key is not in the kit any more

@@ -8,7 +8,7 @@ import pytest
 from made_run import write_run
 from rich.console import Console
 
-from crosslm.errors import RunError
+from crosslm.errors import RunError, StoppedError
 from crosslm.html_report.collect import RunView
 from crosslm.html_report.pooled import pooled, pooled_tables
 from crosslm.runs.rundir import RunDir
@@ -60,7 +60,11 @@ def test_clients_with_test_rows_of_their_own_count_alike(tmp_path):
 
 def test_clients_that_are_not_in_all_runs_are_left_out(tmp_path):
     views = [view_of(write_run(tmp_path / "one")), view_of(write_run(tmp_path / "two", (("north", 0.2, 0.9),)))]
-    assert list(pooled(views)["slm"]) == ["north", "mean"]
+    found = pooled(views)
+    assert (list(found["slm"]), found["left_out"]) == (["north", "mean"], ["south"])
+    console = Console(file=io.StringIO(), width=160)
+    console.print(pooled_tables(found))
+    assert "Left out, since not every run has served them: south." in console.file.getvalue()
     views[1] = view_of(write_run(tmp_path / "three", (("east", 0.2, 0.9),)))
     with pytest.raises(RunError, match="no client was served and measured in all of these runs; look at each"):
         pooled(views)
@@ -89,6 +93,27 @@ def test_the_command_does_each_seed_once_and_pools_them(shell, workplace, tmp_pa
     code, out, err = shell(*command, "--resume")
     assert code == 0, err
     assert done[2:] == [(4, "seed-4")]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").rename(tmp_path / "tickets-1")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "tickets-1").rename(tmp_path / "runs" / "tickets-1")
+    (tmp_path / "runs" / "tickets-1" / "seeds.json").unlink()
+    (tmp_path / "runs" / "tickets-1" / "seed-4" / "summary.json").unlink()
+
+    def stopped(*arguments, **named):
+        raise StoppedError("stopped after arrival 1")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("crosslm.experiment.run_local", stopped)
+        code, _, err = shell(*command[:-2], "--resume")
+    assert code == 130
+    assert "all of them: the same command with --output runs/tickets-1 --resume" in " ".join(err.split())
+    shutil.rmtree(tmp_path / "runs" / "tickets-1" / "seed-4")
+    assert shell(*command[:-2], "--resume")[0] == 0  # finds them by itself
+    assert done[3:] == [(4, "seed-4")]
+    shutil.move(tmp_path / "runs" / "tickets-1", tmp_path / "all")
+    (tmp_path / "runs").rmdir()
+    (tmp_path / "all").rename(tmp_path / "runs")
     code, again, _ = shell("report", tmp_path / "runs")
     assert (code, "mean of the seeds 3, 4" in again) == (0, True)
     (tmp_path / "runs" / "seeds.json").write_text("{")

@@ -132,7 +132,7 @@ def test_an_llm_that_knows_no_labels_is_warned_of(tmp_path):
     chance, low = findings(view_of(folder))
     assert chance.title == "the LLM does not tell the labels apart"
     assert "classifies 0.540 of the test text right, and 0.500 is chance" in chance.text
-    assert (low.title, "(north -0.20)" in low.text) == ("mean reward below 0", True)
+    assert (low.title, "north -0.20)" in low.text) == ("mean reward below chance", True)
 
 
 def row(label, reward, kept):

@@ -533,3 +533,29 @@ def test_the_servers_status_says_since_when_a_silo_is_asked(kits, shell, monkeyp
     assert code == 0
     (line,) = [line for line in out.splitlines() if "silo-0" in line]
     assert "3 min" in line
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_silo_attacks_what_it_would_upload_before_it_does(silo, shell, private):
+    """An SLM that has learned its rows by heart is told from them; nothing is kept, and no budget is spent."""
+    fit = silo.settings.fit.model_copy(update={"epochs": 30, "learning_rate": 5e-3, "patience": 0})
+    dp = PrivacyConfig(epsilon=8.0) if private else PrivacyConfig()
+    data = silo.settings.data.model_copy(update={"test": "own.csv"})
+    change(silo.kit, fit=fit, privacy=dp, acceptance=AcceptanceConfig(), data=data)
+    code, _, err = shell("audit", silo.kit)
+    assert (code, "an audit needs rows that nothing was trained on: name a file in silo.toml" in err) == (2, True)
+    labels = silo.settings.labels
+    rows = [f"row {number} of the kind {labels[number % 2]},{labels[number % 2]}" for number in range(60)]
+    (silo.kit / "silo-0.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    (silo.kit / "own.csv").write_text("text,label\n" + "\n".join(rows[:30]) + "\n")
+    code, _, err = shell("audit", silo.kit)
+    assert (code, "silo silo-0: an audit needs 20 private rows and 40 held-out ones" in err) == (2, True)
+    other = [row.replace("row", "a", 1) for row in rows]
+    (silo.kit / "own.csv").write_text("text,label\n" + "\n".join([*rows[:5], *other]) + "\n")
+    code, out, err = shell("audit", silo.kit)
+    assert code == 0, err
+    assert "60 + 60" in out  # copies of private rows are no others
+    assert "which is which" in out
+    assert f"│ {'8' if private else 'none'}" in out or "7.9" in out
+    assert "nothing was kept, and nothing was sent" in out
+    assert not (silo.kit / "state").exists()

@@ -21,7 +21,7 @@ from crosslm.cli.stopping import StopRequest
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.errors import RunError, StoppedError
-from crosslm.runs.naming import last_unfinished, next_free
+from crosslm.runs.naming import last_seeds, last_unfinished, next_free
 from crosslm.runs.rundir import CONFIG, SEEDS, RunDir
 from crosslm.support.files import write_whole
 from crosslm.support.quiet import quiet_libraries
@@ -73,7 +73,9 @@ def run(
     if seeds == 1:
         _run(loaded, output, cache_dir, resume, llm_cache)
     else:
-        _run_seeds(loaded, seeds, output or next_free(Path("runs"), loaded.name), cache_dir, resume, llm_cache)
+        unfinished = last_seeds(Path("runs"), loaded.name) if resume else None
+        folder = output or unfinished or next_free(Path("runs"), loaded.name)
+        _run_seeds(loaded, seeds, folder, cache_dir, resume, llm_cache)
 
 
 @app.command()
@@ -135,7 +137,11 @@ def _run_seeds(
     runs = []
     for seed in range(config.seed, config.seed + seeds):
         runs.append(folder / f"seed-{seed}")
-        finish(config.model_copy(update={"seed": seed}), runs[-1], cache_dir, resume=True, llm_cache=llm_cache)
+        try:
+            finish(config.model_copy(update={"seed": seed}), runs[-1], cache_dir, resume=True, llm_cache=llm_cache)
+        except StoppedError as stop:
+            how = f"That is of seed {seed} alone; all of them: the same command with --output {folder} --resume"
+            raise StoppedError(f"{stop}\n{how}") from None
     figures = pooled([RunView.read(RunDir.open(run)) for run in runs])
     write_whole(folder / SEEDS, [(json.dumps(figures, indent=1) + "\n").encode()])
     console.print(pooled_tables(figures))

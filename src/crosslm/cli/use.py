@@ -55,7 +55,8 @@ def predict(
     ] = None,
     client: Annotated[str, typer.Option("--client", help="Whose classifier of the run.")] = "",
     own: Annotated[
-        bool, typer.Option("--own", help="The classifier that the client had, and not the one that came back.")
+        bool,
+        typer.Option("--own", help="The classifier that the client uploaded last, not the one that came back."),
     ] = False,
     given: Annotated[
         RowFormat | None,

@@ -89,26 +89,33 @@ def load_split(config: Config) -> Split:
         if not len(tests[client.id]):
             raise DataError(f"client {client.id}: {client.test}: no usable test rows; put labelled text into it")
     trained = {f"client {name}": rows for name, rows in private.items()} | {"the judge": judge}
-    warnings.extend(seen_before(tests, test, trained))
+    warnings.extend(seen_before(tests, test, trained, config.privacy.told_counts == "exact"))
     return Split(private, tests, test, judge, warnings)
 
 
-def seen_before(tests: Mapping[str, Examples], test: Examples, trained: Mapping[str, Examples]) -> list[str]:
+def seen_before(
+    tests: Mapping[str, Examples], test: Examples, trained: Mapping[str, Examples], tells_counts: bool = True
+) -> list[str]:
     """A warning for each who is trained on rows that are test rows too.
 
     Args:
         tests: of each client.
         test: of the LLM.
         trained: rows by who learns them, in words.
+        tells_counts: whether it may be said how many.
     """
     tested = {text for rows in (*tests.values(), test) for text in rows.texts}
     counts = {who: sum(text in tested for text in rows.texts) for who, rows in trained.items()}
     return [
-        f"{who}: {count} of its training rows {'is a test row' if count == 1 else 'are test rows'} too, on which "
+        f"{who}: {count if tells_counts else 'some'} of its training rows {_are(count, tells_counts)} too, on which "
         "accuracies say little; take them out of one of both"
         for who, count in counts.items()
         if count
     ]
+
+
+def _are(count: int, tells_counts: bool) -> str:
+    return "is a test row" if count == 1 and tells_counts else "are test rows"
 
 
 def one_label(who: str, private: Examples, labels: Sequence[str]) -> str | None:

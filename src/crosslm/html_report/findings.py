@@ -130,14 +130,15 @@ def _llm(view: RunView) -> Iterator[Finding]:
             f"It classifies {after:.3f} of the test text right, and {chance:.3f} is chance: what it writes and judges "
             "is worth little. Raise llm.samples, or choose other words in task.verbalizer, task.query and task.prompt.",
         )
-    low = [arrival for arrival in view.arrivals if arrival.measures.get("reward/pool", 0) < 0]
+    low = [arrival for arrival in view.arrivals if arrival.measures.get("reward/pool", 1) < 2 * chance - 1]
     if low:
         told = ", ".join(f"{arrival.client} {arrival.measures['reward/pool']:+.2f}" for arrival in low)
         yield Finding(
             "warning",
-            "mean reward below 0",
-            f"After the LLM's update more than half of its texts did not have the label that was asked for, to those "
-            f"who judge them ({told}): they or the LLM do not know the labels well enough. See docs/tuning.md.",
+            "mean reward below chance",
+            f"Who judges what the LLM writes gives the label that was asked for less probability than a guess "
+            f"among {len(view.labels)} labels has (a mean reward below {2 * chance - 1:+.2f}: {told}): they or the "
+            "LLM do not know the labels. See docs/tuning.md.",
         )
 
 

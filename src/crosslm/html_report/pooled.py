@@ -27,8 +27,9 @@ def pooled(views: Sequence[RunView]) -> dict[str, Any]:
         views: complete runs, of the same task and clients.
 
     Returns:
-        ``seeds``; ``slm`` by client and for ``mean``: each method's accuracy and ``gain`` over Standalone and Data-free
-        KD, as ``[value, low, high]``; ``llm``: the mean of each measure before and after.
+        ``seeds``; ``slm`` by client and for ``mean``: each method's accuracy, and CrossLM's gain ``over`` the others,
+        as ``[value, low, high]``; ``left_out``: clients that were not served and measured in all runs; ``llm``: the
+        mean of each measure before and after.
 
     Raises:
         RunError: no client was served and measured in all of them.
@@ -43,7 +44,10 @@ def pooled(views: Sequence[RunView]) -> dict[str, Any]:
     groups = [[_mean_of(each, clients, number) for number in sets] for each in marks]
     share = [sum(marks[0][client][0] == number for client in clients) / len(clients) for number in sets]
     slm["mean"] = _figures(_weighted(bootstrap(groups), share))
-    return {"seeds": [view.summary["seed"] for view in views], "slm": slm, "llm": _llm(views)}
+    everybody = dict.fromkeys(client for view in views for client in view.clients)
+    left_out = [client for client in everybody if client not in clients]
+    seeds = [view.summary["seed"] for view in views]
+    return {"seeds": seeds, "slm": slm, "left_out": left_out, "llm": _llm(views)}
 
 
 def pooled_tables(figures: dict[str, Any]) -> Group:
@@ -65,7 +69,9 @@ def pooled_tables(figures: dict[str, Any]) -> Group:
         for name, (before, after) in figures["llm"].items()
     ]
     note = "Gains in points, with 95 % of draws of seeds and test rows; two or three seeds tell little of others."
-    return Group(table, Text("\n".join([note, *llm])))
+    left_out = ", ".join(figures["left_out"])
+    lines = [f"Left out, since not every run has served them: {left_out}."] if left_out else []
+    return Group(table, Text("\n".join([note, *lines, *llm])))
 
 
 def _marks(view: RunView) -> dict[str, tuple[int, Array]]:

@@ -24,8 +24,9 @@ def _of(what: str, gain: float, interval: Interval) -> str:
 
 
 def _advice(view: RunView, who: str) -> str:
-    """What a client may do whose own classifier found more."""
-    if view.gain(who) >= 0:
+    """What a client may do whose own classifier found more: the one that it uploaded, where it uploaded one alone."""
+    came_once = view.config.get("federation", {}).get("participations", 1) == 1
+    if view.gain(who) >= 0 or view.between_machines or not came_once:
         return ""
     return f" The one that it had found more: crosslm predict RUN --client {who} --own."
 

@@ -35,7 +35,7 @@ def check_seal(folder: Path) -> None:
             if not is_same:
                 how = "has changed" if path.is_file() else "is missing"
                 raise ModelError(f"{path}: {how}; delete the folder, which is made again from what is installed")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{folder / SEAL}: cannot be read: {error}; delete the folder, which is made again from what is installed"
         ) from error

@@ -121,12 +121,12 @@ def distinct_tokens(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list
     return places, which
 
 
-def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
-    """The LLM's tokenizer alone, which is enough to check a task.
+def load_tokenizer(folder: str, name: str, key: str = "llm.model") -> PreTrainedTokenizerBase:
+    """A model's tokenizer alone: the LLM's is enough to check a task.
 
     Raises:
         ModelError: there is none.
     """
-    with loading(f"llm.model {name!r}: its tokenizer cannot be loaded"):
+    with loading(f"{key} {name!r}: its tokenizer cannot be loaded"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     return tokenizer

@@ -1,5 +1,6 @@
 """What would stop a run, or make it disappoint, found before it starts."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -255,9 +256,17 @@ def language_model(config: Config, folder: str) -> Iterator[Finding]:
 
 
 def sentence_encoder(folder: str) -> Iterator[Finding]:
-    """Whether the model whose vectors tell how much texts differ reads several at once."""
+    """Whether the model whose vectors tell how much texts differ reads several at once, if it is of the usual kind."""
+    modules = Path(folder) / "modules.json"
     try:
-        tokenizer = load_tokenizer(folder, "selection.encoder")
+        parts = json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else [{"type": "Transformer"}]
+        if not any(part["type"].endswith("Transformer") and not part.get("path") for part in parts):
+            return  # a table of words, say, or one whose tokenizer is in a folder of its own
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        yield Finding("error", "selection.encoder", f"{modules}: cannot be read: {error}; name another model")
+        return
+    try:
+        tokenizer = load_tokenizer(folder, folder, "selection.encoder")
     except CrosslmError as error:
         yield Finding("error", "selection.encoder", str(error))
     else:

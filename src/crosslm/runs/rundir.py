@@ -268,7 +268,8 @@ class RunDir:
         from crosslm.records import Receipt
 
         def receipts(row: dict[str, Any]) -> dict[str, Receipt]:
-            return {who: Receipt(**fields) for who, fields in row["receipts"].items()}
+            kept = row.get("receipts", {})  # an earlier version kept none
+            return {who: Receipt(**fields) for who, fields in kept.items()}
 
         rows = self._synthetic_rows(name, receipts)
         return {who: [row[who] for row in rows] for who in rows[0]} if rows else {}

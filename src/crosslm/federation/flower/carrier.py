@@ -228,6 +228,7 @@ class Carrier:
         except UploadError as error:
             self._fail(line, "failed", str(error))
         line.open_message, line.attempts, line.errors, line.fails_since = None, 0, 0, None
+        self._told = {(silo, what) for silo, what in self._told if silo != line.silo}
         self._write_line(line)
         return True
 
@@ -313,7 +314,8 @@ class Carrier:
 
     def _is_done(self, line: Line) -> bool:
         patience = self.config.repair_minutes * 60
-        is_given_up = line.fails_since is not None and time.monotonic() - line.fails_since >= patience
+        tries = line.kind == "upload" and line.open_message is not None  # it may train now, mended
+        is_given_up = line.fails_since is not None and time.monotonic() - line.fails_since >= patience and not tries
         return line.over or is_given_up or len(self.spool.of(line.silo)) >= self.config.participations
 
     def is_too_late(self) -> bool:

@@ -78,7 +78,9 @@ class ServerProcesses:
         end = time.time() + TELL_TIME
         named = set(silo_names(self.kit))  # one that was shut out hears nothing any more
         silos = {arrival.silo for arrival in self.spool.arrivals() if arrival.delivered_at is not None} & named
-        stays = named if server_config(self.kit).federation.closing else set()
+        federation = server_config(self.kit).federation
+        waits = {silo for silo in named if self.spool.complete(silo) < federation.participations}
+        stays = named if federation.closing else waits  # they hear that nothing more comes
         while time.time() < end and not all(self._has_heard(silo, silo in stays) for silo in silos | stays):
             time.sleep(0.5)
 

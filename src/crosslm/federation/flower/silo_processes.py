@@ -29,6 +29,7 @@ REFUSED_PAUSE = 10.0  # seconds until a silo that was refused tries again
 NOT_YET_VALID = 9  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID
 ASK = 5.0  # seconds between two questions whether anything more comes: the server stays longer than that
 CONFIRM_TIME = 300.0  # seconds that a silo with all its rounds stays to tell the server of the last one
+GIVE_UP = 86400.0  # seconds after which a server that has not answered is not coming back
 UNCONFIRMED = (
     "all rounds are complete and the classifier is installed, but the server has not said that it knows of the last "
     "one, and waits for it until federation.delivery_hours are over"
@@ -83,7 +84,10 @@ def run_silo(silo: SiloState, note: Note) -> None:
     tasks = Child("tasks", tasks_command(kit), kit)
     told = silo.answered, len(silo.receipts())
     said_refused, refused = silo.doing(), False
-    wait_for_server(silo.settings.server, kit / "ca.crt", note)
+    has_all = silo.complete >= silo.agreed
+    if not wait_for_server(silo.settings.server, kit / "ca.crt", note, CONFIRM_TIME if has_all else None):
+        _end_unconfirmed(silo, note)
+        return
     rounds_complete(silo)
     note(f"silo {silo.settings.id}: connecting to {silo.settings.server}")
     is_known = False
@@ -107,19 +111,32 @@ def run_silo(silo: SiloState, note: Note) -> None:
             said_refused = doing
             if silo.complete >= silo.agreed and not until:
                 until = time.time() + CONFIRM_TIME
-            elif silo.settings.closing and not until and time.time() > asked + ASK:
+            elif not until and time.time() > asked + ASK:
                 asked = time.time()
                 if is_over(silo) and silo.closed is None:
                     silo.nothing_more()
                     note(f"silo {silo.settings.id}: the run is over; nothing more comes")
             time.sleep(0.5)
         if not is_known:
-            raise PassingError(f"silo {silo.settings.id}: {UNCONFIRMED}; start crosslm client again for that")
+            _end_unconfirmed(silo, note)
+            return
         silo.confirm()
         _took_part(silo)
     finally:
         tasks.stop()
         node.stop()
+
+
+def _end_unconfirmed(silo: SiloState, note: Note) -> None:
+    """End without the server's word that it knows of the last round: it may be away for now, or for good.
+
+    Raises:
+        PassingError: the round was completed in the last day.
+    """
+    since = float((silo.doing() or {}).get("since", time.time()))
+    if time.time() - since < GIVE_UP:
+        raise PassingError(f"silo {silo.settings.id}: {UNCONFIRMED}; start crosslm client again for that")
+    note(f"silo {silo.settings.id}: {UNCONFIRMED}; it has been a day")
 
 
 def _took_part(silo: SiloState) -> None:
@@ -150,21 +167,28 @@ def _tell(silo: SiloState, told: tuple[int, int], note: Note) -> tuple[int, int]
     return complete, sent
 
 
-def wait_for_server(address: str, ca: Path, note: Note) -> None:
-    """Wait until the server answers with a certificate of the federation's authority.
+def wait_for_server(address: str, ca: Path, note: Note, seconds: float | None = None) -> bool:
+    """Wait until the server answers with a certificate of the federation's authority; for so long, where that is given.
+
+    Returns:
+        Whether it has answered.
 
     Raises:
         FederationError: its certificate is another's, or is for another name.
     """
-    told = False
+    told, end = False, None if seconds is None else time.monotonic() + seconds
     while True:
         try:
-            return greet(address, ca)
+            greet(address, ca)
         except OSError as error:
+            if end is not None and time.monotonic() > end:
+                return False
             if not told:
                 note(f"{address} does not answer yet ({error}); trying until it does")
                 told = True
             time.sleep(RESTART)
+        else:
+            return True
 
 
 def greet(address: str, ca: Path) -> None:
