@@ -505,6 +505,7 @@ def teacher_section(result: dict) -> list[str]:
 NAMES = {
     "demo": "The demo",
     "demo-avx2": "The demo on a processor that does not multiply in bfloat16",
+    "demo-as-init": "The demo on that processor with classifiers as `crosslm init` writes them",
     "sst2-paper": "SST-2, preset paper",
     "sst2-one-client": "SST-2, one client of 200 rows, 256 texts to learn from, a pool of 1,024, preset recommended",
 }
