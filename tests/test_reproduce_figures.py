@@ -31,6 +31,7 @@ from crosslm.reproduce.store import Store
 from crosslm.reproduce.tables import (
     ALL_ROWS,
     OVER_PAPER,
+    ablation,
     all_tables,
     cell,
     change,
@@ -102,6 +103,19 @@ def test_statistics_by_hand():
     assert math.isnan(ratio(np.array([0.6, 0.0])))
 
 
+def test_the_ablation_of_preset_paper_compares_each_run_with_its_own_standalone():
+    """The row without a change may be of another machine, whose classifiers are others."""
+    choice = choose(load_scale(None), ["ablation"], ["sst2"], ["paper"], 1, "test", Path("."))
+    figures = {}
+    for name, alone in ((BASE, "0000"), ("fraction-1", "1100")):
+        correct = {f"slm/{method}/a": "1110" for method in ("data_free_kd", "crosslm")} | {"slm/standalone/a": alone}
+        figures[Cell("sst2", "paper", Variation(name), 0, RUN)] = run_of(correct)
+    found = ablation(Figures(figures), choice)
+    gains = {row["name"].rpartition(", ")[2]: row["cells"][1] for row in found["rows"]}
+    assert gains["no change"]["value"] == pytest.approx(75)
+    assert gains["fraction-1"]["value"] == pytest.approx(25)
+
+
 def test_a_gain_of_preset_paper_against_another_standalone_than_the_one_shown_is_said():
     """A classifier that another machine trained may be another one, and so may its gain."""
     correct = {f"slm/{method}/a": "1100" for method in ("standalone", "data_free_kd", "crosslm")}
@@ -133,7 +147,7 @@ def test_the_kept_cells_are_those_of_the_settings_as_they_are():
 
 def run_of(correct, declined=()):
     clients = {who: {"decision": {"accepted": False}} for who in declined}
-    llm = {"perplexity": {"before": None, "after": None}}
+    llm = {name: {"before": None, "after": None} for name in ("perplexity", "distinct_2")}
     return {"figures": {"correct": correct, "llm": llm, "clients": clients}}
 
 
