@@ -44,6 +44,7 @@ LAYERS = [
     {"privacy.private_fit"},
     {"synthesis", "classification", "client", "llm_update", "teachers"},
     {"enhancement", "gate"},
+    {"runs.synthetic_rows"},
     {"server", "evaluate", "runs.rundir"},
     {
         "baselines",
@@ -68,7 +69,7 @@ LAYERS = [
     {"federation.provision", "federation.silo_state"},
     {"federation.silo_models"},
     {"federation.silo"},
-    {"federation.summary"},
+    {"federation.summary", "federation.opening"},
     {"federation.deployment"},
     {f"federation.flower.{name}" for name in ("payload", "gateway", "replies", "bundle", "tasks")},
     {"federation.flower.client_app", "federation.flower.carrier"},

@@ -20,6 +20,7 @@ from crosslm.baselines import data_free_kd
 from crosslm.classification import class_probabilities
 from crosslm.client import Client, Decision
 from crosslm.config import Config
+from crosslm.config_file import load
 from crosslm.data.examples import Examples
 from crosslm.errors import FederationError, KeptFileError, LeakError, RunError, UploadError
 from crosslm.experiment import run_local
@@ -573,9 +574,9 @@ def test_a_silo_tries_it_against_what_it_has_and_only_after_its_round(silo, fede
     assert "worse (0.750 before, 0.250 with it, on 4 held-out rows)" in closing_outcome(silo.closed)
 
 
-def staying(silo, monkeypatch):
+def staying(silo, monkeypatch, closing=True):
     """A silo that stays for what comes in the end, with processes that do nothing."""
-    change(silo.kit, closing=True)
+    change(silo.kit, closing=closing)
     silo = Silo(silo.kit, silo.cache)
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: True)
@@ -607,10 +608,11 @@ def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, m
     assert "in the end: nothing more comes" in out
 
 
-def test_a_run_that_ended_without_a_silo_says_so_and_why(silo, monkeypatch, shell):
+@pytest.mark.parametrize("closing", [True, False])
+def test_a_run_that_ended_without_a_silo_says_so_and_why(silo, monkeypatch, shell, closing):
     """Its own files would else say that all is complete."""
     notes, asked = [], []
-    silo = staying(silo, monkeypatch)
+    silo = staying(silo, monkeypatch, closing)
 
     def ask(_):
         asked.append(1)
@@ -700,3 +702,10 @@ def test_the_spool_remembers_whom_it_owes_what(tmp_path):
     spool.closed("a", "delivered")
     assert spool.not_delivered(["a", "b"]) == []
     spool.close()
+
+
+def test_receipts_of_an_earlier_version_are_none(tmp_path):
+    """A server that is brought to this version in its last step 5 goes on."""
+    run = RunDir.create(tmp_path / "run", load("demo"))
+    run.write("synthetic/closing-pool.jsonl", '{"text": "a", "kept": true}\n{"text": "b", "kept": false}\n')
+    assert run.receipts_of("closing-pool") == {}

@@ -382,3 +382,18 @@ def test_test_rows_that_are_trained_on_are_told(settings, data_folder):
         "client a: 2 of its training rows are test rows too",
         "the judge: 1 of its training rows is a test row too",
     ]
+
+
+def test_sample_rows_are_told_and_no_count_where_counts_are_hidden(settings, data_folder):
+    settings["data"].pop("train")
+    settings["data"]["judge"] = "judge.csv"
+    settings["clients"] = [{"id": "a", "train": "mine.csv"}]
+    tested = (data_folder / "test.csv").read_text().splitlines()
+    rows = "\n".join(tested[:4]) + "\nReplace this row: a text of good.,good\n"
+    (data_folder / "mine.csv").write_text(rows)
+    (data_folder / "judge.csv").write_text("text,label\nMine,good\nMy own,bad\n")
+    sample, seen = load_split(Config.model_validate(settings)).warnings
+    assert sample == "client a: learns sample rows of crosslm init: put your own in their place"
+    assert seen.startswith("client a: 3 of its training rows are test rows too")
+    hides = Config.model_validate(settings | {"privacy": {"hide_counts": True}})
+    assert load_split(hides).warnings[1].startswith("client a: some of its training rows are test rows too")

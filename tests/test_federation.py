@@ -1335,6 +1335,11 @@ def test_a_server_waits_until_its_silos_have_heard_but_not_for_ever(kits, monkey
     assert time.time() - began >= 1.0
     server.spool.note("told/silo-0", "1")
     monkeypatch.setattr(server_processes, "TELL_TIME", 300.0)
+    monkeypatch.setattr(server_processes, "TELL_TIME", 1.0)
+    began = time.time()
+    server._wait_until_told()
+    assert time.time() - began >= 1.0  # silo-1 has not heard
+    monkeypatch.setattr(server_processes, "TELL_TIME", 300.0)
     server.spool.note("told/silo-1", "0 over")  # it may have refused to train, and hears that nothing more comes
     server._wait_until_told()
     server.spool.put("gone", 0, [b"an upload"])
@@ -1571,3 +1576,29 @@ def test_flower_is_told_to_be_quiet_before_it_is_imported(module):
     done = subprocess.run([sys.executable, "-c", code], env=loud, capture_output=True, text=True, check=True)
     expected = ["not imported"] if module.endswith("processes") else ["at import 0 1"]
     assert done.stdout.splitlines() == expected
+
+
+def test_a_silo_with_all_its_rounds_does_not_wait_for_ever(monkeypatch):
+    notes, away = [], [OSError("refused"), OSError("refused")]
+
+    def greet(*_):
+        if away:
+            raise away.pop()
+
+    monkeypatch.setattr(silo_processes, "greet", greet)
+    monkeypatch.setattr(silo_processes, "RESTART", 0.0)
+    assert not silo_processes.wait_for_server("localhost:9400", Path("ca.crt"), notes.append, -1.0)
+    assert silo_processes.wait_for_server("localhost:9400", Path("ca.crt"), notes.append)
+    assert len(notes) == 1
+
+
+def test_a_silo_leaves_rows_of_other_labels_out_too(silo, kits, federated):
+    change(silo.kit, data=silo.settings.data.model_copy(update={"skip_labels": ("gone", "")}))
+    rows, told = len(silo.private()), []
+    with (silo.kit / "silo-0.csv").open("a") as file:
+        file.write("x,gone\ny,\n")
+    assert len(Silo(silo.kit, silo.cache).private(told.append)) == rows
+    assert len(told) == 2
+    config = Config.model_validate(merged(federated, {"data": {"skip_labels": ["gone"]}}))
+    made = provision(config, "localhost:9400", kits / "again")
+    assert read_silo(made[1]).data.skip_labels == ("gone",)

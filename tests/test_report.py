@@ -117,6 +117,12 @@ def test_what_the_gains_come_to_is_said_in_words(tmp_path):
     assert kd.startswith("What the LLM learned of the clients brought less: -6.7 points [-")
     assert "over Data-free KD, whose LLM learned nothing" in kd
     assert "another seed may move a figure more" in last
+    config = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(config + "[federation]\nparticipations = 2\n")
+    assert not any("--own" in line for line in verdicts(view_of(folder)))  # what was uploaded last has no figure
+    (folder / "config.toml").write_text(config)
+    (folder / "summary.json").write_text(json.dumps(summary | {"arrivals": []}))
+    assert not any("--own" in line for line in verdicts(view_of(folder)))  # it is at the silo
     console = Console(file=io.StringIO(), width=200)
     console.print(closing(summary, [north, south]))
     told = console.file.getvalue()
@@ -133,6 +139,10 @@ def test_an_llm_that_knows_no_labels_is_warned_of(tmp_path):
     assert chance.title == "the LLM does not tell the labels apart"
     assert "classifies 0.540 of the test text right, and 0.500 is chance" in chance.text
     assert (low.title, "north -0.20)" in low.text) == ("mean reward below chance", True)
+    four = (folder / "config.toml").read_text().replace('["routine", "urgent"]', '["routine", "urgent", "c", "d"]')
+    (folder / "config.toml").write_text(four)
+    (folder / "summary.json").write_text(json.dumps(summary | {"confusion": {}}))  # that is of two labels
+    assert not findings(view_of(folder))  # of four labels a guess has a mean reward of -0.5, and is right on 0.25
 
 
 def row(label, reward, kept):

@@ -512,3 +512,18 @@ def test_memory_is_no_more_than_the_container_allows(monkeypatch):
     limits["memory.max"] = "max\n"
     assert memory.available("cpu") > 10**6
     assert torch.cuda.is_available() or memory.available("mps") > 10**6
+
+
+@pytest.mark.parametrize(
+    ("modules", "found"),
+    [
+        ('[{"type": "sentence_transformers.models.StaticEmbedding", "path": ""}]', []),
+        ('[{"type": "sentence_transformers.models.Transformer", "path": "0_Transformer"}]', []),
+        ("[", ["modules.json: cannot be read"]),
+    ],
+)
+def test_encoders_without_a_tokenizer_of_their_own_are_left_alone(tmp_path, modules, found):
+    (tmp_path / "modules.json").write_text(modules)
+    told = [finding.message for finding in doctor.sentence_encoder(str(tmp_path))]
+    assert len(told) == len(found)
+    assert all(words in message for words, message in zip(found, told, strict=True))

@@ -101,3 +101,12 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
 def test_the_hubs_retries_are_not_shown():
     quiet_libraries()
     assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
+
+
+def test_an_encoder_that_cannot_pad_is_refused_before_anything_is_written(shell, workplace, models, tmp_path):
+    """It can be loaded, and would end the run when the first texts have been written."""
+    change = f"selection.encoder='{models / 'gpt2'}'"
+    code, _, err = shell("run", workplace / "tickets.toml", "--set", change, "--output", tmp_path / "run")
+    assert code == 2
+    assert "cannot be loaded as a sentence transformer: ValueError: Asking to pad" in " ".join(err.split())
+    assert not (tmp_path / "run" / "config.toml").exists()

@@ -301,3 +301,13 @@ def test_a_full_disk_is_said_and_leaves_no_half_of_a_model(models, tmp_path, mon
         cached_trim(str(models / "gemma3"), TEXTS, tmp_path, lambda _: None)
     assert str(found.value).count("cannot be written") == 1
     assert [path for path in (tmp_path / "models").iterdir() if not path.name.endswith(".lock")] == []
+
+
+@pytest.mark.parametrize("seal", ["[", "[]", '{"config.json": 3}'])
+def test_a_damaged_seal_is_named(models, tmp_path, seal):
+    made = Path(cached_trim(str(models / "gpt2"), TEXTS, tmp_path, lambda _: None))
+    (made / "crosslm.json").write_text(seal)
+    with pytest.raises(ModelError, match=r"crosslm.json: cannot be read: .*; delete the folder"):
+        cached_trim(str(models / "gpt2"), TEXTS, tmp_path, pytest.fail)
+    (made / "crosslm.json").unlink()  # as an earlier version left it
+    assert cached_trim(str(models / "gpt2"), TEXTS, tmp_path, pytest.fail) == str(made)

@@ -45,10 +45,10 @@ def _report_seeds(folder: Path) -> None:
     from crosslm.html_report.pooled import pooled_tables
 
     try:
-        figures = json.loads((folder / SEEDS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tables = pooled_tables(json.loads((folder / SEEDS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{folder / SEEDS}: damaged: {error}; crosslm run --seeds --resume writes it again") from error
-    console.print(pooled_tables(figures))
+    console.print(tables)
 
 
 @app.command()

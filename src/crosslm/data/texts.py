@@ -1,7 +1,6 @@
 """Texts from files: labelled ones in CSV or JSONL, and plain ones."""
 
 import codecs
-import difflib
 import gzip
 import io
 import zlib
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crosslm.config import DataConfig
-from crosslm.config_file import packaged
+from crosslm.config_file import nearest, packaged
 from crosslm.data.examples import Examples
 from crosslm.data.hub import HUB, hub_rows
 from crosslm.data.rows import csv_rows, is_text, json_rows
@@ -104,8 +103,8 @@ def _of_labels(unknown: Mapping[str, list[int]], labels: Sequence[str]) -> str:
     """Which labels the task does not know, where they stand, and what they may have been meant to be."""
     told = []
     for name, rows in list(unknown.items())[:NAMED_ROWS]:
-        near = difflib.get_close_matches(name.casefold(), labels, n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
+        near = nearest(name, labels)
+        meant = f"; did you mean {near!r}?" if near else ""
         others = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
         told.append(f"row {rows[0]}{others} has {_shown(name)}{meant}")
     more = f", and {len(unknown) - NAMED_ROWS} labels more" if len(unknown) > NAMED_ROWS else ""

@@ -13,33 +13,22 @@ from crosslm.errors import FederationError, QuarantineError, UploadError
 from crosslm.federation.arrivals_journal import Arrival
 from crosslm.federation.exchange import Served
 from crosslm.federation.messages import decode_upload, describe, encode
+from crosslm.federation.opening import load_server, notes_of, open_folder
 from crosslm.federation.spool import Spool
 from crosslm.federation.summary import accuracies, summary_of
-from crosslm.models.encoder import SentenceEncoder
-from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
-from crosslm.models.sources import model_folder, resolve_device
 from crosslm.records import Download, Receipt, SyntheticSet, Upload
 from crosslm.runs import arrivals, snapshot
 from crosslm.runs.cards import write_cards
 from crosslm.runs.checkpoint import Checkpoints
 from crosslm.runs.measures import LLMMeter, measure_slm
-from crosslm.runs.preparation import check_same, check_words, measured_on, original_llm, public_texts
-from crosslm.runs.rundir import CLOSING_POOL, CONFIG, ENGINE, RunDir
+from crosslm.runs.preparation import measured_on, public_texts
+from crosslm.runs.rundir import CLOSING_POOL, ENGINE, RunDir
 from crosslm.server import Server, StepRecord, receive_slm
 from crosslm.support.memory import give_back
-from crosslm.support.progress import Progress
 from crosslm.support.provenance import versions
-from crosslm.support.seeding import seed_for
-from crosslm.task import Task
 from crosslm.teachers import stranger_proba
 
-CHANGEABLE = (
-    *("federation", "intake", "checkpoint", "tracking", "clients", "data", "device"),
-    *("llm.model", "selection.encoder", "gate.public_texts", "evaluation.perplexity_text", "llm.vocabulary_texts"),
-)
-"""What of a server's configuration may be changed between two starts: who comes, how long is waited, and where files
-and models are. That the LLM is the same one is known by its weights."""
 Refuse = Callable[[str, int, Exception], None]
 
 
@@ -70,7 +59,8 @@ class Deployment:
     def open(cls, folder: Path, config: Config, cache: Path, refuse: Refuse, spool: Spool) -> "Deployment":
         """Load the models, and go on in the run folder if there is one.
 
-        What makes the run another one (:data:`CHANGEABLE` has all else) must be as it was when it began.
+        What makes the run another one (:data:`crosslm.federation.opening.CHANGEABLE` has all else) must be as it was
+        when it began.
 
         Args:
             folder: run folder.
@@ -82,24 +72,9 @@ class Deployment:
         Raises:
             RunError: the run in the folder has another configuration; names what differs.
         """
-        if (folder / CONFIG).exists():
-            run = RunDir.open(folder)
-            if Checkpoints(run).last() is not None:  # else nothing has been made of it yet
-                hint = f"put that back in {folder.parent / CONFIG} as it is in {folder / CONFIG}, or provision anew"
-                check_same(config, folder, CHANGEABLE, hint)
-            run.write(CONFIG, config.dump())
-        else:
-            run = RunDir.create(folder, config)
-        config = config.model_copy(update={"device": resolve_device(config.device)})
-        if Checkpoints(run).last() is None:
-            run.go_back(0)  # a beginning that was cut off is made again
-        note = notes_of(run)
-        folder_of_llm = original_llm(config, cache, note)
-        check_words(config, folder_of_llm)  # before anybody is asked for anything
-        llm = LLM.load(folder_of_llm, config.llm, seed_for(config.seed, "llm"), config.device)
-        encoder = SentenceEncoder(model_folder(config.selection.encoder, cache, note), config.device)
-        server = Server(config, Task.from_config(config.task), llm, encoder, Progress())
-        deployment = cls(run, config, server, refuse, spool)
+        run = open_folder(folder, config)
+        server = load_server(config, cache, notes_of(run))
+        deployment = cls(run, server.config, server, refuse, spool)
         record = deployment.checkpoints.last()
         if record is None:
             deployment._begin()
@@ -344,8 +319,3 @@ class Deployment:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None and not isinstance(error, KeyboardInterrupt):
             self.run.event("failure", client=None, error=f"{type(error).__name__}: {error}")
-
-
-def notes_of(run: RunDir) -> Callable[[str], None]:
-    """Keeps news as events of a run, since nobody looks at a server's screen."""
-    return lambda message: run.event("note", message=message)

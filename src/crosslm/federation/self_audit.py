@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from crosslm.client import split_rows
 from crosslm.data.examples import Examples
 from crosslm.errors import DataError
 from crosslm.federation.silo_models import SiloModels
-from crosslm.runs.audit import attack_rows, figures_of, losses
+from crosslm.runs.audit import attack_rows, figures_of, losses, trained_places
 from crosslm.support.seeding import seed_for
 
 
@@ -34,7 +33,7 @@ def audit_silo(silo: SiloModels) -> dict[str, Any]:
     fit, holds_out = settings.fit, settings.fit.patience or settings.acceptance.enabled
     trained = private
     if holds_out and settings.privacy.epsilon is None:
-        trained = private.take(sorted(split_rows(len(private), fit, settings.seed, settings.id)[0]))
+        trained = private.take(trained_places(private, fit, settings.seed, settings.id))
     seed = seed_for(settings.seed, "audit", settings.id)
     try:
         rows = attack_rows(trained, test.take(fresh), seed)

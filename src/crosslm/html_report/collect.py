@@ -142,9 +142,16 @@ class RunView:
         slm = self.summary["slm"]
         return float(slm["crosslm"][client] - slm[method][client])
 
+    @cached_property
+    def tests(self) -> dict[tuple[str, str], Mapping[str, Any]]:
+        """By client and method which test rows a classifier got right.
+
+        A client that comes several times keeps its first Standalone and its last CrossLM, as the summary does.
+        """
+        return {(event["client"], event["method"]): event for event in self.of("test")}
+
     def _gains_over(self, method: str) -> dict[str, Interval]:
-        # a client that comes several times keeps its first Standalone and its last CrossLM, as the summary does
-        tests = {(event["client"], event["method"]): event for event in self.of("test")}
+        tests = self.tests
         wanted = [(client, each) for client in self.clients for each in (method, "crosslm")]
         if not wanted or any(key not in tests for key in wanted):
             return {}

@@ -76,14 +76,12 @@ def pooled_tables(figures: dict[str, Any]) -> Group:
 
 def _marks(view: RunView) -> dict[str, tuple[int, Array]]:
     """For each client the number of its test set, and ``(methods, rows)``: 1 where the method was right."""
-    # a client that comes several times keeps its first Standalone and its last CrossLM, as the summary does
-    tests = {(event["client"], event["method"]): event for event in view.of("test")}
     found = {}
     for client in view.clients:
-        events = [tests.get((client, method)) for method in METHODS]
-        if all(event is not None for event in events):
-            right = [[float(mark) for mark in event["right"]] for event in events if event is not None]
-            found[client] = (int(events[-1]["rows"]) if events[-1] is not None else 0, np.array(right))
+        events = [view.tests[client, method] for method in METHODS if (client, method) in view.tests]
+        if len(events) == len(METHODS):
+            right = np.array([[float(mark) for mark in event["right"]] for event in events])
+            found[client] = (int(events[-1]["rows"]), right)
     return found
 
 

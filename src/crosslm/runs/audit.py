@@ -23,7 +23,7 @@ from crosslm.algorithm.membership import (
 )
 from crosslm.algorithm.overlap import longest_shared, nearest_similarity
 from crosslm.client import split_rows
-from crosslm.config import Config
+from crosslm.config import Config, FitConfig
 from crosslm.config_file import load
 from crosslm.data.examples import Examples
 from crosslm.data.split import Split, load_split
@@ -133,11 +133,9 @@ class _Audit:
         Those that the client held out are left out; under DP it holds out none.
         """
         config, private = self.config, self.split.private[client]
-        fit, canaries = config.slm.private, config.privacy.canaries
-        if config.privacy.epsilon is not None or not (fit.patience or config.acceptance.enabled):
+        if config.privacy.epsilon is not None or not (config.slm.private.patience or config.acceptance.enabled):
             return private
-        trained, _ = split_rows(len(private) + canaries, fit, config.seed, client, canaries)
-        return private.take([place for place in sorted(trained) if place < len(private)])
+        return private.take(trained_places(private, config.slm.private, config.seed, client, config.privacy.canaries))
 
     def _held_out(self, client: str) -> Examples:
         """Rows that no SLM was trained on: the client's test rows and the judge's, without copies of private ones."""
@@ -241,6 +239,12 @@ class _Audit:
                 "llm_exposure": in_llm,
                 "most_shared_words_in_texts": max(longest_shared(written, drawn.planted.texts), default=0),
             }
+
+
+def trained_places(private: Examples, fit: FitConfig, seed: int, client: str, canaries: int = 0) -> list[int]:
+    """The places of the private rows that a client which holds some out trains on."""
+    trained, _ = split_rows(len(private) + canaries, fit, seed, client, canaries)
+    return [place for place in sorted(trained) if place < len(private)]
 
 
 def attack_rows(members: Examples, pool: Examples, seed: int) -> Rows:

@@ -138,18 +138,18 @@ def label_table(summary: Mapping[str, Any]) -> Table | None:
         return None
     table = Table(title="Each label counting alike (macro-F1), and the label found least", title_justify="left")
     table.add_column("client")
-    for method in ("standalone", "crosslm"):
+    methods = ("standalone", "crosslm")
+    for method in methods:
         table.add_column(METHOD_NAMES[method], justify="right")
     table.add_column("label found least by CrossLM: share of its rows")
     names = list(next(iter(summary["clients"].values()))["rows"])
     for client, found in counts["crosslm"].items():
-        scores = [macro_f1(counts[method][client]) for method in ("standalone", "crosslm") if client in counts[method]]
-        shares = [(share, label) for label, share in enumerate(recalls(found)) if share is not None]
-        share, label = min(shares, default=(None, 0))
-        rows = sum(found[label])
-        least = "–" if share is None else f"{names[label]}: {share:.3f} of {rows}"
-        figures = ["–" if score is None else f"{score:.3f}" for score in scores]
-        table.add_row(client, *["–"] * (2 - len(figures)), *figures, plain(least))
+        scores = [macro_f1(counts[method][client]) if client in counts[method] else None for method in methods]
+        share, label = min(
+            ((share, label) for label, share in enumerate(recalls(found)) if share is not None), default=(None, 0)
+        )
+        least = "–" if share is None else f"{names[label]}: {share:.3f} of {sum(found[label])}"
+        table.add_row(client, *("–" if score is None else f"{score:.3f}" for score in scores), plain(least))
     return table
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from crosslm.config import Config
 from crosslm.errors import RunError
+from crosslm.runs.synthetic_rows import as_lines, read_receipts_of, read_texts
 from crosslm.support.files import (
     PARTIAL,
     alone,
@@ -35,9 +36,9 @@ if TYPE_CHECKING:  # the commands that only read a run must not wait for torch
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 METHODS = ("standalone", "data_free_kd", "crosslm")
 CLOSING_POOL = "closing-pool"
+"""Name of the texts that all learn from when no more uploads come."""
 SEEDS = "seeds.json"
 """Of a folder with runs of several seeds: what they have in common."""
-"""Name of the texts that all learn from when no more uploads come."""
 LOCK, ROLLBACK = ".lock", "rollback.json"
 SESSIONS = "sessions.jsonl"
 ENGINE = "flower"
@@ -226,23 +227,8 @@ class RunDir:
         receipts: list[Receipt] | None = None,
         receipts_of: Mapping[str, Sequence[Receipt]] | None = None,
     ) -> None:
-        """Write texts with all that is known of each, one JSON object a line.
-
-        ``receipts_of``: for texts that are for several clients, by client; ``kept`` is then whether any has learned it.
-        """
-        lines = []
-        for place, sample in enumerate(synthetic.samples):
-            row: dict[str, Any] = {"text": sample.text, "label": labels[sample.label], "prompt": sample.prompt}
-            if rewards is not None:
-                row["reward"] = float(rewards[place])
-            if receipts is not None:
-                row |= vars(receipts[place])
-            if receipts_of is not None:
-                row["receipts"] = {who: vars(theirs[place]) for who, theirs in receipts_of.items()}
-                row["kept"] = any(theirs[place].kept for theirs in receipts_of.values())
-            row |= {"seed": sample.seed, "prompt_ids": sample.prompt_ids, "completion_ids": sample.completion_ids}
-            lines.append(json.dumps(row, ensure_ascii=False))
-        self.write(f"synthetic/{name}.jsonl", "\n".join(lines) + "\n")
+        """Write texts with all that is known of each (:func:`crosslm.runs.synthetic_rows.as_lines`)."""
+        self.write(f"synthetic/{name}.jsonl", as_lines(labels, synthetic, rewards, receipts, receipts_of))
 
     def synthetic(self, name: str, labels: tuple[str, ...]) -> SyntheticSet:
         """The texts that :meth:`save_synthetic` wrote under this name.
@@ -250,14 +236,7 @@ class RunDir:
         Raises:
             RunError: they cannot be read.
         """
-        from crosslm.records import SyntheticSet, SyntheticText
-
-        def sample(row: dict[str, Any]) -> SyntheticText:
-            prompt, completion = tuple(row["prompt_ids"]), tuple(row["completion_ids"])
-            label = labels.index(row["label"])
-            return SyntheticText(row["text"], label, row["prompt"], prompt, completion, row["seed"])
-
-        return SyntheticSet(self._synthetic_rows(name, sample))
+        return read_texts(self.path / "synthetic" / f"{name}.jsonl", labels)
 
     def receipts_of(self, name: str) -> dict[str, list[Receipt]]:
         """The receipts by client that :meth:`save_synthetic` wrote with texts for several.
@@ -265,21 +244,7 @@ class RunDir:
         Raises:
             RunError: they cannot be read.
         """
-        from crosslm.records import Receipt
-
-        def receipts(row: dict[str, Any]) -> dict[str, Receipt]:
-            kept = row.get("receipts", {})  # an earlier version kept none
-            return {who: Receipt(**fields) for who, fields in kept.items()}
-
-        rows = self._synthetic_rows(name, receipts)
-        return {who: [row[who] for row in rows] for who in rows[0]} if rows else {}
-
-    def _synthetic_rows(self, name: str, read: Callable[[dict[str, Any]], Any]) -> list[Any]:
-        path = self.path / "synthetic" / f"{name}.jsonl"
-        try:
-            return [read(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path}: cannot be read: {error}; put it back as it was, or run again") from error
+        return read_receipts_of(self.path / "synthetic" / f"{name}.jsonl")
 
     def save_quarantined(self, name: str, upload: bytes, reason: str, figures: dict[str, float]) -> Path:
         """Keep an upload that may not be used, and why; gives where."""

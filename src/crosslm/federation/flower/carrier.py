@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
@@ -57,6 +57,8 @@ class Line:
     over: bool = False
     """It is not asked again: what it answers is no answer, or it has agreed to no more."""
     note: str = ""
+    told: set[str] = field(default_factory=set)
+    """What the run knows of since it has answered last."""
 
 
 class Carrier:
@@ -88,7 +90,6 @@ class Carrier:
         """What ended the carrying thread."""
         self.thread = threading.Thread(target=self._carry, name="carrier", daemon=True)
         self._stop, self._beat = threading.Event(), -HEARTBEAT
-        self._told: set[tuple[str, str]] = set()
         if spool.fact("started") is None:
             spool.note("started", str(time.time()))
 
@@ -228,7 +229,7 @@ class Carrier:
         except UploadError as error:
             self._fail(line, "failed", str(error))
         line.open_message, line.attempts, line.errors, line.fails_since = None, 0, 0, None
-        self._told = {(silo, what) for silo, what in self._told if silo != line.silo}
+        line.told.clear()
         self._write_line(line)
         return True
 
@@ -248,8 +249,8 @@ class Carrier:
     def _tell(self, line: Line, what: str) -> None:
         """Have the run know of something once, however often it is tried."""
         what = plain(what)
-        if (line.silo, what) not in self._told:
-            self._told.add((line.silo, what))
+        if what not in line.told:
+            line.told.add(what)
             logger.error("silo %s, round %d: %s", line.silo, line.round, what)
             self.failed.put((line.silo, f"round {line.round}: {what}"))
 

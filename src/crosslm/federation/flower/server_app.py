@@ -9,11 +9,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from crosslm.errors import CrosslmError
-from crosslm.federation.deployment import Deployment, notes_of
+from crosslm.federation.deployment import Deployment
 from crosslm.federation.exchange import close, serve
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.intake import Intake
 from crosslm.federation.kits import KIT, read_server, server_config, silo_names
+from crosslm.federation.opening import notes_of
 from crosslm.federation.spool import OVER, Spool
 from crosslm.models.sources import cache_folder
 from crosslm.runs.tracking import tracked, wanted
