@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "docs" / "plots"
 START, END = "<!-- demo table, written by benchmarks/results.py -->", "<!-- end of demo table -->"
+TIME_START, TIME_END = "<!-- demo time, written by benchmarks/results.py -->", "<!-- end of demo time -->"
 HEADLINE_START, HEADLINE_END = "<!-- headline, written by benchmarks/results.py -->", "<!-- end of headline -->"
 PRIVACY_START, PRIVACY_END = "<!-- privacy table, written by benchmarks/results.py -->", "<!-- end of privacy table -->"
 ATTACKS_START, ATTACKS_END = "<!-- attack table, written by benchmarks/results.py -->", "<!-- end of attack table -->"
@@ -585,6 +586,15 @@ def headline(found: dict) -> str:
     return HEADLINE.format_map(points | {"seeds": told, "growth": ours["ptb_growth_percent"]})
 
 
+def demo_time(loaded: dict[str, dict]) -> str:
+    """How long the two kept runs of the demo took, in a sentence of the README."""
+    fast, slow = (loaded[name]["summary"]["seconds"]["total"] / 60 for name in ("demo", "demo-avx2"))
+    return (
+        f"The run took {fast:.0f} minutes on two cores that multiply in bfloat16 (AMX or AVX512-BF16), and {slow:.0f} "
+        "on two that do not\n([results](docs/results.md) names the machines)."
+    )
+
+
 def results_page(loaded: dict[str, dict]) -> str:
     """What results.md must hold: figures of the presets as they are."""
     lines = [
@@ -662,6 +672,7 @@ def documents() -> dict[Path, str]:
     readme = (ROOT / "README.md").read_text()
     table = f"\n```text\n{as_text(loaded['demo'])}\n```\n" if "demo" in loaded else ""
     readme = between(readme, START, table, END)
+    readme = between(readme, TIME_START, f"\n{demo_time(loaded)}\n\n", TIME_END)
     readme = between(readme, HEADLINE_START, f"\n{headline(loaded['headline'])}\n\n", HEADLINE_END)
     written = {
         ROOT / "docs" / "results.md": results_page(loaded),
