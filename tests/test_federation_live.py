@@ -389,8 +389,14 @@ def test_processes_that_die_and_a_silo_that_never_answers(start, models):
     for process in [*node.children(recursive=True), node]:
         process.suspend()
 
-    run.until(lambda _: child_of(silos["killed"]) not in (None, first), "a new start of what was killed")
-    orphan = child_of(silos["killed"])
+    seen = []  # kept when it is seen: asked once more, it may be between two starts
+
+    def started_anew(_):
+        seen.append(child_of(silos["killed"]))
+        return seen[-1] not in (None, first)
+
+    run.until(started_anew, "a new start of what was killed")
+    orphan = seen[-1]
     silos["killed"].process.kill()  # crosslm client itself, which ends nothing; the same command again
     silos["killed"].process.wait()
     silos["killed"] = run.start("client", run.kit("killed"))
