@@ -47,6 +47,7 @@ from crosslm.federation.kits import SERVER_FILE, SILO_FILE, read_server
 from crosslm.federation.provision import provision
 from crosslm.federation.spool import Spool
 
+USUAL = 440.0  # megabytes; another size is kept under a name of its own
 SILO = "silo"
 EVERY = 2.0  # seconds between two looks at the memory
 PATIENCE = 600.0  # seconds for a round
@@ -249,7 +250,7 @@ def main() -> None:
         "folder": {"type": Path, "help": "keep everything there"},
     }
     options = arguments(__doc__, **more)
-    size = options.size or (1.0 if options.quick else 440.0)
+    size = options.size or (1.0 if options.quick else USUAL)
     rounds = options.transfers or (2 if options.quick else 10)
     bare_rounds = min(rounds, 4)
     folder = (options.folder or Path(tempfile.mkdtemp())).absolute()
@@ -277,7 +278,7 @@ def main() -> None:
         "memory_over_time": [[round(at - samples[0][0], 1), sizes] for at, sizes in samples],
         "errors": {"database is locked": locked(folder), "exit codes": codes},
     }
-    finish("federation_live", figures, options)
+    finish("federation_live" if size == USUAL else f"federation_live_{size:g}", figures, options)
     if options.folder is None:
         shutil.rmtree(folder)
 

@@ -42,10 +42,12 @@ def server_of(models, config, task, **slm):
 class ShutTo:
     """A gate that lets nobody in of one name."""
 
+    count = 0  # texts
+
     def __init__(self, name):
         self.name = name
 
-    def judge(self, slm, upload):
+    def judge(self, slm, upload, *_):
         if upload.client_id == self.name:
             raise QuarantineError(f"client {upload.client_id}: quarantined", {"auc": 0.4})
         return Verdict({"auc": 0.9}, torch.zeros(0, 2))

@@ -428,7 +428,7 @@ def test_an_slm_that_fails_on_the_last_texts_is_left_out(models, config, task, u
         def send(self, download, closing=False):
             done.append((download.client_id, closing))
 
-    def judged(slm, upload, texts):
+    def judged(slm, upload, texts, *_):
         if upload.client_id == "north":
             raise UploadError("client north: cannot classify")
         return fails(slm, upload, texts)

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from contextlib import contextmanager
 
 import pytest
 import tomli_w
@@ -342,3 +343,36 @@ def test_a_folder_that_cannot_be_written_ends_with_code_2(command, config_file, 
     code, _, err = command("run", config_file, "--output", tmp_path / "file" / "run")
     assert code == 2
     assert "cannot be written" in err
+
+
+class Count:
+    """A display that adds up what each stage says it has done."""
+
+    def __init__(self):
+        self.stages = []
+
+    @contextmanager
+    def stage(self, title, total, unit):
+        done = []
+        yield done.append
+        self.stages.append((title, total, sum(done), len(done)))
+
+    def note(self, message):
+        pass
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_every_stage_tells_all_that_it_does(settings, tmp_path, refused):
+    many = {"reward": {"teachers": 4}, "slm": settings["slm"] | {"soft_labels": True, "llm_judges": True}}
+    # of so few texts the gate has no opinion; with a bound that nobody meets it refuses all
+    gate = {
+        "gate": {"enabled": True, "min_texts": 2, "margin": 0.49, "confidence": 0.51} if refused else {"min_texts": 999}
+    }
+    count = Count()
+    run_local(Config.model_validate(settings | many | gate), tmp_path / "run", tmp_path / "cache", count)
+    assert [stage for stage in count.stages if stage[1] != stage[2]] == []
+    told = {title.split(":")[0] for title, *_ in count.stages}
+    assert {"gate", "select", "generate", "evaluate"} <= told
+    assert ("reward" in told) != refused
+    several = [times for title, total, _, times in count.stages if title.startswith("select") and total > 20]
+    assert min(several) > 1

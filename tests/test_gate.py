@@ -268,11 +268,11 @@ def test_a_small_probe_refuses_only_what_is_plainly_bad(settings, honest, hostil
 
 def test_an_slm_that_breaks_on_a_text_is_an_upload_that_is_refused(settings, honest, monkeypatch):
     slm = SLM.from_state(honest["north"].slm, honest["north"].slm.labels)
-    monkeypatch.setattr(slm, "predict_proba", lambda texts: torch.full((len(texts), 2), float("nan")))
+    monkeypatch.setattr(slm, "predict_proba", lambda texts, *_: torch.full((len(texts), 2), float("nan")))
     with pytest.raises(UploadError, match="not finite"):
         gate_for(settings).judge(slm, honest["north"])
 
-    def breaks(texts):
+    def breaks(texts, *_):
         raise IndexError("index out of range")
 
     monkeypatch.setattr(slm, "predict_proba", breaks)
@@ -284,7 +284,7 @@ def test_an_slm_that_breaks_on_a_text_is_an_upload_that_is_refused(settings, hon
     class PanicException(BaseException):
         """As the tokenizers' Rust library raises it."""
 
-    def panics(texts):
+    def panics(texts, *_):
         raise PanicException("range end index 9 out of range")
 
     monkeypatch.setattr(slm, "predict_proba", panics)
@@ -307,7 +307,7 @@ def test_one_that_knows_one_label_cannot_judge(settings, honest, min_texts):
 def test_an_upload_is_probed_once(settings, honest, hostile, monkeypatch):
     gate, probed = gate_for(settings), []
     real = SLM.predict_proba
-    monkeypatch.setattr(SLM, "predict_proba", lambda slm, texts: probed.append(len(texts)) or real(slm, texts))
+    monkeypatch.setattr(SLM, "predict_proba", lambda slm, texts, *_: probed.append(len(texts)) or real(slm, texts))
     slms = {
         name: SLM.from_state(upload.slm, ("bad", "good"))
         for name, upload in (("good", honest["north"]), ("bad", hostile["constant"]))

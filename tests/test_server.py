@@ -474,7 +474,7 @@ def test_after_full_fine_tuning_an_slm_that_fails_is_refused_before_the_update_a
 ):
     server, calls, predict = server_for(config, task, models, adapter="full"), [], SLM.predict_proba
 
-    def fails(slm, texts):
+    def fails(slm, texts, *_):
         calls.append(server.llm.fingerprint())
         if len(calls) == fails_at:  # the first is for the drafts, the second for the pool
             raise IndexError("index out of range in self")

@@ -65,7 +65,7 @@ def test_the_same_texts_are_read_once_by_whom_has_not_changed(uploads, received,
     for upload, slm in zip(uploads, received, strict=True):
         teachers.accepted(upload, slm)
     read, predict = [], SLM.predict_proba
-    monkeypatch.setattr(SLM, "predict_proba", lambda slm, texts: read.append(slm) or predict(slm, texts))
+    monkeypatch.setattr(SLM, "predict_proba", lambda slm, texts, *_: read.append(slm) or predict(slm, texts))
     first = [teachers.probabilities(slm, upload, TEXTS) for upload, slm in zip(uploads, received, strict=True)]
     assert len(read) == 3
     again = dataclasses.replace(uploads[0])  # read from the disk anew, it is the same upload
@@ -147,7 +147,9 @@ def test_a_served_slm_rewards_the_next_ones_texts_too(models, config, task, uplo
 
 def test_who_may_not_reward_the_llm_never_judges_beside_others(models, config, task, uploads):
     class Shut:
-        def judge(self, slm, upload):
+        count = 0
+
+        def judge(self, slm, upload, *_):
             raise QuarantineError(f"client {upload.client_id}: quarantined", {})
 
     config = config.model_copy(update={"gate": config.gate.model_copy(update={"teach_refused": False})})
@@ -226,7 +228,7 @@ def test_who_has_no_say_and_fails_on_a_text_is_refused(models, config, task, upl
     server.gate = ShutTo("south")
     server.step(uploads[0])
 
-    def breaks(slm, texts):
+    def breaks(slm, texts, *_):
         raise IndexError("index out of range")
 
     with monkeypatch.context() as patch:
@@ -236,7 +238,7 @@ def test_who_has_no_say_and_fails_on_a_text_is_refused(models, config, task, upl
     assert (server.steps, server.taught) == (1, 0)
     assert list(server.teachers.members) == ["north"]
     spoiled, member = server.step, server.teachers.members["north"].slm
-    monkeypatch.setattr(member, "predict_proba", lambda texts: breaks(member, texts))
+    monkeypatch.setattr(member, "predict_proba", lambda texts, *_: breaks(member, texts))
     spoiled(uploads[1])
     assert list(server.teachers.members) == ["north"]
 

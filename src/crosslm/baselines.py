@@ -42,10 +42,11 @@ def data_free_kd(
     """
     slm = receive_slm(upload, task, config)
     texts, detail = pool.texts, f"{upload.client_id}, data-free KD"
-    with progress.stage("select", detail, 1, "pool") as advance:
-        judged = teachers.probabilities(slm, upload, texts) if may_judge else teachers.of_others(slm, upload, texts)
+    judge = teachers.probabilities if may_judge else teachers.of_others
+    with progress.stage("select", detail, teachers.readings(upload, len(texts)) + len(texts), "texts") as advance:
+        judged = judge(slm, upload, texts, advance)
         _, kept = select(pool, pool_rewards(pool, judged, said), encoder, config.selection, said)
-        advance(1)
+        advance(len(texts))
     weight = weigh_judges(probe_of(pool, config), judged, said)
     targets = soft_labels(pool, judged, said, config.slm, weight)
     train_on_synthetic(slm, pool, kept, targets, upload, config, progress, detail)

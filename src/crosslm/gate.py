@@ -17,6 +17,7 @@ from crosslm.data.examples import Examples
 from crosslm.errors import ConfigError, QuarantineError
 from crosslm.models.slm import SLM
 from crosslm.records import SyntheticSet, Upload
+from crosslm.support.progress import Advance
 from crosslm.teachers import as_rewarding, stranger_proba
 
 OTHERS = 2
@@ -75,30 +76,49 @@ class Gate:
             )
         return cls(config, fixed)
 
-    def judge(self, slm: SLM, upload: Upload) -> Verdict:
+    @property
+    def count(self) -> int:
+        """How many texts an SLM is probed with."""
+        return len(self.fixed.texts) + len(self.latest.texts)
+
+    def judge(self, slm: SLM, upload: Upload, advance: Advance = lambda _: None) -> Verdict:
         """Probe an SLM.
+
+        Args:
+            slm: it.
+            upload: what it came in.
+            advance: told how many texts were read since.
 
         Raises:
             QuarantineError: it may not reward the LLM; has the reasons and the figures.
             UploadError: it cannot classify at all.
         """
         known, self._found = self._found, None
-        verdict = known[1] if known and known[0] is upload else self._probe(slm, upload)
+        if known and known[0] is upload:
+            verdict = known[1]
+            advance(self.count)
+        else:
+            verdict = self._probe(slm, upload, advance)
         if verdict.refusal:
             raise QuarantineError(verdict.refusal, verdict.figures)
         return verdict
 
-    def lets_in(self, slm: SLM, upload: Upload) -> bool:
+    def lets_in(self, slm: SLM, upload: Upload, advance: Advance = lambda _: None) -> bool:
         """Whether an SLM may reward the LLM.
+
+        Args:
+            slm: it.
+            upload: what it came in.
+            advance: told how many texts were read since.
 
         Raises:
             UploadError: it cannot classify at all.
         """
-        verdict = self._probe(slm, upload)
+        verdict = self._probe(slm, upload, advance)
         self._found = upload, verdict
         return not verdict.refusal
 
-    def _probe(self, slm: SLM, upload: Upload) -> Verdict:
+    def _probe(self, slm: SLM, upload: Upload, advance: Advance) -> Verdict:
         bounds, texts = self.config.gate, [*self.fixed.texts, *self.latest.texts]
         if only := upload.only_label:
             why = (
@@ -107,7 +127,7 @@ class Gate:
             )
             return self._refusal(upload, [why], {"texts": float(len(texts))})
         labels = torch.tensor([*self.fixed.labels, *self.latest.labels])
-        predictions = stranger_proba(slm, texts)
+        predictions = stranger_proba(slm, texts, advance)
         if len(texts) < bounds.min_texts:
             return Verdict({"texts": float(len(texts))}, predictions[: len(self.fixed)])
         area, error = label_auc(predictions, labels)

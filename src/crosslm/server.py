@@ -150,10 +150,19 @@ class Server:
         """What the gate finds of an SLM; None where there is no gate."""
         if self.gate is None:
             return None
-        with self.progress.stage("gate", upload.client_id, 1, "SLM") as advance:
-            verdict = self.gate.judge(slm, upload)
-            advance(1)
-        return verdict
+        with self.progress.stage("gate", upload.client_id, self.gate.count, "texts") as advance:
+            return self.gate.judge(slm, upload, advance)
+
+    def lets_in(self, slm: SLM, upload: Upload) -> bool:
+        """Whether an SLM will have a say in its step 5, which the baseline has to know before.
+
+        Raises:
+            UploadError: it cannot classify at all.
+        """
+        if self.gate is None or not self.config.gate.teaches:
+            return True
+        with self.progress.stage("gate", upload.client_id, self.gate.count, "texts") as advance:
+            return self.gate.lets_in(slm, upload, advance)
 
     @contextmanager
     def _taken_back_if_it_fails(self, upload: Upload, record: StepRecord) -> Iterator[None]:
@@ -208,9 +217,9 @@ class Server:
 
     def _judged(self, slm: SLM, upload: Upload, drafts: SyntheticSet) -> Tensor:
         """What rewards come from, ``(texts, labels)``: the SLMs' judgement, with the original LLM's if it is asked."""
-        with self.progress.stage("reward", upload.client_id, 1, "SLM's judgement") as advance:
-            judged = self.teachers.probabilities(slm, upload, drafts.texts)
-            advance(1)
+        total = self.teachers.readings(upload, len(drafts.samples))
+        with self.progress.stage("reward", upload.client_id, total, "texts") as advance:
+            judged = self.teachers.probabilities(slm, upload, drafts.texts, advance)
         if not self.config.reward.llm_judges:
             return judged
         with self.llm.interpolated(0.0):  # as it was: judging by what it has learned it would grow surer of just that
@@ -276,14 +285,16 @@ class Server:
     def _train(self, slm: SLM, upload: Upload, record: StepRecord, said: Reading | None) -> dict[str, float]:
         """Choose from a pool, and train the SLM on what is chosen."""
         config, who, pool = self.config, upload.client_id, record.pool
-        with self.progress.stage("select", who, 1, "pool") as advance:
-            judge = self.teachers.of_others if record.refusal else self.teachers.probabilities
-            judged = judge(slm, upload, pool.texts)
-            of_pool, of_probe = said or (None, None)
+        judge = self.teachers.of_others if record.refusal else self.teachers.probabilities
+        of_pool, of_probe = said or (None, None)
+        count, probe = len(pool.samples), self.probe.texts
+        total = self.teachers.readings(upload, count + len(probe)) + count
+        with self.progress.stage("select", who, total, "texts") as advance:
+            judged = judge(slm, upload, pool.texts, advance)
             rewards = pool_rewards(pool, judged, of_pool)
+            judged_probe = judge(slm, upload, probe, advance) if probe else None
             record.receipts, record.kept = select(pool, rewards, self.encoder, config.selection, of_pool)  # Eq. 10
-            judged_probe = judge(slm, upload, self.probe.texts) if self.probe.samples else None
-            advance(1)
+            advance(count)
         weight = weigh_judges(self.probe, judged_probe, of_probe)
         targets = soft_labels(pool, judged, of_pool, config.slm, weight)
         return train_on_synthetic(slm, pool, record.kept, targets, upload, config, self.progress, who)

@@ -19,6 +19,7 @@ from crosslm.config import RewardConfig
 from crosslm.errors import UploadError
 from crosslm.models.slm import SLM
 from crosslm.records import Upload
+from crosslm.support.progress import Advance
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +59,18 @@ class Teachers:
         self.config = config
         self.members: dict[str, Teacher] = {}
 
-    def probabilities(self, slm: SLM, upload: Upload, texts: list[str]) -> Tensor:
+    def readings(self, upload: Upload, texts: int) -> int:
+        """How many texts are read where so many are judged: each by the arriving SLM and by all who judge beside it."""
+        return texts * (1 + len(self._beside(upload)))
+
+    def probabilities(self, slm: SLM, upload: Upload, texts: list[str], advance: Advance = lambda _: None) -> Tensor:
         """S(.|x) of Eq. 4 for each text: the mean over the arriving SLM and the other clients' last ones.
 
         Args:
             slm: the arriving one.
             upload: what it came in.
             texts: to judge.
+            advance: told of what was read since, of as many as :meth:`readings` says.
 
         Returns:
             ``(texts, labels)``, rows sum to 1.
@@ -73,31 +79,40 @@ class Teachers:
             UploadError: the arriving SLM fails on a text. Another one that does is left out from then on.
         """
         known = self.members.get(upload.client_id)
-        found = known.read(tuple(texts)) if known and known.is_of(upload) else stranger_proba(slm, texts)
+        if known and known.is_of(upload):
+            found = known.read(tuple(texts))
+            advance(len(texts))
+        else:
+            found = stranger_proba(slm, texts, advance)
         own = as_rewarding(slm, found, upload, self.config)
-        return torch.stack([own, *self._opinions_of_others(upload, texts)]).mean(dim=0)
+        return torch.stack([own, *self._opinions_of_others(upload, texts, advance)]).mean(dim=0)
 
-    def of_others(self, slm: SLM, upload: Upload, texts: list[str]) -> Tensor | None:
+    def of_others(self, slm: SLM, upload: Upload, texts: list[str], advance: Advance = lambda _: None) -> Tensor | None:
         """The same by the other clients' SLMs alone, for one that may not judge; None where there are none.
 
         Raises:
             UploadError: the arriving SLM fails on a text, as it would in its training.
         """
-        stranger_proba(slm, texts)
-        opinions = self._opinions_of_others(upload, texts)
+        stranger_proba(slm, texts, advance)
+        opinions = self._opinions_of_others(upload, texts, advance)
         return torch.stack(opinions).mean(dim=0) if opinions else None
 
-    def _opinions_of_others(self, upload: Upload, texts: list[str]) -> list[Tensor]:
+    def _beside(self, upload: Upload) -> list[str]:
+        """The other clients whose SLMs judge, the latest last."""
+        others = [name for name in self.members if name != upload.client_id]
+        return others[max(0, len(others) - self.config.teachers + 1) :]
+
+    def _opinions_of_others(self, upload: Upload, texts: list[str], advance: Advance) -> list[Tensor]:
         opinions = []
-        others = {name: member for name, member in self.members.items() if name != upload.client_id}
-        for name in list(others)[max(0, len(others) - self.config.teachers + 1) :]:
-            member = others[name]
+        for name in self._beside(upload):
+            member = self.members[name]
             try:
                 found = member.read(tuple(texts))
             except UploadError as error:
                 logger.warning("the SLM of client %s judges no more: %s", name, error)
                 del self.members[name]
                 continue
+            advance(len(texts))
             opinions.append(as_rewarding(member.slm, found, member.upload, self.config))
         return opinions
 
@@ -134,14 +149,14 @@ def _of_one_copy(upload: Upload, slm: SLM) -> Upload:
     return replace(upload, slm=replace(upload.slm, weights=weights))
 
 
-def stranger_proba(slm: SLM, texts: list[str]) -> Tensor:
+def stranger_proba(slm: SLM, texts: list[str], advance: Advance = lambda _: None) -> Tensor:
     """``S(.|x)`` of each text by an SLM that came from elsewhere, ``(texts, labels)``.
 
     Raises:
         UploadError: it fails on a text, or gives what is no probability.
     """
     try:
-        probabilities = slm.predict_proba(texts)
+        probabilities = slm.predict_proba(texts, advance)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the tokenizers' Rust library is no Exception

@@ -203,8 +203,13 @@ class SLM:
                 parameter.lerp_(earlier[name].to(parameter), 1 - share)
 
     @torch.inference_mode()
-    def predict_proba(self, texts: Sequence[str]) -> Tensor:
-        """``S(.|x)`` of each text: ``(texts, labels)``, rows sum to 1, on the CPU."""
+    def predict_proba(self, texts: Sequence[str], on_rows: Callable[[float], None] = lambda _: None) -> Tensor:
+        """``S(.|x)`` of each text: ``(texts, labels)``, rows sum to 1, on the CPU.
+
+        Args:
+            texts: to classify.
+            on_rows: told of each batch's number of texts.
+        """
         self.model.eval()
         rows = self.encode(texts)
         probabilities = torch.zeros(len(rows), len(self.labels))
@@ -213,6 +218,7 @@ class SLM:
             batch = order[start : start + PREDICTION_BATCH]
             logits = self.logits([rows[row] for row in batch])
             probabilities[batch] = logits.float().softmax(dim=1).cpu()
+            on_rows(len(batch))
         return probabilities[:, self._outputs]
 
     def accuracy(self, examples: Examples) -> float:

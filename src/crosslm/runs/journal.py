@@ -82,7 +82,7 @@ class RunJournal:
         server, size, known = self.server, self.config.selection.pool, self.base_said
         pool, said = SyntheticSet(self.base_pool.samples[:size]), None if known is None else tensor(known[:size])
         if may_judge is None:
-            may_judge = server.gate is None or not self.config.gate.teaches or server.gate.lets_in(slm, upload)
+            may_judge = server.lets_in(slm, upload)
         judges = dict(server.teachers.members)
         server.teachers.members = self._as_they_came_first(judges)
         try:
