@@ -16,6 +16,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 from attack_table import attack_tables
+from in_short import in_short
 from performance_table import performance
 from privacy_table import privacy_table
 
@@ -605,6 +606,8 @@ def results_page(loaded: dict[str, dict]) -> str:
         "[earlier results](earlier_results.md).",
         "",
     ]
+    if "reproduce" in loaded and "demo-as-init" in loaded:
+        lines += in_short(loaded["reproduce"], loaded["demo-as-init"])
     if "reproduce" in loaded:
         lines += reproduction_section(loaded["reproduce"], sorted(path.stem for path in PLOTS.glob("*.svg")))
     lines += remarks("remarks")

@@ -92,7 +92,7 @@ def test_few_rows_lost_by_chance_are_no_reason(models, monkeypatch, lost, gained
     upload = client.train()
     rows, wrong = holdout(client), [range(lost, lost + gained), range(lost)]  # by the old one, by the new one
 
-    def opinion(slm, texts):
+    def opinion(slm, texts, *_):
         return torch.eye(2)[
             [label ^ (place in wrong[slm is not client.slm]) for place, label in enumerate(rows.labels)]
         ]
@@ -115,7 +115,7 @@ def test_balanced_each_label_counts_alike(models, monkeypatch):
     upload = client.train()
     holding_out(client, [0] * 8 + [1] * 2, monkeypatch)
 
-    def opinion(slm, texts):
+    def opinion(slm, texts, *_):
         return torch.eye(2)[[0] * 10 if slm is client.slm else [1] * 4 + [0] * 4 + [1] * 2]
 
     monkeypatch.setattr(SLM, "predict_proba", opinion)
@@ -138,7 +138,7 @@ def test_balanced_a_loss_of_the_few_is_refused(models, monkeypatch):
     upload = client.train()
     holding_out(client, [0] * 8 + [1] * 2, monkeypatch)
 
-    def opinion(slm, texts):
+    def opinion(slm, texts, *_):
         return torch.eye(2)[[0] * 4 + [1] * 6 if slm is client.slm else [0] * 10]
 
     monkeypatch.setattr(SLM, "predict_proba", opinion)
@@ -156,7 +156,7 @@ def test_a_probability_of_just_the_bound_is_sure_enough(models, monkeypatch, los
     upload = client.train()
     holding_out(client, [0] * 20 + [1] * 20, monkeypatch)
 
-    def opinion(slm, texts):
+    def opinion(slm, texts, *_):
         first, rest = ([1] * gained, [0] * lost) if slm is client.slm else ([0] * gained, [1] * lost)
         return torch.eye(2)[[*first, *rest, *[0] * (20 - lost - gained), *[1] * 20]]
 
@@ -172,7 +172,7 @@ def test_a_loss_of_just_the_margin_is_accepted(models, monkeypatch):
     upload = client.train()
     holding_out(client, [0] * 20 + [1] * 20, monkeypatch)
 
-    def opinion(slm, texts):
+    def opinion(slm, texts, *_):
         return torch.eye(2)[[0] * 20 + [1] * 20 if slm is client.slm else [0] * 24 + [1] * 16]
 
     monkeypatch.setattr(SLM, "predict_proba", opinion)
@@ -251,7 +251,7 @@ def test_an_slm_that_fails_after_the_update_leaves_the_llm_as_it_was(models, con
     before, optimizer = server.llm.fingerprint(), server.optimizer.state_dict()["state"][0]["exp_avg"].clone()
     predict, calls = SLM.predict_proba, []
 
-    def fails(slm, texts):
+    def fails(slm, texts, *_):
         calls.append(len(texts))
         if len(calls) == 2:  # the first is for the drafts, the second for the pool
             raise IndexError("index out of range in self")

@@ -5,6 +5,7 @@ import math
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,8 +25,9 @@ from crosslm.reproduce.figures import AFTER, BEFORE, Figures
 from crosslm.reproduce.headline import headline
 from crosslm.reproduce.markdown import figure, headline_table, markdown_table, short
 from crosslm.reproduce.notes import notes
+from crosslm.reproduce.origins import measured_again, not_run, of_two_machines, other_starts
 from crosslm.reproduce.plan import BASE, RUN, STANDALONE, Cell, Variation, choose, slug
-from crosslm.reproduce.report import kept_cells, measured_again, other_starts
+from crosslm.reproduce.report import kept_cells
 from crosslm.reproduce.scale import Finetuning, load_scale
 from crosslm.reproduce.store import Store
 from crosslm.reproduce.tables import (
@@ -42,6 +44,7 @@ from crosslm.reproduce.tables import (
     table_4,
     table_7,
 )
+from crosslm.reproduce.who_gains import who_gains
 from crosslm.reproduce.work import digits
 from crosslm.runs import arrivals
 from crosslm.support import provenance
@@ -524,3 +527,58 @@ def test_an_llm_that_was_measured_later_than_the_classifiers_is_named():
     (said,) = measured_again({cell: kept | {"measured_again": again}})
     assert said.startswith("sst2/recommended/base/seed-0: the run's LLM was interpolated")
     assert "by 0.7 at `bbbbbbbbbb`, 2026-11-28, two cores" in said
+
+
+def test_a_comparison_of_two_machines_and_what_is_not_there_are_said():
+    choice = choose(load_scale(None), ("4", "7", "ablation"), ("sst2",), (), 1, "test", Path("."))
+    run = Cell("sst2", "recommended", Variation(BASE), 0, RUN)
+    alone, rival = replace(run, method=STANDALONE, stage=STANDALONE), replace(run, method="paper")
+    ceiling, rte = replace(run, method="ceiling", stage="ceiling"), replace(run, stage="rte")
+    original = Cell("original", "original", Variation(BASE), 0, "rte")
+    here = {"machine": "two cores", "figures": {}}
+    kept = dict.fromkeys((run, alone, rival, ceiling, rte, original), here)
+    assert of_two_machines(kept, "4", choice) == of_two_machines(kept, "7", choice) == []
+    there = {"machine": "a GPU", "figures": {}}
+    (said,) = of_two_machines(kept | {ceiling: there}, "4", choice)
+    assert said == (
+        "Of two machines: the ceiling by a GPU, what is compared with it by two cores: "
+        "sst2/paper 0, sst2/recommended 0."
+    )
+    assert of_two_machines(kept | {ceiling: there}, "ablation", choice) == []  # has no ceiling
+    (said,) = of_two_machines(kept | {original: there}, "7", choice)
+    assert "the original by a GPU, what is compared with it by two cores: sst2/recommended 0" in said
+    (said,) = of_two_machines(kept | {rival: there, alone: here}, "4", choice)[1:]  # its ceiling is the first
+    assert said.startswith("Of two machines: Data-free KD of preset paper by a GPU")
+    del kept[alone]  # the runs of preset paper have it then
+    assert of_two_machines(kept | {rival: there}, "ablation", choice) == []  # the base is said under Table 4
+    again = replace(run, variation=Variation("the-same-again"))
+    (said,) = of_two_machines(kept | {rival: there, again: here}, "ablation", choice)
+    assert said.endswith(
+        "Standalone by a GPU, what is compared with it by two cores: sst2/recommended/the-same-again 0."
+    )
+
+    (said,) = not_run(kept, "ablation", choice)
+    assert said.startswith("Of 29 cells of this table 27 are not there: sst2/paper/the-same-again, ")
+    assert "sst2/paper/no-eq.-5, " in said
+    (said,) = not_run(kept, "4", choice)
+    assert said.startswith("Of 9 cells of this table 6 are not there: sst2/ceiling (seed 1, 2), sst2/paper (seed 1, 2)")
+    llm_alone = {replace(cell, stage="llm of run") if cell == run else cell: content for cell, content in kept.items()}
+    assert not_run(llm_alone, "4", choice) == [said]
+
+
+def test_who_gains_by_hand():
+    def client(standalone, crosslm, ceiling, seed=0):
+        return {"seed": seed, "standalone": standalone, "ceiling": ceiling, "outcome": [0, standalone, crosslm, 0]}
+
+    found = [client(0.78, 0.77, 0.80), client(0.60, 0.72, 0.80), client(0.50, 0.80, 0.80, 1), client(0.58, 0.78, 0.80)]
+    figures = SimpleNamespace(clients=lambda task, preset: found if (task, preset) == ("sst2", "recommended") else [])
+    choice = choose(load_scale(None), ("4",), ("sst2", "imdb"), (), 1, "test", Path("."))
+    table = who_gains(figures, choice)
+    near, far = table["rows"]  # a client of exactly 20 points is in the last, and rounding may put it below
+    assert near["name"] == "preset recommended, under 5 points below it, or above"
+    assert [cell["value"] for cell in near["cells"]] == pytest.approx([1, 0.78, 0, -1, -1, -1, 1])
+    assert far["name"] == "preset recommended, 20 points and more"
+    assert [cell["value"] for cell in far["cells"]] == pytest.approx([3, 0.56, 0, 62 / 3, 12, 30, 0])
+    assert far["cells"][0]["seeds"] == 2
+    assert figure(far["cells"][0]) == "3"
+    assert who_gains(SimpleNamespace(clients=lambda *_: []), choice) is None

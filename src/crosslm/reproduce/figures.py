@@ -136,6 +136,22 @@ class Figures:
             if any(shown[seed].get(who, digits) != digits for who, digits in clients.items())
         )
 
+    def clients(self, task: str, preset: str) -> list[dict[str, Any]]:
+        """Each client of each seed: ``seed``, and shares right of ``standalone``, ``ceiling`` and each ``outcome``."""
+        ceilings, alone = self._kept.get((task, CEILING, BASE, CEILING), {}), self._standalone(task, BASE)
+        return [
+            {
+                "seed": seed,
+                "standalone": float(rows(alone[seed][who]).mean()),
+                "ceiling": float(rows(ceilings[seed]["correct"][who]).mean()),
+                "outcome": [float(rows(digits).mean()) for digits in found],
+            }
+            for seed, run in sorted(self.runs(task, preset).items())
+            if seed in ceilings and seed in alone
+            for who, found in outcomes(run).items()
+            if who in alone[seed]
+        ]
+
     def ceiling_alone(self, task: str) -> Means | None:
         """One column: the ceiling, of all seeds that have one."""
 
@@ -172,6 +188,15 @@ class Figures:
             return None if before is None or after is None else [*before, *after]
 
         return self._of_llm(f"nlg {judge}", task, preset, variation, groups)
+
+    def judge(self, task: str, preset: str) -> Means | None:
+        """One column: how often the judge itself is right, on the task's test text; only seeds are drawn."""
+
+        def groups(run: dict[str, Any]) -> list[Group] | None:
+            found = run.get("judge_accuracy")
+            return None if found is None else [np.array([[found]], dtype=float)]
+
+        return self._of_llm("judge", task, preset, BASE, groups)
 
     def perplexity(self, task: str, preset: str, variation: str = BASE) -> Means | None:
         """Columns before and after; one text, so that only seeds are drawn."""
@@ -213,10 +238,7 @@ class Figures:
     # -- inside ------------------------------------------------------------------------------
 
     def _standalone(self, task: str, variation: str) -> Seeds:
-        """By seed the clients' digits with all their rows: of a cell of their own, or of the run of preset ``paper``.
-
-        The cell is made beside the runs of preset ``recommended``, by the same machine.
-        """
+        """By seed the clients' digits with all their rows: of a cell of its own, or of the run of preset ``paper``."""
         alone = self._standalone_of_paper(task, variation)
         for seed, figures in self._kept.get((task, plan.STANDALONE, variation, plan.STANDALONE), {}).items():
             alone[seed] = alone.get(seed, {}) | figures["correct"]

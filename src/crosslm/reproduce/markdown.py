@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-DIGITS = {"share": 3, "points": 1, "percent": 1, "perplexity": 2, "correlation": 3}
+DIGITS = {"count": 0, "share": 3, "points": 1, "percent": 1, "perplexity": 2, "correlation": 3}
 SIGNED = ("points", "percent")
 
 
@@ -46,6 +46,8 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         f"Measured on the {report['split']} split; in brackets the 95 % interval of a bootstrap over seeds and test "
         "rows (with one seed: over test rows alone); test rows are the same for every seed. Of perplexity and Matthews "
         "correlation seeds alone are drawn: no interval with one, and with two or three little more than their range. "
+        "Three seeds are few for an accuracy too: where they differ much, as on a single task, an interval is too "
+        "narrow at its ends. "
         f"Commits {', '.join(map(short, origin['commits']))}, {' to '.join(origin['dates'])}, "
         f"{'; '.join(origin['machines'])}; {origin['cells']} cells, {origin['hours']:.1f} hours.",
         "",
@@ -82,5 +84,7 @@ def headline_table(headline: Mapping[str, Any]) -> list[str]:
             else:
                 cells.append("")
         if any(cells):
-            lines.append(f"| `{name}` ({unit}) | " + " | ".join(cells) + " |")
-    return ["| headline | preset paper | preset recommended |", "| --- | --- | --- |", *lines, ""] if lines else []
+            beside = [headline["beside"].get(name, {}).get(what, "") for what in ("paper", "goal")]
+            lines.append(f"| `{name}` ({unit}) | " + " | ".join([*cells, *beside]) + " |")
+    heads = "| headline | preset paper | preset recommended | in the paper | our goal |"
+    return [heads, "| --- | --- | --- | --- | --- |", *lines, ""] if lines else []

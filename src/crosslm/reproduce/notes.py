@@ -29,7 +29,7 @@ SLM_JUDGES = "By the SLMs: those of clients whose upload was refused or had no s
 
 TRAINED_ELSEWHERE = (
     "The gain of preset paper is against the Standalone of its own run. Where another machine trained that, it is not "
-    "the Standalone shown, which is of the machine that ran preset recommended: seeds {}."
+    "the Standalone shown, which has cells of its own: seeds {}."
 )
 
 NOISY_LEAST = (

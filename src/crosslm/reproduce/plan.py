@@ -120,10 +120,20 @@ def plan(choice: Choice) -> list[Cell]:
     cells: dict[Cell, None] = {}
     for seed in range(choice.seeds):
         for table in choice.tables:
-            varied = choice.scale.varied().get(table)
-            if varied is None or varied.seeds is None or seed < varied.seeds:
-                cells |= dict.fromkeys(_cells(table, choice, seed))
+            cells |= dict.fromkeys(_cells(table, choice, seed) if _has(table, choice, seed) else ())
     return list(cells)
+
+
+def cells_of(table: str, choice: Choice) -> list[Cell]:
+    """Every cell that one table needs, once."""
+    seeds = [seed for seed in range(choice.seeds) if _has(table, choice, seed)]
+    return list(dict.fromkeys(cell for seed in seeds for cell in _cells(table, choice, seed)))
+
+
+def _has(table: str, choice: Choice, seed: int) -> bool:
+    """Whether a table has a seed: some have fewer than the rest."""
+    varied = choice.scale.varied().get(table)
+    return varied is None or varied.seeds is None or seed < varied.seeds
 
 
 def may_be_kept(choice: Choice) -> list[Cell]:

@@ -3,22 +3,20 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from crosslm.classification import MAX_TOKENS
 from crosslm.errors import RunError
-from crosslm.reproduce.benchmarks import BENCHMARKS
 from crosslm.reproduce.figures import Figures
 from crosslm.reproduce.headline import headline
-from crosslm.reproduce.markdown import markdown, short
-from crosslm.reproduce.plan import BASE, PRESET_NAMES, RUN, RUNS_LLM, TABLES, Cell, Choice, may_be_kept
+from crosslm.reproduce.markdown import markdown
+from crosslm.reproduce.origins import Kept, measured_again, not_run, of_two_machines, origin, other_starts
+from crosslm.reproduce.plan import BASE, PRESET_NAMES, RUN, RUNS_LLM, TABLES, Choice, may_be_kept
 from crosslm.reproduce.plots import arrivals_plot, can_plot, varied_plot
 from crosslm.reproduce.store import Store, differences
 from crosslm.reproduce.tables import NAMES, all_tables
+from crosslm.reproduce.who_gains import who_gains
 from crosslm.reproduce.work import settings_of
-
-Kept = dict[Cell, dict[str, Any]]
 
 
 def write_report(store: Store, choice: Choice, on_news: Callable[[str], None], plots: bool = True) -> dict[str, Any]:
@@ -38,6 +36,10 @@ def write_report(store: Store, choice: Choice, on_news: Callable[[str], None], p
     kept = kept_cells(store, everything, on_news)
     figures = Figures(kept)
     tables = all_tables(figures, everything)
+    if found := who_gains(figures, everything):
+        tables = {"4": tables.pop("4"), "gains": found, **tables}
+    for key in tables.keys() & set(TABLES):
+        tables[key]["notes"] += [*of_two_machines(kept, key, everything), *not_run(kept, key, everything)]
     if "7" in tables:
         tables["7"]["notes"] += other_starts(kept)
     for key in {"5", "6", "7", "8"} & tables.keys():
@@ -94,60 +96,6 @@ def without_llm(run: Mapping[str, Any]) -> dict[str, Any]:
     correct = {name: rows for name, rows in run["correct"].items() if not name.startswith(("nlu/", "nlg/"))}
     llm = {name: {**found, "after": None} for name, found in run["llm"].items()}
     return {**run, "correct": correct, "llm": llm}
-
-
-def origin(kept: Kept) -> dict[str, Any]:
-    """Commits, machines, first and last day, and the hours it took."""
-    again = [content["measured_again"] for content in kept.values() if "measured_again" in content]
-    origins = [*kept.values(), *again]
-    dates = sorted({content["date"] for content in origins})
-    return {
-        "commits": sorted({content["commit"] for content in origins}),
-        "machines": sorted({content["machine"] for content in origins}),
-        "dates": list(dict.fromkeys([*dates[:1], *dates[-1:]])),
-        "cells": len(kept),
-        "hours": round(sum(content["seconds"] for content in kept.values()) / 3600, 2),
-    }
-
-
-def measured_again(kept: Kept) -> list[str]:
-    """A note where the LLM of a run was interpolated and measured later than its classifiers."""
-    made: dict[str, list[str]] = {}
-    for cell, content in kept.items():
-        if again := content.get("measured_again"):
-            where = f"{again['interpolation']:g} at {short(again['commit'])}, {again['date']}, {again['machine']}"
-            made.setdefault(where, []).append(str(Path(cell.path).parent))
-    return [
-        f"{', '.join(names)}: the run's LLM was interpolated (`llm.interpolation`) by {where}, and measured then: "
-        "nothing that it did before, and no classifier, depends on it."
-        for where, names in made.items()
-    ]
-
-
-def _begins_with(run: Mapping[str, Any], benchmark: Mapping[str, Any]) -> bool:
-    """Whether a benchmark was fine-tuned from the LLM that the run's figures are of.
-
-    With this ``llm.interpolation``, which its settings have, there is no LLM but the one that was measured again.
-    """
-    if again := run.get("measured_again"):
-        return bool(again["machine"] == benchmark["machine"])
-    return bool((run["commit"], run["machine"]) == (benchmark["commit"], benchmark["machine"]))
-
-
-def other_starts(kept: Kept) -> list[str]:
-    """A note where a run and what its LLM was fine-tuned on are of different commits or machines."""
-    runs = {replace(cell, stage=RUN): content for cell, content in kept.items() if cell.stage in (RUN, RUNS_LLM)}
-    others: dict[str, list[str]] = {}
-    for cell, content in kept.items():
-        run = runs.get(replace(cell, stage=RUN)) if cell.stage in BENCHMARKS else None
-        if run and not _begins_with(run, content):
-            made = f"{short(content['commit'])}, {content['machine']}"
-            others.setdefault(made, []).append(str(Path(cell.path).parent))
-    return [
-        f"{', '.join(dict.fromkeys(names))}: fine-tuned at {made}, and the run that is kept is of another commit or "
-        "machine: where it was made again in between, Tables 5, 6 and 8 are of the new LLM and this one of the earlier."
-        for made, names in others.items()
-    ]
 
 
 def flagged(kept: Kept) -> list[str]:

@@ -211,6 +211,9 @@ def table_6(figures: Figures, tasks: Sequence[str], presets: Sequence[Preset]) -
         for who, judge in (("by the SLMs", False), ("by the judge", True))
         for row in _before_after(f"preset {preset}, {who}", [figures.nlg(task, preset, judge) for task in tasks])
     ]
+    if rows:
+        judges = [figures.judge(task, "recommended") or figures.judge(task, "paper") for task in tasks]
+        rows.append(row("how often the judge itself is right, on test text", judges, column(0), SHARE))
     return table("6", [*tasks, "average"], rows)
 
 
