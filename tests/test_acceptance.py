@@ -22,7 +22,7 @@ from crosslm.models.slm import SLM
 from crosslm.records import Download
 from crosslm.runs import journal
 from crosslm.runs.checkpoint import Checkpoints
-from crosslm.runs.report import about_no_say
+from crosslm.runs.report import about_no_say, declined
 from crosslm.runs.rollback import roll_back
 from crosslm.runs.rundir import RunDir
 from crosslm.runs.watch import sentence
@@ -379,3 +379,17 @@ def test_a_quarantined_upload_is_kept_with_its_figures_and_counts_nowhere(flippi
     (decision,) = (event for event in events if event["event"] == "acceptance")
     assert summary["clients"]["client-0"]["decision"]["accepted"] == decision["accepted"]
     assert summary["clients"]["client-1"]["decision"] is None
+
+
+def test_hidden_counts_are_not_told_by_what_was_held_out_either(settings, tmp_path):
+    """A tenth of the rows, and shares right of so many."""
+    acceptance = {"enabled": True, "margin": 0.99}  # nothing is so much better
+    hides = settings | {"acceptance": acceptance, "privacy": {"hide_counts": True}}
+    summary = run_local(Config.model_validate(hides), tmp_path / "run", tmp_path)
+    told = [event for event in events_of(tmp_path / "run") if event["event"] == "acceptance"]
+    assert [set(event) - {"event", "time"} for event in told] == [{"client", "accepted"}] * 2
+    assert {name: of["decision"] for name, of in summary["clients"].items()} == {
+        "client-0": {"accepted": False},
+        "client-1": {"accepted": False},
+    }
+    assert "It was worse on held-out private rows" in declined(summary)["client-0"]

@@ -316,3 +316,11 @@ def test_the_dump_holds_every_field(config):
     assert tables["llm"]["generation_floor"] == 5.0
     assert set(tables["llm"]) == set(type(config.llm).model_fields)
     assert Config.model_validate(tables) == config
+
+
+def test_a_preset_over_a_whole_file_is_refused(settings, tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(Config.model_validate(settings).dump())
+    with pytest.raises(ConfigError, match="preset=paper: .*config.toml was written by a run and is whole"):
+        load(path, ("preset=paper",))
+    assert load(path, ("seed=3",)).seed == 3

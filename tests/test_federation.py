@@ -19,7 +19,7 @@ import time
 import tomllib
 import urllib.error
 import zipfile
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,6 +97,21 @@ def test_kits_hold_what_each_party_needs_and_no_secret_of_another(kits):
         assert held in ([], [path]), f"{path} holds the secret of {held}"
         if held:
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_strict_client_trusts_the_kits_server(kits):
+    """As Python 3.13 and newer are by themselves."""
+    kit = kits / "server"
+    server, client = (ssl.SSLContext(kind) for kind in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT))
+    server.load_cert_chain(kit / "server.crt", kit / "server.key")
+    client.load_verify_locations(kits / "silos" / "silo-0" / "ca.crt")
+    client.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    asks, answers = client.wrap_bio(back, there, server_hostname="localhost"), server.wrap_bio(there, back, True)
+    for side in (asks, answers, asks, answers):
+        with suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    assert asks.getpeercert()["subjectAltName"][0] == ("DNS", "localhost")
 
 
 def test_the_server_kit_has_the_run_and_the_silo_kit_its_own_settings(kits, federated):

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import json
 import resource
 import struct
 import sys
@@ -13,7 +14,13 @@ from conftest import TASK
 from crafted import CHARSMAP, crafted, joined, parts
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from crosslm.config import Config
 from crosslm.errors import UploadError
@@ -54,6 +61,41 @@ def test_an_honest_upload_passes_unchanged(models, task, config, kind, tmp_path)
         assert torch.allclose(rebuilt.predict_proba(["a good day."]), slm.predict_proba(["a good day."]))
     half = {name: value.half() if value.is_floating_point() else value for name, value in upload.slm.weights.items()}
     check(encode(dataclasses.replace(upload, slm=dataclasses.replace(upload.slm, weights=half))), task, config)
+
+
+ASKED_FOR = {
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "conv_kernel_size": 3,
+        "conv_act": "gelu",
+        "cls_dropout": 0.3,
+    },
+    "deberta": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "talking_head": True, "cls_dropout": 0.3},
+    "qwen2": {"head_dim": 16, "num_key_value_heads": 2},
+}
+"""By type what its model asks a configuration for that has no such value by itself; DeBERTa v3 and v2 have it."""
+
+
+@pytest.mark.parametrize("model_type", ASKED_FOR)
+def test_what_only_some_models_of_a_type_have_travels_too(models, task, config, model_type, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(models / "bert")
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    given = {"vocab_size": len(tokenizer) + 8, "pad_token_id": 0, "max_position_embeddings": 64}
+    made = AutoConfig.for_model(model_type, **small, **given, **ASKED_FOR[model_type])
+    AutoModelForSequenceClassification.from_config(made).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    slm = SLM.load(str(tmp_path), ("good", "bad"), 32, 0)
+    received = check(encode(Upload("north", 0, (4, 5), {}, slm.to_state())), task, config)
+    rebuilt = SLM.from_state(received.slm, received.slm.labels)
+    expected = slm.predict_proba(["a good day.", "a bad film"])
+    torch.testing.assert_close(rebuilt.predict_proba(["a good day.", "a bad film"]), expected)
+    carried = json.loads(rebuilt.model.config.to_json_string())
+    assert {key: carried.get(key) for key in ASKED_FOR[model_type]} == ASKED_FOR[model_type]
 
 
 def test_every_crafted_upload_is_refused_and_the_next_one_is_served(good, task, config, tmp_path):

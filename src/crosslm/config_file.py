@@ -56,8 +56,13 @@ def load(
         given = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as a TOML file, which it must be: {error}") from error
-    given = merged(given, over)
+    given, is_whole = merged(given, over), text.startswith(WHOLE)
     for override in overrides:
+        if is_whole and override.partition("=")[0].strip() == "preset":
+            raise ConfigError(
+                f"--set {override}: {path} was written by a run and is whole, so that no preset would change anything "
+                "but its name in it; set preset on the configuration that the run was started with"
+            )
         _set(given, override)
         if override.partition("=")[0].strip() == "data.dir" and data_dir is None:
             given["data"]["dir"] = str(expanded(str(given["data"]["dir"])).absolute())
@@ -67,7 +72,7 @@ def load(
         folder = expanded(str(given["data"].get("dir", ".")))
         given["data"]["dir"] = str((path.parent / folder).absolute())
     try:
-        return Config.model_validate(given, context=WHOLE if text.startswith(WHOLE) else None)
+        return Config.model_validate(given, context=WHOLE if is_whole else None)
     except ValidationError as error:
         raise ConfigError(
             "\n".join(explain(_origin(path, entry, overrides), entry, Config) for entry in error.errors())

@@ -146,11 +146,18 @@ def _authority(folder: Path) -> None:
     certificate = (
         _certificate(name, name, key.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_may_sign_certificates(), critical=True)  # without it Python 3.13 trusts nothing that it signs
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA384())
     )
     _secret(folder / "ca.key", _private(key))
     _file(folder / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def _may_sign_certificates() -> x509.KeyUsage:
+    others = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+    no = dict.fromkeys((*others, "encipher_only", "decipher_only"), False)
+    return x509.KeyUsage(key_cert_sign=True, crl_sign=True, **no)
 
 
 def _server_kit(kit: Path, settings: ServerSettings, config: Config, authority: Path) -> None:

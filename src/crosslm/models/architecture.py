@@ -62,10 +62,30 @@ COUNTS = ("layer", "heads", "n_head", "group", "networks", "block")
 """Parts of the names of keys that say how many modules there are."""
 
 
+ALSO = {
+    "deberta": frozenset({"cls_dropout", "talking_head"}),
+    "deberta-v2": frozenset(
+        {
+            "attention_head_size",
+            "cls_dropout",
+            "conv_act",
+            "conv_groups",
+            "conv_kernel_size",
+            "norm_rel_ebd",
+            "position_buckets",
+            "share_att_key",
+        }
+    ),
+    "qwen2": frozenset({"head_dim"}),
+}
+"""Keys that a model asks its configuration for, and that its class has only where they are given."""
+
+
 @cache
 def allowed_keys(model_type: str) -> frozenset[str]:
-    """The keys of an architecture of this type: those that its configuration class has by itself."""
-    return frozenset(CONFIG_MAPPING[model_type]().to_dict()) - NOT_COMPUTED - {"sinusoidal_pos_embds"}
+    """The keys of an architecture of this type: those of its configuration class, and what its model asks for."""
+    own = frozenset(CONFIG_MAPPING[model_type]().to_dict()) - NOT_COMPUTED - {"sinusoidal_pos_embds"}
+    return own | ALSO.get(model_type, frozenset())
 
 
 def travelling(architecture: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:

@@ -251,12 +251,19 @@ class RunJournal:
         if not self.config.acceptance.enabled:
             self.decisions.pop(client.id, None)  # it may have refused an earlier one
             return
+        # rows held out are a share of all, and shares right of them tell how many: told as the counts themselves are
+        is_open = self.config.privacy.told_counts == "exact"
+        told = vars(decision) if is_open else {"accepted": decision.accepted}
         if decision.accepted or not is_closing:  # else it is as it was decided before
-            self.decisions[client.id] = vars(decision)
-        self.run.event("acceptance", client=client.id, **vars(decision))
+            self.decisions[client.id] = told
+        self.run.event("acceptance", client=client.id, **told)
         if decision.accepted and previous is not None:
             self.run.save_slm(client.id, previous, "slm-previous")
-        if not decision.accepted:
+        if not decision.accepted and not is_open:
+            self.progress.note(
+                f"client {client.id} keeps the SLM it had: what came back was worse on its held-out rows"
+            )
+        elif not decision.accepted:
             alike = ", each label counting alike" if decision.balanced else ""
             self.progress.note(
                 f"client {client.id} keeps the SLM it had: {decision.after:.3f} instead of {decision.before:.3f} "

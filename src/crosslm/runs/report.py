@@ -121,6 +121,11 @@ def declined(summary: Mapping[str, Any]) -> dict[str, str]:
                 f"{decision['refused']}. The classifier that {client} had stays in use. CrossLM's figure is of the one "
                 "that came back."
             )
+        elif decision and not decision["accepted"] and "rows" not in decision:  # privacy.hide_counts
+            told[client] = (
+                f"It was worse on held-out private rows than the classifier that {client} had: that one stays in use. "
+                "CrossLM's figure is of the one that came back."
+            )
         elif decision and not decision["accepted"]:
             alike = ", each label counting alike" if decision.get("balanced") else ""
             told[client] = (
@@ -172,7 +177,8 @@ def closing(summary: Mapping[str, Any], verdicts: Sequence[str] = ()) -> Group:
         f"{summary['tokens_generated']:,} tokens generated.",
         privacy_line(summary),
     ]
-    if any((client.get("decision") or {}).get("rows") for client in summary["clients"].values()):
+    decisions = [client["decision"] for client in summary["clients"].values() if client.get("decision")]
+    if any(decision.get("rows", 1) for decision in decisions):  # hidden (privacy.hide_counts) it may have been none
         lines.append(
             "Each client keeps some rows to decide by on what comes back, so Standalone learned from fewer: a part "
             "of the gain can be that."
