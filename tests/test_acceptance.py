@@ -387,7 +387,8 @@ def test_hidden_counts_are_not_told_by_what_was_held_out_either(settings, tmp_pa
     hides = settings | {"acceptance": acceptance, "privacy": {"hide_counts": True}}
     summary = run_local(Config.model_validate(hides), tmp_path / "run", tmp_path)
     told = [event for event in events_of(tmp_path / "run") if event["event"] == "acceptance"]
-    assert [set(event) - {"event", "time"} for event in told] == [{"client", "accepted"}] * 2
+    assert len(told) >= 2
+    assert all(set(event) == {"event", "time", "client", "accepted"} for event in told)
     assert {name: of["decision"] for name, of in summary["clients"].items()} == {
         "client-0": {"accepted": False},
         "client-1": {"accepted": False},

@@ -321,6 +321,6 @@ def test_the_dump_holds_every_field(config):
 def test_a_preset_over_a_whole_file_is_refused(settings, tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(Config.model_validate(settings).dump())
-    with pytest.raises(ConfigError, match="preset=paper: .*config.toml was written by a run and is whole"):
+    with pytest.raises(ConfigError, match=r"preset=paper: .*config\.toml was written by a run and is whole"):
         load(path, ("preset=paper",))
     assert load(path, ("seed=3",)).seed == 3
