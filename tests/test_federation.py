@@ -99,6 +99,18 @@ def test_kits_hold_what_each_party_needs_and_no_secret_of_another(kits):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_a_configuration_that_has_changed_since_is_told_and_not_taken(kits, federated):
+    news, config = [], Config.model_validate(federated)
+    provision(config, "localhost:9400", kits, news.append)
+    assert news == []  # the kits' own
+    before = (kits / "server" / "config.toml").read_bytes()
+    changed = config.model_copy(update={"llm": config.llm.model_copy(update={"samples": 99})})
+    assert provision(changed, "localhost:9400", kits, news.append) == []
+    (said,) = news
+    assert said.endswith("config.toml stays as it is, and has another llm: change it there too")
+    assert (kits / "server" / "config.toml").read_bytes() == before
+
+
 def test_a_strict_client_trusts_the_kits_server(kits):
     """As Python 3.13 and newer are by themselves."""
     kit = kits / "server"

@@ -49,7 +49,8 @@ def provision(
         config: the run, with a ``[[clients]]`` table for each silo.
         address: HOST:PORT that silos will connect to.
         output: folder for the kits.
-        on_news: told of silos that the server knows and whose kits are elsewhere; they keep their keys.
+        on_news: told of silos that the server knows and whose kits are elsewhere, which keep their keys, and of what
+            the server's kit, which is not made again, has otherwise.
 
     Returns:
         The kits that were made.
@@ -70,6 +71,10 @@ def provision(
                 f"{output}: holds the kits of {settings.experiment} at {settings.address}; choose another --output"
             )
         _check_fits(config, server)
+        if others := _others(config, server):
+            on_news(
+                f"{server / 'config.toml'} stays as it is, and has another {', '.join(others)}: change it there too"
+            )
     else:
         settings = ServerSettings(experiment=f"{config.name}-{secrets.token_hex(4)}", address=address)
         _check_beginning(output)
@@ -109,6 +114,13 @@ def _check_fits(config: Config, server: Path) -> None:
                 f"{config.name}: {key} is {here}, and {there} in {server / 'config.toml'}, which a silo's kit must "
                 "fit; put it back in the configuration, or choose another --output for a new federation"
             )
+
+
+def _others(config: Config, server: Path) -> list[str]:
+    """The sections of a configuration that the server's has otherwise, but for its silos."""
+    here, theirs = (given.model_dump(mode="json", exclude={"clients"}) for given in (config, server_config(server)))
+    here["data"]["dir"] = theirs["data"]["dir"]
+    return [name for name in here if here[name] != theirs[name]]
 
 
 def _check_beginning(output: Path) -> None:
