@@ -16,7 +16,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 from attack_table import attack_tables
-from in_short import in_short
+from in_short import in_short, who
 from performance_table import performance
 from privacy_table import privacy_table
 
@@ -570,21 +570,22 @@ In the mean of the paper's four datasets, with four clients each and small model
 classifiers for each dataset), a classifier
 gains **{slm_gain_vs_standalone}** over what its silo has alone, and {slm_gain_vs_data_free_kd} over what the same
 judges and the untrained LLM would have given it (Data-free KD, whose figure is of what it made for each client, taken
-or not). The LLM
+or not). Whom it helps depends on how far its own classifier is below one of all clients' text together
+({distances}). The LLM
 classifies {nlu_gain} better, and what it writes fits its label {nlg_judge_gain} more often, by a judge that it was not
 trained by; its perplexity on other text rises by {growth:.0f} % where it rises most. [docs/results.md](docs/results.md)
 has each dataset, the paper's own figures, and where it brings nothing."""
 
 
-def headline(found: dict) -> str:
-    """What preset recommended brings, in a paragraph of the README."""
+def headline(found: dict, gains: dict) -> str:
+    """What preset recommended brings, and whom, in a paragraph of the README."""
     ours = found["recommended"]
     seeds = min(ours["seeds"][name] for name in ("slm_gain_vs_standalone", "slm_gain_vs_data_free_kd"))
     points = {
         name: f"{ours[name]:+.1f} points [{low:+.1f}, {high:+.1f}]" for name, (low, high) in ours["intervals"].items()
     }
     told = "at least one seed" if seeds == 1 else f"at least {seeds} seeds"
-    return HEADLINE.format_map(points | {"seeds": told, "growth": ours["ptb_growth_percent"]})
+    return HEADLINE.format_map(points | who(gains) | {"seeds": told, "growth": ours["ptb_growth_percent"]})
 
 
 def demo_time(loaded: dict[str, dict]) -> str:
@@ -676,7 +677,8 @@ def documents() -> dict[Path, str]:
     table = f"\n```text\n{as_text(loaded['demo'])}\n```\n" if "demo" in loaded else ""
     readme = between(readme, START, table, END)
     readme = between(readme, TIME_START, f"\n{demo_time(loaded)}\n\n", TIME_END)
-    readme = between(readme, HEADLINE_START, f"\n{headline(loaded['headline'])}\n\n", HEADLINE_END)
+    said = headline(loaded["headline"], loaded["reproduce"]["tables"]["gains"])
+    readme = between(readme, HEADLINE_START, f"\n{said}\n\n", HEADLINE_END)
     written = {
         ROOT / "docs" / "results.md": results_page(loaded),
         ROOT / "docs" / "earlier_results.md": earlier_page(loaded),
