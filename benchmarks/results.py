@@ -509,12 +509,12 @@ NAMES = {
     "demo-avx2": "The demo on a processor that does not multiply in bfloat16",
     "demo-as-init": "The demo on that processor with classifiers as `crosslm init` writes them",
     "sst2-paper": "SST-2, preset paper",
-    "sst2-one-client-balanced-paper": "SST-2, one client of 200 rows, about as many of each label, 256 texts to learn from, "
-    "a pool of 1,024, preset paper",
+    "sst2-one-client-balanced-paper": "SST-2, one client of 200 rows, about as many of each label, 256 texts to learn "
+    "from, a pool of 1,024, preset paper",
     "sst2-one-client-balanced": "The same client, preset recommended",
     "sst2-one-client-whole-way": "The same run with the LLM as it has become, not taken back (`llm.interpolation = 1`)",
-    "sst2-one-client": "SST-2, one client of 200 rows whose classifier finds one label in nearly all, 256 texts to learn "
-    "from, a pool of 1,024, preset recommended",
+    "sst2-one-client": "SST-2, one client of 200 rows whose classifier finds one label in nearly all, 256 texts to "
+    "learn from, a pool of 1,024, preset recommended",
 }
 EARLIER_NAMES = {
     "demo-at-once": "The demo without `federation.closing`, with pools of 512 texts",
