@@ -7,6 +7,7 @@ finds on its next start what it has received, what it was working on, and what i
 import fcntl
 import json
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -142,8 +143,16 @@ class Spool:
         """How often an upload's turn has come: more than once where the server ended meanwhile."""
         return int(self.fact(f"{TRIES}{arrival.silo}/{arrival.round}") or 0)
 
-    def upload(self, arrival: Arrival, most: int | None = None) -> bytes:
+    def upload(self, arrival: Arrival) -> bytes:
         """The bytes of an upload.
+
+        Raises:
+            FederationError: the file is not what was received.
+        """
+        return b"".join(unchanged(self.upload_file(arrival.silo, arrival.round), arrival.sha256))
+
+    def unchanged_upload(self, arrival: Arrival, most: int) -> Path:
+        """The file of an upload, which was read part by part and is what was received.
 
         Args:
             arrival: which.
@@ -155,11 +164,12 @@ class Spool:
         """
         path = self.upload_file(arrival.silo, arrival.round)
         size = path.stat().st_size if path.exists() else 0
-        if most is not None and size > most:
+        if size > most:
             raise UploadError(
                 f"client {arrival.silo}: the upload has {size} bytes; at most {most} are allowed (intake.max_bytes)"
             )
-        return b"".join(unchanged(path, arrival.sha256))
+        deque(unchanged(path, arrival.sha256), maxlen=0)  # reads all, and keeps nothing
+        return path
 
     def serve(self, silo: str, number: int, download: bytes) -> None:
         """Keep the download that answers an upload; it is owed from now on.

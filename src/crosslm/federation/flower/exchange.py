@@ -72,8 +72,8 @@ class FlowerExchange:
                     f"client {arrival.silo}: the server ended or had no room {tries - 1} times while it worked on its "
                     f"upload of round {arrival.round}; look at the server's logs"
                 )
-            data = self.spool.upload(arrival, self.intake.bounds.max_bytes)
-            upload = self.intake.upload(data, arrival.silo)
+            file = self.spool.unchanged_upload(arrival, self.intake.bounds.max_bytes)
+            upload = self.intake.upload(file, arrival.silo)
             if upload.client_round != arrival.round:
                 raise UploadError(
                     f"silo {arrival.silo}: its upload of round {arrival.round} claims to be of round "
