@@ -31,7 +31,7 @@ from conftest import PATIENCE
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from of_federations import answer, change, echo, from_kit, turn, wait_until
+from of_federations import answer, change, echo, free_ports, from_kit, turn, wait_until
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -1292,7 +1292,7 @@ def test_bytes_survive_as_arrays(tmp_path):
 def test_a_silo_stays_until_the_server_knows_of_its_last_round(silo, monkeypatch):
     """It may have been killed, or the server may have been away, when the answer was on its way."""
     notes, known = [], iter([None] * 60)
-    change(silo.kit, closing=False)
+    change(silo.kit, closing=False, runtime_port=free_ports(1)[0])
     silo = Silo(silo.kit, silo.cache)
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: True)

@@ -15,20 +15,22 @@ import numpy as np
 import psutil
 import pytest
 from conftest import PATIENCE
-from of_federations import change, echo, from_kit, turn
+from of_federations import change, echo, free_ports, from_kit, turn
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from crosslm.config import Config, FederationConfig
-from crosslm.errors import FederationError, RunError, UploadError
+from crosslm.errors import FederationError, PassingError, RunError, UploadError
 from crosslm.federation import hashed_files
 from crosslm.federation import provision as provision_module
 from crosslm.federation import spool as spool_module
 from crosslm.federation.flower import gateway, processes, server_processes, silo_processes
 from crosslm.federation.flower.payload import KIND, joined, split
+from crosslm.federation.flower.silo_processes import Answer
 from crosslm.federation.kits import SERVER_FILE, dump, held, read_server, read_silo
 from crosslm.federation.provision import provision
+from crosslm.federation.silo_state import SiloState
 from crosslm.federation.spool import Spool
 from crosslm.support.files import PART
 
@@ -284,6 +286,97 @@ def test_a_kit_is_run_by_one_process(kits, shell, monkeypatch, command, kit):
         pass
 
 
+def connecting(silo, monkeypatch, node, over):
+    """A silo whose SuperNode is this program, at a server that says that all is over when ``over`` does."""
+    change(silo.kit, runtime_port=free_ports(1)[0])
+    silo, end = SiloState(silo.kit), time.time() + 60
+    program = node.replace("PORT", str(silo.settings.runtime_port))
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: True)
+    monkeypatch.setattr(silo_processes, "ASK", 0.0)
+    monkeypatch.setattr(silo_processes, "RESTART", 0.0)
+    monkeypatch.setattr(silo_processes, "supernode_command", lambda _: [sys.executable, "-c", program])
+    monkeypatch.setattr(silo_processes, "tasks_command", lambda _: sleep)
+    monkeypatch.setattr(silo_processes, "ask", lambda _: Answer(0, time.time() > end or over(silo), ""))
+    return silo
+
+
+LISTENS = """
+import socket, time
+with socket.create_server(("127.0.0.1", PORT)):
+    time.sleep(600)
+"""
+
+
+def is_started(silo, name):
+    return (silo.kit / "logs" / f"{name}.pid").exists()
+
+
+def test_a_silo_whose_port_another_process_has_starts_nothing(silo, monkeypatch):
+    silo = connecting(silo, monkeypatch, LISTENS, lambda _: True)
+    monkeypatch.setattr(processes, "PORT_TIME", 0.5)
+    port = silo.settings.runtime_port
+    words = rf"port {port} of this machine \(runtime_port\) is in use.*silo\.toml"
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(FederationError, match=words) as told:
+        silo_processes.run_silo(silo, print)
+    assert not isinstance(told.value, PassingError)  # exit code 2: the same command would say the same
+    assert not is_started(silo, "supernode")
+    assert not is_started(silo, "tasks")
+
+
+def test_a_silo_ends_what_holds_its_port_from_an_earlier_start(silo, monkeypatch):
+    silo = connecting(silo, monkeypatch, LISTENS, lambda found: is_started(found, "tasks"))
+    orphan = processes.Child("supernode", silo_processes.supernode_command(silo.kit), silo.kit)
+    orphan.start()
+    try:
+        while not orphan.listens_on(silo.settings.runtime_port):
+            assert orphan.runs()
+            time.sleep(0.1)
+        with pytest.raises(FederationError, match="the run is over"):
+            silo_processes.run_silo(silo, print)
+        assert orphan.died()
+        assert is_started(silo, "tasks")
+    finally:
+        orphan.stop()
+
+
+def test_a_silo_takes_no_tasks_of_another_silos_supernode(silo, monkeypatch):
+    """Of two that were started at once with one port, one has it, and the other's node has not ended yet."""
+    faster, asked = [], []
+
+    def over(found):
+        if is_started(found, "supernode"):
+            asked.append(1)
+            if not faster:
+                faster.append(socket.create_server(("127.0.0.1", found.settings.runtime_port)))
+        return len(asked) > 4
+
+    silo = connecting(silo, monkeypatch, "import time; time.sleep(600)", over)
+    with pytest.raises(FederationError, match="the run is over"):
+        silo_processes.run_silo(silo, print)
+    faster[0].close()
+    assert is_started(silo, "supernode")
+    assert not is_started(silo, "tasks")
+
+
+def test_when_the_process_that_trains_ends_both_are_started_again(silo, monkeypatch):
+    starts = []
+
+    def over(found):
+        pid = found.kit / "logs" / "tasks.pid"
+        if pid.exists() and pid.read_text() not in starts:
+            starts.append(pid.read_text())
+            if len(starts) == 1:
+                psutil.Process(int(starts[0])).kill()
+        return len(starts) > 1
+
+    notes = []
+    silo = connecting(silo, monkeypatch, LISTENS, over)
+    with pytest.raises(FederationError, match="the run is over"):
+        silo_processes.run_silo(silo, notes.append)
+    assert sum("the process that trains ended and is started again" in note for note in notes) == 1
+
+
 def test_what_a_killed_command_left_running_is_ended_by_the_next_and_nothing_else_is(tmp_path):
     sleep = "import time; time.sleep(600)"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {sleep!r}]); time.sleep(600)"
@@ -299,10 +392,10 @@ def test_what_a_killed_command_left_running_is_ended_by_the_next_and_nothing_els
         assert psutil.wait_procs(started, timeout=30)[1] == []
         assert second.process.poll() is None
         (tmp_path / "logs" / "superlink.pid").write_text(str(other.pid))  # a number that was given out again
-        second._stop_orphan()
+        second.end_orphan()
         assert other.poll() is None
         (tmp_path / "logs" / "superlink.pid").write_text("none")
-        second._stop_orphan()
+        second.end_orphan()
     finally:
         second.stop()
         for process in (first.process, other):

@@ -22,6 +22,7 @@ import psutil
 import pytest
 import tomli_w
 from conftest import PATIENCE
+from of_federations import free_ports
 
 from crosslm.config import Config
 from crosslm.config_file import load
@@ -39,16 +40,6 @@ from crosslm.synthesis import synthesize
 from crosslm.task import Task
 
 pytestmark = pytest.mark.federation
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 class Party:

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 import uvicorn
 from conftest import PATIENCE
-from test_federation_live import free_ports
+from of_federations import free_ports
 
 from crosslm.errors import FederationError
 from crosslm.federation import messages

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from crosslm.errors import FederationError, PassingError
-from crosslm.federation.flower.processes import RESTART, Child, Note, program
+from crosslm.federation.flower.processes import RESTART, Child, Note, program, wait_until_free
 from crosslm.federation.keys import ASKED_AT, fingerprint
 from crosslm.federation.kits import SILO_FILE, read_silo
 from crosslm.federation.silo_news import closing_outcome, outcome
@@ -70,8 +70,8 @@ def run_silo(silo: SiloState, note: Note) -> None:
     """Stay connected until all rounds that this silo agrees to are complete and the server knows it.
 
     Raises:
-        FederationError: the server's certificate is not the federation's, it does not know this silo's key, or the
-            run is over without this silo.
+        FederationError: the server's certificate is not the federation's, it does not know this silo's key, the
+            run is over without this silo, or another process has the port ``runtime_port``.
         PassingError: the server has not said that it knows of the last round.
     """
     if silo.confirmed:
@@ -82,6 +82,7 @@ def run_silo(silo: SiloState, note: Note) -> None:
     kit = silo.kit.absolute()
     node = Child("supernode", supernode_command(kit), kit)
     tasks = Child("tasks", tasks_command(kit), kit)
+    _make_room(silo, node, tasks)
     told = silo.answered, len(silo.receipts())
     said_refused, refused = silo.doing(), False
     has_all = silo.complete >= silo.agreed
@@ -95,16 +96,9 @@ def run_silo(silo: SiloState, note: Note) -> None:
     try:
         while not until or (time.time() < until and not (is_known := (rounds_complete(silo) or 0) >= silo.answered)):
             if node.process is None or node.died() or tasks.died():
-                tasks.stop()  # what it trains is for a SuperNode that is gone
-                if node.died():
-                    refused = _look_into_end(node, silo, refused, note)
-                    time.sleep(REFUSED_PAUSE if refused else RESTART)
-                elif tasks.died():
-                    note(f"the process that trains ended and is started again; its log is {tasks.log}")
-                    node.stop()
-                    time.sleep(RESTART)
-                node.start()
-                tasks.start()
+                refused = _start_node(silo, node, tasks, refused, note)
+            if not tasks.runs() and node.listens_on(silo.settings.runtime_port):
+                tasks.start()  # not before: another silo's node may be faster, and what it receives is not for us
             told = _tell(silo, told, note)
             if (doing := silo.doing()) and doing["now"] == "refused" and doing["why"] != _why(said_refused):
                 note(f"a request of the server was refused here: {plain(doing['why'])}; it asks again")
@@ -125,6 +119,40 @@ def run_silo(silo: SiloState, note: Note) -> None:
     finally:
         tasks.stop()
         node.stop()
+
+
+def _start_node(silo: SiloState, node: Child, tasks: Child, refused: bool, note: Note) -> bool:
+    """Start the SuperNode, again where it or ``tasks`` has ended; whether the server has refused it."""
+    is_tasks_end = tasks.died()
+    tasks.stop()  # what it trains is for a SuperNode that is gone
+    if node.died():
+        refused = _look_into_end(node, silo, refused, note)
+        time.sleep(REFUSED_PAUSE if refused else RESTART)
+    elif is_tasks_end:
+        note(f"the process that trains ended and is started again; its log is {tasks.log}")
+        node.stop()
+        time.sleep(RESTART)
+    _make_room(silo, node, tasks)
+    node.start()
+    return refused
+
+
+def _make_room(silo: SiloState, node: Child, tasks: Child) -> None:
+    """End what an earlier start left behind, and see to it that this silo's SuperNode can have its port.
+
+    Without its port it ends at once, and ``tasks`` would take the work of the silo that has it.
+
+    Raises:
+        FederationError: another process has it.
+    """
+    for child in (tasks, node):
+        child.end_orphan()
+    port = silo.settings.runtime_port
+    if not wait_until_free("127.0.0.1", port):
+        raise FederationError(
+            f"silo {silo.settings.id}: port {port} of this machine (runtime_port) is in use by another process, "
+            f"another crosslm client perhaps; set another number there in {silo.kit / SILO_FILE}, or end that process"
+        )
 
 
 def _end_unconfirmed(silo: SiloState, note: Note) -> None:
