@@ -53,6 +53,7 @@ from crosslm.federation.flower import exchange as exchange_module
 from crosslm.federation.flower.carrier import LONGEST_WAIT
 from crosslm.federation.flower.exchange import MOST_TRIES, FlowerExchange
 from crosslm.federation.flower.payload import joined, split
+from crosslm.federation.flower.replies import answer_in
 from crosslm.federation.flower.silo_processes import run_silo
 from crosslm.federation.kit_texts import server_readme, silo_readme
 from crosslm.federation.kits import SILO_FILE, dump, read_server, read_silo, server_config, silo_names
@@ -67,7 +68,7 @@ from crosslm.runs.rundir import RunDir
 from crosslm.support.files import PART, parts_of, write_whole
 
 # Flower writes these where a message is made; a plain process has to say what run it is in
-from flwr.app import ConfigRecord, Error, Message  # isort: skip
+from flwr.app import ConfigRecord, Error, Message, RecordDict  # isort: skip
 from flwr.common.constant import ErrorCode  # isort: skip
 
 
@@ -383,6 +384,14 @@ def test_a_download_that_changed_on_disk_is_not_sent(tmp_path):
     spool.download_file("a", 0).write_bytes(b"enhancer")
     with pytest.raises(FederationError, match="has changed since it was written"):
         list(spool.download(spool.arrivals()[0]))
+
+
+def test_the_journal_is_written_so_that_a_machine_that_dies_loses_nothing(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    asked = spool._journal._database.execute
+    assert asked("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert asked("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    spool.close()
 
 
 def test_only_one_process_serves_from_a_spool(tmp_path):
@@ -992,6 +1001,33 @@ def test_a_silo_that_agrees_to_no_more_is_not_asked_again(exchange, kits):
     assert exchange.finished()
 
 
+@pytest.mark.parametrize("agreed", [1, 2])
+def test_a_silo_that_agreed_to_fewer_uploads_and_left_is_not_waited_for(exchange, kits, tmp_path, agreed):
+    exchange.config = exchange.carrier.config = exchange.config.model_copy(update={"participations": 3})
+    change(kits / "silos" / "silo-0", max_participations=agreed, closing=False)
+    exchange.grid.online = ["silo-0"]
+    del exchange.carrier.lines["silo-1"]
+    for number in range(agreed):
+        assert not exchange.finished()
+        turn(exchange, 2)
+        assert exchange.receive().client_round == number
+        exchange.spool.serve("silo-0", number, b"no download")
+        turn(exchange, 2)
+    exchange.grid.online = []  # it has all that it agreed to, before the server asked for more
+    turn(exchange, 2)
+    assert exchange.finished()
+    again = FlowerExchange(exchange.grid, exchange.spool, "any", ["silo-0"], exchange.config, exchange.intake)
+    again.carrier.has_ended = False
+    assert again.finished()  # a server that is started again knows it too
+
+
+@pytest.mark.parametrize("said", [None, 0, -1, True, 1.0, "1", [1]])
+def test_a_number_of_uploads_that_is_none_changes_nothing(flower_run, said):
+    fields = {"status": "ok"} | ({} if said is None else {"max_participations": said})
+    content = RecordDict({"reply": ConfigRecord(fields)})
+    assert answer_in(Message(content, 1, "train.install", ttl=60), "install").agreed is None
+
+
 def test_a_silo_whose_key_comes_into_the_kit_later_is_asked_too(exchange, monkeypatch):
     handlers = exchange.grid.handlers
     late = handlers.pop("silo-1")
@@ -1345,6 +1381,10 @@ def test_a_server_waits_until_its_silos_have_heard_but_not_for_ever(kits, monkey
     server.spool.put("gone", 0, [b"an upload"])
     server.spool.delivered("gone", 0)
     server._wait_until_told()  # nor has one whose key is not in the kit any more
+    config = kits / "server" / "config.toml"
+    config.write_text(config.read_text().replace("participations = 1", "participations = 2"))
+    server.spool.agrees("silo-0", 1)
+    server._wait_until_told()  # silo-0 has left with the one round that it agreed to
     server.spool.close()
 
 
@@ -1542,6 +1582,47 @@ def test_flower_builds_the_app_and_there_is_no_code_in_it(kits, tmp_path, monkey
     names = zipfile.ZipFile(fab).namelist()
     assert not [name for name in names if name.endswith(".py")]
     assert "pyproject.toml" in names
+
+
+def test_a_superlink_is_started_for_this_machine_alone_and_with_all_locks(kits):
+    kit = kits / "server"
+    program, *given = server_processes.superlink_command(kit)
+    assert Path(program).name == "flower-superlink"
+    assert flags(given) == {
+        "--ssl-certfile": str(kit / "server.crt"),
+        "--ssl-keyfile": str(kit / "server.key"),
+        "--ssl-ca-certfile": str(kit / "ca.crt"),
+        "--enable-supernode-auth": None,
+        "--host": "127.0.0.1",
+        "--port": "9091",
+        "--disable-runtime-dependency-installation": None,
+    }
+
+
+def test_a_supernode_is_started_without_a_program_for_apps_and_with_its_key(kits):
+    kit = kits / "silos" / "silo-0"
+    program, *given = silo_processes.supernode_command(kit)
+    assert Path(program).name == "flower-supernode"
+    assert flags(given) == {
+        "--root-certificates": str(kit / "ca.crt"),
+        "--superlink": "localhost:9400",
+        "--host": "127.0.0.1",
+        "--port": str(read_silo(kit).runtime_port),
+        "--auth-supernode-private-key": str(kit / "silo.key"),
+        "--isolation": "process",
+    }
+
+
+def flags(given):
+    """The flags of a command line, all of them, with their values."""
+    found, last = {}, None
+    for word in given:
+        if word.startswith("--"):
+            last = word
+            found[last] = None
+        else:
+            found[last] = word
+    return found
 
 
 @pytest.mark.parametrize(

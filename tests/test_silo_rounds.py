@@ -83,7 +83,8 @@ def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, 
     for line in (
         "field   version  1",
         'field   kind  "upload"',
-        "answer  when an SLM came back, and once more in the end: status, round, crosslm, metrics.round",
+        "answer  when an SLM came back, and once more in the end: status, round, crosslm, max_participations, "
+        "metrics.round, metrics.accepted",
         "answer  when this silo refuses: status, reason, crosslm",
         "metrics.accepted is 0 if what came back is worse on held-out private rows",
         "carrier Flower adds of its own",
