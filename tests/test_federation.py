@@ -690,7 +690,7 @@ def test_a_gateway_that_cannot_read_its_keys_says_no_to_nobody(kits, unreadable)
 
 @pytest.mark.parametrize("status", [200, 404, 503, 403, None])
 def test_a_silo_takes_only_a_clear_no_of_its_server(silo, monkeypatch, status):
-    def answer(url, **_):
+    def answer(url, _):
         assert url.endswith(keys.fingerprint(silo.kit / "silo.key"))
         if status is None:
             raise urllib.error.URLError("nobody there")
@@ -700,7 +700,7 @@ def test_a_silo_takes_only_a_clear_no_of_its_server(silo, monkeypatch, status):
         found.headers = {}
         return found
 
-    monkeypatch.setattr("urllib.request.urlopen", answer)
+    monkeypatch.setattr(silo_processes, "opened", answer)
     with nullcontext() if status != 403 else pytest.raises(FederationError, match="the server does not know the key"):
         assert silo_processes.rounds_complete(silo) == (3 if status == 200 else None)
 
@@ -1479,7 +1479,7 @@ def test_a_clock_that_is_not_set_yet_is_told_from_a_wrong_kit(monkeypatch):
         raise error
 
     monkeypatch.setattr(silo_processes.ssl, "create_default_context", lambda **_: SimpleNamespace(wrap_socket=early))
-    monkeypatch.setattr(silo_processes.socket, "create_connection", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(silo_processes, "connected", lambda _: nullcontext())
     with pytest.raises(
         PassingError, match=r"is not valid yet by this machine's clock, which says 20\d\d.*set it right"
     ):

@@ -6,10 +6,13 @@ import io
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 import tomllib
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import psutil
@@ -25,7 +28,7 @@ from crosslm.errors import FederationError, PassingError, RunError, UploadError
 from crosslm.federation import hashed_files
 from crosslm.federation import provision as provision_module
 from crosslm.federation import spool as spool_module
-from crosslm.federation.flower import gateway, processes, server_processes, silo_processes
+from crosslm.federation.flower import gateway, processes, proxies, server_processes, silo_processes
 from crosslm.federation.flower.payload import KIND, joined, split
 from crosslm.federation.flower.silo_processes import Answer
 from crosslm.federation.kits import SERVER_FILE, dump, held, read_server, read_silo
@@ -139,7 +142,7 @@ def test_what_a_server_says_reaches_no_terminal_as_it_is(silo, exchange, monkeyp
     assert "\x1b" not in caplog.text
     answer = io.BytesIO(b"0 silo-1\x1b[2J")
     answer.headers = {}
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: answer)
+    monkeypatch.setattr(silo_processes, "opened", lambda *_, **__: answer)
     with pytest.raises(FederationError, match=r"as that of silo silo-1 \[2J"):
         silo_processes.ask(silo)
 
@@ -377,6 +380,88 @@ def test_when_the_process_that_trains_ends_both_are_started_again(silo, monkeypa
     assert sum("the process that trains ended and is started again" in note for note in notes) == 1
 
 
+def test_why_the_supernode_ended_is_shown(silo, monkeypatch):
+    notes = []
+    says = r"print('\x1b[92mINFO \x1b[0m: fine\n\x1b[91mERROR \x1b[0m: 407 Proxy\x07\nTraceback:\n end'); exit(1)"
+    silo = connecting(silo, monkeypatch, says, lambda _: any("SuperNode ended" in note for note in notes))
+    with pytest.raises(FederationError, match="the run is over"):
+        silo_processes.run_silo(silo, notes.append)
+    (told, *_) = (note for note in notes if "SuperNode ended" in note)
+    assert told.splitlines()[1:] == ["  ERROR : 407 Proxy"]
+    assert silo_processes._errors_in("one\ntwo\n") == "\n  one\n  two"  # no error is named
+    assert silo_processes._errors_in("") == ""
+
+
+@contextmanager
+def proxy(kit, answer):
+    """A proxy that answers so, with nothing but the server of this kit behind it; gives its port and what came."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(kit / "server.crt", kit / "server.key")
+    came = []
+
+    def serve():
+        with suppress(OSError):
+            while True:
+                link, _ = listening.accept()
+                with link:
+                    came.append(link.recv(4096).decode())
+                    link.sendall(f"HTTP/1.1 {answer}\r\n\r\n".encode())
+                    if answer.startswith("200"):
+                        with suppress(OSError), context.wrap_socket(link, server_side=True) as inner:
+                            if inner.recv(4096).startswith(b"GET "):
+                                inner.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n2 silo-0")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listening.getsockname()[1], came
+        listening.shutdown(socket.SHUT_RDWR)  # which ends the wait of the thread
+        thread.join(PATIENCE)
+
+
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
+def test_a_silo_says_all_to_its_server_by_the_proxy_that_is_named(federated, tmp_path, monkeypatch, name):
+    """As Flower's SuperNode does, which is httpx's way."""
+    without_proxies(monkeypatch)
+    provision(Config.model_validate(federated), "server.example:9400", tmp_path / "far")
+    silo = SiloState(tmp_path / "far" / "silos" / "silo-0")
+    with proxy(tmp_path / "far" / "server", "200 OK") as (port, came):
+        monkeypatch.setenv(name, f"http://who:se%20cret@127.0.0.1:{port}")
+        silo_processes.greet("server.example:9400", silo.kit / "ca.crt")
+        assert silo_processes.ask(silo).complete == 2
+        with pytest.raises(FederationError, match="is for another name"):
+            silo_processes.greet("other.example:9400", silo.kit / "ca.crt")
+    assert [words.split(" ")[1] for words in came] == [
+        "server.example:9400",
+        "server.example:9400",
+        "other.example:9400",
+    ]
+    assert all("Proxy-Authorization: Basic d2hvOnNlIGNyZXQ=\r\n" in words.replace("-a", "-A") for words in came)
+    assert proxies.proxy_for("localhost:9400") is None
+    monkeypatch.setenv("NO_PROXY", "server.example")
+    assert proxies.proxy_for("server.example:9400") is None
+
+
+def test_a_proxy_that_says_no_is_named_without_its_password(federated, tmp_path, monkeypatch):
+    without_proxies(monkeypatch)
+    provision(Config.model_validate(federated), "server.example:9400", tmp_path / "far")
+    silo = SiloState(tmp_path / "far" / "silos" / "silo-0")
+    with proxy(tmp_path / "far" / "server", "403 Forbidden") as (port, _):
+        monkeypatch.setenv("HTTPS_PROXY", f"who:secret@127.0.0.1:{port}")
+        with pytest.raises(OSError, match=f"^by the proxy 127.0.0.1:{port}: .*403 Forbidden; look at HTTPS_PROXY"):
+            silo_processes.greet("server.example:9400", silo.kit / "ca.crt")
+        assert silo_processes.ask(silo) is None
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:none")
+    with pytest.raises(OSError, match=r"by the proxy 127\.0\.0\.1:none: "):
+        silo_processes.greet("server.example:9400", silo.kit / "ca.crt")
+
+
+def without_proxies(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
 def test_what_a_killed_command_left_running_is_ended_by_the_next_and_nothing_else_is(tmp_path):
     sleep = "import time; time.sleep(600)"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {sleep!r}]); time.sleep(600)"
@@ -457,7 +542,7 @@ def test_a_gateway_that_ends_is_opened_again(kits, monkeypatch):
 def test_a_silo_with_another_silos_key_is_told_whose_it_is(kits, silo, monkeypatch):
     answer = io.BytesIO(b"0 silo-1")
     answer.headers = {}
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: answer)
+    monkeypatch.setattr(silo_processes, "opened", lambda *_, **__: answer)
     with pytest.raises(
         FederationError, match=r"silo silo-0: the server knows the key .*silo.key as that of silo silo-1"
     ):

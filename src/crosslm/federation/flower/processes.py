@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from crosslm.errors import FederationError, PassingError
+from crosslm.federation.flower.proxies import THIS_MACHINE
 from crosslm.federation.kits import KIT, QUIET
 
 RESTART = 5.0  # seconds before a process that died is started again
@@ -140,7 +141,7 @@ def environment(kit: Path) -> dict[str, str]:
 
 def settings_of(kit: Path) -> dict[str, str]:
     """What in that environment is of this kit, what keeps Flower quiet, and that no proxy is asked for this machine."""
-    told = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]
+    told = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *THIS_MACHINE]
     direct = dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(filter(None, told)))
     own = {**QUIET, **direct, "FLWR_HOME": str(kit.absolute() / "flower"), KIT: str(kit.absolute())}
     return own | ({CACHE: str(Path(os.environ[CACHE]).absolute())} if CACHE in os.environ else {})
