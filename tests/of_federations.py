@@ -1,6 +1,7 @@
 """Federations without machines: kits, silos, and Flower's grid in memory. A plugin: its fixtures are every test's."""
 
 import copy
+import random
 import threading
 import time
 
@@ -10,6 +11,7 @@ from conftest import PATIENCE, tiny_llm
 from crosslm.config import Config, FederationConfig
 from crosslm.federation.flower import client_app
 from crosslm.federation.flower.exchange import FlowerExchange
+from crosslm.federation.flower.processes import is_free
 from crosslm.federation.intake import Intake
 from crosslm.federation.kits import KIT, SILO_FILE, dump, read_server, read_silo, server_config
 from crosslm.federation.messages import decode_upload
@@ -23,6 +25,23 @@ from crosslm.task import Task
 
 from flwr.app import Context, RecordDict  # isort: skip
 from flwr.supercore import task_identity  # isort: skip
+
+
+GIVEN = set()
+
+
+def free_ports(count):
+    """Ports of this machine that nobody has, each given once by this process.
+
+    They are below those that the system gives to whoever asks for any, since some time goes by until they are used.
+    """
+    ports = []
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(10000, 32000)
+        if port not in GIVEN and is_free("127.0.0.1", port):
+            GIVEN.add(port)
+            ports.append(port)
+    return ports
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ LAYERS = [
     {"federation.silo"},
     {"federation.summary", "federation.opening"},
     {"federation.deployment"},
-    {f"federation.flower.{name}" for name in ("payload", "gateway", "replies", "bundle", "tasks")},
+    {f"federation.flower.{name}" for name in ("payload", "gateway", "replies", "bundle", "tasks", "proxies")},
     {"federation.flower.client_app", "federation.flower.carrier"},
     {"federation.flower.exchange"},
     {"federation.flower.server_app", "federation.flower.processes", "federation.flower.answer"},

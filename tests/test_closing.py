@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from of_federations import answer, change, echo, turn
+from of_federations import answer, change, echo, free_ports, turn
 from of_uploads import ShutTo, server_of
 
 from crosslm import baselines, experiment
@@ -576,7 +576,7 @@ def test_a_silo_tries_it_against_what_it_has_and_only_after_its_round(silo, fede
 
 def staying(silo, monkeypatch, closing=True):
     """A silo that stays for what comes in the end, with processes that do nothing."""
-    change(silo.kit, closing=closing)
+    change(silo.kit, closing=closing, runtime_port=free_ports(1)[0])
     silo = Silo(silo.kit, silo.cache)
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: True)

@@ -31,7 +31,7 @@ from conftest import PATIENCE
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from of_federations import answer, change, echo, from_kit, turn, wait_until
+from of_federations import answer, change, echo, free_ports, from_kit, turn, wait_until
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -53,6 +53,7 @@ from crosslm.federation.flower import exchange as exchange_module
 from crosslm.federation.flower.carrier import LONGEST_WAIT
 from crosslm.federation.flower.exchange import MOST_TRIES, FlowerExchange
 from crosslm.federation.flower.payload import joined, split
+from crosslm.federation.flower.replies import answer_in
 from crosslm.federation.flower.silo_processes import run_silo
 from crosslm.federation.kit_texts import server_readme, silo_readme
 from crosslm.federation.kits import SILO_FILE, dump, read_server, read_silo, server_config, silo_names
@@ -67,7 +68,7 @@ from crosslm.runs.rundir import RunDir
 from crosslm.support.files import PART, parts_of, write_whole
 
 # Flower writes these where a message is made; a plain process has to say what run it is in
-from flwr.app import ConfigRecord, Error, Message  # isort: skip
+from flwr.app import ConfigRecord, Error, Message, RecordDict  # isort: skip
 from flwr.common.constant import ErrorCode  # isort: skip
 
 
@@ -412,6 +413,14 @@ def test_a_download_that_changed_on_disk_is_not_sent(tmp_path):
         list(spool.download(spool.arrivals()[0]))
 
 
+def test_the_journal_is_written_so_that_a_machine_that_dies_loses_nothing(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    asked = spool._journal._database.execute
+    assert asked("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert asked("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    spool.close()
+
+
 def test_only_one_process_serves_from_a_spool(tmp_path):
     first = Spool(tmp_path / "spool")
     first.hold()
@@ -708,7 +717,7 @@ def test_a_gateway_that_cannot_read_its_keys_says_no_to_nobody(kits, unreadable)
 
 @pytest.mark.parametrize("status", [200, 404, 503, 403, None])
 def test_a_silo_takes_only_a_clear_no_of_its_server(silo, monkeypatch, status):
-    def answer(url, **_):
+    def answer(url, _):
         assert url.endswith(keys.fingerprint(silo.kit / "silo.key"))
         if status is None:
             raise urllib.error.URLError("nobody there")
@@ -718,7 +727,7 @@ def test_a_silo_takes_only_a_clear_no_of_its_server(silo, monkeypatch, status):
         found.headers = {}
         return found
 
-    monkeypatch.setattr("urllib.request.urlopen", answer)
+    monkeypatch.setattr(silo_processes, "opened", answer)
     with nullcontext() if status != 403 else pytest.raises(FederationError, match="the server does not know the key"):
         assert silo_processes.rounds_complete(silo) == (3 if status == 200 else None)
 
@@ -1017,6 +1026,33 @@ def test_a_silo_that_agrees_to_no_more_is_not_asked_again(exchange, kits):
     assert exchange.grid.pushed.count(("silo-0", "train.upload", 1)) == 1
     del exchange.carrier.lines["silo-1"]
     assert exchange.finished()
+
+
+@pytest.mark.parametrize("agreed", [1, 2])
+def test_a_silo_that_agreed_to_fewer_uploads_and_left_is_not_waited_for(exchange, kits, tmp_path, agreed):
+    exchange.config = exchange.carrier.config = exchange.config.model_copy(update={"participations": 3})
+    change(kits / "silos" / "silo-0", max_participations=agreed, closing=False)
+    exchange.grid.online = ["silo-0"]
+    del exchange.carrier.lines["silo-1"]
+    for number in range(agreed):
+        assert not exchange.finished()
+        turn(exchange, 2)
+        assert exchange.receive().client_round == number
+        exchange.spool.serve("silo-0", number, b"no download")
+        turn(exchange, 2)
+    exchange.grid.online = []  # it has all that it agreed to, before the server asked for more
+    turn(exchange, 2)
+    assert exchange.finished()
+    again = FlowerExchange(exchange.grid, exchange.spool, "any", ["silo-0"], exchange.config, exchange.intake)
+    again.carrier.has_ended = False
+    assert again.finished()  # a server that is started again knows it too
+
+
+@pytest.mark.parametrize("said", [None, 0, -1, True, 1.0, "1", [1]])
+def test_a_number_of_uploads_that_is_none_changes_nothing(flower_run, said):
+    fields = {"status": "ok"} | ({} if said is None else {"max_participations": said})
+    content = RecordDict({"reply": ConfigRecord(fields)})
+    assert answer_in(Message(content, 1, "train.install", ttl=60), "install").agreed is None
 
 
 def test_a_silo_whose_key_comes_into_the_kit_later_is_asked_too(exchange, monkeypatch):
@@ -1319,7 +1355,7 @@ def test_bytes_survive_as_arrays(tmp_path):
 def test_a_silo_stays_until_the_server_knows_of_its_last_round(silo, monkeypatch):
     """It may have been killed, or the server may have been away, when the answer was on its way."""
     notes, known = [], iter([None] * 60)
-    change(silo.kit, closing=False)
+    change(silo.kit, closing=False, runtime_port=free_ports(1)[0])
     silo = Silo(silo.kit, silo.cache)
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: True)
@@ -1372,6 +1408,10 @@ def test_a_server_waits_until_its_silos_have_heard_but_not_for_ever(kits, monkey
     server.spool.put("gone", 0, [b"an upload"])
     server.spool.delivered("gone", 0)
     server._wait_until_told()  # nor has one whose key is not in the kit any more
+    config = kits / "server" / "config.toml"
+    config.write_text(config.read_text().replace("participations = 1", "participations = 2"))
+    server.spool.agrees("silo-0", 1)
+    server._wait_until_told()  # silo-0 has left with the one round that it agreed to
     server.spool.close()
 
 
@@ -1466,7 +1506,7 @@ def test_a_clock_that_is_not_set_yet_is_told_from_a_wrong_kit(monkeypatch):
         raise error
 
     monkeypatch.setattr(silo_processes.ssl, "create_default_context", lambda **_: SimpleNamespace(wrap_socket=early))
-    monkeypatch.setattr(silo_processes.socket, "create_connection", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(silo_processes, "connected", lambda _: nullcontext())
     with pytest.raises(
         PassingError, match=r"is not valid yet by this machine's clock, which says 20\d\d.*set it right"
     ):
@@ -1569,6 +1609,47 @@ def test_flower_builds_the_app_and_there_is_no_code_in_it(kits, tmp_path, monkey
     names = zipfile.ZipFile(fab).namelist()
     assert not [name for name in names if name.endswith(".py")]
     assert "pyproject.toml" in names
+
+
+def test_a_superlink_is_started_for_this_machine_alone_and_with_all_locks(kits):
+    kit = kits / "server"
+    program, *given = server_processes.superlink_command(kit)
+    assert Path(program).name == "flower-superlink"
+    assert flags(given) == {
+        "--ssl-certfile": str(kit / "server.crt"),
+        "--ssl-keyfile": str(kit / "server.key"),
+        "--ssl-ca-certfile": str(kit / "ca.crt"),
+        "--enable-supernode-auth": None,
+        "--host": "127.0.0.1",
+        "--port": "9091",
+        "--disable-runtime-dependency-installation": None,
+    }
+
+
+def test_a_supernode_is_started_without_a_program_for_apps_and_with_its_key(kits):
+    kit = kits / "silos" / "silo-0"
+    program, *given = silo_processes.supernode_command(kit)
+    assert Path(program).name == "flower-supernode"
+    assert flags(given) == {
+        "--root-certificates": str(kit / "ca.crt"),
+        "--superlink": "localhost:9400",
+        "--host": "127.0.0.1",
+        "--port": str(read_silo(kit).runtime_port),
+        "--auth-supernode-private-key": str(kit / "silo.key"),
+        "--isolation": "process",
+    }
+
+
+def flags(given):
+    """The flags of a command line, all of them, with their values."""
+    found, last = {}, None
+    for word in given:
+        if word.startswith("--"):
+            last = word
+            found[last] = None
+        else:
+            found[last] = word
+    return found
 
 
 @pytest.mark.parametrize(

@@ -6,29 +6,34 @@ import io
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 import tomllib
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import psutil
 import pytest
 from conftest import PATIENCE
-from of_federations import change, echo, from_kit, turn
+from of_federations import change, echo, free_ports, from_kit, turn
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from crosslm.config import Config, FederationConfig
-from crosslm.errors import FederationError, RunError, UploadError
+from crosslm.errors import FederationError, PassingError, RunError, UploadError
 from crosslm.federation import hashed_files
 from crosslm.federation import provision as provision_module
 from crosslm.federation import spool as spool_module
-from crosslm.federation.flower import gateway, processes, server_processes, silo_processes
+from crosslm.federation.flower import gateway, processes, proxies, server_processes, silo_processes
 from crosslm.federation.flower.payload import KIND, joined, split
+from crosslm.federation.flower.silo_processes import Answer
 from crosslm.federation.kits import SERVER_FILE, dump, held, read_server, read_silo
 from crosslm.federation.provision import provision
+from crosslm.federation.silo_state import SiloState
 from crosslm.federation.spool import Spool
 from crosslm.support.files import PART
 
@@ -137,7 +142,7 @@ def test_what_a_server_says_reaches_no_terminal_as_it_is(silo, exchange, monkeyp
     assert "\x1b" not in caplog.text
     answer = io.BytesIO(b"0 silo-1\x1b[2J")
     answer.headers = {}
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: answer)
+    monkeypatch.setattr(silo_processes, "opened", lambda *_, **__: answer)
     with pytest.raises(FederationError, match=r"as that of silo silo-1 \[2J"):
         silo_processes.ask(silo)
 
@@ -284,6 +289,179 @@ def test_a_kit_is_run_by_one_process(kits, shell, monkeypatch, command, kit):
         pass
 
 
+def connecting(silo, monkeypatch, node, over):
+    """A silo whose SuperNode is this program, at a server that says that all is over when ``over`` does."""
+    change(silo.kit, runtime_port=free_ports(1)[0])
+    silo, end = SiloState(silo.kit), time.time() + 60
+    program = node.replace("PORT", str(silo.settings.runtime_port))
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(silo_processes, "wait_for_server", lambda *_: True)
+    monkeypatch.setattr(silo_processes, "ASK", 0.0)
+    monkeypatch.setattr(silo_processes, "RESTART", 0.0)
+    monkeypatch.setattr(silo_processes, "supernode_command", lambda _: [sys.executable, "-c", program])
+    monkeypatch.setattr(silo_processes, "tasks_command", lambda _: sleep)
+    monkeypatch.setattr(silo_processes, "ask", lambda _: Answer(0, time.time() > end or over(silo), ""))
+    return silo
+
+
+LISTENS = """
+import socket, time
+with socket.create_server(("127.0.0.1", PORT)):
+    time.sleep(600)
+"""
+
+
+def is_started(silo, name):
+    return (silo.kit / "logs" / f"{name}.pid").exists()
+
+
+def test_a_silo_whose_port_another_process_has_starts_nothing(silo, monkeypatch):
+    silo = connecting(silo, monkeypatch, LISTENS, lambda _: True)
+    monkeypatch.setattr(processes, "PORT_TIME", 0.5)
+    port = silo.settings.runtime_port
+    words = rf"port {port} of this machine \(runtime_port\) is in use.*silo\.toml"
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(FederationError, match=words) as told:
+        silo_processes.run_silo(silo, print)
+    assert not isinstance(told.value, PassingError)  # exit code 2: the same command would say the same
+    assert not is_started(silo, "supernode")
+    assert not is_started(silo, "tasks")
+
+
+def test_a_silo_ends_what_holds_its_port_from_an_earlier_start(silo, monkeypatch):
+    silo = connecting(silo, monkeypatch, LISTENS, lambda found: is_started(found, "tasks"))
+    orphan = processes.Child("supernode", silo_processes.supernode_command(silo.kit), silo.kit)
+    orphan.start()
+    try:
+        while not orphan.listens_on(silo.settings.runtime_port):
+            assert orphan.runs()
+            time.sleep(0.1)
+        with pytest.raises(FederationError, match="the run is over"):
+            silo_processes.run_silo(silo, print)
+        assert orphan.died()
+        assert is_started(silo, "tasks")
+    finally:
+        orphan.stop()
+
+
+def test_a_silo_takes_no_tasks_of_another_silos_supernode(silo, monkeypatch):
+    """Of two that were started at once with one port, one has it, and the other's node has not ended yet."""
+    faster, asked = [], []
+
+    def over(found):
+        if is_started(found, "supernode"):
+            asked.append(1)
+            if not faster:
+                faster.append(socket.create_server(("127.0.0.1", found.settings.runtime_port)))
+        return len(asked) > 4
+
+    silo = connecting(silo, monkeypatch, "import time; time.sleep(600)", over)
+    with pytest.raises(FederationError, match="the run is over"):
+        silo_processes.run_silo(silo, print)
+    faster[0].close()
+    assert is_started(silo, "supernode")
+    assert not is_started(silo, "tasks")
+
+
+def test_when_the_process_that_trains_ends_both_are_started_again(silo, monkeypatch):
+    starts = []
+
+    def over(found):
+        pid = found.kit / "logs" / "tasks.pid"
+        if pid.exists() and pid.read_text() not in starts:
+            starts.append(pid.read_text())
+            if len(starts) == 1:
+                psutil.Process(int(starts[0])).kill()
+        return len(starts) > 1
+
+    notes = []
+    silo = connecting(silo, monkeypatch, LISTENS, over)
+    with pytest.raises(FederationError, match="the run is over"):
+        silo_processes.run_silo(silo, notes.append)
+    assert sum("the process that trains ended and is started again" in note for note in notes) == 1
+
+
+def test_why_the_supernode_ended_is_shown(silo, monkeypatch):
+    notes = []
+    says = r"print('\x1b[92mINFO \x1b[0m: fine\n\x1b[91mERROR \x1b[0m: 407 Proxy\x07\nTraceback:\n end'); exit(1)"
+    silo = connecting(silo, monkeypatch, says, lambda _: any("SuperNode ended" in note for note in notes))
+    with pytest.raises(FederationError, match="the run is over"):
+        silo_processes.run_silo(silo, notes.append)
+    (told, *_) = (note for note in notes if "SuperNode ended" in note)
+    assert told.splitlines()[1:] == ["  ERROR : 407 Proxy"]
+    assert silo_processes._errors_in("one\ntwo\n") == "\n  one\n  two"  # no error is named
+    assert silo_processes._errors_in("") == ""
+
+
+@contextmanager
+def proxy(kit, answer):
+    """A proxy that answers so, with nothing but the server of this kit behind it; gives its port and what came."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(kit / "server.crt", kit / "server.key")
+    came = []
+
+    def serve():
+        with suppress(OSError):
+            while True:
+                link, _ = listening.accept()
+                with link:
+                    came.append(link.recv(4096).decode())
+                    link.sendall(f"HTTP/1.1 {answer}\r\n\r\n".encode())
+                    if answer.startswith("200"):
+                        with suppress(OSError), context.wrap_socket(link, server_side=True) as inner:
+                            if inner.recv(4096).startswith(b"GET "):
+                                inner.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n2 silo-0")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listening.getsockname()[1], came
+        listening.shutdown(socket.SHUT_RDWR)  # which ends the wait of the thread
+        thread.join(PATIENCE)
+
+
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
+def test_a_silo_says_all_to_its_server_by_the_proxy_that_is_named(federated, tmp_path, monkeypatch, name):
+    """As Flower's SuperNode does, which is httpx's way."""
+    without_proxies(monkeypatch)
+    provision(Config.model_validate(federated), "server.example:9400", tmp_path / "far")
+    silo = SiloState(tmp_path / "far" / "silos" / "silo-0")
+    with proxy(tmp_path / "far" / "server", "200 OK") as (port, came):
+        monkeypatch.setenv(name, f"http://who:se%20cret@127.0.0.1:{port}")
+        silo_processes.greet("server.example:9400", silo.kit / "ca.crt")
+        assert silo_processes.ask(silo).complete == 2
+        with pytest.raises(FederationError, match="is for another name"):
+            silo_processes.greet("other.example:9400", silo.kit / "ca.crt")
+    assert [words.split(" ")[1] for words in came] == [
+        "server.example:9400",
+        "server.example:9400",
+        "other.example:9400",
+    ]
+    assert all("Proxy-Authorization: Basic d2hvOnNlIGNyZXQ=\r\n" in words.replace("-a", "-A") for words in came)
+    assert proxies.proxy_for("localhost:9400") is None
+    monkeypatch.setenv("NO_PROXY", "server.example")
+    assert proxies.proxy_for("server.example:9400") is None
+
+
+def test_a_proxy_that_says_no_is_named_without_its_password(federated, tmp_path, monkeypatch):
+    without_proxies(monkeypatch)
+    provision(Config.model_validate(federated), "server.example:9400", tmp_path / "far")
+    silo = SiloState(tmp_path / "far" / "silos" / "silo-0")
+    with proxy(tmp_path / "far" / "server", "403 Forbidden") as (port, _):
+        monkeypatch.setenv("HTTPS_PROXY", f"who:secret@127.0.0.1:{port}")
+        with pytest.raises(OSError, match=f"^by the proxy 127.0.0.1:{port}: .*403 Forbidden; look at HTTPS_PROXY"):
+            silo_processes.greet("server.example:9400", silo.kit / "ca.crt")
+        assert silo_processes.ask(silo) is None
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:none")
+    with pytest.raises(OSError, match=r"by the proxy 127\.0\.0\.1:none: "):
+        silo_processes.greet("server.example:9400", silo.kit / "ca.crt")
+
+
+def without_proxies(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
 def test_what_a_killed_command_left_running_is_ended_by_the_next_and_nothing_else_is(tmp_path):
     sleep = "import time; time.sleep(600)"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {sleep!r}]); time.sleep(600)"
@@ -299,10 +477,10 @@ def test_what_a_killed_command_left_running_is_ended_by_the_next_and_nothing_els
         assert psutil.wait_procs(started, timeout=30)[1] == []
         assert second.process.poll() is None
         (tmp_path / "logs" / "superlink.pid").write_text(str(other.pid))  # a number that was given out again
-        second._stop_orphan()
+        second.end_orphan()
         assert other.poll() is None
         (tmp_path / "logs" / "superlink.pid").write_text("none")
-        second._stop_orphan()
+        second.end_orphan()
     finally:
         second.stop()
         for process in (first.process, other):
@@ -364,7 +542,7 @@ def test_a_gateway_that_ends_is_opened_again(kits, monkeypatch):
 def test_a_silo_with_another_silos_key_is_told_whose_it_is(kits, silo, monkeypatch):
     answer = io.BytesIO(b"0 silo-1")
     answer.headers = {}
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: answer)
+    monkeypatch.setattr(silo_processes, "opened", lambda *_, **__: answer)
     with pytest.raises(
         FederationError, match=r"silo silo-0: the server knows the key .*silo.key as that of silo silo-1"
     ):

@@ -22,6 +22,7 @@ import psutil
 import pytest
 import tomli_w
 from conftest import PATIENCE
+from of_federations import free_ports
 
 from crosslm.config import Config
 from crosslm.config_file import load
@@ -39,16 +40,6 @@ from crosslm.synthesis import synthesize
 from crosslm.task import Task
 
 pytestmark = pytest.mark.federation
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 class Party:
@@ -274,6 +265,12 @@ def test_three_silos_and_those_that_are_not_let_in(start, models, tmp_path):
     for process in training:
         process.resume()
 
+    # of all that runs only the gateway, which is in the server's own process, could be open to others
+    found = listening([*children_of(server), *children_of(silos["slow"])])
+    ports = {read_server(run.server_kit).superlink_port, read_silo(run.kit("slow")).runtime_port}
+    assert ports <= {port for _, port in found}
+    assert {address for address, _ in found} == {"127.0.0.1"}
+
     # the port that is open answers silos only
     context = ssl.create_default_context(cafile=str(run.server_kit / "ca.crt"))
     for path in ("/v1/control/start-run", "/v1/control/register-node", "/v1/runtime/push-messages", "/docs"):
@@ -354,6 +351,13 @@ def children_of(party):
     return psutil.Process(party.process.pid).children(recursive=True)
 
 
+def listening(processes):
+    """Addresses and ports where these processes listen."""
+    pids = {process.pid for process in processes}
+    found = [each for each in psutil.net_connections("tcp") if each.pid in pids]
+    return {(each.laddr.ip, each.laddr.port) for each in found if each.status == psutil.CONN_LISTEN}
+
+
 def child_of(party):
     """The process of Flower's that a command of ours has started, if it runs."""
     for process in psutil.Process(party.process.pid).children():
@@ -385,6 +389,7 @@ def test_processes_that_die_and_a_silo_that_never_answers(start, models):
     first = child_of(silos["killed"])
     for process in [*first.children(recursive=True), first]:
         process.kill()  # in the middle of its training; crosslm client starts it again
+    run.until(lambda _: child_of(silos["silent"]) is not None, "a start of the silent silo's SuperNode")
     node = child_of(silos["silent"])
     for process in [*node.children(recursive=True), node]:
         process.suspend()

@@ -7,11 +7,12 @@ import sys
 import threading
 import time
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import uvicorn
 from conftest import PATIENCE
-from test_federation_live import free_ports
+from of_federations import free_ports
 
 from crosslm.errors import FederationError
 from crosslm.federation import messages
@@ -24,6 +25,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict  # 
 from flwr.cli.build import build_fab_from_files  # isort: skip
 from flwr.cli.install import install_from_fab  # isort: skip
 from flwr.clientapp.utils import get_load_client_app_fn  # isort: skip
+from flwr.common.constant import HEARTBEAT_CALL_TIMEOUT  # isort: skip
 from flwr.supercore.constant import TaskType  # isort: skip
 from flwr.supercore.fab import Fab  # isort: skip
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree  # isort: skip
@@ -164,6 +166,31 @@ def test_when_the_process_that_answers_dies_so_does_the_one_that_started_it(node
     monkeypatch.setattr(tasks.subprocess, "run", lambda _, **given: run(killed, **given))
     with pytest.raises(SystemExit, match="answers a message of the server ended with code -9"):
         answered(node)
+
+
+def test_the_supernode_hears_that_a_task_is_worked_on_for_as_long_as_it_is(node, silo, monkeypatch):
+    """It would give the task up else, and training takes longer than its patience."""
+    monkeypatch.setattr("flwr.supercore.heartbeat.HEARTBEAT_DEFAULT_INTERVAL", HEARTBEAT_CALL_TIMEOUT + 0.1)
+    heard, state = [], type(node.state)
+    acknowledged = state.acknowledge_task_heartbeat
+    monkeypatch.setattr(
+        state, "acknowledge_task_heartbeat", lambda *given: heard.append(given[1:]) or acknowledged(*given)
+    )
+
+    def trains(*_, **__):
+        end = time.monotonic() + PATIENCE
+        while len(heard) < 3:
+            assert time.monotonic() < end, "no sign of life has come"
+            time.sleep(0.02)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(tasks.subprocess, "run", trains)
+    node.receives(request(silo), bundle(GENUINE))
+    assert answered(node)
+    assert len(set(heard)) == 1
+    before = len(heard)
+    time.sleep(0.5)
+    assert len(heard) == before
 
 
 def test_tasks_of_other_kinds_are_not_taken(node, silo, tmp_path):

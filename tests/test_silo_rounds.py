@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from of_federations import answer, change, from_kit, turn
+from of_federations import answer, change, free_ports, from_kit, turn
 
 from crosslm.client import Client
 from crosslm.config import AcceptanceConfig, Config, PrivacyConfig
@@ -83,7 +83,8 @@ def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, 
     for line in (
         "field   version  1",
         'field   kind  "upload"',
-        "answer  when an SLM came back, and once more in the end: status, round, crosslm, metrics.round",
+        "answer  when an SLM came back, and once more in the end: status, round, crosslm, max_participations, "
+        "metrics.round, metrics.accepted",
         "answer  when this silo refuses: status, reason, crosslm",
         "metrics.accepted is 0 if what came back is worse on held-out private rows",
         "carrier Flower adds of its own",
@@ -132,6 +133,8 @@ def test_what_a_silo_keeps_is_for_its_owner_alone_whoever_starts_it(silo):
 
 def test_a_silo_that_starts_again_has_its_classifier_back(silo, monkeypatch):
     """One that was killed between moving the old folder aside and naming the new one."""
+    change(silo.kit, runtime_port=free_ports(1)[0])
+    silo = Silo(silo.kit, silo.cache)
     aside = silo.state / f"slm{ASIDE}"
     aside.mkdir(parents=True)
     (aside / "model.safetensors").write_bytes(b"old")

@@ -24,9 +24,14 @@ QUESTION = (
 )
 
 
-def done(number: int) -> dict[str, Any]:
-    """The answer beside an upload, and the one to what came back for a round."""
-    return {"status": "ok", "round": number, "crosslm": __version__}
+def done(number: int, agreed: int) -> dict[str, Any]:
+    """The answer beside an upload, and the one to what came back for a round.
+
+    Args:
+        number: the round.
+        agreed: uploads that this silo agrees to: when they are made it leaves, and the server waits for no more.
+    """
+    return {"status": "ok", "round": number, "crosslm": __version__, "max_participations": agreed}
 
 
 def refused(error: CrosslmError) -> dict[str, Any]:
@@ -43,12 +48,12 @@ def confirmation(number: int, accepted: bool) -> dict[str, float]:
 def answers() -> dict[str, list[str]]:
     """The fields of every answer, by the occasion."""
     return {
-        "beside the upload": list(done(0)),
+        "beside the upload": list(done(0, 1)),
         "when an SLM came back, and once more in the end": [
-            *done(0),
+            *done(0, 1),
             *(f"metrics.{name}" for name in confirmation(0, True)),
         ],
-        "when the server did not use the upload": list(done(0)),
+        "when the server did not use the upload": list(done(0, 1)),
         "when this silo refuses": list(refused(CrosslmError())),
         "when something went wrong here": [f"error.{field}" for field in ("code", "reason")],
     }

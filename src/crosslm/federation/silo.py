@@ -100,7 +100,7 @@ class Silo(SiloModels):
             self._complete(number, {"accepted": False, "rows": 0, "refused": f"{type(error).__name__}: {error}"})
             raise
         told = confirmation(number, decision["accepted"])
-        self._keep_receipt("install", number, {"answer": done(number), "metrics": told})
+        self._keep_receipt("install", number, {"answer": self.done(number), "metrics": told})
         self._complete(number, decision | ({} if had_say else {"no_say": True}))
         return told
 
@@ -182,7 +182,7 @@ class Silo(SiloModels):
                 raise
             self._use(client.slm)
             told = confirmation(number, decision["accepted"])
-            self._keep_receipt("close", number, {"answer": done(number), "metrics": told})
+            self._keep_receipt("close", number, {"answer": self.done(number), "metrics": told})
             self._close(decision)
         closed = self.closed or {}
         if why := closed.get("refused"):
@@ -205,7 +205,7 @@ class Silo(SiloModels):
             return
         state = self._mine(number).slm
         self._use(SLM.from_state(state, state.labels))
-        self._keep_receipt("not-used", number, {"answer": done(number)})
+        self._keep_receipt("not-used", number, {"answer": self.done(number)})
         self._complete(number, {"accepted": False, "rows": 0, "not_used": plain(reason[:MAX_REASON])})
 
     def _confirmation(self, number: int) -> dict[str, float]:
@@ -258,8 +258,12 @@ class Silo(SiloModels):
                 f"give it back the state folder that this silo had before"
             )
 
+    def done(self, number: int) -> dict[str, Any]:
+        """The answer of this silo, beside what it sends, to a request that it has done."""
+        return done(number, self.settings.max_participations)
+
     def _receipt(self, number: int, upload: Upload, data: bytes, slm: SLM) -> None:
-        receipt: dict[str, Any] = {"bytes_sent": len(data), "answer": done(number)} | contents(self._as_sent(upload))
+        receipt = {"bytes_sent": len(data), "answer": self.done(number), **contents(self._as_sent(upload))}
         if self.settings.wire_dtype != "float32":
             private = self.private()
             rounded = SLM.from_state(self._as_sent(upload).slm, slm.labels, str(slm.device))

@@ -22,6 +22,7 @@ NO_SAY = "no say/"  # and silo and round
 CLOSING = "closing/"  # and silo: the round whose upload the closing download is made of, and its SHA-256
 LOSSES = "losses/"  # and silo and round: how often this disk has lost it
 TRIES = "tries/"  # and silo and round: how often its turn has come
+AGREED = "agreed/"  # and silo: how many uploads it agrees to, as it said last
 CLOSED = "closed/"  # and silo: what came of its closing download
 ADMITTED = "admitted"  # the silos that have a key in the kit, as JSON
 ENDED = "ended"  # no upload is asked for or served any more
@@ -216,6 +217,15 @@ class Spool:
     def owes_closing(self, silo: str) -> bool:
         """Whether a silo has not answered to its closing download."""
         return self.closing_of(silo) is not None and self.fact(f"{CLOSED}{silo}") is None
+
+    def agrees(self, silo: str, number: int) -> None:
+        """A silo says to how many uploads it agrees in all."""
+        if self.fact(f"{AGREED}{silo}") != str(number):
+            self.note(f"{AGREED}{silo}", str(number))
+
+    def expected(self, silo: str, asked: int) -> int:
+        """How many uploads come of a silo: so many as are asked for, or fewer where it said so."""
+        return min(asked, int(self.fact(f"{AGREED}{silo}") or asked))
 
     def is_over_for(self, silo: str) -> bool:
         """Whether nothing more will be sent to a silo."""

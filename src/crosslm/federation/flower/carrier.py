@@ -255,6 +255,8 @@ class Carrier:
             self.failed.put((line.silo, f"round {line.round}: {what}"))
 
     def _take(self, line: Line, answer: Answer) -> None:
+        if answer.agreed is not None:
+            self.spool.agrees(line.silo, answer.agreed)
         if answer.refusal is not None:
             self._fail(line, "refused", answer.refusal)
         elif answer.message is not None and line.kind == "upload":
@@ -317,7 +319,8 @@ class Carrier:
         patience = self.config.repair_minutes * 60
         tries = line.kind == "upload" and line.open_message is not None  # it may train now, mended
         is_given_up = line.fails_since is not None and time.monotonic() - line.fails_since >= patience and not tries
-        return line.over or is_given_up or len(self.spool.of(line.silo)) >= self.config.participations
+        expected = self.spool.expected(line.silo, self.config.participations)
+        return line.over or is_given_up or len(self.spool.of(line.silo)) >= expected  # who agrees to fewer has left
 
     def is_too_late(self) -> bool:
         """Whether the deadline has passed."""

@@ -34,9 +34,8 @@ def upload(message: Message, context: Context) -> Message:
         raise _ask_again(message, error) from None
     except CrosslmError as error:
         return refusal(message, error)
-    return Message(
-        RecordDict({"reply": ConfigRecord(leaving.done(number)), "message": split(parts_of(file))}), reply_to=message
-    )
+    reply = {"reply": ConfigRecord(silo.done(number)), "message": split(parts_of(file))}
+    return Message(RecordDict(reply), reply_to=message)
 
 
 @app.train("install")
@@ -56,7 +55,7 @@ def _installed(message: Message, take: Callable[[Silo, str, int, Iterable[bytes]
         return refusal(message, error)
     except CrosslmError as error:
         raise _ask_again(message, error) from None
-    reply = {"reply": ConfigRecord(leaving.done(number)), "metrics": MetricRecord(dict(metrics))}
+    reply = {"reply": ConfigRecord(silo.done(number)), "metrics": MetricRecord(dict(metrics))}
     return Message(RecordDict(reply), reply_to=message)
 
 
@@ -78,7 +77,7 @@ def not_used(message: Message, context: Context) -> Message:
         raise _ask_again(message, error) from None
     except CrosslmError as error:
         return refusal(message, error)
-    return Message(RecordDict({"reply": ConfigRecord(leaving.done(number))}), reply_to=message)
+    return Message(RecordDict({"reply": ConfigRecord(silo.done(number))}), reply_to=message)
 
 
 def _silo() -> Silo:

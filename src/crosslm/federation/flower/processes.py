@@ -15,10 +15,12 @@ from pathlib import Path
 import psutil
 
 from crosslm.errors import FederationError, PassingError
+from crosslm.federation.flower.proxies import THIS_MACHINE
 from crosslm.federation.kits import KIT, QUIET
 
 RESTART = 5.0  # seconds before a process that died is started again
 START_TIME = 300.0  # seconds that a process may take until it answers; a busy machine needs minutes
+PORT_TIME = 10.0  # seconds in which what an earlier start left behind may let go of its port
 FLWR_TRIES, FLWR_TIME = 3, 300.0  # of a command of flwr's, and seconds that it may take
 CACHE = "CROSSLM_CACHE"
 Note = Callable[[str], None]
@@ -43,7 +45,7 @@ class Child:
     def start(self) -> None:
         """Start it; what an earlier start left behind is ended first."""
         self.log.parent.mkdir(exist_ok=True)
-        self._stop_orphan()
+        self.end_orphan()
         with self.log.open("ab") as log:
             self.offset = log.tell()
             self.process = subprocess.Popen(
@@ -56,7 +58,7 @@ class Child:
     def _pid_file(self) -> Path:
         return self.kit / "logs" / f"{self.name}.pid"
 
-    def _stop_orphan(self) -> None:
+    def end_orphan(self) -> None:
         """End the process that an earlier start left behind when it was killed: it would keep the port."""
         try:
             orphan = psutil.Process(int(self._pid_file.read_text()))
@@ -72,24 +74,42 @@ class Child:
                 process.kill()
         psutil.wait_procs([orphan, *started], timeout=5)  # its port is free when it is gone
 
+    def runs(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self.process is not None and self.process.poll() is None
+
     def died(self) -> bool:
         """Whether it was started and runs no more."""
         return self.process is not None and self.process.poll() is not None
 
-    def stop(self) -> None:
-        """End it and what it has started, and wait."""
-        if self.process is None or self.process.poll() is not None:
-            return
-        started = _descendants(self.process.pid)
-        self.process.terminate()
+    def listens_on(self, port: int) -> bool:
+        """Whether this process, and no other one, listens on a port of this machine."""
+        if self.process is None or not self.runs():
+            return False
         try:
-            self.process.wait(timeout=15)
+            found = psutil.net_connections("tcp")
+        except psutil.AccessDenied:  # macOS tells it to root alone
+            return True
+        pid, state = self.process.pid, psutil.CONN_LISTEN
+        return any(each.pid == pid and each.status == state and each.laddr.port == port for each in found)
+
+    def stop(self) -> None:
+        """End it and what it has started, and wait; it is then as if it had never been started."""
+        if self.process is not None and self.runs():
+            self._end(self.process)
+        self.process = None
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        started = _descendants(process.pid)
+        process.terminate()
+        try:
+            process.wait(timeout=15)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        for process in started:  # Flower's processes end with their parent, if nothing keeps them
+            process.kill()
+            process.wait()
+        for each in started:  # Flower's processes end with their parent, if nothing keeps them
             with suppress(psutil.NoSuchProcess):
-                process.kill()
+                each.kill()
 
     def words(self) -> str:
         """What it wrote since it was started."""
@@ -121,7 +141,7 @@ def environment(kit: Path) -> dict[str, str]:
 
 def settings_of(kit: Path) -> dict[str, str]:
     """What in that environment is of this kit, what keeps Flower quiet, and that no proxy is asked for this machine."""
-    told = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]
+    told = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *THIS_MACHINE]
     direct = dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(filter(None, told)))
     own = {**QUIET, **direct, "FLWR_HOME": str(kit.absolute() / "flower"), KIT: str(kit.absolute())}
     return own | ({CACHE: str(Path(os.environ[CACHE]).absolute())} if CACHE in os.environ else {})
@@ -180,6 +200,27 @@ def wait_for_port(host: str, port: int, child: Child) -> None:
         except OSError:
             time.sleep(0.2)
     raise PassingError(f"{child.name} does not listen on {host}:{port} after {START_TIME:.0f} s; look at {child.log}")
+
+
+def wait_until_free(host: str, port: int) -> bool:
+    """Wait for a moment until nobody has a port; whether that is so."""
+    end = time.monotonic() + PORT_TIME
+    while not is_free(host, port):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a process that starts now can listen on a port."""
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: closed connections do not count
+        try:
+            tried.bind((host, port))
+        except OSError:
+            return False
+    return True
 
 
 def is_alive(pid: int) -> bool:

@@ -20,6 +20,8 @@ class Answer:
     """The upload, if that was asked for."""
     accepted: bool
     """Whether the silo uses the SLM that it was asked to install."""
+    agreed: int | None = None
+    """Uploads that the silo agrees to in all; None where it does not say."""
 
 
 def pulled(grid: Grid, message_id: str) -> Message | None:
@@ -60,12 +62,18 @@ def answer_in(reply: Message, kind: str) -> Answer:
     message = content.get("message")
     if kind == "upload" and not isinstance(message, ArrayRecord):
         raise _unusable("has no ArrayRecord 'message'")
-    return Answer(None, message if isinstance(message, ArrayRecord) else None, _accepted(content.get("metrics")))
+    given = message if isinstance(message, ArrayRecord) else None
+    return Answer(None, given, _accepted(content.get("metrics")), _agreed(told.get("max_participations")))
 
 
 def _accepted(metrics: object) -> bool:
     """A silo that says nothing of it has taken what it got."""
     return not isinstance(metrics, MetricRecord) or metrics.get("accepted", 1.0) != 0.0
+
+
+def _agreed(number: object) -> int | None:
+    """A silo of an earlier crosslm does not say it."""
+    return number if type(number) is int and number > 0 else None
 
 
 def _unusable(what: str) -> UploadError:

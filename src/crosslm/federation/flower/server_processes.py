@@ -79,7 +79,8 @@ class ServerProcesses:
         named = set(silo_names(self.kit))  # one that was shut out hears nothing any more
         silos = {arrival.silo for arrival in self.spool.arrivals() if arrival.delivered_at is not None} & named
         federation = server_config(self.kit).federation
-        waits = {silo for silo in named if self.spool.complete(silo) < federation.participations}
+        most, complete = federation.participations, self.spool.complete
+        waits = {silo for silo in named if complete(silo) < self.spool.expected(silo, most)}
         stays = named if federation.closing else waits  # they hear that nothing more comes
         while time.time() < end and not all(self._has_heard(silo, silo in stays) for silo in silos | stays):
             time.sleep(0.5)

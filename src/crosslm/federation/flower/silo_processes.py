@@ -3,12 +3,11 @@
 Both are started again when one dies.
 """
 
-import socket
+import re
 import ssl
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from crosslm.errors import FederationError, PassingError
-from crosslm.federation.flower.processes import RESTART, Child, Note, program
+from crosslm.federation.flower.processes import RESTART, Child, Note, program, wait_until_free
+from crosslm.federation.flower.proxies import connected, opened
 from crosslm.federation.keys import ASKED_AT, fingerprint
 from crosslm.federation.kits import SILO_FILE, read_silo
 from crosslm.federation.silo_news import closing_outcome, outcome
@@ -29,6 +29,7 @@ REFUSED_PAUSE = 10.0  # seconds until a silo that was refused tries again
 NOT_YET_VALID = 9  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID
 ASK = 5.0  # seconds between two questions whether anything more comes: the server stays longer than that
 CONFIRM_TIME = 300.0  # seconds that a silo with all its rounds stays to tell the server of the last one
+MAX_LINE = 300  # letters of a line of Flower's that is shown
 GIVE_UP = 86400.0  # seconds after which a server that has not answered is not coming back
 UNCONFIRMED = (
     "all rounds are complete and the classifier is installed, but the server has not said that it knows of the last "
@@ -70,8 +71,8 @@ def run_silo(silo: SiloState, note: Note) -> None:
     """Stay connected until all rounds that this silo agrees to are complete and the server knows it.
 
     Raises:
-        FederationError: the server's certificate is not the federation's, it does not know this silo's key, or the
-            run is over without this silo.
+        FederationError: the server's certificate is not the federation's, it does not know this silo's key, the
+            run is over without this silo, or another process has the port ``runtime_port``.
         PassingError: the server has not said that it knows of the last round.
     """
     if silo.confirmed:
@@ -82,6 +83,7 @@ def run_silo(silo: SiloState, note: Note) -> None:
     kit = silo.kit.absolute()
     node = Child("supernode", supernode_command(kit), kit)
     tasks = Child("tasks", tasks_command(kit), kit)
+    _make_room(silo, node, tasks)
     told = silo.answered, len(silo.receipts())
     said_refused, refused = silo.doing(), False
     has_all = silo.complete >= silo.agreed
@@ -95,16 +97,9 @@ def run_silo(silo: SiloState, note: Note) -> None:
     try:
         while not until or (time.time() < until and not (is_known := (rounds_complete(silo) or 0) >= silo.answered)):
             if node.process is None or node.died() or tasks.died():
-                tasks.stop()  # what it trains is for a SuperNode that is gone
-                if node.died():
-                    refused = _look_into_end(node, silo, refused, note)
-                    time.sleep(REFUSED_PAUSE if refused else RESTART)
-                elif tasks.died():
-                    note(f"the process that trains ended and is started again; its log is {tasks.log}")
-                    node.stop()
-                    time.sleep(RESTART)
-                node.start()
-                tasks.start()
+                refused = _start_node(silo, node, tasks, refused, note)
+            if not tasks.runs() and node.listens_on(silo.settings.runtime_port):
+                tasks.start()  # not before: another silo's node may be faster, and what it receives is not for us
             told = _tell(silo, told, note)
             if (doing := silo.doing()) and doing["now"] == "refused" and doing["why"] != _why(said_refused):
                 note(f"a request of the server was refused here: {plain(doing['why'])}; it asks again")
@@ -125,6 +120,40 @@ def run_silo(silo: SiloState, note: Note) -> None:
     finally:
         tasks.stop()
         node.stop()
+
+
+def _start_node(silo: SiloState, node: Child, tasks: Child, refused: bool, note: Note) -> bool:
+    """Start the SuperNode, again where it or ``tasks`` has ended; whether the server has refused it."""
+    is_tasks_end = tasks.died()
+    tasks.stop()  # what it trains is for a SuperNode that is gone
+    if node.died():
+        refused = _look_into_end(node, silo, refused, note)
+        time.sleep(REFUSED_PAUSE if refused else RESTART)
+    elif is_tasks_end:
+        note(f"the process that trains ended and is started again; its log is {tasks.log}")
+        node.stop()
+        time.sleep(RESTART)
+    _make_room(silo, node, tasks)
+    node.start()
+    return refused
+
+
+def _make_room(silo: SiloState, node: Child, tasks: Child) -> None:
+    """End what an earlier start left behind, and see to it that this silo's SuperNode can have its port.
+
+    Without its port it ends at once, and ``tasks`` would take the work of the silo that has it.
+
+    Raises:
+        FederationError: another process has it.
+    """
+    for child in (tasks, node):
+        child.end_orphan()
+    port = silo.settings.runtime_port
+    if not wait_until_free("127.0.0.1", port):
+        raise FederationError(
+            f"silo {silo.settings.id}: port {port} of this machine (runtime_port) is in use by another process, "
+            f"another crosslm client perhaps; set another number there in {silo.kit / SILO_FILE}, or end that process"
+        )
 
 
 def _end_unconfirmed(silo: SiloState, note: Note) -> None:
@@ -199,11 +228,10 @@ def greet(address: str, ca: Path) -> None:
         PassingError: this machine's clock is before it.
         OSError: nobody answers, or not in TLS.
     """
-    host, _, port = address.rpartition(":")
     context = ssl.create_default_context(cafile=str(ca))
     try:
-        with socket.create_connection((host, int(port)), timeout=10) as plain:
-            context.wrap_socket(plain, server_hostname=host).close()
+        with connected(address) as open_way:
+            context.wrap_socket(open_way, server_hostname=address.rpartition(":")[0]).close()
     except ssl.SSLCertVerificationError as error:
         if error.verify_code == NOT_YET_VALID:
             raise PassingError(
@@ -280,7 +308,7 @@ def ask(silo: SiloState) -> Answer | None:
     address = f"https://{server}{ASKED_AT}{fingerprint(key)}"
     before = time.time()
     try:
-        with urllib.request.urlopen(address, context=context, timeout=10) as answer:
+        with opened(address, context) as answer:
             complete, known_as, *over = answer.read(100).decode().split(" ")
             number, date, known_as = int(complete), answer.headers.get("Date"), plain(known_as)
     except urllib.error.HTTPError as error:
@@ -301,6 +329,13 @@ def ask(silo: SiloState) -> Answer | None:
     return Answer(number, over == ["over"], clocks_apart(date, before, time.time()))
 
 
+def _errors_in(words: str) -> str:
+    """What a process of Flower's says of errors at last, or else its last lines; empty where it says nothing."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", words).splitlines()
+    errors = [line for line in lines if line.lstrip().startswith("ERROR")] or lines
+    return "".join(f"\n  {plain(line[:MAX_LINE]).strip()}" for line in errors[-2:])
+
+
 def _look_into_end(node: Child, silo: SiloState, refused: bool, note: Note) -> bool:
     """Say why the SuperNode ended; whether it was refused.
 
@@ -313,7 +348,7 @@ def _look_into_end(node: Child, silo: SiloState, refused: bool, note: Note) -> b
     answer = ask(silo)
     if REFUSED not in node.last_words():
         why = f": {answer.clock}" if answer and answer.clock else ""
-        note(f"the SuperNode ended and is started again{why}; its log is {node.log}")
+        note(f"the SuperNode ended and is started again{why}; its log is {node.log}{_errors_in(node.last_words())}")
         return False
     if not refused:
         note("the server does not accept this silo yet; trying again")
