@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import tomli_w
 from conftest import TINY_AMOUNTS
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertJapaneseTokenizer
 
 from crosslm.config import IntakeConfig, SLMSpec
@@ -190,3 +193,21 @@ def test_the_side_on_which_texts_are_cut_travels(models, tmp_path):
     back = SLM.from_state(slm.to_state(), ("bad", "good"))  # before any text was read
     text = ["a good film and a bad room and a sad song and a walk"]
     assert back.encode(text) == slm.encode(text) != SLM.load(str(models / "bert"), ("bad", "good"), 8, 0).encode(text)
+
+
+def test_an_encoder_of_parts_without_a_config_json_is_used(shell, settings, models, tmp_path):
+    folder = tmp_path / "static"
+    words = StaticEmbedding(Tokenizer.from_file(str(models / "bert" / "tokenizer.json")), embedding_dim=16)
+    SentenceTransformer(modules=[words], device="cpu").save(str(folder))
+    assert not (folder / "config.json").exists()
+    settings["selection"]["encoder"] = str(folder)
+    path = tmp_path / "static.toml"
+    path.write_text(tomli_w.dumps(settings))
+    code, out, err = shell("doctor", path)
+    assert code == 0, out + err
+    code, _, err = shell("run", path, *AMOUNTS, "--output", tmp_path / "run")
+    assert code == 0, err
+    with pytest.raises(ModelError, match=r"slm\.models = .*: no such model folder \(a config\.json must be in it\)"):
+        sources.check_model(str(folder), "slm.models")
+    with pytest.raises(ModelError, match=r"a config\.json or modules\.json must be in it"):
+        sources.check_model(str(tmp_path / "none"), "selection.encoder")
