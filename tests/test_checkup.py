@@ -11,7 +11,7 @@ import pytest
 import tomli_w
 
 import crosslm
-from crosslm.config import AcceptanceConfig, Config, PrivacyConfig, SLMSpec
+from crosslm.config import AcceptanceConfig, Config, IntakeConfig, PrivacyConfig, SLMSpec
 from crosslm.errors import CrosslmError
 from crosslm.federation import checkup
 from crosslm.federation import provision as provision_module
@@ -196,6 +196,7 @@ def test_a_certificate_for_another_name_and_no_silo(kits, shell):
         (lambda kit: (kit / SILO_FILE).write_text("id = 3"), "error   kit: "),
         (lambda kit: change(kit, slm=SLMSpec(model="./no")), "slm.model = './no': no such model folder"),
         (lambda kit: change(kit, slm=deeper(kit)), "error   slm: "),
+        (lambda kit: change(kit, intake=IntakeConfig(max_bytes=1000)), "as an upload, and at most 1000 are allowed"),
     ],
 )
 def test_what_a_silo_lacks(kits, shell, damage, message):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_llm
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, Gemma3Config, Qwen3MoeConfig
 
 from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.config_file import load, packaged
@@ -436,6 +436,25 @@ def test_a_model_whose_logits_are_capped_is_refused_before_it_is_loaded(models, 
     with pytest.raises(ModelError, match=r"has final_logit_softcapping, and crosslm supports no scale or soft cap"):
         check_causal(str(tmp_path), "mine")
     check_causal(str(models / "gemma3"), "mine")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            BloomConfig(),
+            r"config\.json \(bloom\) does not say how many tokens it reads .*choose a GPT-2, Llama or Gemma 3",
+        ),
+        (
+            Qwen3MoeConfig(),
+            r"\(qwen3_moe\) has num_experts, .* no mixture of experts; choose a GPT-2, Llama or Gemma 3",
+        ),
+    ],
+)
+def test_a_family_that_cannot_be_trained_is_refused_before_it_is_loaded(tmp_path, config, message):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        check_causal(str(tmp_path), "mine")
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):

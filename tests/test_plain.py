@@ -1,15 +1,20 @@
 """What another machine says is shown as words, and nothing of it is obeyed by a terminal."""
 
+import ast
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from crosslm.cli import app
+from crosslm.cli.display import BarDisplay
 from crosslm.federation.silo_news import closing_outcome, doing, outcome
-from crosslm.runs.report import uploads_table, waited_for
+from crosslm.runs.report import label_table, uploads_table, waited_for
 from crosslm.runs.watch import sentence
 from crosslm.support.plain import plain, plain_lines
 
+SOURCE = Path(__file__).parents[1] / "src" / "crosslm"
 HOSTILE = {
     "clears the screen": ("sent \x1b[2Jthere", "sent  [2Jthere"),
     "names the window": ("sent \x1b]0;root\x07there", "sent  ]0;root there"),
@@ -57,3 +62,40 @@ def test_the_tables_of_a_run_are_plain(said):
     shown = io.StringIO()
     Console(file=shown, width=200).print(uploads_table({"arrivals": [arrival]}))
     assert f"refused: {expected}" in shown.getvalue()
+
+
+@pytest.mark.parametrize("names", [["[neg]", "[pos]"], ["[/a]", "[/pos]"], [":smile:", ":x:"]])
+def test_a_label_is_shown_as_it_is_written(names):
+    """And not as rich's markup, which hides [neg] and takes [/pos] for an error."""
+    out = io.StringIO()
+    console = Console(file=out, width=120, force_terminal=True, color_system=None, emoji=app.console._emoji)
+    confusion = {"standalone": {"n": [[3, 1], [1, 3]]}, "crosslm": {"n": [[4, 0], [3, 1]]}}
+    console.print(label_table({"confusion": confusion, "clients": {"n": {"rows": dict.fromkeys(names, 4)}}}))
+    assert f"{names[1]}: 0.250 of 4" in out.getvalue()
+    display = BarDisplay(console)
+    with display.stage(f"generate: label {names[0]}", 2, "texts") as advance:
+        advance(2)
+    display.note(f"about {names[0]}")
+    assert f"generate: label {names[0]} " in out.getvalue()
+    assert f"about {names[0]}" in out.getvalue()
+
+
+PRINTS = [
+    pytest.param(node, id=f"{path.relative_to(SOURCE)}:{node.lineno}")
+    for path in sorted(SOURCE.rglob("*.py"))
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.Call)
+    and isinstance(node.func, ast.Attribute)
+    and (node.func.attr == "print" or node.func.attr == "add_row")
+]
+
+
+@pytest.mark.parametrize("call", PRINTS)
+def test_names_and_paths_are_no_markup_where_they_are_shown(call):
+    """What a table's cell or a line has of somebody else's is a Text, or the line is printed without markup."""
+    if call.func.attr == "print":
+        words = [each for each in call.args if isinstance(each, ast.JoinedStr)]
+        words += [each for each in call.args if isinstance(each, ast.Name) and each.id in ("message", "told", "words")]
+        assert not words or any(keyword.arg == "markup" for keyword in call.keywords), ast.unparse(call)
+    else:
+        assert ast.unparse(call.args[0]) not in ("client", "silo", "name", "label"), ast.unparse(call)

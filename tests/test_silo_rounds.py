@@ -12,7 +12,7 @@ import torch
 from of_federations import answer, change, free_ports, from_kit, turn
 
 from crosslm.client import Client
-from crosslm.config import AcceptanceConfig, Config, PrivacyConfig
+from crosslm.config import AcceptanceConfig, Config, IntakeConfig, PrivacyConfig
 from crosslm.errors import (
     BrokenLLMError,
     DataError,
@@ -562,3 +562,17 @@ def test_a_silo_attacks_what_it_would_upload_before_it_does(silo, shell, private
     assert f"│ {'8' if private else 'none'}" in out or "7.9" in out
     assert "nothing was kept, and nothing was sent" in out
     assert not (silo.kit / "state").exists()
+
+
+def test_a_model_whose_uploads_would_be_refused_is_not_trained(silo, monkeypatch):
+    """Whether or not crosslm doctor was asked; half the bytes may be few enough."""
+    change(silo.kit, intake=IntakeConfig(max_bytes=1000))
+    silo = Silo(silo.kit, silo.cache)
+    monkeypatch.setattr(Client, "train", lambda _: pytest.fail("it trained"))
+    message = r"silo silo-0: SLM .* has (\d+) bytes .* at most 1000 .*intake\.max_bytes"
+    with pytest.raises(ModelError, match=message) as told:
+        silo.upload(silo.settings.experiment, 0)
+    size = int(re.search(message, str(told.value))[1])
+    monkeypatch.undo()
+    change(silo.kit, intake=IntakeConfig(max_bytes=size - 1000), wire_dtype="float16")
+    assert Silo(silo.kit, silo.cache).upload(silo.settings.experiment, 0).stat().st_size < size - 1000

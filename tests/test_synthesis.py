@@ -132,6 +132,20 @@ def test_removed_texts_are_counted_and_written_again(models, task):
     assert len(synthetic.samples) == 20
 
 
+def test_a_stop_string_that_is_a_special_token_ends_a_whole_text(models, task):
+    """As ``<|im_end|>`` of chat models, which the text is read without."""
+
+    def write(llm, rows, seeds, on_step):
+        return [[*llm.encode("a good day. and a bad"), llm.tokenizer.convert_tokens_to_ids("<bos>")]] * rows
+
+    sampling = SAMPLING.model_copy(update={"stop": ("<bos>",)})
+    synthetic = synthesize(Scripted(models, write), task, sampling, 4, 1)
+    assert [sample.text for sample in synthetic.samples] == ["a good day. and a bad"] * 4
+    assert not synthetic.removed
+    cut = synthesize(Scripted(models, write), task, SAMPLING, 4, 1)  # without it this is a text of the greatest length
+    assert [sample.text for sample in cut.samples] == ["a good day."] * 4
+
+
 def test_texts_are_told_while_their_batch_is_written_and_taken_back_if_they_are_removed(models, task):
     told = []
     synthetic = synthesize(tiny_llm(models, "gpt2"), task, SAMPLING, 40, 1, told.append)  # one batch, and redraws

@@ -125,9 +125,28 @@ def test_one_that_cannot_be_started_is_an_error(config, tmp_path, monkeypatch):
     def fails(path, config):
         raise RuntimeError("no account")
 
+    config = config.model_copy(update={"tracking": ("mlflow",)})  # something is named
     run = RunDir.create(tmp_path / "run", config)
     with pytest.raises(ConfigError, match=r"tracking: mine cannot be started: no account"):
         track(run, config, monkeypatch, fails, []).__enter__()
+
+
+def test_one_that_nobody_asked_for_and_cannot_be_started_is_left_out(settings, tmp_path, monkeypatch):
+    def fails(path, config):
+        raise ImportError("another protobuf is needed")
+
+    config, notes = Config.model_validate(settings), []
+    assert config.tracking is None
+    run = RunDir.create(tmp_path / "run", config)
+    monkeypatch.setattr(tracking, "_installed", lambda name: name == "tensorboard")
+    monkeypatch.setitem(tracking.TRACKERS, "tensorboard", fails)
+    with tracked(run, config, notes.append):
+        run.event(**{"kind": "step", **{k: v for k, v in STEP.items() if k not in ("event", "time")}})
+    (note,) = notes
+    assert note.startswith("warning: tracking by tensorboard, which is installed, cannot be started and is left out: ")
+    named = Config.model_validate({**settings, "tracking": ["tensorboard"]})
+    with pytest.raises(ConfigError, match="another protobuf"):
+        tracked(run, named, notes.append).__enter__()
 
 
 def test_what_is_asked_for(settings, monkeypatch):

@@ -1,12 +1,16 @@
 """Eq. 1 by hand, and over many texts."""
 
+import dataclasses
+
+import pytest
 import torch
 from conftest import tiny_llm
 
 from crosslm import classification
 from crosslm.algorithm.verbalizer import label_probabilities
 from crosslm.classification import class_probabilities
-from crosslm.models.tokens import verbalizer_ids
+from crosslm.errors import ConfigError
+from crosslm.models.tokens import check_room, load_tokenizer, read_of, verbalizer_ids
 
 
 def test_eq_1_by_hand():
@@ -40,3 +44,27 @@ def test_texts_of_like_length_are_read_together_and_each_keeps_its_place(models,
     assert lengths == sorted(lengths)
     assert [len(chunk) for chunk in read] == [5, 5, 3]
     assert class_probabilities(llm, task, []).shape == (0, len(task.labels))
+
+
+@pytest.mark.parametrize("words", [("bad", "good"), ("bad day", "good day")])
+def test_a_text_is_cut_to_the_positions_that_a_long_query_leaves(models, task, words):
+    llm = tiny_llm(models, "gpt2")
+    asked = dataclasses.replace(task, query_template="a good film. " * 20 + "{text} This is", verbalizers=words)
+    left = llm.positions - len(llm.encode(asked.query("")))
+    assert 0 < left < 60
+    texts = ["a good day and a bad film " * 30, "a mean room.", "déjà vu " * 60]
+    found = class_probabilities(llm, asked, texts)
+    assert found.isfinite().all()
+    own = [llm.encode(classification._query(llm, asked, text, llm.positions)) for text in texts]
+    assert llm.positions - 3 < len(own[0]) <= llm.positions
+    assert max(map(len, own)) <= llm.positions
+    room = llm.positions - read_of(verbalizer_ids(llm.tokenizer, asked))
+    assert classification._query(llm, asked, texts[1], room) == asked.query(texts[1])
+
+
+def test_a_query_that_leaves_no_room_is_told_before_a_run(models, task):
+    tokenizer = load_tokenizer(str(models / "gpt2"), "gpt2")
+    check_room(str(models / "gpt2"), tokenizer, task, 12)
+    asked = dataclasses.replace(task, query_template="a good film. " * 60 + "{text} This is")
+    with pytest.raises(ConfigError, match=r"task\.query: its \d+ tokens.* than the 128 that llm\.model"):
+        check_room(str(models / "gpt2"), tokenizer, asked, 12)

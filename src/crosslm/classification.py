@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from crosslm.models.llm import LLM
-from crosslm.models.tokens import verbalizer_ids
+from crosslm.models.tokens import MAX_TOKENS, read_of, verbalizer_ids
 from crosslm.task import Task
 
 CHUNK = 64
-MAX_TOKENS = 256  # of a text; with the query well inside the 1,024 of GPT-2
 
 
 def class_probabilities(
@@ -18,10 +17,13 @@ def class_probabilities(
 ) -> Tensor:
     """``p(y|x)`` by the verbalizers (Eq. 1), ``(texts, labels)``; of each text the first 256 tokens are read.
 
+    Of a text for which the query leaves fewer of the LLM's positions, so many as there is room for.
+
     Texts of like length are read together, whatever their order, since padding takes as long as text.
     """
     verbalizers = verbalizer_ids(llm.tokenizer, task)
-    queries = [task.query(llm.shorten(text, MAX_TOKENS)) for text in texts]
+    room = llm.positions - read_of(verbalizers)
+    queries = [_query(llm, task, text, room) for text in texts]
     order = sorted(range(len(queries)), key=lambda place: len(queries[place]))
     found = torch.zeros(len(queries), len(task.labels))
     for start in range(0, len(order), CHUNK):
@@ -29,3 +31,13 @@ def class_probabilities(
         found[places] = llm.classify([queries[place] for place in places], verbalizers)
         on_texts(len(places))
     return found
+
+
+def _query(llm: LLM, task: Task, text: str, room: int) -> str:
+    """M(x) of the beginning of a text; a cut may make more tokens of the last word, and then more is cut off."""
+    tokens = min(MAX_TOKENS, len(llm.tokenizer.encode(text, add_special_tokens=False)))
+    query = task.query(llm.shorten(text, tokens))
+    while tokens and (over := len(llm.encode(query)) - room) > 0:
+        tokens = max(0, tokens - over)
+        query = task.query(llm.shorten(text, tokens))
+    return query

@@ -198,7 +198,8 @@ def _write(
     written: list[SyntheticText | str] = []
     for row, tokens in enumerate(llm.generate(encoded, seeds, sampling, on_tokens)):
         raw, prompt = decode(tokens), prompts[row]
-        finished = tokens[-1] in llm.end_ids or any(stop in raw for stop in sampling.stop)
+        whole = str(llm.tokenizer.decode(tokens))  # a stop string may be a special token, which x is read without
+        finished = tokens[-1] in llm.end_ids or any(stop in raw or stop in whole for stop in sampling.stop)
         text = clean(raw, finished, sampling.stop)
         if reason := removal_reason(text, raw, prompt, finished):
             written.append(reason)

@@ -16,8 +16,8 @@ app = typer.Typer(
     suggest_commands=False,  # click does, and twice is once too often
     help="A server's LLM and many clients' classifiers make each other better; no client's text leaves its silo.",
 )
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)  # a label may be ":x:"
+errors = Console(stderr=True, emoji=False)
 
 ConfigArgument = Annotated[
     str, typer.Argument(help="Path of a TOML file, or the name of a packaged one: " + ", ".join(packaged()) + ".")

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from crosslm.cli.app import CacheOption, app, console
 from crosslm.runs.rundir import RunDir
@@ -82,7 +83,7 @@ def membership_table(figures: Mapping[str, Any], title: str = "Membership infere
         membership = parts["membership"]
         for attack, found in membership["attacks"].items():
             table.add_row(
-                client,
+                Text(client),
                 f"{bound['epsilon']:.2f}" if bound else "none",
                 attack,
                 f"{membership['members']} + {membership['others']}",
@@ -102,7 +103,7 @@ def overlap_table(figures: Mapping[str, Any]) -> Table:
             if name == "texts":  # how many there are; none where nothing was selected
                 continue
             table.add_row(
-                client,
+                Text(client),
                 name,
                 str(found["rows"]),
                 str(found["longest_shared_words"]),
@@ -121,7 +122,7 @@ def canary_table(figures: Mapping[str, Any]) -> Table:
     for client, parts in figures["clients"].items():
         if found := parts.get("canaries"):
             table.add_row(
-                client,
+                Text(client),
                 str(found["planted"]),
                 *(
                     f"{sum(found[key]) / len(found[key]):.2f}, {max(found[key]):.2f}"

@@ -30,7 +30,8 @@ class BarDisplay:
     @contextmanager
     def stage(self, title: str, total: float, unit: str) -> Iterator[Advance]:
         """Show a stage."""
-        columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(bar_width=20))
+        described = TextColumn("{task.description}", markup=False)  # a label may be [good]
+        columns = (SpinnerColumn(finished_text="✓"), described, BarColumn(bar_width=20))
         with Progress(*columns, _Rate(), TimeRemainingColumn(elapsed_when_finished=True), console=self._console) as bar:
             task = bar.add_task(title, total=total, unit=unit)
             yield lambda done: bar.update(task, advance=done)

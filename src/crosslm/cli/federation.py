@@ -157,14 +157,16 @@ def server_status(kit: Path) -> None:
         moment, _, line = (spool.fact(f"silo/{silo}") or " ").partition(" ")
         mine, since = spool.of(silo), _ago(float(moment)) if moment else "-"
         if not mine:
-            table.add_row(silo, "-", "not uploaded", since, "-", _plain(line))
+            table.add_row(Text(silo), "-", "not uploaded", since, "-", _plain(line))
         line = f"{line}, {since} ago" if line else ""
         for arrival in mine:
             note = _plain(arrival.note or (line if silo in admitted else "shut out: its key is not in the kit"))
-            table.add_row(silo, str(arrival.round), arrival.state, _ago(arrival.since), f"{arrival.bytes:,}", note)
+            table.add_row(
+                Text(silo), str(arrival.round), arrival.state, _ago(arrival.since), f"{arrival.bytes:,}", note
+            )
         if spool.closing_of(silo) is not None:
             taken = "served" if spool.owes_closing(silo) else "delivered"
-            table.add_row(silo, "in the end", taken, "-", "-", _plain(spool.fact(f"{CLOSED}{silo}") or line))
+            table.add_row(Text(silo), "in the end", taken, "-", "-", _plain(spool.fact(f"{CLOSED}{silo}") or line))
     console.print(table)
 
 

@@ -31,7 +31,7 @@ def prepare_model(
     from crosslm.models.vocabulary import trim_vocabulary
 
     def say(message: str) -> None:
-        console.print(message, highlight=False)
+        console.print(message, highlight=False, markup=False)
 
     lines = [line for path in texts for line in readable_lines(path, lambda line: say(f"warning: {line}"))]
     folder = model_folder(model, cache_folder(cache_dir), say)
@@ -40,5 +40,6 @@ def prepare_model(
         f"{output}: {done.tokens_after:,} of {done.tokens_before:,} tokens, "
         f"{done.parameters_after:,} of {done.parameters_before:,} parameters",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )

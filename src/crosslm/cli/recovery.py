@@ -48,7 +48,12 @@ def run_status(run_folder: Path) -> None:
     if run.is_between_machines():
         unfinished = f"not complete; crosslm status {run_folder.parent} says more"
     state = "complete" if (run_folder / SUMMARY).is_file() else unfinished
-    console.print(f"{run_folder}: {state}, {max(len(numbers) - 1, 0)} arrivals done", highlight=False, soft_wrap=True)
+    console.print(
+        f"{run_folder}: {state}, {max(len(numbers) - 1, 0)} arrivals done",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     for record in records:
         cause = record["cause"]
         kept = "" if record["state"] is not None else " (only the adapter is kept)"
@@ -84,5 +89,7 @@ def rollback(
     beside = run_folder if run_folder.name not in ("", "..") else run_folder.resolve()
     target = output or beside.with_name(f"{beside.name}-without-{client}")
     after = roll_back(RunDir.open(run_folder), client, target)
-    console.print(f"{target}: {run_folder} after arrival {after}, without {client}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{target}: {run_folder} after arrival {after}, without {client}", highlight=False, markup=False, soft_wrap=True
+    )
     finish(load(target / CONFIG), target, cache_dir, resume=True)

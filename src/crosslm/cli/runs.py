@@ -92,7 +92,9 @@ def demo(
     from crosslm.data.demo import prepare_data
     from crosslm.models.sources import cache_folder
 
-    folder = prepare_data(cache_folder(cache_dir), lambda message: console.print(message, highlight=False))
+    folder = prepare_data(
+        cache_folder(cache_dir), lambda message: console.print(message, highlight=False, markup=False)
+    )
     _run(load("demo", (*(QUICK if quick else ()), *overrides), str(folder)), output, cache_dir, resume)
 
 
@@ -114,7 +116,7 @@ def evaluate(
 
     measures = evaluate_run(RunDir.open(run_folder), cache_folder(cache_dir), display_for(console))
     for name, value in measures.items():
-        console.print(f"{name:<30} {value:.4f}", highlight=False)
+        console.print(f"{name:<30} {value:.4f}", highlight=False, markup=False)
 
 
 def _run(

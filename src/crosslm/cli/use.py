@@ -113,7 +113,7 @@ def predict(
         told = (
             f"warning: {broken} lines are not whole UTF-8 and were read with {NOT_UTF8} in them; save the file as UTF-8"
         )
-        errors.print(told, highlight=False, soft_wrap=True)
+        errors.print(told, highlight=False, markup=False, soft_wrap=True)
     if told := _measured(counts, slm.labels):
         errors.print(told, highlight=False, markup=False, soft_wrap=True)
 
@@ -163,6 +163,7 @@ def _classifier(folder: Path, client: str, own: bool) -> "tuple[SLM, DataConfig 
             f"{client} kept the classifier that it had, in {run.path / 'uploads' / client} (--own): this one, which "
             f"came back, {why}",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
     return slm, run.config.data

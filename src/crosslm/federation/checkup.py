@@ -11,6 +11,7 @@ from crosslm.data.texts import is_there, load_examples
 from crosslm.errors import CrosslmError, DataError, FederationError
 from crosslm.federation.flower.processes import program
 from crosslm.federation.flower.silo_processes import ask, greet
+from crosslm.federation.intake import Intake
 from crosslm.federation.keys import exposed
 from crosslm.federation.kits import (
     SERVER_FILE,
@@ -21,11 +22,19 @@ from crosslm.federation.kits import (
     server_config,
     silo_names,
 )
+from crosslm.federation.silo import DTYPES
 from crosslm.federation.silo_state import SiloState
 from crosslm.models.sources import check_model, model_folder
 from crosslm.preflight import doctor, machine
 from crosslm.preflight.machine import Finding
-from crosslm.runs.preparation import check_slm, client_specs, describe_spec, measured_text, public_texts
+from crosslm.runs.preparation import (
+    check_slm,
+    check_upload,
+    client_specs,
+    describe_spec,
+    measured_text,
+    public_texts,
+)
 from crosslm.runs.rundir import LOCK
 from crosslm.support.files import is_held
 
@@ -139,6 +148,8 @@ def _program(name: str) -> Finding:
 def _classifier(settings: SiloSettings, folder: str) -> Finding:
     try:
         check_slm(folder, settings.slm, settings.privacy, settings.freeze_embeddings, "slm")
+        intake, dtype = Intake(settings.labels, settings.intake), DTYPES[settings.wire_dtype]
+        check_upload(folder, settings.slm, settings.max_length, intake, "slm", dtype)
     except CrosslmError as error:
         return Finding("error", "slm", str(error))
     return Finding("ok", "slm", f"trains {describe_spec(settings.slm)}")

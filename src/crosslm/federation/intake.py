@@ -6,6 +6,7 @@ tokenizer (allow-list), and then the numbers themselves: finite, and within a bo
 uploads, and a client checks what returns, by the same rules.
 """
 
+import json
 import math
 import re
 import struct
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crosslm.config import IntakeConfig
-from crosslm.errors import FederationError, ShortageError, UploadError
+from crosslm.errors import FederationError, ModelError, ShortageError, UploadError
 from crosslm.federation import strict_json
 from crosslm.federation.messages import MAX_HEADER, VERSION, decode_download, decode_upload
 from crosslm.federation.tokenizer_rules import check_tokenizer
@@ -29,6 +32,8 @@ METRIC = re.compile(r"[A-Za-z0-9/_.-]{1,64}")
 MAX_TENSORS, MAX_NAME = 4096, 256
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 FLOATS = ("F32", "F16", "BF16")
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+"""Of dtypes, in safetensors."""
 MAX_COUNT, MAX_METRICS, MAX_TEXTS = 10**9, 64, 10**6
 UNFORESEEN = "a check could not be made"
 NO_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)  # as PyTorch says it
@@ -75,6 +80,35 @@ class Intake:
             download = decode_download(_checked(data, "download", self.labels, self.bounds, client_id, deadline))
             _check_numbers(download.slm, self.bounds, deadline)
         return download
+
+    def untrained(self, state: SlmState, who: str) -> None:
+        """Find out that uploads of a classifier would pass, before it is trained for one.
+
+        Args:
+            state: as it would be sent; its weights may be on the meta device, since no number is looked at.
+            who: would send it, and which model.
+
+        Raises:
+            ModelError: they would be refused; says why.
+        """
+        slm = {name: value for name, value in vars(state).items() if name != "weights"}
+        table = {
+            name: (NAMES.get(each.dtype, str(each.dtype)), tuple(each.shape)) for name, each in state.weights.items()
+        }
+        header = len(json.dumps(json.dumps(slm)))  # the tokenizer is nearly all of it
+        size, most = header + sum(each.nbytes for each in state.weights.values()), self.bounds.max_bytes
+        if size > most:
+            raise ModelError(
+                f"{who} has {size} bytes as an upload, and at most {most} are allowed; raise intake.max_bytes, or "
+                "choose a smaller model (between machines wire_dtype = 'float16' in silo.toml halves the bytes)"
+            )
+        try:
+            if header > MAX_HEADER:
+                raise UploadError(f"the upload's header has {header} bytes; allowed are {MAX_HEADER}")
+            arriving = json.loads(json.dumps(slm))  # with lists for tuples
+            _check_slm(arriving, table, self.labels, self.bounds, math.inf)
+        except UploadError as error:
+            raise ModelError(f"{who} cannot be uploaded: {error}; choose another model") from error
 
 
 def check_same_model(mine: SlmState, returned: SlmState, who: str) -> None:
@@ -124,7 +158,18 @@ def _checked(
     header = strict_json.parse(head, "header", 16 * MAX_TENSORS)
     table = _check_table(header, size - 8 - len(head))
     fields = _fields(header, kind, client_id)
-    slm = fields["slm"]
+    _check_slm(fields["slm"], table, wanted, bounds, deadline)
+    return data if isinstance(data, bytes) else data.read_bytes()
+
+
+def _check_slm(
+    slm: Mapping[str, Any],
+    table: Mapping[str, tuple[str, tuple[int, ...]]],
+    wanted: tuple[str, ...],
+    bounds: IntakeConfig,
+    deadline: float,
+) -> None:
+    """The fields of a classifier, and its tensors' dtypes and shapes."""
     labels = _check_labels(slm["labels"], wanted)
     architecture = _object(slm["architecture"], "architecture")
     check_architecture(architecture)
@@ -137,7 +182,6 @@ def _checked(
         raise UploadError(f"its max_length is {str(longest)[:40]}; the architecture reads 1 to {places} tokens")
     check_tokenizer(_object(slm["tokenizer"], "tokenizer"), SPECIAL_TOKENS, model.config.vocab_size)
     _in_time(deadline, bounds)
-    return data if isinstance(data, bytes) else data.read_bytes()
 
 
 def _head(data: bytes | Path, kind: str, bounds: IntakeConfig) -> tuple[int, bytes]:

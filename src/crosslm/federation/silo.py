@@ -51,6 +51,7 @@ class Silo(SiloModels):
             return path
         self.now("training", number)
         client = self.client()
+        self._would_pass(client.slm)
         upload = client.train()
         sent = self._as_sent(upload)
         data = encode(sent)
@@ -216,6 +217,12 @@ class Silo(SiloModels):
                 f"silo {self.settings.id}: round {number} is complete without an SLM: {why}; look at the receipt"
             )
         return confirmation(number, decision["accepted"])
+
+    def _would_pass(self, slm: SLM) -> None:
+        """A model that the server would refuse is not trained, whether or not ``crosslm doctor`` was asked."""
+        state = slm.to_state().in_dtype(DTYPES[self.settings.wire_dtype])
+        who = f"silo {self.settings.id}: SLM {self.settings.slm.model!r}"
+        Intake(self.settings.labels, self.settings.intake).untrained(state, who)
 
     def _as_sent(self, upload: Upload) -> Upload:
         dtype = DTYPES[self.settings.wire_dtype]

@@ -63,7 +63,7 @@ def pooled_tables(figures: dict[str, Any]) -> Group:
             table.add_section()
         shares = [f"{found[method][0]:.3f}" for method in METHODS]
         points = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in found[f"over {m}"])) for m in GAINS]
-        table.add_row(client, *shares, *points)
+        table.add_row(Text(client), *shares, *points)
     llm = [
         f"LLM, {MEASURE_NAMES[name]}: {before:.3f} before, {after:.3f} after."
         for name, (before, after) in figures["llm"].items()

@@ -19,6 +19,9 @@ from crosslm.models.tokens import load_tokenizer
 CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """What models call that which they do to their logits beyond ``hidden @ weight.T``; 1 is nothing."""
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What models call the number of their experts, whose weights are in one tensor that no linear layer has."""
+
 
 def load_causal(folder: str, config: LLMConfig, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """A model folder or hub id and its tokenizer, in the dtype of the configuration.
@@ -57,6 +60,16 @@ def check_causal(folder: str, name: str) -> None:
         raise ModelError(
             f"llm.model {name!r}: its config.json has {changed[0]}, and crosslm supports no scale or soft cap of the "
             "logits; choose a GPT-2, Llama or Gemma 3 model"
+        )
+    if getattr(about, "max_position_embeddings", None) is None:
+        raise ModelError(
+            f"llm.model {name!r}: its config.json ({about.model_type}) does not say how many tokens it reads "
+            "(max_position_embeddings); choose a GPT-2, Llama or Gemma 3 model"
+        )
+    if experts := [key for key in EXPERTS if getattr(about, key, None) not in (None, 0, 1)]:
+        raise ModelError(
+            f"llm.model {name!r}: its config.json ({about.model_type}) has {experts[0]}, and crosslm trains no "
+            "mixture of experts; choose a GPT-2, Llama or Gemma 3 model"
         )
 
 

@@ -8,6 +8,7 @@ log-ratio of Eq. 5 and the divergence of Eq. 8 are exactly 0.
 import copy
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,6 +109,11 @@ class LLM:
         """Tokens that end a text."""
         eos = self.model.generation_config.eos_token_id
         return {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id}
+
+    @property
+    def positions(self) -> int:
+        """Tokens that it reads at most, as far as its configuration says it."""
+        return int(getattr(self._causal().config, "max_position_embeddings", None) or sys.maxsize)
 
     @property
     def device(self) -> torch.device:

@@ -1,5 +1,6 @@
-"""A classifier's model and tokenizer: pretrained, with a head for the task's labels, or as they travelled."""
+"""A classifier's model and tokenizer: pretrained, with a head for the task's labels, or as they travel."""
 
+import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from transformers import (
 
 from crosslm.config import SLMSpec
 from crosslm.errors import ModelError, UploadError
-from crosslm.models.architecture import special_tokens
+from crosslm.models.architecture import SPECIAL_TOKENS, longest_text, special_tokens, travelling
 from crosslm.models.loading import loading
 from crosslm.models.pooling import check_pooling, pool_by_mean
 from crosslm.records import SlmState
@@ -57,8 +58,48 @@ def pretrained_classifier(
             if pooling == "mean":
                 pool_by_mean(model)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    _check_is_fast(tokenizer, folder)
     agree_on_padding(model, tokenizer)
     return model, tokenizer
+
+
+def untrained_state(folder: str, spec: SLMSpec, labels: Sequence[str], max_length: int) -> SlmState:
+    """What would travel of a pretrained classifier, with weights that have a shape and no numbers (the meta device).
+
+    Args:
+        folder: of the model, of which the weights are not read.
+        spec: the architecture that is made of it.
+        labels: class names.
+        max_length: tokens of a text that are read.
+
+    Raises:
+        ModelError: it cannot be loaded, is no sequence classifier, or has a tokenizer that cannot travel.
+    """
+    with loading(f"SLM {folder!r} (slm.models, or a client's own) cannot be loaded as a sequence classifier"):
+        config = AutoConfig.from_pretrained(folder)
+        if spec.num_hidden_layers is not None:
+            _keep_layers(config, spec.num_hidden_layers, folder)
+        config.id2label = dict(enumerate(labels))
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            if spec.pooling == "mean":
+                pool_by_mean(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    _check_is_fast(tokenizer, folder)
+    agree_on_padding(model, tokenizer)
+    longest = min(max_length, longest_text(model, max_length))
+    architecture = travelling(json.loads(model.config.to_json_string()), labels)
+    return SlmState(architecture, tokenizer_files(tokenizer, longest), tuple(labels), longest, model.state_dict())
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, str]:
+    """The two files that a tokenizer travels as, the side on which it cuts texts at ``max_length`` among what they say.
+
+    The side is written down when a text is read, and one that has read none would cut on the right elsewhere.
+    """
+    tokenizer("", truncation=True, max_length=max_length)
+    named = {name: str(getattr(tokenizer, name)) for name in SPECIAL_TOKENS if getattr(tokenizer, name, None)}
+    return {"tokenizer.json": tokenizer.backend_tokenizer.to_str(), "tokenizer_config.json": json.dumps(named)}
 
 
 def travelled_classifier(state: SlmState) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -104,6 +145,15 @@ def check_spec(folder: str, spec: SLMSpec, who: str) -> None:
         _keep_layers(config, spec.num_hidden_layers, folder)
     if spec.pooling == "mean":
         check_pooling(config.model_type, who)
+
+
+def _check_is_fast(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """Only a tokenizer of the tokenizers library can travel: one in Python is code, and is not sent."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError(
+            f"SLM {folder!r}: its tokenizer ({type(tokenizer).__name__}) has no tokenizer.json and cannot be made into "
+            "one, so the SLM cannot be uploaded; choose a model with a fast tokenizer"
+        )
 
 
 def _check_fit(model: Any, mismatched: Iterable[tuple[str, Any, Any]], folder: str, outputs: int) -> None:

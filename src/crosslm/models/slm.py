@@ -17,10 +17,15 @@ from transformers import (
 
 from crosslm.config import Config, FitConfig, SLMSpec
 from crosslm.data.examples import Examples
-from crosslm.models.architecture import SPECIAL_TOKENS, longest_text, output_layer, travelling
+from crosslm.models.architecture import longest_text, output_layer, travelling
 from crosslm.models.batches import batches, hold_out
 from crosslm.models.dtypes import fast_dtype
-from crosslm.models.pretrained import agree_on_padding, pretrained_classifier, travelled_classifier
+from crosslm.models.pretrained import (
+    agree_on_padding,
+    pretrained_classifier,
+    tokenizer_files,
+    travelled_classifier,
+)
 from crosslm.records import SlmState
 
 HEAD_SPREAD = 0.02  # of the weights of a new output layer, as transformers has it for BERT
@@ -263,19 +268,10 @@ class SLM:
 
     def to_state(self) -> SlmState:
         """Everything another process needs to use it: architecture, tokenizer, labels, weights."""
-        tokenizer = {
-            "tokenizer.json": self.tokenizer.backend_tokenizer.to_str(),
-            "tokenizer_config.json": json.dumps(
-                {
-                    name: str(getattr(self.tokenizer, name))
-                    for name in SPECIAL_TOKENS
-                    if getattr(self.tokenizer, name, None)
-                }
-            ),
-        }
         weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.model.state_dict().items()}
         labels = self.by_output(self.labels)
         architecture = travelling(json.loads(self.model.config.to_json_string()), labels)
+        tokenizer = tokenizer_files(self.tokenizer, self.max_length)
         return SlmState(architecture, tokenizer, labels, self.max_length, weights)
 
     @classmethod

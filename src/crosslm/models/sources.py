@@ -25,6 +25,8 @@ from crosslm.support.files import alone, expanded, replace_folder
 from crosslm.support.writing import writing
 
 PREFIX = "package:"
+ANY = "model"
+"""The key of a model of any kind."""
 ELSEWHERE = "or name another folder (CROSSLM_CACHE for the cache)"
 
 
@@ -95,9 +97,9 @@ def check_model(name: str, key: str) -> None:
         _package(module, key)
         if find_spec(module) is None:
             raise ModelError(f"{key} = {name!r}: the package is not installed; run: pip install 'crosslm[demo]'")
-    elif _looks_like_a_path(name) and not (expanded(name) / "config.json").is_file():
+    elif _looks_like_a_path(name) and not any((expanded(name) / file).is_file() for file in _files(key)):
         raise ModelError(
-            f"{key} = {name!r}: no such model folder (a config.json must be in it); "
+            f"{key} = {name!r}: no such model folder (a {' or '.join(_files(key))} must be in it); "
             f"give a folder, a hub id, or package:MODULE with one of {', '.join(PACKAGES)}"
         )
     elif not _looks_like_a_path(name):
@@ -115,11 +117,11 @@ def model_folder(name: str, cache: Path, on_news: Callable[[str], None] = lambda
     Raises:
         ModelError: not there, or the checksum does not match.
     """
-    check_model(name, "model")
+    check_model(name, ANY)
     if not name.startswith(PREFIX):
         return str(expanded(name)) if _looks_like_a_path(name) else name
     module = name.removeprefix(PREFIX)
-    package = _package(module, "model")
+    package = _package(module, ANY)
     if package.is_gguf:
         return str(_converted(module, package, cache, on_news))
     origin = import_module(module).__file__
@@ -164,6 +166,11 @@ def _convert(module: str, package: Package, folder: Path, on_news: Callable[[str
         seal(work)
 
     replace_folder(folder, write)
+
+
+def _files(key: str) -> tuple[str, ...]:
+    """What a model's folder has one of: a sentence encoder may be of parts that have no config.json beside them."""
+    return ("config.json", "modules.json") if key == ANY or key.endswith("encoder") else ("config.json",)
 
 
 def _package(module: str, key: str) -> Package:

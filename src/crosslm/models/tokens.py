@@ -8,6 +8,8 @@ from crosslm.errors import ConfigError
 from crosslm.models.loading import loading
 from crosslm.task import Task
 
+MAX_TOKENS = 256  # of a text that is classified; with a short query well inside the 1,024 of GPT-2
+
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a text, after the beginning-of-sequence token where the model has one."""
@@ -44,13 +46,19 @@ def verbalizer_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[tuple
     return found
 
 
+def read_of(verbalizers: Sequence[Sequence[int]]) -> int:
+    """Tokens of verbalizers that are read after a query: none where each has one, since that is the next word."""
+    longest = max(map(len, verbalizers))
+    return longest if longest > 1 else 0
+
+
 def check_room(folder: str, tokenizer: PreTrainedTokenizerBase, task: Task, new_tokens: int) -> None:
-    """Find out that the LLM reads as many tokens as a prompt and what follows it have, or a text and its statement.
+    """Find out that the LLM reads a prompt and what follows it as a whole, or a text in a statement or query.
 
     Args:
         folder: of the LLM.
         tokenizer: its own.
-        task: the prompts (Eq. 3) and statements (Eq. 7).
+        task: the prompts (Eq. 3), statements (Eq. 7) and query (Eq. 1).
         new_tokens: of a text at most (``synthesis.max_new_tokens``).
 
     Raises:
@@ -62,10 +70,19 @@ def check_room(folder: str, tokenizer: PreTrainedTokenizerBase, task: Task, new_
     prompts = [words for paraphrases in task.prompts for words in paraphrases]
     statements = [words for paraphrases in task.statements for words in paraphrases]
     longest = max(len(encode(tokenizer, words)) for words in (*prompts, *statements))
-    if positions is not None and longest + new_tokens > positions:
+    if positions is None:
+        return
+    if longest + new_tokens > positions:
         raise ConfigError(
             f"synthesis.max_new_tokens: {new_tokens} tokens of a text and {longest} of the longest prompt or statement "
             f"are more than the {positions} that llm.model reads; at most {positions - longest} are possible"
+        )
+    asked = len(encode(tokenizer, task.query(""))) + read_of(verbalizer_ids(tokenizer, task))
+    if asked + min(new_tokens, MAX_TOKENS) > positions:  # texts of the LLM's own are read as a whole
+        raise ConfigError(
+            f"task.query: its {asked} tokens, the longest verbalizer's among them, and {min(new_tokens, MAX_TOKENS)} "
+            f"of a text (synthesis.max_new_tokens) are more than the {positions} that llm.model reads; "
+            "make the query shorter"
         )
 
 

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from crosslm.config import Config, FitConfig, PrivacyConfig
+from crosslm.config import Config, FitConfig, PrivacyConfig, SLMSpec
 from crosslm.config_file import load
 from crosslm.data.examples import Examples
 from crosslm.data.split import SAMPLE, load_split, seen_before
 from crosslm.data.texts import find_file, load_examples
 from crosslm.errors import CrosslmError, DataError
+from crosslm.federation.intake import Intake
 from crosslm.models.causal import check_causal
 from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
 from crosslm.models.tokens import check_room, load_tokenizer, verbalizer_ids
@@ -19,7 +20,14 @@ from crosslm.preflight import machine
 from crosslm.preflight.machine import Finding
 from crosslm.preflight.memory import Shape, available, estimate, in_gib
 from crosslm.privacy.accounting import check_budget, require_opacus
-from crosslm.runs.preparation import check_slm, client_specs, describe_spec, perplexity_text_of, public_texts
+from crosslm.runs.preparation import (
+    check_slm,
+    check_upload,
+    client_specs,
+    describe_spec,
+    perplexity_text_of,
+    public_texts,
+)
 from crosslm.runs.tracking import wanted
 from crosslm.task import Task
 
@@ -158,10 +166,14 @@ def models(
     if config.selection.encoder in folders:
         yield from sentence_encoder(folders[config.selection.encoder])
     specs = {client: spec for client, spec in client_specs(config, clients).items() if spec.model in folders}
+    intake, travels = Intake(config.task.labels, config.intake), set[SLMSpec]()
     for client, spec in specs.items():
         try:
             who = f"client {client}"
             check_slm(folders[spec.model], spec, config.privacy, config.slm.freeze_embeddings, who)
+            if spec not in travels:
+                check_upload(folders[spec.model], spec, config.slm.max_length, intake, who)
+                travels.add(spec)
         except CrosslmError as error:
             yield Finding("error", "model", str(error))
         else:

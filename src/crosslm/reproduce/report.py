@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from crosslm.classification import MAX_TOKENS
 from crosslm.errors import RunError
+from crosslm.models.tokens import MAX_TOKENS
 from crosslm.reproduce.figures import Figures
 from crosslm.reproduce.headline import headline
 from crosslm.reproduce.markdown import markdown

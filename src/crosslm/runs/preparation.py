@@ -4,15 +4,18 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from crosslm.config import Config, PrivacyConfig, SLMSpec
 from crosslm.config_file import load
 from crosslm.data.examples import Examples
 from crosslm.data.split import Split, load_split, test_rows
 from crosslm.data.texts import find_file, is_there, load_examples, readable_lines, whole_text
 from crosslm.errors import ModelError, RunError
+from crosslm.federation.intake import Intake
 from crosslm.models.architecture import check_travels
 from crosslm.models.causal import check_causal
-from crosslm.models.pretrained import check_spec
+from crosslm.models.pretrained import check_spec, untrained_state
 from crosslm.models.sources import PREFIX, check_model, model_folder
 from crosslm.models.tokens import check_room, load_tokenizer, verbalizer_ids
 from crosslm.models.vocabulary import cached_trim, tokenizer_words
@@ -49,9 +52,13 @@ def prepare(config: Config, cache: Path, on_news: Callable[[str], None]) -> Prep
     check_models(config, specs)
     perplexity_text = perplexity_text_of(config)
     public = public_texts(config, split.warnings.append)
+    intake, travels = Intake(config.task.labels, config.intake), set[SLMSpec]()
     for client_id, spec in specs.items():
-        folder = model_folder(spec.model, cache, on_news)
-        check_slm(folder, spec, config.privacy, config.slm.freeze_embeddings, f"client {client_id}")
+        folder, who = model_folder(spec.model, cache, on_news), f"client {client_id}"
+        check_slm(folder, spec, config.privacy, config.slm.freeze_embeddings, who)
+        if spec not in travels:  # one of many tokens takes a second, and many clients may have it
+            check_upload(folder, spec, config.slm.max_length, intake, who)
+            travels.add(spec)
     llm_folder = original_llm(config, cache, on_news)
     check_words(config, llm_folder)
     return Prepared(split, specs, perplexity_text, llm_folder, public)
@@ -145,6 +152,26 @@ def check_slm(folder: str, spec: SLMSpec, privacy: PrivacyConfig, frozen: bool, 
     check_travels(folder, who)
     if privacy.epsilon:
         check_private(folder, privacy, frozen, who)
+
+
+def check_upload(
+    folder: str, spec: SLMSpec, max_length: int, intake: Intake, who: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """Find out that uploads of a client's model will pass the server's checks, without loading its weights.
+
+    Args:
+        folder: of the model.
+        spec: the architecture that is made of it.
+        max_length: tokens of a text that are read.
+        intake: the checks.
+        who: uploads it.
+        dtype: in which weights travel.
+
+    Raises:
+        ModelError: it cannot be loaded, or would be refused after it was trained.
+    """
+    state = untrained_state(folder, spec, intake.labels, max_length).in_dtype(dtype)
+    intake.untrained(state, f"{who}: SLM {folder!r}")
 
 
 def check_models(config: Config, specs: dict[str, SLMSpec]) -> None:

@@ -26,7 +26,8 @@ MEASURE_NAMES = {
 def slm_table(summary: Mapping[str, Any]) -> Table:
     """Accuracy of each client's classifier under the three methods, as in the paper's Table 4."""
     table = Table(
-        title=f"SLM accuracy on test text · {summary['task']} · preset {summary['preset']}", title_justify="left"
+        title=Text(f"SLM accuracy on test text · {summary['task']} · preset {summary['preset']}", style="table.title"),
+        title_justify="left",
     )
     table.add_column("client")
     for name in METHOD_NAMES.values():
@@ -39,7 +40,7 @@ def slm_table(summary: Mapping[str, Any]) -> Table:
         values = [slm[method].get(client) for method in METHOD_NAMES]
         known = values[-1] is not None and values[0] is not None
         figures = ("–" if value is None else f"{value:.3f}" for value in values)
-        table.add_row(client, *figures, f"{values[-1] - values[0]:+.3f}" if known else "–")
+        table.add_row(Text(client), *figures, f"{values[-1] - values[0]:+.3f}" if known else "–")
     return table
 
 
@@ -154,7 +155,8 @@ def label_table(summary: Mapping[str, Any]) -> Table | None:
             ((share, label) for label, share in enumerate(recalls(found)) if share is not None), default=(None, 0)
         )
         least = "–" if share is None else f"{names[label]}: {share:.3f} of {sum(found[label])}"
-        table.add_row(client, *("–" if score is None else f"{score:.3f}" for score in scores), plain(least))
+        figures = ("–" if score is None else f"{score:.3f}" for score in scores)
+        table.add_row(Text(client), *figures, Text(plain(least)))
     return table
 
 

@@ -139,7 +139,7 @@ def tracked(run: RunDir, config: Config, note: Callable[[str], None]) -> Iterato
         note: told when a tracker fails.
 
     Raises:
-        ConfigError: a tracker cannot be started.
+        ConfigError: a tracker that is named cannot be started; one that nobody asked for is left out with a word.
     """
     trackers: dict[str, Tracker] = {}
 
@@ -164,7 +164,9 @@ def tracked(run: RunDir, config: Config, note: Callable[[str], None]) -> Iterato
             try:
                 trackers[name] = TRACKERS[name](run.path, config.model_dump(mode="json"))
             except Exception as error:
-                raise ConfigError(f"tracking: {name} cannot be started: {error}; set tracking = []") from error
+                if config.tracking is not None:
+                    raise ConfigError(f"tracking: {name} cannot be started: {error}; set tracking = []") from error
+                note(f"warning: tracking by {name}, which is installed, cannot be started and is left out: {error}")
         run.listeners.append(listen)
         yield
     finally:

@@ -176,7 +176,7 @@ class _View:
             judge = event.get("judge/pool")
             table.add_row(
                 str(event["step"]),
-                event["client"],
+                Text(event["client"]),
                 *("–" if name not in event else f"{event[name]:.3f}" for name in ("slm/standalone", "slm/accuracy")),
                 f"{event['reward/pool']:+.2f}",
                 "" if judge is None else f"{judge:.3f}",
