@@ -66,6 +66,21 @@ def test_rows_without_text_or_not_utf8_are_left_out_counted_and_named(tmp_path, 
     assert broken.endswith("x.csv: 1 row (3) left out: not UTF-8; save the file as UTF-8")
 
 
+def test_blank_lines_above_the_names_of_columns_do_no_harm(tmp_path, data):
+    (tmp_path / "x.csv").write_text("\n  \n,\ntext,label\nfine,good\n\npoor,bad\n")
+    assert load_examples("x.csv", data, LABELS).examples == Examples(["fine", "poor"], [1, 0])
+
+
+def test_a_text_that_is_no_string_is_told_as_such(tmp_path, data):
+    lines = [{"text": 42, "label": "good"}, {"text": None, "label": "bad"}, {"text": "fine", "label": "good"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loaded = load_examples("x.jsonl", data, LABELS)
+    assert loaded.examples == Examples(["fine"], [1])
+    empty, number = loaded.warnings()
+    assert empty.endswith("x.jsonl: 1 row (2) left out: no text")
+    assert number.endswith("x.jsonl: 1 row (1) left out: the text is no string; write it in quotes")
+
+
 def test_a_file_of_another_encoding_is_named_as_such(tmp_path, data):
     (tmp_path / "x.csv").write_bytes("text,label\ncafé,bad\nüber,good\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"x\.csv: 2 rows \(1, 2\) left out: not UTF-8; save the .*; no row is left"):
@@ -169,6 +184,9 @@ def test_an_error_quotes_no_private_text(tmp_path, data, name, content):
         ("x.csv", 'text,label\n"a,good\nb,bad\n"c",good\nd,bad\n', r"x.csv: line 2 is not CSV"),
         ("x.csv", 'text,label\n"He said "hi" there",good\n', r"x.csv: line 2 is not CSV.*not doubled"),
         ("x.csv", 'text,"label\na,good\n', r"x.csv: line 1 is not CSV"),
+        ("x.csv", "\n \ntext,label\na,good\nb,bad,c\n", r"x.csv: line 5 has more fields than the header"),
+        ("x.csv", '\n\ntext,label\n"a,good\n', r"x.csv: line 4 is not CSV"),
+        ("x.csv", "\n\n", r"x.csv: is empty"),
         ("x.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}\n", r"x.jsonl: line 1 is not JSON"),
     ],
 )

@@ -174,9 +174,10 @@ def csv_rows(
     csv.field_size_limit(2**31 - 1)  # a long text is no error; a quote without an end is (strict)
     reader, line = csv.DictReader(lines, strict=True), 1
     try:
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        above = (row for row in reader.reader if any(map(str.strip, row)))  # blank lines may stand above the names
+        reader.fieldnames = [name.strip() for name in next(above, [])]
         check_header(list(reader.fieldnames))
-        line = reader.line_num + 1
+        line = reader.reader.line_num + 1
         for number, row in enumerate(reader, start=1):
             if None in row:
                 raise DataError(

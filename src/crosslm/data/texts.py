@@ -32,13 +32,19 @@ class Loaded:
     source: str
     empty: list[int] = field(default_factory=list)
     """Numbers of rows without text: the first one below the names of columns is 1, however many lines each has."""
+    no_string: list[int] = field(default_factory=list)
+    """Those of JSON whose text is a number, say."""
     not_utf8: list[int] = field(default_factory=list)
     skipped: dict[str, list[int]] = field(default_factory=dict)
     """Those of ``data.skip_labels``, by label."""
 
     def warnings(self) -> list[str]:
         """A line for each kind of row that was left out."""
-        kinds = (("no text", self.empty), ("not UTF-8; save the file as UTF-8", self.not_utf8))
+        kinds = (
+            ("no text", self.empty),
+            ("the text is no string; write it in quotes", self.no_string),
+            ("not UTF-8; save the file as UTF-8", self.not_utf8),
+        )
         skipped = [(f"labelled {label!r}" if label else "no label", rows) for label, rows in self.skipped.items()]
         return [f"{self.source}: {_counted(rows)} left out: {why}" for why, rows in (*kinds, *skipped) if rows]
 
@@ -72,7 +78,7 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
             loaded.not_utf8.append(number)
             continue
         if not isinstance(text, str) or not text.strip():
-            loaded.empty.append(number)
+            (loaded.empty if text is None or isinstance(text, str) else loaded.no_string).append(number)
             continue
         told = "" if label is None else str(label).strip()
         if told in skip:
