@@ -1238,6 +1238,8 @@ def test_a_run_ends_by_time(exchange, monkeypatch):
     exchange.config = exchange.carrier.config = FederationConfig(deadline_minutes=1, participations=2)
     for _ in range(2):
         exchange.send(echo(exchange.receive()))
+    for silo in exchange.silos:  # else it would be over: the kits' silos agree to one
+        exchange.spool.agrees(silo, 2)
     assert not exchange.finished()
     later = time.time() + 120
     monkeypatch.setattr("crosslm.federation.flower.exchange.time.time", lambda: later)
