@@ -876,6 +876,38 @@ def test_uploads_come_and_downloads_go(exchange, kits, tmp_path):
     assert len(exchange.grid.pushed) == 4  # nothing more is asked
 
 
+def test_status_says_of_a_silo_what_it_did_last_and_when_it_is_asked_again(exchange, monkeypatch):
+    now, grid = [1000.0], exchange.grid
+    monkeypatch.setattr("crosslm.federation.flower.carrier.time.monotonic", lambda: now[0])
+    line, carries = exchange.carrier.lines["silo-0"], exchange.carrier
+
+    def said():
+        return exchange.spool.fact("silo/silo-0").partition(" ")[2]
+
+    genuine = grid.handlers["silo-0"]
+    grid.handlers["silo-0"] = lambda message: Message(Error(ErrorCode.NODE_UNAVAILABLE, "gone"), reply_to=message)
+    turn(exchange, 2)
+    assert said().endswith("gone; asked again in 2 s")
+    grid.online.remove("silo-0")
+    carries._note_away(line, carries.online())
+    assert said().endswith("gone; asked again in 2 s")
+    now[0] += 3
+    for _ in range(2):
+        carries._note_away(line, carries.online())
+        assert said().endswith("gone; asked again when it is connected")
+    grid.online.append("silo-0")
+    grid.handlers["silo-0"] = genuine
+    turn(exchange, 2)
+    exchange.spool.serve("silo-0", 0, b"no download")
+    grid.handlers["silo-0"] = lambda message: Message(
+        RecordDict({"reply": ConfigRecord({"status": "ok"})}), reply_to=message
+    )
+    turn(exchange)
+    assert said() == "install of round 0 asked for"
+    carries.move(line, carries.online())
+    assert said() == "install of round 0 answered"
+
+
 def test_a_silo_that_is_away_delays_nobody(exchange):
     exchange.grid.online = ["silo-1"]
     turn(exchange, 2)
@@ -1233,7 +1265,9 @@ def test_a_run_ends_by_arrivals(exchange, monkeypatch):
     assert again.finished()
 
 
-def test_a_run_ends_by_time(exchange, monkeypatch):
+def test_a_run_ends_by_time(exchange, kits, monkeypatch):
+    for name in ("silo-0", "silo-1"):
+        change(kits / "silos" / name, max_participations=2)
     turn(exchange, 2)
     exchange.config = exchange.carrier.config = FederationConfig(deadline_minutes=1, participations=2)
     for _ in range(2):

@@ -34,6 +34,7 @@ HEARTBEAT = 5.0  # seconds
 LAST_MOVES = 15.0  # seconds in the end for what is on its way
 MOST_ERRORS = 5  # in a row that a silo answers with before it is said that its training fails
 DECLINED = "DeclinedError"  # how the answer of a silo begins that agrees to no more
+AGAIN = "; asked again "  # and when
 TOLD = "told/"  # and silo and round: the words that stand for the reason of a refusal
 logger = logging.getLogger(__name__)
 
@@ -115,8 +116,12 @@ class Carrier:
             while not self._stop.is_set():
                 online = self.online()
                 for line in list(self.lines.values()):  # a silo may be added meanwhile
-                    if line.silo not in moves and self._has_to_do(line, online):  # else one waits for its silo
+                    if line.silo in moves:  # one waits for its silo
+                        continue
+                    if self._has_to_do(line, online):
                         moves[line.silo] = self._begin(line, online)
+                    else:
+                        self._note_away(line, online)
                 wait(moves.values(), timeout=POLL)
                 ended = [silo for silo, move in moves.items() if move.done()]
                 results = [moves.pop(silo).result() for silo in ended]
@@ -136,6 +141,13 @@ class Carrier:
     def _has_to_do(self, line: Line, online: dict[str, int]) -> bool:
         """Whether a message is open, or may be sent."""
         return line.open_message is not None or (time.monotonic() >= line.not_before and line.silo in online)
+
+    def _note_away(self, line: Line, online: dict[str, int]) -> None:
+        """Say of a silo that would be asked again now, but is not connected, that it is asked when it is."""
+        why, again, when = line.note.rpartition(AGAIN)
+        if again and when.startswith("in ") and line.silo not in online and time.monotonic() >= line.not_before:
+            line.note = f"{why}{AGAIN}when it is connected"
+            self._write_line(line)
 
     def _begin(self, line: Line, online: dict[str, int]) -> Future[bool]:
         """Do what can be done for one silo, in a thread that this process does not wait for when it ends."""
@@ -262,8 +274,10 @@ class Carrier:
         elif answer.message is not None and line.kind == "upload":
             self._received(line, answer.message)
         elif line.kind == "not_used":
+            line.note = f"told that its upload of round {line.round} was not used"
             self.spool.told(line.silo, line.round)
         else:
+            line.note = f"{line.kind} of round {line.round} answered"
             note = "" if answer.accepted else "the silo keeps the SLM it had: worse on its held-out rows"
             self._taken(line, note)
 
@@ -303,7 +317,7 @@ class Carrier:
         line.open_message, line.not_before, line.note = (
             None,
             time.monotonic() + wait,
-            f"{plain(why)}; asked again in {wait:.0f} s",
+            f"{plain(why)}{AGAIN}in {wait:.0f} s",
         )
         logger.warning("silo %s: %s", line.silo, line.note)
         self._write_line(line)
