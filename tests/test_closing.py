@@ -25,7 +25,7 @@ from crosslm.data.examples import Examples
 from crosslm.errors import FederationError, KeptFileError, LeakError, RunError, UploadError
 from crosslm.experiment import run_local
 from crosslm.federation.exchange import Served, close
-from crosslm.federation.flower import gateway, server_processes, silo_processes
+from crosslm.federation.flower import gateway, questions, server_processes, silo_processes
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.silo_processes import run_silo
 from crosslm.federation.local import arrival_order
@@ -592,9 +592,9 @@ def test_a_silo_stays_for_it_or_until_the_server_says_that_there_is_none(silo, m
 
     def ask(_):
         asked.append(1)
-        return silo_processes.Answer(1, len(asked) > 3, "")
+        return questions.Answer(1, len(asked) > 3, "")
 
-    monkeypatch.setattr(silo_processes, "ask", ask)
+    monkeypatch.setattr(questions, "ask", ask)
     write_whole(silo.state / "installed.json", [b'{"rounds": 1}'])
     write_whole(silo.state / "decision-0000.json", [b'{"accepted": true, "rows": 0}'])
     _, out, _ = shell("status", str(silo.kit))
@@ -618,9 +618,9 @@ def test_a_run_that_ended_without_a_silo_says_so_and_why(silo, monkeypatch, shel
         asked.append(1)
         if len(asked) == 2:  # a request meanwhile
             silo.now("refused", why="a.csv: no such file\x1b[2J; put it there")
-        return silo_processes.Answer(0, len(asked) > 3, "")
+        return questions.Answer(0, len(asked) > 3, "")
 
-    monkeypatch.setattr(silo_processes, "ask", ask)
+    monkeypatch.setattr(questions, "ask", ask)
     ended = (
         r"the run is over, and this silo took no part: nothing was installed here; its last request was refused here"
     )

@@ -28,9 +28,9 @@ from crosslm.errors import FederationError, PassingError, RunError, UploadError
 from crosslm.federation import hashed_files
 from crosslm.federation import provision as provision_module
 from crosslm.federation import spool as spool_module
-from crosslm.federation.flower import gateway, processes, proxies, server_processes, silo_processes
+from crosslm.federation.flower import gateway, processes, proxies, questions, server_processes, silo_processes
 from crosslm.federation.flower.payload import KIND, joined, split
-from crosslm.federation.flower.silo_processes import Answer
+from crosslm.federation.flower.questions import Answer
 from crosslm.federation.kits import SERVER_FILE, dump, held, read_server, read_silo
 from crosslm.federation.provision import provision
 from crosslm.federation.silo_state import SiloState
@@ -142,9 +142,9 @@ def test_what_a_server_says_reaches_no_terminal_as_it_is(silo, exchange, monkeyp
     assert "\x1b" not in caplog.text
     answer = io.BytesIO(b"0 silo-1\x1b[2J")
     answer.headers = {}
-    monkeypatch.setattr(silo_processes, "opened", lambda *_, **__: answer)
+    monkeypatch.setattr(questions, "opened", lambda *_, **__: answer)
     with pytest.raises(FederationError, match=r"as that of silo silo-1 \[2J"):
-        silo_processes.ask(silo)
+        questions.ask(silo)
 
 
 def test_an_install_that_is_answered_with_nonsense_is_owed_no_more(exchange):
@@ -300,7 +300,8 @@ def connecting(silo, monkeypatch, node, over):
     monkeypatch.setattr(silo_processes, "RESTART", 0.0)
     monkeypatch.setattr(silo_processes, "supernode_command", lambda _: [sys.executable, "-c", program])
     monkeypatch.setattr(silo_processes, "tasks_command", lambda _: sleep)
-    monkeypatch.setattr(silo_processes, "ask", lambda _: Answer(0, time.time() > end or over(silo), ""))
+    for module in (questions, silo_processes):
+        monkeypatch.setattr(module, "ask", lambda _: Answer(0, time.time() > end or over(silo), ""))
     return silo
 
 
@@ -427,10 +428,10 @@ def test_a_silo_says_all_to_its_server_by_the_proxy_that_is_named(federated, tmp
     silo = SiloState(tmp_path / "far" / "silos" / "silo-0")
     with proxy(tmp_path / "far" / "server", "200 OK") as (port, came):
         monkeypatch.setenv(name, f"http://who:se%20cret@127.0.0.1:{port}")
-        silo_processes.greet("server.example:9400", silo.kit / "ca.crt")
-        assert silo_processes.ask(silo).complete == 2
+        questions.greet("server.example:9400", silo.kit / "ca.crt")
+        assert questions.ask(silo).complete == 2
         with pytest.raises(FederationError, match="is for another name"):
-            silo_processes.greet("other.example:9400", silo.kit / "ca.crt")
+            questions.greet("other.example:9400", silo.kit / "ca.crt")
     assert [words.split(" ")[1] for words in came] == [
         "server.example:9400",
         "server.example:9400",
@@ -449,11 +450,11 @@ def test_a_proxy_that_says_no_is_named_without_its_password(federated, tmp_path,
     with proxy(tmp_path / "far" / "server", "403 Forbidden") as (port, _):
         monkeypatch.setenv("HTTPS_PROXY", f"who:secret@127.0.0.1:{port}")
         with pytest.raises(OSError, match=f"^by the proxy 127.0.0.1:{port}: .*403 Forbidden; look at HTTPS_PROXY"):
-            silo_processes.greet("server.example:9400", silo.kit / "ca.crt")
-        assert silo_processes.ask(silo) is None
+            questions.greet("server.example:9400", silo.kit / "ca.crt")
+        assert questions.ask(silo) is None
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:none")
     with pytest.raises(OSError, match=r"by the proxy 127\.0\.0\.1:none: "):
-        silo_processes.greet("server.example:9400", silo.kit / "ca.crt")
+        questions.greet("server.example:9400", silo.kit / "ca.crt")
 
 
 def without_proxies(monkeypatch):
@@ -542,7 +543,7 @@ def test_a_gateway_that_ends_is_opened_again(kits, monkeypatch):
 def test_a_silo_with_another_silos_key_is_told_whose_it_is(kits, silo, monkeypatch):
     answer = io.BytesIO(b"0 silo-1")
     answer.headers = {}
-    monkeypatch.setattr(silo_processes, "opened", lambda *_, **__: answer)
+    monkeypatch.setattr(questions, "opened", lambda *_, **__: answer)
     with pytest.raises(
         FederationError, match=r"silo silo-0: the server knows the key .*silo.key as that of silo silo-1"
     ):
@@ -615,7 +616,7 @@ def test_provisioning_that_is_cut_off_anywhere_is_completed_by_the_same_command(
             read_server(output / "server").experiment
         }
         fingerprints = {
-            silo_processes.fingerprint(output / place) for place in ("silos/silo-0/silo.key", "server/silos/silo-0.pub")
+            questions.fingerprint(output / place) for place in ("silos/silo-0/silo.key", "server/silos/silo-0.pub")
         }
         assert len(fingerprints) == 1
     assert writes > 15

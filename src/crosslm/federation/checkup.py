@@ -10,7 +10,7 @@ from crosslm.config import Config
 from crosslm.data.texts import is_there, load_examples
 from crosslm.errors import CrosslmError, DataError, FederationError
 from crosslm.federation.flower.processes import program
-from crosslm.federation.flower.silo_processes import ask, greet
+from crosslm.federation.flower.questions import ask, greet
 from crosslm.federation.intake import Intake
 from crosslm.federation.keys import exposed
 from crosslm.federation.kits import (
