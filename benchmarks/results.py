@@ -512,7 +512,8 @@ NAMES = {
     "sst2-one-client-balanced-paper": "SST-2, one client of 200 rows, about as many of each label, 256 texts to learn "
     "from, a pool of 1,024, preset paper",
     "sst2-one-client-balanced": "The same client, preset recommended",
-    "sst2-one-client-whole-way": "The same run with the LLM as it has become, not taken back (`llm.interpolation = 1`)",
+    "sst2-one-client-whole-way": "The same run, gone on with after its last arrival with the LLM as it has become, not "
+    "taken back (`llm.interpolation = 1`)",
     "sst2-one-client": "SST-2, one client of 200 rows whose classifier finds one label in nearly all, 256 texts to "
     "learn from, a pool of 1,024, preset recommended",
 }
