@@ -48,7 +48,7 @@ from crosslm.errors import (
     UploadError,
 )
 from crosslm.federation import hashed_files, intake, keys, silo_state
-from crosslm.federation.flower import carrier, gateway, processes, server_processes, silo_processes
+from crosslm.federation.flower import carrier, gateway, processes, questions, server_processes, silo_processes
 from crosslm.federation.flower import exchange as exchange_module
 from crosslm.federation.flower.carrier import LONGEST_WAIT
 from crosslm.federation.flower.exchange import MOST_TRIES, FlowerExchange
@@ -727,9 +727,9 @@ def test_a_silo_takes_only_a_clear_no_of_its_server(silo, monkeypatch, status):
         found.headers = {}
         return found
 
-    monkeypatch.setattr(silo_processes, "opened", answer)
+    monkeypatch.setattr(questions, "opened", answer)
     with nullcontext() if status != 403 else pytest.raises(FederationError, match="the server does not know the key"):
-        assert silo_processes.rounds_complete(silo) == (3 if status == 200 else None)
+        assert questions.rounds_complete(silo) == (3 if status == 200 else None)
 
 
 NOON = "Fri, 27 Nov 2026 12:00:00 GMT"
@@ -749,7 +749,7 @@ NOON = "Fri, 27 Nov 2026 12:00:00 GMT"
 )
 def test_clocks_that_flower_takes_for_too_far_apart(date, ahead, said):
     now = 1795780800.0 + ahead  # noon, in seconds since 1970
-    told = silo_processes.clocks_apart(date, now, now)
+    told = questions.clocks_apart(date, now, now)
     assert said in told
     assert bool(said) == bool(told)
 
@@ -1539,15 +1539,15 @@ def test_a_clock_that_is_not_set_yet_is_told_from_a_wrong_kit(monkeypatch):
     def early(*_, **__):
         raise error
 
-    monkeypatch.setattr(silo_processes.ssl, "create_default_context", lambda **_: SimpleNamespace(wrap_socket=early))
-    monkeypatch.setattr(silo_processes, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(questions.ssl, "create_default_context", lambda **_: SimpleNamespace(wrap_socket=early))
+    monkeypatch.setattr(questions, "connected", lambda _: nullcontext())
     with pytest.raises(
         PassingError, match=r"is not valid yet by this machine's clock, which says 20\d\d.*set it right"
     ):
-        silo_processes.greet("localhost:9400", Path("ca.crt"))
+        questions.greet("localhost:9400", Path("ca.crt"))
     error.verify_code = 20
     with pytest.raises(FederationError, match="was not signed by the authority") as told:
-        silo_processes.greet("localhost:9400", Path("ca.crt"))
+        questions.greet("localhost:9400", Path("ca.crt"))
     assert not isinstance(told.value, PassingError)
 
 
@@ -1727,10 +1727,10 @@ def test_a_silo_with_all_its_rounds_does_not_wait_for_ever(monkeypatch):
         if away:
             raise away.pop()
 
-    monkeypatch.setattr(silo_processes, "greet", greet)
-    monkeypatch.setattr(silo_processes, "RESTART", 0.0)
-    assert not silo_processes.wait_for_server("localhost:9400", Path("ca.crt"), notes.append, -1.0)
-    assert silo_processes.wait_for_server("localhost:9400", Path("ca.crt"), notes.append)
+    monkeypatch.setattr(questions, "greet", greet)
+    monkeypatch.setattr(questions, "RESTART", 0.0)
+    assert not questions.wait_for_server("localhost:9400", Path("ca.crt"), notes.append, -1.0)
+    assert questions.wait_for_server("localhost:9400", Path("ca.crt"), notes.append)
     assert len(notes) == 1
 
 
