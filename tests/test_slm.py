@@ -24,6 +24,7 @@ from crosslm.models.architecture import MODEL_TYPES, check_architecture, longest
 from crosslm.models.batches import batches as row_batches
 from crosslm.models.batches import hold_out
 from crosslm.models.dtypes import fast_dtype
+from crosslm.models.pretrained import _NothingDrawn
 from crosslm.models.slm import SLM
 
 LABELS = ("bad", "good")
@@ -381,3 +382,19 @@ def test_a_trained_classifier_keeps_no_gradients(models):
 def test_a_gpu_that_only_imitates_bfloat16_does_not_multiply_in_it(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert fast_dtype("cuda") == torch.float32
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_what_a_travelled_classifier_draws_no_values_for_comes_with_its_weights(model_type):
+    """Nothing is drawn, and all that is then there, non-persistent buffers too, is as in a model that was drawn."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = AutoConfig.for_model(model_type, **sizes, num_labels=2, vocab_size=20, pad_token_id=0)
+    drawn = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    before = torch.get_rng_state()
+    with _NothingDrawn():
+        empty = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    empty.load_state_dict(drawn.state_dict(), strict=True)
+    one, other = ({**dict(model.named_parameters()), **dict(model.named_buffers())} for model in (drawn, empty))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -25,6 +26,21 @@ from crosslm.models.pooling import check_pooling, pool_by_mean
 from crosslm.records import SlmState
 
 logger = logging.getLogger(__name__)
+
+DRAWS = frozenset({"kaiming_uniform_", "normal_", "trunc_normal_", "uniform_", "xavier_normal_", "xavier_uniform_"})
+"""What torch and transformers draw a new model's weights by."""
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """A model that is made within it has memory for its weights and no values in it; of this thread alone.
+
+    To draw those of BERT-base takes a second and a half, and all of them are overwritten.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def pretrained_classifier(
@@ -114,9 +130,9 @@ def travelled_classifier(state: SlmState) -> tuple[Any, PreTrainedTokenizerBase]
         raise UploadError(f"the SLM ({model_type}) names code to load (auto_map); it must be one of transformers")
     try:
         config = AutoConfig.for_model(model_type, **architecture)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _NothingDrawn():
             model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        model.load_state_dict(state.weights, strict=True)
+        model.load_state_dict(state.weights, strict=True)  # strict: whatever was not drawn comes from here
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(state.tokenizer["tokenizer.json"]),
             **special_tokens(state.tokenizer["tokenizer_config.json"]),
