@@ -44,15 +44,15 @@ SeedsOption = Annotated[
     ),
 ]
 QUICK = (
-    "llm.samples=16",
-    "selection.pool=48",
-    "slm.private.epochs=3",
-    "evaluation.nlg_samples=32",
-    "evaluation.nlu_rows=60",
-    "evaluation.perplexity_tokens=1024",
+    "llm.samples=12",
+    "selection.pool=32",
+    "slm.private.epochs=2",
+    "evaluation.nlg_samples=24",
+    "evaluation.nlu_rows=30",
+    "evaluation.perplexity_tokens=512",
     "evaluation.judge.epochs=1",
-    "data.test_rows=120",
-    "data.judge_rows=400",
+    "data.test_rows=60",
+    "data.judge_rows=200",
     "synthesis.max_new_tokens=24",
 )
 
