@@ -32,14 +32,17 @@ DRAWS = frozenset({"kaiming_uniform_", "normal_", "trunc_normal_", "uniform_", "
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """A model that is made within it has memory for its weights and no values in it; of this thread alone.
+    """A model that is made within it has zeros where weights would be drawn; of this thread alone.
 
-    To draw those of BERT-base takes a second and a half, and all of them are overwritten.
+    To draw those of BERT-base takes a second and a half, and all of them are overwritten. Zeros and not what the memory
+    held, since a truncated normal is drawn again until it is within its bounds.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in DRAWS:
-            return args[0] if args else kwargs["tensor"]
+            tensor = args[0] if args else kwargs["tensor"]
+            tensor.detach().zero_()
+            return tensor
         return func(*args, **(kwargs or {}))
 
 
