@@ -240,7 +240,9 @@ def test_patience_takes_the_best_epoch_back(slm):
 
 def test_the_state_is_the_same_classifier(slm):
     slm.fit(EXAMPLES, FitConfig(epochs=1), 1)
+    before = torch.get_rng_state()
     again = SLM.from_state(slm.to_state(), slm.labels)
+    assert torch.equal(torch.get_rng_state(), before)  # no weights are drawn that are overwritten
     assert again.labels == LABELS
     assert again.max_length == slm.max_length
     torch.testing.assert_close(again.predict_proba(EXAMPLES.texts), slm.predict_proba(EXAMPLES.texts))

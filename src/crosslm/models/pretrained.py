@@ -34,8 +34,8 @@ DRAWS = frozenset({"kaiming_uniform_", "normal_", "trunc_normal_", "uniform_", "
 class _NothingDrawn(TorchFunctionMode):
     """A model that is made within it has zeros where weights would be drawn; of this thread alone.
 
-    To draw those of BERT-base takes a second and a half, and all of them are overwritten. Zeros and not what the memory
-    held, since a truncated normal is drawn again until it is within its bounds.
+    To draw them takes far longer than to load those that overwrite them all, and disturbs the random state of others.
+    Zeros and not what the memory held, since a truncated normal is drawn again until it is within its bounds.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -133,7 +133,7 @@ def travelled_classifier(state: SlmState) -> tuple[Any, PreTrainedTokenizerBase]
         raise UploadError(f"the SLM ({model_type}) names code to load (auto_map); it must be one of transformers")
     try:
         config = AutoConfig.for_model(model_type, **architecture)
-        with torch.random.fork_rng(), _NothingDrawn():
+        with _NothingDrawn():
             model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         model.load_state_dict(state.weights, strict=True)  # strict: whatever was not drawn comes from here
         tokenizer = PreTrainedTokenizerFast(
