@@ -141,13 +141,26 @@ def test_with_the_gate_the_run_is_to_the_bit_that_without_the_hostile_client(cel
     assert gated["gate"][0]["auc_upper"] < 0.5
 
 
-def test_without_the_gate_flipped_labels_make_the_llm_write_to_the_wrong_label(cells):
+def test_without_the_gate_flipped_labels_change_the_llm(cells):
     hurt, none = cells["flipped/off/0"], cells["none/on/0"]
     assert hurt["uploads"] == {"served": 1, "quarantined": 0, "failed": 0}
     assert hurt["gate"] == []
     assert hurt["llm_sha256"] != none["llm_sha256"]
     assert hurt["difference"]["nlg_judge"] == pytest.approx(100 * (hurt["nlg_judge"] - none["nlg_judge"]))
-    assert hurt["difference"]["nlg_judge"] < -2
+
+
+def test_without_the_gate_flipped_labels_make_the_llm_write_to_the_wrong_label(attacks, four, tmp_path):
+    """One of two clients, and the last to come: nobody comes after it to put right what it has done."""
+    config = four.model_copy(
+        update={
+            "data": four.data.model_copy(update={"num_clients": 2}),
+            "llm": four.llm.model_copy(update={"samples": 256}),
+            "gate": four.gate.model_copy(update={"enabled": False}),
+        }
+    )
+    none, hurt = (attacks.cell(config, attack, "walk", 2, tmp_path) for attack in ("none", "flipped"))
+    assert hurt["uploads"] == {"served": 1, "quarantined": 0, "failed": 0}
+    assert hurt["nlg_judge"] < none["nlg_judge"] - 0.05
 
 
 @pytest.mark.parametrize("attack", ["constant", "copy"])

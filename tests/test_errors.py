@@ -161,7 +161,7 @@ CASES = {
     CollapseError: (
         ("run", "tickets.toml", "--output", "run", *OVERRIDES, *ONE_TOKEN),
         None,
-        r"texts could not be written in 2 attempts each .*look at task.prompt and synthesis.stop",
+        r"texts could not be written in 2 attempts .*look at task.prompt and synthesis.stop",
     ),
     RunError: (("evaluate", "nowhere"), None, r"nowhere: is not there; give a run folder that crosslm run"),
     # a client's upload does not end a run of others; the run ends when nobody is left, and says what each said

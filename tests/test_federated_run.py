@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import random
 import shutil
 import sys
 import weakref
@@ -54,12 +55,13 @@ def tables(models, tmp_path_factory):
     """The configuration of a tiny run with two clients and a gate that probes with public texts too."""
     folder = tmp_path_factory.mktemp("data")
     rows = [f'"{text}",{label}' for label, words in (("good", GOOD), ("bad", BAD)) for text in sentences(words)]
+    random.Random(0).shuffle(rows)  # in order, every fourth has words of its own, which the others never see
     parts = {"silo-0": rows[::4], "silo-1": rows[1::4], "test": rows[2::4], "public": rows[3::4]}
     for name, part in parts.items():
         (folder / f"{name}.csv").write_text("text,label\n" + "\n".join(part) + "\n")
     (folder / "plain.txt").write_text("a good day and a bad day. " * 20)
     fit = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "patience": 0}
-    learned = fit | {"epochs": 15, "learning_rate": 1e-2}
+    learned = fit | {"epochs": 20, "learning_rate": 3e-3}
     return {
         "name": "tiny",
         "device": "cpu",
@@ -74,7 +76,9 @@ def tables(models, tmp_path_factory):
         "llm": {"model": str(models / "gpt2"), "samples": 4, "batch_size": 4, "learning_rate": 1e-3, "lora_rank": 4},
         "synthesis": {"max_new_tokens": 12, "max_attempts": 100},
         "selection": {"pool": 8, "fraction": 0.5, "encoder": str(models / "encoder")},
-        "gate": {"enabled": True, "min_texts": 1, "confidence": 0.999, "max_share": 1.0, "public_texts": "public.csv"},
+        # what a model this small writes has no label: the silos are let in by the public texts, which outnumber it
+        "gate": {"enabled": True, "min_texts": 1, "texts": 2, "confidence": 0.999, "max_share": 1.0}
+        | {"public_texts": "public.csv"},
         "acceptance": {"enabled": False},
         "federation": {"closing": True},
         "evaluation": {"nlu_rows": 6, "nlg_samples": 10, "perplexity_text": "plain.txt", "perplexity_tokens": 100},

@@ -7,7 +7,17 @@ from conftest import tiny_llm
 
 from crosslm.config import SynthesisConfig
 from crosslm.errors import CollapseError
-from crosslm.synthesis import REDRAW_CANDIDATES, clean, draw_labels, is_hopeless, removal_reason, synthesize, tokens_of
+from crosslm.synthesis import (
+    MOST_CANDIDATES,
+    candidates,
+    clean,
+    draw_labels,
+    is_hopeless,
+    removal_reason,
+    spares,
+    synthesize,
+    tokens_of,
+)
 
 SAMPLING = SynthesisConfig(max_new_tokens=12, max_attempts=100)
 
@@ -89,10 +99,10 @@ def test_the_tokens_of_a_text_that_was_cut_end_where_it_ends():
 def test_synthesize_gives_what_was_asked_and_can_be_repeated(models, task):
     llm = tiny_llm(models, "gpt2")
     texts, cut = [], 0
-    one = synthesize(llm, task, SAMPLING, 20, 7, texts.append)
-    assert one == synthesize(llm, task, SAMPLING, 20, 7)
-    assert one != synthesize(llm, task, SAMPLING, 20, 8)
-    assert len(one.samples) == sum(texts) == 20
+    one = synthesize(llm, task, SAMPLING, 60, 7, texts.append)
+    assert one == synthesize(llm, task, SAMPLING, 60, 7)
+    assert one != synthesize(llm, task, SAMPLING, 60, 8)
+    assert len(one.samples) == sum(texts) == 60
     assert one.labels.tolist() == draw_labels_of(one)
     assert one.tokens_generated >= sum(len(sample.completion_ids) for sample in one.samples)
     for sample in one.samples:
@@ -165,30 +175,66 @@ def test_the_rows_that_ended_are_the_texts_that_are_told(models, task):
             on_step(rows - ended * rows // 10)
         return [[1] if llm.calls == 1 else llm.good_day for _ in range(rows)]
 
-    told = []
-    synthetic = synthesize(Scripted(models, write), task, SAMPLING, 10, 1, told.append)
-    assert told == [1] * 9 + [-9] + [1] * 9 + [1]
+    told, one_batch = [], SAMPLING.model_copy(update={"batch_size": 10})  # no room for spares
+    synthetic = synthesize(Scripted(models, write), task, one_batch, 10, 1, told.append)
+    assert told[:10] == [1] * 9 + [-9]
+    assert sum(told) == 10
     assert (len(synthetic.samples), synthetic.removed) == (10, {"empty": 10})
-    assert synthetic.tokens_generated == sum(range(1, 11)) * 9  # ten rows, and then eight for each text
+    # ten rows, and then eight for each text, of which the first ten are taken
+    assert synthetic.tokens_generated == sum(range(1, 11)) * 9
 
 
 def test_a_model_that_cannot_write_ends_with_the_reasons(models, task):
     hopeless = SynthesisConfig(max_new_tokens=1, max_attempts=2, stop=(" ",))
-    with pytest.raises(
-        CollapseError, match=r"of 20 texts could not be written in 2 attempts each \(removed: .*task.prompt"
-    ):
+    with pytest.raises(CollapseError, match=r"of 20 texts could not be written in 2 attempts \(removed: .*task.prompt"):
         synthesize(tiny_llm(models, "gpt2"), task, hopeless, 20, 1)
 
 
 def test_a_model_that_writes_nothing_more_is_given_up(models, task):
     def write(llm, rows, seeds, on_step):
-        """Nine of twenty are written at once, and never another."""
-        return [llm.good_day if llm.calls == 1 and row < 9 else [1] for row in range(rows)]
+        """Two of twenty are written at once, and never another."""
+        return [llm.good_day if llm.calls == 1 and row < 2 else [1] for row in range(rows)]
 
     llm = Scripted(models, write)
-    with pytest.raises(CollapseError, match=r"11 of 20 texts could not be written in 2 attempts each"):
-        synthesize(llm, task, SynthesisConfig(max_attempts=10), 20, 1)
-    assert llm.rows == 20 + 11 * REDRAW_CANDIDATES
+    with pytest.raises(CollapseError, match=r"18 of 20 texts could not be written in 2 attempts"):
+        synthesize(llm, task, SynthesisConfig(max_attempts=10, batch_size=20), 20, 1)
+    assert llm.rows == 20 + 18 * MOST_CANDIDATES
+
+
+def test_a_text_that_is_removed_makes_room_for_a_spare_of_its_label(models, task):
+    def write(llm, rows, seeds, on_step):
+        """The first two rows are nothing."""
+        return [[1] if row < 2 else llm.good_day for row in range(rows)]
+
+    llm = Scripted(models, write)
+    synthetic = synthesize(llm, task, SAMPLING, 30, 1)
+    labels = draw_labels_of(synthetic)
+    assert labels == draw_labels_of(
+        synthesize(Scripted(models, lambda llm, rows, *_: [llm.good_day] * rows), task, SAMPLING, 30, 1)
+    )
+    assert (llm.calls, llm.rows, synthetic.removed) == (1, 30 + len(spares(labels, 100)), {"empty": 2})
+    assert len({sample.seed for sample in synthetic.samples}) == 30
+
+
+def test_spares_are_of_each_label_and_no_more_than_there_is_room_for():
+    labels = [0] * 24 + [1] * 5
+    assert spares(labels, 100) == [0, 1, 0, 0]
+    assert spares(labels, 2) == [0, 1]
+    assert spares(labels, 0) == []
+
+
+def test_no_spares_are_written_where_they_would_be_a_batch_of_their_own(models, task):
+    llm = Scripted(models, lambda llm, rows, *_: [llm.good_day] * rows)
+    synthesize(llm, task, SAMPLING.model_copy(update={"batch_size": 10}), 20, 1)
+    assert (llm.calls, llm.rows) == (2, 20)
+
+
+@pytest.mark.parametrize(
+    ("found", "looked_at", "expected"),
+    [(94, 100, 2), (45, 100, 2), (30, 100, 3), (12, 100, 8), (1, 100, 8), (0, 9, 8), (0, 0, 2)],
+)
+def test_so_many_candidates_are_expected_to_bring_a_text(found, looked_at, expected):
+    assert candidates(found, looked_at) == expected
 
 
 def test_attempts_that_cannot_bring_the_missing_texts_are_hopeless():

@@ -1,7 +1,7 @@
 """Step 3: the LLM writes labelled text from label prompts (CrossLM, section 4.2, Eq. 2 and 3)."""
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,7 +13,10 @@ from crosslm.records import SyntheticSet, SyntheticText
 from crosslm.support.seeding import seed_for
 from crosslm.task import Task
 
-REDRAW_CANDIDATES = 8
+SPARE = 12
+"""So many texts of a label have one text more written beside them, in place of one that has to be removed."""
+FEWEST_CANDIDATES, MOST_CANDIDATES = 2, 8
+"""Texts that are written for one that is missing: a batch of few rows hardly takes longer than one of a single row."""
 ECHO = 4
 """Words that a prompt has at least if a text with all of them in it is its echo: one on sports may say "sports"."""
 SENTENCE_END = re.compile(r"[.!?؟۔।॥]['\")\]]*(?=\s|$)|[。！？]['\")\]」』”’）]*")
@@ -77,7 +80,7 @@ def is_hopeless(missing: int, written: int, candidates: int, left: int) -> bool:
     Args:
         missing: texts that have not been written yet.
         written: texts that the last attempt brought.
-        candidates: rows of that attempt that were looked at: those of a text that has been found are not.
+        candidates: rows of that attempt that were looked at: those of a label of which there are enough are not.
         left: candidates that each missing text has left.
 
     Returns:
@@ -87,6 +90,29 @@ def is_hopeless(missing: int, written: int, candidates: int, left: int) -> bool:
     """
     rate = min(1.0, (written + 3) / candidates)
     return missing * (1 - rate) ** left >= 1
+
+
+def spares(labels: Sequence[int], room: int) -> list[int]:
+    """Labels to write texts for beyond those that are wanted: one of each label, and one for each :data:`SPARE` texts.
+
+    One that is missing costs another batch, and each batch takes as long as its longest text.
+
+    Args:
+        labels: of the texts that are wanted.
+        room: rows that the last batch has left; there are no more spares than that.
+    """
+    more = [(turn, label) for label, texts in Counter(labels).items() for turn in range(1 + texts // SPARE)]
+    return [label for _, label in sorted(more)][:room]  # in turns, so that little room is not for one label alone
+
+
+def candidates(found: int, looked_at: int) -> int:
+    """How many texts to write for each one that is missing: so many that one of them is expected to be used.
+
+    Args:
+        found: texts of the last attempt that were used.
+        looked_at: those that were used or removed.
+    """
+    return min(MOST_CANDIDATES, max(FEWEST_CANDIDATES, round(looked_at / max(found, 1))))
 
 
 class _Written:
@@ -99,17 +125,17 @@ class _Written:
     def __init__(self, on_text: Callable[[float], None]) -> None:
         self._on_text = on_text
         self._told = self._before = 0
-        self._rows = self._candidates = 1
+        self._rows = self._texts = 1
         self.tokens = 0
 
-    def begin(self, rows: int, candidates: int) -> None:
-        """A batch of so many rows, so many of them for each text."""
-        self._rows, self._candidates, self._before = rows, candidates, self._told
+    def begin(self, rows: int, texts: int) -> None:
+        """A batch of so many rows, which are to bring so many texts."""
+        self._rows, self._texts, self._before = rows, texts, self._told
 
     def step(self, tokens: int) -> None:
         """One token was sampled for each row that had not ended."""
         self.tokens += tokens
-        self.finished(self._before + (self._rows - tokens) // self._candidates)
+        self.finished(self._before + (self._rows - tokens) * self._texts // self._rows)
 
     def finished(self, texts: int) -> None:
         """So many texts are finished in all."""
@@ -128,8 +154,9 @@ def synthesize(
 ) -> SyntheticSet:
     """D^s of section 4.2: ``count`` texts with labels drawn by Eq. 2, each sampled by Eq. 3.
 
-    A text that has to be removed is drawn again for the same label, so that the labels stay
-    uniform; removed texts are counted by reason.
+    A text that has to be removed makes room for the next one of the same label, so that the labels stay
+    uniform; removed texts are counted by reason. Where the last batch has room a few more are written than are wanted,
+    for such places; what is still missing is written after them.
 
     Args:
         llm: the model that writes.
@@ -148,36 +175,36 @@ def synthesize(
     progress = _Written(on_text)
 
     labels = draw_labels(count, len(task.labels), seed_for(seed, "labels"))
-    samples: list[SyntheticText | None] = [None] * count
+    places = [deque(place for place in range(count) if labels[place] == label) for label in range(len(task.labels))]
+    samples: dict[int, SyntheticText] = {}
+    rows = labels + spares(labels, -count % sampling.batch_size)
     for attempt in range(sampling.max_attempts):
-        # a redraw is a small batch, which takes as long with several candidates for each text
-        candidates, removed_before = 1 if attempt == 0 else REDRAW_CANDIDATES, removed.total()
-        wanted = [place for place in range(count) if samples[place] is None for _ in range(candidates)]
-        for start in range(0, len(wanted), sampling.batch_size):
-            batch = wanted[start : start + sampling.batch_size]
-            seeds = [seed_for(seed, "text", place, attempt, start + row) for row, place in enumerate(batch)]
-            progress.begin(len(batch), candidates)
-            texts = _write(llm, task, sampling, [labels[place] for place in batch], seeds, progress.step)
-            for place, text in zip(batch, texts, strict=True):
-                if samples[place] is not None:
-                    continue
+        found_before, removed_before = len(samples), removed.total()
+        for start in range(0, len(rows), sampling.batch_size):
+            batch = rows[start : start + sampling.batch_size]
+            seeds = [seed_for(seed, "text", attempt, start + row) for row in range(len(batch))]
+            progress.begin(len(batch), (count - len(samples)) * len(batch) // (len(rows) - start))
+            for label, text in zip(batch, _write(llm, task, sampling, batch, seeds, progress.step), strict=True):
+                if not places[label]:
+                    continue  # there are enough of this label
                 if isinstance(text, SyntheticText):
-                    samples[place] = text
+                    samples[places[label].popleft()] = text
                 else:
                     removed[text] += 1
-            progress.finished(sum(sample is not None for sample in samples))
-        missing, useless = sum(sample is None for sample in samples), removed.total() - removed_before
-        found = len(wanted) // candidates - missing
-        left = REDRAW_CANDIDATES * (sampling.max_attempts - 1 - attempt)
-        if not missing or (attempt and is_hopeless(missing, found, found + useless, left)):
+            progress.finished(len(samples))
+        found, missing = len(samples) - found_before, count - len(samples)
+        looked_at = found + removed.total() - removed_before
+        many = candidates(found, looked_at)
+        left = many * (sampling.max_attempts - 1 - attempt)
+        if not missing or (attempt and is_hopeless(missing, found, looked_at, left)):
             break
-    complete = [sample for sample in samples if sample is not None]
-    if len(complete) < count:
+        rows = [label for label, free in enumerate(places) for _ in range(len(free) * many)]
+    if len(samples) < count:
         raise CollapseError(
-            f"{count - len(complete)} of {count} texts could not be written in {attempt + 1} attempts each "
+            f"{count - len(samples)} of {count} texts could not be written in {attempt + 1} attempts "
             f"(removed: {dict(removed)}); look at task.prompt and synthesis.stop, or raise synthesis.max_new_tokens"
         )
-    return SyntheticSet(complete, dict(removed), progress.tokens)
+    return SyntheticSet([samples[place] for place in range(count)], dict(removed), progress.tokens)
 
 
 def _write(

@@ -44,8 +44,8 @@ class SynthesisConfig(Section):
     batch_size: Positive = 256
     """Texts that are written at once. The same seed gives the same texts at the same size only."""
     max_attempts: Positive = 10
-    """A text that had to be removed is drawn again, eight candidates at a time; at most so many times in all, and fewer
-    where the rest could not bring what is missing."""
+    """Texts that are missing because others had to be removed are written again, several for each; so often at most,
+    and less often where the rest could not bring what is missing."""
 
     def described(self, detail: str) -> str:
         """What a stage says of itself: the same seed gives the same texts at the same batch size only."""
