@@ -75,6 +75,16 @@ def test_the_readme_names_every_packaged_configuration_and_file():
         assert f"`{name}`" in readme
 
 
+def test_what_contributors_are_told_of_exists():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    links, files = re.findall(r"\]\(([^)]+)\)", page), re.findall(r"(?:tests|benchmarks)/\w*(?:\.py)?", page)
+    assert {"SECURITY.md", "docs/paper_map.md"} <= set(links)
+    assert "tests/test_architecture.py" in files
+    assert all((ROOT / path).exists() for path in [*links, *files, "src/crosslm/errors.py", "src/crosslm/server.py"])
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert set(re.findall(r"\bmake ([a-z-]+)", page)) <= targets
+
+
 def test_version_is_the_same_everywhere():
     import crosslm
 
