@@ -168,20 +168,19 @@ def test_texts_are_told_while_their_batch_is_written_and_taken_back_if_they_are_
     assert 0 not in told
 
 
-def test_the_rows_that_ended_are_the_texts_that_are_told(models, task):
+def test_the_rows_that_ended_are_the_texts_that_are_told(models, task, monkeypatch):
     def write(llm, rows, seeds, on_step):
         """Ten rows of which one ends with each token, and nothing of which is used at first."""
         for ended in range(10):
             on_step(rows - ended * rows // 10)
         return [[1] if llm.calls == 1 else llm.good_day for _ in range(rows)]
 
-    told, one_batch = [], SAMPLING.model_copy(update={"batch_size": 10})  # no room for spares
-    synthetic = synthesize(Scripted(models, write), task, one_batch, 10, 1, told.append)
-    assert told[:10] == [1] * 9 + [-9]
-    assert sum(told) == 10
+    monkeypatch.setattr("crosslm.synthesis.spares", lambda *_: [])
+    told = []
+    synthetic = synthesize(Scripted(models, write), task, SAMPLING, 10, 1, told.append)
+    assert told == [1] * 9 + [-9] + [1] * 9 + [1]
     assert (len(synthetic.samples), synthetic.removed) == (10, {"empty": 10})
-    # ten rows, and then eight for each text, of which the first ten are taken
-    assert synthetic.tokens_generated == sum(range(1, 11)) * 9
+    assert synthetic.tokens_generated == sum(range(1, 11)) * 9  # ten rows, and then eight for each text
 
 
 def test_a_model_that_cannot_write_ends_with_the_reasons(models, task):
@@ -216,6 +215,41 @@ def test_a_text_that_is_removed_makes_room_for_a_spare_of_its_label(models, task
     assert len({sample.seed for sample in synthetic.samples}) == 30
 
 
+def test_the_last_of_several_batches_has_the_spares(models, task):
+    def write(llm, rows, seeds, on_step):
+        """The first two rows are nothing."""
+        return [[1] if llm.calls == 1 and row < 2 else llm.good_day for row in range(rows)]
+
+    llm = Scripted(models, write)
+    synthetic = synthesize(llm, task, SAMPLING.model_copy(update={"batch_size": 16}), 24, 1)
+    room = len(spares(draw_labels_of(synthetic), 8))
+    assert (llm.calls, llm.rows, synthetic.removed) == (2, 24 + room, {"empty": 2})
+
+
+def test_rows_of_a_label_of_which_there_are_enough_are_not_written(models, task):
+    llm = Scripted(models, lambda llm, rows, *_: [[1] if llm.calls < 3 else llm.good_day] * rows)
+    synthesize(llm, task, SAMPLING.model_copy(update={"batch_size": 10}), 20, 1)
+    assert llm.calls >= 2 + 2  # twenty that are removed, and eight candidates for each in tens
+    assert llm.rows <= 20 + 4 * 10
+
+
+def test_one_text_that_is_missing_gets_more_candidates_when_few_have_brought_none(models, task):
+    def write(llm, rows, seeds, on_step):
+        """All texts of the first batch but one, and then none but the sixth of a batch."""
+        return [llm.good_day if (row != 3 if llm.calls == 1 else row == 5) else [1] for row in range(rows)]
+
+    llm = Scripted(models, write)
+    synthetic = synthesize(llm, task, SAMPLING.model_copy(update={"batch_size": 20, "max_attempts": 4}), 20, 1)
+    assert (llm.calls, llm.rows) == (3, 20 + 2 + MOST_CANDIDATES)
+    assert len(synthetic.samples) == 20
+
+
+def test_the_last_attempt_has_as_many_candidates_as_there_may_be(models, task):
+    llm = Scripted(models, lambda llm, rows, *_: [llm.good_day if row != 3 else [1] for row in range(rows)])
+    synthesize(llm, task, SAMPLING.model_copy(update={"batch_size": 20, "max_attempts": 2}), 20, 1)
+    assert (llm.calls, llm.rows) == (2, 20 + MOST_CANDIDATES)
+
+
 def test_spares_are_of_each_label_and_no_more_than_there_is_room_for():
     labels = [0] * 24 + [1] * 5
     assert spares(labels, 100) == [0, 1, 0, 0]
@@ -231,7 +265,7 @@ def test_no_spares_are_written_where_they_would_be_a_batch_of_their_own(models, 
 
 @pytest.mark.parametrize(
     ("found", "looked_at", "expected"),
-    [(94, 100, 2), (45, 100, 2), (30, 100, 3), (12, 100, 8), (1, 100, 8), (0, 9, 8), (0, 0, 2)],
+    [(94, 100, 2), (50, 100, 2), (45, 100, 3), (12, 100, 8), (1, 100, 8), (0, 9, 8), (0, 1, 8)],
 )
 def test_so_many_candidates_are_expected_to_bring_a_text(found, looked_at, expected):
     assert candidates(found, looked_at) == expected
@@ -245,7 +279,7 @@ def test_attempts_that_cannot_bring_the_missing_texts_are_hopeless():
 
 
 def test_attempts_go_on_where_they_bring_texts(models, task):
-    """One candidate in eight is a text, so that most redraws end at once and few of their rows are looked at."""
+    """One candidate in eight is a text, so that each attempt brings some two thirds of what is missing."""
 
     def write(llm, rows, seeds, on_step):
         return [llm.good_day if llm.calls > 1 and seed % 8 == 0 else [1] for seed in seeds]

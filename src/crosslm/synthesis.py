@@ -1,5 +1,6 @@
 """Step 3: the LLM writes labelled text from label prompts (CrossLM, section 4.2, Eq. 2 and 3)."""
 
+import math
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -81,7 +82,7 @@ def is_hopeless(missing: int, written: int, candidates: int, left: int) -> bool:
         missing: texts that have not been written yet.
         written: texts that the last attempt brought.
         candidates: rows of that attempt that were looked at: those of a label of which there are enough are not.
-        left: candidates that each missing text has left.
+        left: candidates that each missing text may have in the attempts that are left.
 
     Returns:
         True if at least one text is expected to be missing in the end, even at the highest rate that 95 % of
@@ -109,10 +110,12 @@ def candidates(found: int, looked_at: int) -> int:
     """How many texts to write for each one that is missing: so many that one of them is expected to be used.
 
     Args:
-        found: texts of the last attempt that were used.
-        looked_at: those that were used or removed.
+        found: texts of this label that the last attempt brought.
+        looked_at: those that it brought or removed.
     """
-    return min(MOST_CANDIDATES, max(FEWEST_CANDIDATES, round(looked_at / max(found, 1))))
+    if not found:
+        return MOST_CANDIDATES
+    return min(MOST_CANDIDATES, max(FEWEST_CANDIDATES, math.ceil(looked_at / found)))
 
 
 class _Written:
@@ -179,26 +182,33 @@ def synthesize(
     samples: dict[int, SyntheticText] = {}
     rows = labels + spares(labels, -count % sampling.batch_size)
     for attempt in range(sampling.max_attempts):
-        found_before, removed_before = len(samples), removed.total()
+        found: Counter[int] = Counter()
+        looked_at: Counter[int] = Counter()
         for start in range(0, len(rows), sampling.batch_size):
-            batch = rows[start : start + sampling.batch_size]
+            batch = [label for label in rows[start : start + sampling.batch_size] if places[label]]
+            if not batch:
+                continue
             seeds = [seed_for(seed, "text", attempt, start + row) for row in range(len(batch))]
             progress.begin(len(batch), (count - len(samples)) * len(batch) // (len(rows) - start))
             for label, text in zip(batch, _write(llm, task, sampling, batch, seeds, progress.step), strict=True):
                 if not places[label]:
                     continue  # there are enough of this label
+                looked_at[label] += 1
                 if isinstance(text, SyntheticText):
                     samples[places[label].popleft()] = text
+                    found[label] += 1
                 else:
                     removed[text] += 1
             progress.finished(len(samples))
-        found, missing = len(samples) - found_before, count - len(samples)
-        looked_at = found + removed.total() - removed_before
-        many = candidates(found, looked_at)
-        left = many * (sampling.max_attempts - 1 - attempt)
-        if not missing or (attempt and is_hopeless(missing, found, looked_at, left)):
+        missing, left = count - len(samples), MOST_CANDIDATES * (sampling.max_attempts - 1 - attempt)
+        if not missing or (attempt and is_hopeless(missing, found.total(), looked_at.total(), left)):
             break
-        rows = [label for label, free in enumerate(places) for _ in range(len(free) * many)]
+        is_last = attempt + 2 == sampling.max_attempts
+        rows = [
+            label
+            for label, free in enumerate(places)
+            for _ in range(len(free) * (MOST_CANDIDATES if is_last else candidates(found[label], looked_at[label])))
+        ]
     if len(samples) < count:
         raise CollapseError(
             f"{count - len(samples)} of {count} texts could not be written in {attempt + 1} attempts "

@@ -44,8 +44,8 @@ class SynthesisConfig(Section):
     batch_size: Positive = 256
     """Texts that are written at once. The same seed gives the same texts at the same size only."""
     max_attempts: Positive = 10
-    """Texts that are missing because others had to be removed are written again, several for each; so often at most,
-    and less often where the rest could not bring what is missing."""
+    """How often texts are written at most, the first time included: for those that are missing because others had to be
+    removed, several for each; less often where the rest could not bring what is missing."""
 
     def described(self, detail: str) -> str:
         """What a stage says of itself: the same seed gives the same texts at the same batch size only."""
