@@ -70,14 +70,22 @@ def contents(folder):
 def small(settings):
     """Two clients that arrive twice each, with everything that has a state switched on."""
     fit = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "patience": 0}
-    settings["slm"] |= {"private": fit, "synthetic": fit, "weigh_judges": True}
+    settings["slm"] |= {"private": fit | {"epochs": 16, "learning_rate": 5e-3}, "synthetic": fit, "weigh_judges": True}
     settings["llm"] |= {"samples": 4, "iterations": 2, "gamma_anchor": 0.5, "anchors": 2}
     settings["selection"] |= {"pool": 6}
     settings["synthesis"] |= {"max_new_tokens": 6}
     settings["evaluation"] |= {"nlu_rows": 4, "nlg_samples": 4, "perplexity_tokens": 50, "judge": fit}
     settings["federation"] = {"participations": 2}
-    # it probes, and keeps what it has found, but refuses nobody: what models this small write has no label
-    settings["gate"] = {"enabled": True, "min_texts": 1000}
+    # a gate that lets in who has learned its rows: they outnumber what models this small write, which has no label
+    settings["gate"] = {
+        "enabled": True,
+        "min_texts": 1,
+        "texts": 2,
+        "confidence": 0.999999,
+        "max_share": 1.0,
+        "min_correlation": -1.0,
+        "public_texts": "train.csv",
+    }
     settings["checkpoint"] = {"keep": 2}
     return settings
 
