@@ -518,6 +518,7 @@ NAMES = {
     "learn from, a pool of 1,024, preset recommended",
 }
 EARLIER_NAMES = {
+    "demo-avx2-no-spares": "The demo without bfloat16, before step 3 wrote spare texts",
     "demo-at-once": "The demo without `federation.closing`, with pools of 512 texts",
     "demo-float32": "The demo with the LLM in float32, beside other work, so that its minutes say nothing",
     "demo-llm-judges": "The demo with `slm.llm_judges`, as preset recommended has it",
