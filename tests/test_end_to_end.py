@@ -3,6 +3,7 @@
 import json
 import tomllib
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import tomli_w
@@ -50,6 +51,10 @@ def test_a_run_leaves_everything_that_is_promised(command, config_file, settings
     assert summary["llm"]["perplexity"]["before"] != summary["llm"]["perplexity"]["after"]
     assert {"generate", "update LLM", "select", "train judge", "total"} <= set(summary["seconds"])
     assert summary["tokens_generated"] > 0
+
+    page = (Path(__file__).parents[1] / "docs" / "run_folder.md").read_text()
+    unnamed = [path.name for path in folder.iterdir() if f"`{path.name}" not in page]
+    assert unnamed == [".lock"]
 
     config = load(folder / "config.toml")
     assert config == load(config_file)

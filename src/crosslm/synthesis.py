@@ -109,6 +109,8 @@ def spares(labels: Sequence[int], room: int) -> list[int]:
 def candidates(found: int, looked_at: int) -> int:
     """How many texts to write for each one that is missing: so many that one of them is expected to be used.
 
+    Never fewer than :data:`FEWEST_CANDIDATES` or more than :data:`MOST_CANDIDATES`.
+
     Args:
         found: texts of this label that the last attempt brought.
         looked_at: those that it brought or removed.
@@ -203,12 +205,12 @@ def synthesize(
         missing, left = count - len(samples), MOST_CANDIDATES * (sampling.max_attempts - 1 - attempt)
         if not missing or (attempt and is_hopeless(missing, found.total(), looked_at.total(), left)):
             break
-        is_last = attempt + 2 == sampling.max_attempts
-        rows = [
-            label
-            for label, free in enumerate(places)
-            for _ in range(len(free) * (MOST_CANDIDATES if is_last else candidates(found[label], looked_at[label])))
+        next_is_last = attempt + 2 == sampling.max_attempts
+        many = [
+            MOST_CANDIDATES if next_is_last else candidates(found[label], looked_at[label])
+            for label in range(len(places))
         ]
+        rows = [label for label, free in enumerate(places) for _ in range(len(free) * many[label])]
     if len(samples) < count:
         raise CollapseError(
             f"{count - len(samples)} of {count} texts could not be written in {attempt + 1} attempts "
