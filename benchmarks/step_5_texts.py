@@ -122,8 +122,8 @@ class Study:
         kept = snapshot.texts_of(get(state["kept"]["base_pool"]))
         if len(kept.samples) == pool:  # the run has written and asked it
             self._texts("original", lambda: kept)
-            known = torch.tensor(json.loads(get(state["kept"]["base_said"])))
-            self._kept("original-by-original", lambda: known)
+            if (known := json.loads(get(state["kept"]["base_said"]))) is not None:
+                self._kept("original-by-original", lambda: torch.tensor(known))
         counted = state["steps"], state["taught"]
         snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), *counted)
         snapshot.restore_teachers(self.server, state["teachers"], get)

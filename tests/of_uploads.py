@@ -47,8 +47,11 @@ class ShutTo:
     def __init__(self, name):
         self.name = name
 
+    def lets_in(self, slm, upload, *_):
+        return upload.client_id != self.name
+
     def judge(self, slm, upload, *_):
-        if upload.client_id == self.name:
+        if not self.lets_in(slm, upload):
             raise QuarantineError(f"client {upload.client_id}: quarantined", {"auc": 0.4})
         return Verdict({"auc": 0.9}, torch.zeros(0, 2))
 

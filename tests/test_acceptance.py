@@ -346,18 +346,22 @@ def test_a_run_that_stops_after_one_was_taught_ends_as_one_that_does_not(flippin
 
 
 def test_data_free_kd_of_one_that_may_not_judge_has_no_say_either(flipping, tmp_path, monkeypatch):
-    """As CrossLM's own step 5, so that the two compare."""
-    may, real = {}, journal.data_free_kd
+    """As CrossLM's own step 5, so that the two compare; where nobody else judges the original LLM does."""
+    found, real = {}, journal.data_free_kd
 
     def watched(upload, *given):
-        may[upload.client_id] = given[-1]
+        *_, said, may_judge = given
+        found[upload.client_id] = (may_judge, said is not None)
         return real(upload, *given)
 
     monkeypatch.setattr(journal, "data_free_kd", watched)
-    for teaches, second in ((True, False), (False, True)):
-        flipping["gate"]["teach_refused"] = teaches
-        run_local(Config.model_validate(flipping), tmp_path / f"run-{teaches}", tmp_path)
-        assert may == {"client-0": True, "client-1": second}
+    flipping["slm"]["llm_judges"] = False
+    flipping["gate"]["teach_refused"] = True
+    for closing in (True, False):
+        found.clear()
+        flipping["federation"] = {"closing": closing}
+        run_local(Config.model_validate(flipping), tmp_path / f"run-{closing}", tmp_path)
+        assert found == {"client-0": (True, False), "client-1": (False, True)}
 
 
 def test_a_quarantined_upload_is_kept_with_its_figures_and_counts_nowhere(flipping, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from of_federations import answer, change, echo, free_ports, turn
 from of_uploads import ShutTo, server_of
+from pydantic import ValidationError
 
 from crosslm import baselines, experiment
 from crosslm import server as server_module
@@ -71,16 +72,20 @@ def test_in_the_end_who_came_first_is_taught_by_all_and_by_the_llm_as_it_is_then
     assert (server.llm.fingerprint(), list(server.teachers.members), server.steps) == (before, judges, 3)
 
 
-@pytest.mark.parametrize(("share", "of_original"), [(0.0, 0), (0.25, 1), (0.5, 3), (0.6, 4), (1.0, 7)])
-def test_so_many_of_its_texts_are_the_original_llms(models, config, task, share, of_original):
-    section = config.federation.model_copy(update={"closing_original": share})
+@pytest.mark.parametrize(
+    ("share", "texts", "of_original"),
+    [(0.0, None, 0), (0.25, None, 1), (0.5, None, 3), (0.6, None, 4), (1.0, None, 7), (0.5, 13, 6), (0.25, 4, 1)],
+)
+def test_so_many_of_its_texts_are_the_original_llms(models, config, task, share, texts, of_original):
+    section = config.federation.model_copy(update={"closing_original": share, "closing_texts": texts})
     selection = config.selection.model_copy(update={"pool": 7})
     config = config.model_copy(update={"federation": section, "selection": selection})
     server = server_of(models, config, task)
     original, latest = (synthesize(server.llm, task, config.synthesis, 7, seed) for seed in (0, 1))
     assert original.samples != latest.samples
     closing = server.for_all(original, latest, [""])
-    assert closing.pool.samples == [*latest.samples[: 7 - of_original], *original.samples[:of_original]]
+    of_latest = (texts or 7) - of_original
+    assert closing.pool.samples == [*latest.samples[:of_latest], *original.samples[:of_original]]
 
 
 def test_judges_are_weighed_by_what_they_make_of_the_original_llms_texts(models, config, task, uploads, monkeypatch):
@@ -206,8 +211,10 @@ def test_a_run_ends_with_it_and_measures_what_the_clients_then_have(closed, tmp_
         assert event["accepted"]
         for name, method in (("slm/crosslm", "crosslm"), ("slm/data_free_kd", "data_free_kd")):
             assert event[name] == summary["slm"][method][event["client"]]
-    for method in ("crosslm", "data_free_kd"):  # both once when a client came, and once in the end
-        assert sorted(client for client, _ in measured(tmp_path / "run", method)) == ["client-0"] * 2 + ["client-1"] * 2
+    for method, times in (("crosslm", 2), ("data_free_kd", 1)):  # the former when a client came, too
+        who = ["client-0"] * times + ["client-1"] * times
+        assert sorted(client for client, _ in measured(tmp_path / "run", method)) == who
+    assert not any("slm/data_free_kd" in event for event in events(tmp_path / "run", "step"))
     texts = {
         name: [json.loads(line)["text"] for line in (tmp_path / f"run/synthetic/{name}.jsonl").read_text().splitlines()]
         for name in ("closing-pool", "step-0002-pool", "base")
@@ -217,6 +224,7 @@ def test_a_run_ends_with_it_and_measures_what_the_clients_then_have(closed, tmp_
     closed["federation"]["closing"] = False
     without = run_local(Config.model_validate(closed), tmp_path / "without", tmp_path)
     assert not events(tmp_path / "without", "closing")
+    assert all("slm/data_free_kd" in event for event in events(tmp_path / "without", "step"))
     # the LLM learns and writes nothing in it
     assert (summary["llm"], summary["tokens_generated"]) == (without["llm"], without["tokens_generated"])
     last = events(tmp_path / "run", "step")[-1]["client"]
@@ -225,19 +233,30 @@ def test_a_run_ends_with_it_and_measures_what_the_clients_then_have(closed, tmp_
     )
 
 
-def test_data_free_kd_is_taught_by_all_in_the_end_too(closed, tmp_path, monkeypatch):
+def test_more_texts_of_the_last_pool_than_it_has_are_refused(closed):
+    closed["federation"]["closing_texts"] = 25
+    with pytest.raises(ValidationError, match=r"= 25, of which 13 are .*, and selection.pool = 12; raise that"):
+        Config.model_validate(closed)
+    closed["federation"]["closing"] = False
+    assert Config.model_validate(closed).baseline_texts == 12
+
+
+@pytest.mark.parametrize("texts", [None, 24])
+def test_data_free_kd_is_taught_by_all_in_the_end_too(closed, tmp_path, monkeypatch, texts):
     closed["reward"] = {"teachers": 4}
+    closed["federation"]["closing_texts"] = texts
     judges, measured = [], journal.data_free_kd
 
     def data_free_kd(upload, pool, config, task, encoder, progress, teachers, said, may_judge):
         judges.append({upload.client_id, *teachers.members})
-        assert len(pool.samples) == config.selection.pool  # as many as CrossLM chooses from
+        assert len(pool.samples) == (texts or config.selection.pool)  # as many as CrossLM chooses from
         return measured(upload, pool, config, task, encoder, progress, teachers, said, may_judge)
 
     monkeypatch.setattr(journal, "data_free_kd", data_free_kd)
     run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
-    assert [len(those) for those in judges] == [1, 2, 2, 2]
+    assert [len(those) for those in judges] == [2, 2]
     pool = [json.loads(line) for line in (tmp_path / "run/synthetic/closing-pool.jsonl").read_text().splitlines()]
+    assert len(pool) == (texts or closed["selection"]["pool"])
     assert {row["kept"] for row in pool} == {True, False}  # half of them is chosen
     for row in pool:  # each client's own receipt of each text
         assert set(row["receipts"]) == {"client-0", "client-1"}
@@ -264,38 +283,24 @@ def test_a_client_that_declines_it_keeps_and_is_measured_by_what_it_had(closed, 
     assert len(tried) == 4
     assert [event["accepted"] for event in events(tmp_path / "run", "closing")] == [False, False]
     assert len(measured(tmp_path / "run", "crosslm")) == 2  # what came at once
-    assert len(measured(tmp_path / "run", "data_free_kd")) == 4  # nobody is asked whether it is accepted
+    assert len(measured(tmp_path / "run", "data_free_kd")) == 2  # nobody is asked whether it is accepted
     assert {about["decision"]["accepted"] for about in summary["clients"].values()} == {at_once}
 
 
-def test_a_baseline_that_fails_in_it_keeps_its_figure_and_the_run_ends_well(closed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("in_the_end", [True, False])
+def test_a_baseline_that_fails_shuts_nobody_out(closed, tmp_path, monkeypatch, in_the_end):
+    closed["federation"]["closing"] = in_the_end
     calls, measure = [], journal.data_free_kd
 
     def fails(*arguments):
         calls.append(arguments)
-        if len(calls) == 3:
-            raise UploadError("no memory")
-        return measure(*arguments)
-
-    monkeypatch.setattr(journal, "data_free_kd", fails)
-    summary = run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
-    assert len(events(tmp_path / "run", "closing")) == 2
-    warnings = [event["message"] for event in events(tmp_path / "run", "warning")]
-    assert any("Data-free KD keeps the figure that it had at once: no memory" in message for message in warnings)
-    assert set(summary["slm"]["data_free_kd"]) == {"client-0", "client-1", "mean"}
-
-
-def test_a_baseline_that_fails_at_once_shuts_nobody_out(closed, tmp_path, monkeypatch):
-    calls, measure = [], journal.data_free_kd
-
-    def fails(*arguments):
-        calls.append(arguments)
-        if len(calls) in (1, 3):  # the first client's, at once and in the end
+        if len(calls) == 1:
             raise UploadError("not finite")
         return measure(*arguments)
 
     monkeypatch.setattr(journal, "data_free_kd", fails)
     summary = run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
+    assert len(events(tmp_path / "run", "closing")) == 2 * in_the_end
     first = events(tmp_path / "run", "upload")[0]["client_id"]
     assert summary["slm"]["data_free_kd"][first] == summary["slm"]["standalone"][first]
     assert set(summary["slm"]["crosslm"]) == {"client-0", "client-1", "mean"}
@@ -328,8 +333,20 @@ def test_a_client_that_fails_in_it_keeps_what_it_had(closed, tmp_path, leaks):
     assert failure["client"] == installed[2]
     (event,) = events(tmp_path / "run", "closing")
     assert event["client"] == installed[3]
-    assert set(summary["slm"]["crosslm"]) == {"client-0", "client-1", "mean"}
+    for method in ("crosslm", "data_free_kd"):
+        assert set(summary["slm"][method]) == {"client-0", "client-1", "mean"}
+    assert [client for client, _ in measured(tmp_path / "run", "data_free_kd")] == [installed[3], installed[2]]
     assert not any("refused" in client["decision"] for client in summary["clients"].values())
+
+
+def test_one_client_alone_has_it_at_once_and_its_baseline_in_the_end(closed, tmp_path):
+    closed["data"]["num_clients"] = 1
+    summary = run_local(Config.model_validate(closed), tmp_path / "run", tmp_path)
+    closed["federation"]["closing"] = False
+    at_once = run_local(Config.model_validate(closed), tmp_path / "at-once", tmp_path)
+    assert summary["slm"] == at_once["slm"]
+    assert not events(tmp_path / "run", "closing")
+    assert len(measured(tmp_path / "run", "data_free_kd")) == 1
 
 
 @pytest.mark.parametrize("may_decline", [True, False])

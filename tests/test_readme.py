@@ -51,6 +51,7 @@ def tiny(settings):
         "llm.vocabulary_texts": [],
         "selection.encoder": settings["selection"]["encoder"],
         "selection.pool": 6,
+        "federation.closing_texts": 6,
         "llm.samples": 4,
         "evaluation.nlg_samples": 4,
         "slm.max_length": 32,

@@ -24,6 +24,7 @@ from crosslm.runs.preparation import original_llm
 SMALLEST = {
     "llm.samples": 4,
     "selection.pool": 8,
+    "federation.closing_texts": 8,
     "slm.private.epochs": 1,
     "data.rows_per_client": 48,
     "data.test_rows": 16,

@@ -121,15 +121,14 @@ def test_one_that_fails_on_a_text_of_the_baseline_judges_on(monkeypatch):
     monkeypatch.setattr(journal, "data_free_kd", baseline)
     run = SimpleNamespace(
         server=SimpleNamespace(teachers=teachers, encoder=None),
-        config=SimpleNamespace(selection=SimpleNamespace(pool=1)),
-        base_pool=SimpleNamespace(samples=[]),
-        base_said=None,
+        config=SimpleNamespace(asks_llm=False),
         task=None,
         progress=None,
+        _baseline_pool=None,
         _as_they_came_first=dict,
     )
     with pytest.raises(UploadError):
-        journal.RunJournal._data_free_kd(run, None, None, may_judge=True)
+        journal.RunJournal._data_free_kd(run, None, may_judge=True)
     assert teachers.members == {"north": "a judge"}
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from crosslm import evaluate
-from crosslm.classification import class_probabilities
 from crosslm.client import Client
 from crosslm.config import Config
 from crosslm.errors import RunError, StoppedError, UnservedError
@@ -178,6 +177,7 @@ class _Run:
             )
         if config.federation.closing:
             close(self.exchange, self.server, self.journal, self._between_arrivals)
+            self.journal.measure_the_rest()
         return self._finish()
 
     # -- the beginning, and going on ---------------------------------------------------------
@@ -198,10 +198,8 @@ class _Run:
         count = evaluate.base_texts(config)
         journal.base_pool = self.meter.texts(self.llm, "original LLM", count, "base")
         journal.count(journal.base_pool)
-        if config.asks_llm or config.gate.teaches:
-            with self.progress.stage("generate", "original LLM reads its texts", count, "texts") as advance:
-                texts = journal.base_pool.texts
-                journal.base_said = class_probabilities(self.llm, self.task, texts, advance).tolist()
+        if config.asks_llm:
+            journal.original_reads()
         self.before = self.meter.reading(self.llm, "before")
         put = self.checkpoints.put
         self._kept: dict[str, Any] = {

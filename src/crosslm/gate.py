@@ -114,9 +114,11 @@ class Gate:
         Raises:
             UploadError: it cannot classify at all.
         """
-        verdict = self._probe(slm, upload, advance)
-        self._found = upload, verdict
-        return not verdict.refusal
+        if self._found and self._found[0] is upload:
+            advance(self.count)
+        else:
+            self._found = upload, self._probe(slm, upload, advance)
+        return not self._found[1].refusal
 
     def _probe(self, slm: SLM, upload: Upload, advance: Advance) -> Verdict:
         bounds, texts = self.config.gate, [*self.fixed.texts, *self.latest.texts]

@@ -151,7 +151,8 @@ class Server:
         if self.gate is None:
             return None
         with self.progress.stage("gate", upload.client_id, self.gate.count, "texts") as advance:
-            return self.gate.judge(slm, upload, advance)
+            self.gate.lets_in(slm, upload, advance)  # so that the stage ends before a refusal does
+        return self.gate.judge(slm, upload)
 
     def lets_in(self, slm: SLM, upload: Upload) -> bool:
         """Whether an SLM will have a say in its step 5, which the baseline has to know before.
@@ -242,17 +243,16 @@ class Server:
     def for_all(self, original: SyntheticSet, latest: SyntheticSet, refusals: Iterable[str]) -> Closing:
         """The texts for all SLMs that were served, when no more uploads come (``federation.closing``).
 
-        As many as in any pool: ``federation.closing_original`` of them the LLM wrote before it had learned anything,
-        the others last. All are judged by the LLM as it is now. None is written anew.
+        ``federation.closing_original`` of the ``federation.closing_texts`` the LLM wrote before it had learned
+        anything, the others last. All are judged by the LLM as it is now. None is written anew.
 
         Args:
             original: what the original LLM wrote.
             latest: the pool of the last step.
             refusals: why each of the SLMs has no say; empty for one that has.
         """
-        count = self.config.selection.pool
-        old = int(count * self.config.federation.closing_original + 1e-9)  # 0.29 of 100 are 29
-        pool = SyntheticSet(latest.samples[: count - old] + original.samples[:old])
+        first, last = self.config.closing_texts
+        pool = SyntheticSet(latest.samples[:last] + original.samples[:first])
         return Closing(pool, self._said(pool, "all clients") if self._is_asked(any(refusals)) else None)
 
     def close(self, upload: Upload, refusal: str, closing: Closing) -> tuple[Download, StepRecord]:

@@ -45,7 +45,8 @@ SeedsOption = Annotated[
 ]
 QUICK = (
     "llm.samples=12",
-    "selection.pool=32",
+    "selection.pool=16",
+    "federation.closing_texts=32",
     "slm.private.epochs=2",
     "evaluation.nlg_samples=24",
     "evaluation.nlu_rows=30",

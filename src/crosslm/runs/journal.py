@@ -7,10 +7,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from torch import tensor
+from torch import Tensor, tensor
 
 from crosslm import evaluate
 from crosslm.baselines import data_free_kd
+from crosslm.classification import class_probabilities
 from crosslm.client import Client, Decision
 from crosslm.config import Config
 from crosslm.data.split import Split
@@ -43,7 +44,7 @@ class RunJournal:
         self.judge: SLM | None = None
         self.base_pool = SyntheticSet([])
         self.base_said: list[list[float]] | None = None
-        """The original LLM's own probabilities of their labels (Eq. 1), where step 5 may ask it."""
+        """The original LLM's probabilities of the labels of Data-free KD's pool (Eq. 1), once it was asked."""
         self.accuracy: dict[str, dict[str, float]] = {"standalone": {}, "data_free_kd": {}, "crosslm": {}}
         self.confusion: dict[str, dict[str, list[list[int]]]] = {method: {} for method in self.accuracy}
         self.standalone: dict[str, SLM] = {}
@@ -61,7 +62,7 @@ class RunJournal:
         self._closing_receipts: dict[str, list[Receipt]] = {}  # of the last texts, by client
 
     def uploaded(self, upload: Upload) -> None:
-        """Measure Standalone and Data-free KD when a client comes for the first time."""
+        """Measure Standalone when a client comes for the first time, and Data-free KD if it does not wait."""
         who = upload.client_id
         self.cause = {"client": who, "round": upload.client_round, "outcome": "refused"}
         self.run.event("upload", **describe(upload) | {"class_counts": list(upload.counts_of(self.task.labels))})
@@ -72,25 +73,61 @@ class RunJournal:
         self._first[who] = self.checkpoints.put(encode(upload))
         self.standalone[who] = slm
         self._test("standalone", who, slm)
+        if not self._baseline_waits:
+            self._measure_data_free_kd(upload)
+
+    @property
+    def _baseline_waits(self) -> bool:
+        """Whether Data-free KD is trained when no more uploads come, with all judges, as CrossLM's last step 5 is.
+
+        Not where clients come several times: their later uploads know of CrossLM's returns.
+        """
+        return self.config.federation.closing and self.config.federation.participations == 1
+
+    def _measure_data_free_kd(self, upload: Upload, may_judge: bool | None = None) -> None:
+        who = upload.client_id
         try:
-            self._test("data_free_kd", who, self._data_free_kd(slm, upload))
+            self._test("data_free_kd", who, self._data_free_kd(upload, may_judge))
         except UploadError as error:  # whether CrossLM serves a client is not for the baseline to say
             self._warn(f"client {who}: Data-free KD failed, and counts with the SLM that came: {error}")
             self._test("data_free_kd", who, receive_slm(upload, self.task, self.config))
 
-    def _data_free_kd(self, slm: SLM, upload: Upload, may_judge: bool | None = None) -> SLM:
-        server, size, known = self.server, self.config.selection.pool, self.base_said
-        pool, said = SyntheticSet(self.base_pool.samples[:size]), None if known is None else tensor(known[:size])
+    def _data_free_kd(self, upload: Upload, may_judge: bool | None) -> SLM:
+        server = self.server
         if may_judge is None:
-            may_judge = server.lets_in(slm, upload)
+            may_judge = server.lets_in(self.standalone[upload.client_id], upload)
+        said = self.original_reads() if self.config.asks_llm or not may_judge else None
         judges = dict(server.teachers.members)
         server.teachers.members = self._as_they_came_first(judges)
         try:
             return data_free_kd(
-                upload, pool, self.config, self.task, server.encoder, self.progress, server.teachers, said, may_judge
+                upload,
+                self._baseline_pool,
+                self.config,
+                self.task,
+                server.encoder,
+                self.progress,
+                server.teachers,
+                said,
+                may_judge,
             )
         finally:
             server.teachers.members = judges  # a judge that fails on a text of the baseline's is none of its business
+
+    @property
+    def _baseline_pool(self) -> SyntheticSet:
+        return SyntheticSet(self.base_pool.samples[: self.config.baseline_texts])
+
+    def original_reads(self) -> Tensor:
+        """What the original LLM makes of Data-free KD's pool (Eq. 1), ``(texts, labels)``; it is asked once."""
+        if self.base_said is None:
+            texts, llm = self._baseline_pool.texts, self.server.llm
+            with (
+                self.progress.stage("generate", "original LLM reads its texts", len(texts), "texts") as advance,
+                llm.interpolated(0.0),
+            ):
+                self.base_said = class_probabilities(llm, self.task, texts, advance).tolist()
+        return tensor(self.base_said)
 
     def _as_they_came_first(self, judges: dict[str, Teacher]) -> dict[str, Teacher]:
         """What clients upload later knows of CrossLM's returns, which Data-free KD must not."""
@@ -121,9 +158,10 @@ class RunJournal:
         measures = arrivals.write_step(self.run, self.task, download, record, self._measures(who, record))
         if message := arrivals.few_selected(who, record, self.config):
             self._warn(message)
+        kd = f" (data-free KD {measures['slm/data_free_kd']:.3f})" if "slm/data_free_kd" in measures else ""
         self.progress.note(
-            f"step {step}: {who} {measures['slm/standalone']:.3f} -> {measures['slm/accuracy']:.3f} "
-            f"(data-free KD {measures['slm/data_free_kd']:.3f}), mean reward of its pool {measures['reward/pool']:+.2f}"
+            f"step {step}: {who} {measures['slm/standalone']:.3f} -> {measures['slm/accuracy']:.3f}{kd}, "
+            f"mean reward of its pool {measures['reward/pool']:+.2f}"
         )
 
     def last_served(self) -> list[Served]:
@@ -161,26 +199,27 @@ class RunJournal:
     def _measure_closing(self, who: str, accepted: bool) -> None:
         """A client has decided on what went back in the end; one that keeps what it got before is measured by that.
 
-        Data-free KD is measured by what goes back in the end, whose judges are the same, whatever the client makes of
-        CrossLM's; but where clients come several times, their uploads know of CrossLM's returns.
+        Data-free KD is measured by what goes back in the end, whatever the client makes of CrossLM's.
         """
         upload, download, record = self._closing.pop(who)
         if accepted:
             returned = SLM.from_state(download.slm, self.task.labels, self.config.device)
             self._test("crosslm", who, returned)
             self.run.save_slm(who, returned)
-        if self.config.federation.participations == 1:
-            slm = receive_slm(upload, self.task, self.config)
-            try:
-                self._test("data_free_kd", who, self._data_free_kd(slm, upload, may_judge=not record.refusal))
-            except UploadError as error:  # the baseline's failure is not the run's
-                self.not_closed(f"client {who}: Data-free KD keeps the figure that it had at once: {error}")
+        if self._baseline_waits:
+            self._measure_data_free_kd(upload, may_judge=not record.refusal)
         measures = {f"slm/{name}": self.accuracy[name][who] for name in ("data_free_kd", "crosslm")}
         self.run.event("closing", client=who, accepted=accepted, **measures, **download.metrics)
         self.progress.note(
             f"in the end: {who} {self.accuracy['standalone'][who]:.3f} -> {measures['slm/crosslm']:.3f} "
             f"(data-free KD {measures['slm/data_free_kd']:.3f})"
         )
+
+    def measure_the_rest(self) -> None:
+        """Data-free KD of those who had no step 5 in the end, and count with what they got at once."""
+        for who, (name, refusal) in self._last.items():
+            if who not in self.accuracy["data_free_kd"]:
+                self._measure_data_free_kd(decode_upload(self.checkpoints.get(name)), may_judge=not refusal)
 
     def _test(self, method: str, who: str, slm: SLM) -> None:
         """Measure a client's SLM on its test rows, and keep which of them it got right."""
@@ -192,13 +231,11 @@ class RunJournal:
             advance(len(test))
 
     def _measures(self, who: str, record: StepRecord) -> dict[str, float]:
-        """A client's SLM by three methods, and what the judge finds of the step's texts."""
+        """A client's SLM by each method that has been measured, and what the judge finds of the step's texts."""
         kept = [sample for sample, receipt in zip(record.pool.samples, record.receipts, strict=True) if receipt.kept]
-        measures = {
-            "slm/standalone": self.accuracy["standalone"][who],
-            "slm/data_free_kd": self.accuracy["data_free_kd"][who],
-            "slm/accuracy": self.accuracy["crosslm"][who],
-        }
+        names = {"standalone": "standalone", "data_free_kd": "data_free_kd", "crosslm": "accuracy"}
+        found = {name: self.accuracy[method].get(who) for method, name in names.items()}
+        measures = {f"slm/{name}": accuracy for name, accuracy in found.items() if accuracy is not None}
         if self.judge:
             measures |= arrivals.judge_measures(self.judge, record)
         if self.judge and kept:
