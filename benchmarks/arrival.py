@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from crosslm.client import Client
 from crosslm.data.split import load_split
+from crosslm.evaluate import base_texts
 from crosslm.models import decoding, graph_decoding
 from crosslm.models import llm as llm_module
 from crosslm.models.encoder import SentenceEncoder
@@ -171,7 +172,7 @@ def main() -> None:
     slm = SLM.of_spec(model_folder(spec.model, cache), spec, config, 0)
     upload = Client(name, split.private[name], slm, config.slm.private, config.seed).train()
     server = Server(config, task, llm, encoder)
-    base = synthesize(llm, task, config.synthesis, config.selection.pool, seed_for(config.seed, "base"))
+    base = synthesize(llm, task, config.synthesis, base_texts(config), seed_for(config.seed, "base"))
     server.begin(base, public_texts(config, print))
     finish("arrival", {**served(server, slm, upload, options.device), "peak_bytes": peak_memory()}, options)
 

@@ -8,6 +8,7 @@ python benchmarks/results.py render            # docs/results.md, docs/earlier_r
 import argparse
 import io
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -268,7 +269,7 @@ def closing_rows(result: dict) -> dict[tuple[int, str], list[float]]:
     rows = {}
     for step in result["steps"]:
         end = closing[step["client"]]
-        at_once = [step[f"slm/{method}"] for method in ("standalone", "data_free_kd", "accuracy")]
+        at_once = [step.get(f"slm/{method}", math.nan) for method in ("standalone", "data_free_kd", "accuracy")]
         taken = "" if end["accepted"] else " (not taken)"
         rows[step["step"], step["client"] + taken] = [*at_once, end["slm/data_free_kd"], end["slm/crosslm"]]
     return rows
@@ -313,7 +314,7 @@ def texts_section(results: list[dict]) -> list[str]:
 
 def in_cells(values: list[float]) -> str:
     """Figures as cells of a table."""
-    return " | ".join(f"{value:.3f}" for value in values)
+    return " | ".join("–" if math.isnan(value) else f"{value:.3f}" for value in values)
 
 
 def step_5_table(result: dict, preset: str) -> list[str]:

@@ -122,7 +122,8 @@ class Study:
         kept = snapshot.texts_of(get(state["kept"]["base_pool"]))
         if len(kept.samples) == pool:  # the run has written and asked it
             self._texts("original", lambda: kept)
-            if (known := json.loads(get(state["kept"]["base_said"]))) is not None:
+            known = json.loads(get(state["kept"]["base_said"]))
+            if known and len(known) == pool:
                 self._kept("original-by-original", lambda: torch.tensor(known))
         counted = state["steps"], state["taught"]
         snapshot.restore_server(self.server, get(record["adapter"]), get(state["optimizer"]), *counted)

@@ -347,21 +347,28 @@ def test_a_run_that_stops_after_one_was_taught_ends_as_one_that_does_not(flippin
 
 def test_data_free_kd_of_one_that_may_not_judge_has_no_say_either(flipping, tmp_path, monkeypatch):
     """As CrossLM's own step 5, so that the two compare; where nobody else judges the original LLM does."""
-    found, real = {}, journal.data_free_kd
+    found, asked, real, reads = {}, [], journal.data_free_kd, journal.class_probabilities
 
     def watched(upload, *given):
         *_, said, may_judge = given
         found[upload.client_id] = (may_judge, said is not None)
         return real(upload, *given)
 
+    def read(llm, *given):
+        asked.append([value for name, value in llm.model.named_parameters() if "lora_B" in name])
+        assert not any(value.any() for value in asked[-1])  # as it was, though it has learned by then
+        return reads(llm, *given)
+
     monkeypatch.setattr(journal, "data_free_kd", watched)
+    monkeypatch.setattr(journal, "class_probabilities", read)
     flipping["slm"]["llm_judges"] = False
-    flipping["gate"]["teach_refused"] = True
-    for closing in (True, False):
+    for teaches, closing in ((True, True), (True, False), (False, True)):
         found.clear()
-        flipping["federation"] = {"closing": closing}
-        run_local(Config.model_validate(flipping), tmp_path / f"run-{closing}", tmp_path)
-        assert found == {"client-0": (True, False), "client-1": (False, True)}
+        flipping["gate"]["teach_refused"], flipping["federation"] = teaches, {"closing": closing}
+        run_local(Config.model_validate(flipping), tmp_path / f"run-{teaches}-{closing}", tmp_path)
+        assert found == {"client-0": (True, False), "client-1": (not teaches, teaches)}
+    assert len(asked) == 2
+    assert all(any(value.any() for value in weights) for weights in asked)  # after a while it was as trained again
 
 
 def test_a_quarantined_upload_is_kept_with_its_figures_and_counts_nowhere(flipping, tmp_path):

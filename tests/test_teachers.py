@@ -124,11 +124,11 @@ def test_one_that_fails_on_a_text_of_the_baseline_judges_on(monkeypatch):
         config=SimpleNamespace(asks_llm=False),
         task=None,
         progress=None,
-        _baseline_pool=None,
+        base_pool=SimpleNamespace(samples=[]),
         _as_they_came_first=dict,
     )
     with pytest.raises(UploadError):
-        journal.RunJournal._data_free_kd(run, None, may_judge=True)
+        journal.RunJournal._data_free_kd(run, None, may_judge=True, texts=0)
     assert teachers.members == {"north": "a judge"}
 
 
@@ -145,15 +145,9 @@ def test_a_served_slm_rewards_the_next_ones_texts_too(models, config, task, uplo
 
 
 def test_who_may_not_reward_the_llm_never_judges_beside_others(models, config, task, uploads):
-    class Shut:
-        count = 0
-
-        def judge(self, slm, upload, *_):
-            raise QuarantineError(f"client {upload.client_id}: quarantined", {})
-
     config = config.model_copy(update={"gate": config.gate.model_copy(update={"teach_refused": False})})
     server = server_of(models, config, task)
-    server.gate = Shut()
+    server.gate = ShutTo(uploads[0].client_id)
     with pytest.raises(QuarantineError):
         server.step(uploads[0])
     assert not server.teachers.members

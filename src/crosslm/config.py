@@ -126,33 +126,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _enough_texts_in_the_end(self) -> Self:
-        original, latest = self.closing_texts
-        if self.federation.closing and latest > self.selection.pool:
-            raise ValueError(
-                f"federation.closing_texts = {original + latest}, of which {latest} are of the last arrival's pool, "
-                f"and selection.pool = {self.selection.pool}; raise that or federation.closing_original, or ask for "
-                "fewer"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _no_acceptance_under_dp(self) -> Self:
         if self.privacy.epsilon is not None and self.acceptance.enabled:
             raise ValueError(NO_ACCEPTANCE)
         return self
 
     @property
-    def closing_texts(self) -> tuple[int, int]:
-        """Texts of step 5 in the end (``federation.closing``) that the LLM wrote first, and those it wrote last."""
-        count = self.federation.closing_texts or self.selection.pool
-        original = int(count * self.federation.closing_original + 1e-9)  # 0.29 of 100 are 29
+    def texts_in_the_end(self) -> tuple[int, int]:
+        """Of the texts of ``federation.closing`` how many are the original LLM's, and how many of the last pool."""
+        count, pool = self.federation.closing_texts or self.selection.pool, self.selection.pool
+        original = max(int(count * self.federation.closing_original + 1e-9), count - pool)  # 0.29 of 100 are 29
         return original, count - original
 
     @property
     def baseline_texts(self) -> int:
         """Texts that Data-free KD chooses from: as many as CrossLM's last step 5."""
-        return sum(self.closing_texts) if self.federation.closing else self.selection.pool
+        return sum(self.texts_in_the_end) if self.federation.closing else self.selection.pool
 
     @property
     def asks_llm(self) -> bool:

@@ -44,7 +44,7 @@ def base_texts(config: Config) -> int:
     Data-free KD learns from them, the gate probes with them, judges are weighed by them, and they are what the LLM's
     writing is compared with.
     """
-    return max(config.selection.pool, config.baseline_texts, config.evaluation.nlg_samples)
+    return max(config.selection.pool, config.federation.closing_texts or 0, config.evaluation.nlg_samples)
 
 
 def perplexity(llm: LLM, text: str, max_tokens: int, progress: Progress, moment: str) -> float:

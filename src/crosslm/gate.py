@@ -81,24 +81,19 @@ class Gate:
         """How many texts an SLM is probed with."""
         return len(self.fixed.texts) + len(self.latest.texts)
 
-    def judge(self, slm: SLM, upload: Upload, advance: Advance = lambda _: None) -> Verdict:
-        """Probe an SLM.
+    def judge(self, slm: SLM, upload: Upload) -> Verdict:
+        """What was found of an SLM, which is probed if :meth:`lets_in` has not done so.
 
         Args:
             slm: it.
             upload: what it came in.
-            advance: told how many texts were read since.
 
         Raises:
             QuarantineError: it may not reward the LLM; has the reasons and the figures.
             UploadError: it cannot classify at all.
         """
-        known, self._found = self._found, None
-        if known and known[0] is upload:
-            verdict = known[1]
-            advance(self.count)
-        else:
-            verdict = self._probe(slm, upload, advance)
+        verdict = self._verdict(slm, upload, lambda _: None)
+        self._found = None
         if verdict.refusal:
             raise QuarantineError(verdict.refusal, verdict.figures)
         return verdict
@@ -114,11 +109,14 @@ class Gate:
         Raises:
             UploadError: it cannot classify at all.
         """
+        return not self._verdict(slm, upload, advance).refusal
+
+    def _verdict(self, slm: SLM, upload: Upload, advance: Advance) -> Verdict:
         if self._found and self._found[0] is upload:
             advance(self.count)
         else:
             self._found = upload, self._probe(slm, upload, advance)
-        return not self._found[1].refusal
+        return self._found[1]
 
     def _probe(self, slm: SLM, upload: Upload, advance: Advance) -> Verdict:
         bounds, texts = self.config.gate, [*self.fixed.texts, *self.latest.texts]

@@ -251,8 +251,8 @@ class Server:
             latest: the pool of the last step.
             refusals: why each of the SLMs has no say; empty for one that has.
         """
-        first, last = self.config.closing_texts
-        pool = SyntheticSet(latest.samples[:last] + original.samples[:first])
+        old, new = self.config.texts_in_the_end
+        pool = SyntheticSet(latest.samples[:new] + original.samples[:old])
         return Closing(pool, self._said(pool, "all clients") if self._is_asked(any(refusals)) else None)
 
     def close(self, upload: Upload, refusal: str, closing: Closing) -> tuple[Download, StepRecord]:

@@ -36,8 +36,8 @@ class Teacher:
     kept_as: str = ""
     """The name of its bytes in the checkpoints, once it is there."""
     read: Callable[[tuple[str, ...]], Tensor] = field(init=False, repr=False)
-    """What :func:`stranger_proba` gives for it; of the last few texts it is known, since in each arrival all read what
-    the original LLM wrote (Data-free KD), and in the end all read the same texts for each client."""
+    """What :func:`stranger_proba` gives for it; of the last few texts it is known, since all read the same ones for
+    each client: what the original LLM wrote (Data-free KD), and what all learn last."""
 
     def __post_init__(self) -> None:
         slm = self.slm

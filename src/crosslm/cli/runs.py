@@ -45,7 +45,7 @@ SeedsOption = Annotated[
 ]
 QUICK = (
     "llm.samples=12",
-    "selection.pool=16",
+    "selection.pool=32",
     "federation.closing_texts=32",
     "slm.private.epochs=2",
     "evaluation.nlg_samples=24",

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from crosslm.config import Config
+from crosslm.config import Config, FederationConfig
 from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.sources import model_folder, resolve_device
@@ -16,11 +16,12 @@ from crosslm.support.seeding import seed_for
 from crosslm.task import Task
 
 CHANGEABLE = (
-    *("federation", "intake", "checkpoint", "tracking", "clients", "data", "device"),
+    *(f"federation.{name}" for name in FederationConfig.model_fields if name != "closing_texts"),
+    *("intake", "checkpoint", "tracking", "clients", "data", "device"),
     *("llm.model", "selection.encoder", "gate.public_texts", "evaluation.perplexity_text", "llm.vocabulary_texts"),
 )
 """What of a server's configuration may be changed between two starts: who comes, how long is waited, and where files
-and models are. That the LLM is the same one is known by its weights."""
+and models are, but not how many texts the LLM has written. That it is the same one is known by its weights."""
 
 
 def open_folder(folder: Path, config: Config) -> RunDir:

@@ -99,8 +99,10 @@ def estimate(config: Config, llm: Shape, slms: Sequence[Shape], encoder: Shape) 
     """
     size = weight_dtype(config.llm, config.device).itemsize
     tokens = TEXT_TOKENS + config.synthesis.max_new_tokens
-    # full: weights, frozen copy, gradients, two moments, and weights as trained while it is interpolated in the end
-    full = 5 + (config.llm.interpolation < 1)
+    # full: weights, frozen copy, gradients, two moments, and weights as trained while it is interpolated in the end, or
+    # judges as it was
+    judges_as_it_was = config.reward.llm_judges or (config.gate.teaches and not config.asks_llm)
+    full = 5 + (config.llm.interpolation < 1 or judges_as_it_was)
     # LoRA: weights, and merged ones while it writes
     copies = full * llm.parameters if config.llm.adapter == "full" else 2 * llm.parameters - llm.embedding
     writing = config.synthesis.batch_size * (

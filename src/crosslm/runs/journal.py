@@ -44,7 +44,7 @@ class RunJournal:
         self.judge: SLM | None = None
         self.base_pool = SyntheticSet([])
         self.base_said: list[list[float]] | None = None
-        """The original LLM's probabilities of the labels of Data-free KD's pool (Eq. 1), once it was asked."""
+        """What :meth:`original_reads` has found."""
         self.accuracy: dict[str, dict[str, float]] = {"standalone": {}, "data_free_kd": {}, "crosslm": {}}
         self.confusion: dict[str, dict[str, list[list[int]]]] = {method: {} for method in self.accuracy}
         self.standalone: dict[str, SLM] = {}
@@ -84,47 +84,37 @@ class RunJournal:
         """
         return self.config.federation.closing and self.config.federation.participations == 1
 
-    def _measure_data_free_kd(self, upload: Upload, may_judge: bool | None = None) -> None:
+    def _measure_data_free_kd(self, upload: Upload, may_judge: bool | None = None, texts: int | None = None) -> None:
         who = upload.client_id
         try:
-            self._test("data_free_kd", who, self._data_free_kd(upload, may_judge))
+            self._test("data_free_kd", who, self._data_free_kd(upload, may_judge, texts or self.config.baseline_texts))
         except UploadError as error:  # whether CrossLM serves a client is not for the baseline to say
             self._warn(f"client {who}: Data-free KD failed, and counts with the SLM that came: {error}")
             self._test("data_free_kd", who, receive_slm(upload, self.task, self.config))
 
-    def _data_free_kd(self, upload: Upload, may_judge: bool | None) -> SLM:
+    def _data_free_kd(self, upload: Upload, may_judge: bool | None, texts: int) -> SLM:
         server = self.server
         if may_judge is None:
             may_judge = server.lets_in(self.standalone[upload.client_id], upload)
-        said = self.original_reads() if self.config.asks_llm or not may_judge else None
+        pool = SyntheticSet(self.base_pool.samples[:texts])
+        said = self.original_reads()[:texts] if self.config.asks_llm or not may_judge else None
         judges = dict(server.teachers.members)
         server.teachers.members = self._as_they_came_first(judges)
         try:
             return data_free_kd(
-                upload,
-                self._baseline_pool,
-                self.config,
-                self.task,
-                server.encoder,
-                self.progress,
-                server.teachers,
-                said,
-                may_judge,
+                upload, pool, self.config, self.task, server.encoder, self.progress, server.teachers, said, may_judge
             )
         finally:
             server.teachers.members = judges  # a judge that fails on a text of the baseline's is none of its business
 
-    @property
-    def _baseline_pool(self) -> SyntheticSet:
-        return SyntheticSet(self.base_pool.samples[: self.config.baseline_texts])
-
     def original_reads(self) -> Tensor:
-        """What the original LLM makes of Data-free KD's pool (Eq. 1), ``(texts, labels)``; it is asked once."""
+        """What the original LLM makes of its own texts (Eq. 1), ``(texts, labels)``; it is asked when first needed."""
         if self.base_said is None:
-            texts, llm = self._baseline_pool.texts, self.server.llm
+            count, llm = max(self.config.baseline_texts, self.config.selection.pool), self.server.llm
+            texts, has_learned = self.base_pool.texts[:count], self.server.steps > 0  # else it need not be copied
             with (
                 self.progress.stage("generate", "original LLM reads its texts", len(texts), "texts") as advance,
-                llm.interpolated(0.0),
+                llm.interpolated(0.0 if has_learned else 1.0),
             ):
                 self.base_said = class_probabilities(llm, self.task, texts, advance).tolist()
         return tensor(self.base_said)
@@ -216,10 +206,12 @@ class RunJournal:
         )
 
     def measure_the_rest(self) -> None:
-        """Data-free KD of those who had no step 5 in the end, and count with what they got at once."""
+        """Data-free KD of those who were served and had no step 5 in the end, from as many texts as they learned."""
         for who, (name, refusal) in self._last.items():
             if who not in self.accuracy["data_free_kd"]:
-                self._measure_data_free_kd(decode_upload(self.checkpoints.get(name)), may_judge=not refusal)
+                upload = decode_upload(self.checkpoints.get(name))
+                self._measure_data_free_kd(upload, not refusal, self.config.selection.pool)
+                self.progress.note(f"in the end: {who} (data-free KD {self.accuracy['data_free_kd'][who]:.3f})")
 
     def _test(self, method: str, who: str, slm: SLM) -> None:
         """Measure a client's SLM on its test rows, and keep which of them it got right."""
@@ -234,8 +226,9 @@ class RunJournal:
         """A client's SLM by each method that has been measured, and what the judge finds of the step's texts."""
         kept = [sample for sample, receipt in zip(record.pool.samples, record.receipts, strict=True) if receipt.kept]
         names = {"standalone": "standalone", "data_free_kd": "data_free_kd", "crosslm": "accuracy"}
-        found = {name: self.accuracy[method].get(who) for method, name in names.items()}
-        measures = {f"slm/{name}": accuracy for name, accuracy in found.items() if accuracy is not None}
+        measures = {
+            f"slm/{name}": self.accuracy[method][who] for method, name in names.items() if who in self.accuracy[method]
+        }
         if self.judge:
             measures |= arrivals.judge_measures(self.judge, record)
         if self.judge and kept:
@@ -246,6 +239,8 @@ class RunJournal:
         """An upload could not be used; what the gate has stopped is kept in ``quarantine/`` with its figures."""
         who = upload.client_id
         if who not in self.accuracy["crosslm"]:  # so that all means are of the same clients, those that were served
+            if self._baseline_waits and who in self.standalone:  # its rows count in `crosslm reproduce` all the same
+                self._measure_data_free_kd(upload)
             self.standalone.pop(who, None)
             self._first.pop(who, None)
             for method in ("standalone", "data_free_kd"):

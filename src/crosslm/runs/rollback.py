@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def roll_back(run: RunDir, client_id: str, output: Path) -> int:
         _copy(run, partial, checkpoints, before)
         later = {record["cause"].get("client") for record in records if record["arrival"] >= first}
         done = [who for who in before[-1]["state"]["journal"]["returned"] if who not in later]
-        _copy_predictions(run, partial, done)
+        _copy_predictions(run, partial, done, before[-1]["state"]["journal"]["accuracy"]["data_free_kd"])
         for who in done:  # for an audit: the others upload again
             if (uploaded := run.path / "uploads" / who).is_dir():
                 shutil.copytree(uploaded, partial.path / "uploads" / who)
@@ -92,16 +93,17 @@ def _copy(run: RunDir, partial: RunDir, checkpoints: Checkpoints, records: list[
             shutil.copytree(previous / client_id, partial.path / "slm-previous" / client_id)
 
 
-def _copy_predictions(run: RunDir, partial: RunDir, clients: list[str]) -> None:
+def _copy_predictions(run: RunDir, partial: RunDir, clients: list[str], baselines: Container[str]) -> None:
     """What the LLM predicted before the run, and what the SLMs did of clients that did not come again.
 
     Those of a client that did were replaced then, and are of an SLM that the copy may never see; so were those of one
-    that took what came in the end.
+    that took what came in the end, and those of Data-free KD are of the end but for the clients in ``baselines``.
     """
     closed = {event["client"] for event in run.events() if event["event"] == "closing" and event["accepted"]}
     for path in sorted((run.path / "predictions").rglob("*.json")):
         name = path.relative_to(run.path).as_posix()
         is_kept = path.parts[-3] == "slm" and path.stem in clients
         was_replaced = path.stem in closed and path.parts[-2] != "standalone"
-        if name == "predictions/nlu/before.json" or (is_kept and not was_replaced):
+        is_of_the_end = path.parts[-2] == "data_free_kd" and path.stem not in baselines
+        if name == "predictions/nlu/before.json" or (is_kept and not was_replaced and not is_of_the_end):
             partial.write_data(name, path.read_bytes())

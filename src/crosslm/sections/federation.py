@@ -21,8 +21,8 @@ class FederationConfig(Section):
     """With ``closing``: share of its texts that the LLM wrote before it had learned anything; the others it wrote last.
     The former vary more, the latter fit their labels better."""
     closing_texts: Positive | None = None
-    """With ``closing``: how many texts, of which Data-free KD then has as many. Not set: as many as ``selection.pool``.
-    Those that the LLM wrote last are of the last arrival's pool and cannot be more than it has."""
+    """With ``closing``: how many texts, as many as ``selection.pool`` where not set. Data-free KD, in one process, has
+    as many. What the last arrival's pool lacks for its share is made up by more of the original LLM's."""
     arrivals: Positive | None = None
     """Between machines: end after so many uploads were served, whoever sent them; those that the gate gives no say
     do not count."""
