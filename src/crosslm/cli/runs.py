@@ -44,13 +44,13 @@ SeedsOption = Annotated[
     ),
 ]
 QUICK = (
-    "llm.samples=12",
+    "llm.samples=8",
     "selection.pool=32",
     "federation.closing_texts=32",
     "slm.private.epochs=2",
-    "evaluation.nlg_samples=24",
+    "evaluation.nlg_samples=16",
     "evaluation.nlu_rows=30",
-    "evaluation.perplexity_tokens=512",
+    "evaluation.perplexity_tokens=256",
     "evaluation.judge.epochs=1",
     "data.test_rows=60",
     "data.judge_rows=200",
