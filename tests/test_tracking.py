@@ -44,6 +44,13 @@ def test_names_are_those_of_the_design():
     )
     told = {name: value for name, value in STEP.items() if name != "slm/accuracy"} | {"round": 0}  # no test rows
     assert figures_of(told, 7)[0] == {"reward/pool": 0.4, "selection/selected": 4.0}
+    closing = {"event": "closing", "client": "b", "step": 4, "accepted": True, "selected": 9.0, "slm/crosslm": 0.8}
+    assert figures_of(closing | {"slm/data_free_kd": 0.7}, 7) == (
+        {"slm/accuracy/b": 0.8, "slm/data_free_kd/b": 0.7},
+        "arrival",
+        5,
+    )
+    assert figures_of(closing, 7)[0] == {"slm/accuracy/b": 0.8}
     assert figures_of(LLM, 7) == ({"llm/nlu_accuracy": 0.7}, "arrival", 1)
     assert figures_of({"event": "upload", "bytes": 7}, 0)[0] == {}
     assert figures_of({"event": "warning", "message": "x"}, 0)[0] == {}

@@ -232,7 +232,7 @@ class Deployment:
         self.run.save_synthetic(CLOSING_POOL, self.task.labels, record.pool, receipts_of=self._closing_receipts)
         accuracy = accuracies(self.run.events()).get("crosslm", {})
         measures = {"slm/crosslm": accuracy[who]} if who in accuracy else {}
-        self.run.event("closing", client=who, **measures, **download.metrics)
+        self.run.event("closing", client=who, step=download.step, **measures, **download.metrics)
         self._keep_events()
 
     def _events_of(self, kind: str) -> list[dict[str, Any]]:

@@ -199,7 +199,7 @@ class RunJournal:
         if self._baseline_waits:
             self._measure_data_free_kd(upload, may_judge=not record.refusal)
         measures = {f"slm/{name}": self.accuracy[name][who] for name in ("data_free_kd", "crosslm")}
-        self.run.event("closing", client=who, accepted=accepted, **measures, **download.metrics)
+        self.run.event("closing", client=who, step=download.step, accepted=accepted, **measures, **download.metrics)
         self.progress.note(
             f"in the end: {who} {self.accuracy['standalone'][who]:.3f} -> {measures['slm/crosslm']:.3f} "
             f"(data-free KD {measures['slm/data_free_kd']:.3f})"

@@ -194,6 +194,10 @@ def figures_of(event: Mapping[str, Any], updates: int) -> tuple[dict[str, float]
             measured = [numbers["slm/accuracy"]] if "slm/accuracy" in numbers else []  # a server may have no test rows
             of_client = {f"slm/accuracy/{event['client']}": accuracy for accuracy in measured}
             return named | of_client, "arrival", event["step"]
+        case "closing" if "step" in event:  # not in runs of earlier versions
+            names = {"slm/crosslm": "slm/accuracy", "slm/data_free_kd": "slm/data_free_kd"}
+            found = {f"{name}/{event['client']}": numbers[key] for key, name in names.items() if key in numbers}
+            return found, "arrival", event["step"] + 1
         case "llm":
             return {f"llm/{name}": value for name, value in numbers.items()}, "arrival", event["arrival"]
         case _:
