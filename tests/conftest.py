@@ -46,8 +46,7 @@ from crosslm.preflight.starter import Start, draft, write_start
 from crosslm.runs.finished import run
 from crosslm.task import Task
 
-# what the libraries have made stays, and is a million objects: looked through each time that memory is collected they
-# take a quarter of the tests' time
+# what the libraries have made stays, and is far more than the tests make: it would be looked through at each collection
 gc.collect()
 gc.freeze()
 torch.set_num_threads(1)  # for models this small more threads are slower

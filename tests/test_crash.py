@@ -236,6 +236,10 @@ def test_a_rollback_keeps_the_predictions_that_nothing_in_the_end_replaced(
     assert command("rollback", run, "--client", second)[0] == 0
     kept = f"predictions/slm/crosslm/{first}.json"
     assert (tmp_path / f"run-without-{second}" / kept).exists() != takes
+    roll_back(RunDir.open(run), second, tmp_path / "copy")  # the command has gone on from it
+    of_the_end = f"predictions/slm/data_free_kd/{first}.json"  # by the judgement of the one that is left out, too
+    assert (run / of_the_end).exists()
+    assert not (tmp_path / "copy" / of_the_end).exists()
 
 
 def test_a_rollback_to_what_was_pruned_says_so(small_file, small, tmp_path, command):

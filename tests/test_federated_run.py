@@ -501,7 +501,11 @@ def test_a_server_that_is_started_again_counts_on(tables, local, tmp_path):
     before = next(server)
     before.spool.note("working on", "")
     config, exchange_refuse = before.config, before._refuse
-    for section, changes in (("llm", {"learning_rate": 0.5}), ("task", {"query": "{text} So it is"})):
+    for section, changes in (
+        ("llm", {"learning_rate": 0.5}),
+        ("task", {"query": "{text} So it is"}),
+        ("federation", {"closing_texts": 30}),  # the original LLM has written as many as were asked for then
+    ):
         table = getattr(config, section).model_copy(update=changes)
         other = config.model_copy(update={section: table})
         with pytest.raises(RunError, match=rf"another configuration \(different: {section}\.{next(iter(changes))}\)"):

@@ -502,6 +502,15 @@ def test_full_fine_tuning_needs_more(config):
     lora, whole, trained = (memory.estimate(each, shape, [shape], shape).parts["LLM"] for each in (config, full, kept))
     assert whole == 6 * shape.parameters * 4
     assert trained == 5 * shape.parameters * 4
+    asked = kept.model_copy(update={"reward": kept.reward.model_copy(update={"llm_judges": True})})
+    taught = kept.model_copy(
+        update={
+            "gate": kept.gate.model_copy(update={"enabled": True, "teach_refused": True}),
+            "slm": kept.slm.model_copy(update={"llm_judges": False}),
+        }
+    )
+    for each in (asked, taught):  # the original LLM is asked while the trained one waits
+        assert memory.estimate(each, shape, [shape], shape).parts["LLM"] == whole
     assert lora == (2 * shape.parameters - shape.embedding) * 4
 
 
