@@ -327,12 +327,14 @@ def test_sampling_ends_at_a_stop_string_and_counts_its_tokens(models, family):
     assert any(len(tokens) < 40 for tokens in written)
 
 
-@pytest.mark.parametrize("stop", [("o", "e"), ("in", "d t"), ("é", "n"), (" ",), (), ("<|end", "zz")])
+@pytest.mark.parametrize("stop", [("o", "e"), ("in", "d t"), ("é", "n"), (" ",), (), ("<|end", "zz"), ("。以上",), ("more than eight tokens",)])
 def test_a_text_ends_where_decoding_all_of_it_says_so(models, family, stop):
     tokenizer = tiny_llm(models, family).tokenizer
     generator = torch.Generator().manual_seed(0)
     for _ in range(40):
         tokens = torch.randint(2, len(tokenizer), (30,), generator=generator).tolist()
+        if stop:  # so that it is there: the long ones never come by chance
+            tokens[20:20] = tokenizer.encode(stop[0], add_special_tokens=False)
         ended = TextEnd(tokenizer, {7}, stop)
         for count in range(1, len(tokens) + 1):
             text = tokenizer.decode(tokens[:count])

@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from crosslm.config import Config, LLMConfig
-from crosslm.errors import DataError, ModelError, RunError
+from crosslm.errors import ConfigError, DataError, ModelError, RunError
 from crosslm.models import vocabulary
 from crosslm.models.llm import LLM
 from crosslm.models.sources import lock_of
@@ -240,6 +240,11 @@ def test_bad_input(models, settings, tmp_path):
     settings["llm"] |= {"vocabulary_texts": ["plain.txt"], "model": str(models / "encoder")}
     with pytest.raises(ModelError, match=r"only byte-pair.*\n.*vocabulary_texts = \[\]"):
         original_llm(Config.model_validate(settings), tmp_path, lambda _: None)
+    settings["llm"] |= {"model": str(models / "gpt2")}
+    settings["task"]["verbalizer"] = {"bad": "good day", "good": "good"}
+    with pytest.raises(ConfigError, match="start with the same token"):
+        original_llm(Config.model_validate(settings), tmp_path / "unused", pytest.fail)  # before it is trimmed
+    assert not (tmp_path / "unused").exists()
     settings["llm"]["vocabulary_texts"] = ["missing.txt"]
     with pytest.raises(DataError, match=r"missing\.txt: no such file"):
         original_llm(Config.model_validate(settings), tmp_path, pytest.fail)

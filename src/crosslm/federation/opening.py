@@ -8,7 +8,7 @@ from crosslm.models.encoder import SentenceEncoder
 from crosslm.models.llm import LLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.runs.checkpoint import Checkpoints
-from crosslm.runs.preparation import check_same, check_words, original_llm
+from crosslm.runs.preparation import check_same, original_llm
 from crosslm.runs.rundir import CONFIG, RunDir
 from crosslm.server import Server
 from crosslm.support.progress import Progress
@@ -49,8 +49,7 @@ def load_server(config: Config, cache: Path, note: Callable[[str], None]) -> Ser
         CrosslmError: a device, a model or the labels' words cannot be used.
     """
     config = config.model_copy(update={"device": resolve_device(config.device)})
-    folder_of_llm = original_llm(config, cache, note)
-    check_words(config, folder_of_llm)  # before anybody is asked for anything
+    folder_of_llm = original_llm(config, cache, note)  # before anybody is asked for anything
     llm = LLM.load(folder_of_llm, config.llm, seed_for(config.seed, "llm"), config.device)
     encoder = SentenceEncoder(model_folder(config.selection.encoder, cache, note), config.device)
     return Server(config, Task.from_config(config.task), llm, encoder, Progress())

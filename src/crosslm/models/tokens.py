@@ -90,8 +90,10 @@ class TextEnd:
     """Whether a text is complete: its last token is an end-of-sequence token or has completed a stop string."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Collection[int | None], stop: Sequence[str]) -> None:
-        """What ends a text; a stop string is looked for in its last eight tokens."""
+        """What ends a text; a stop string is looked for in its last tokens."""
         self._tokenizer, self._ends, self._stop = tokenizer, ends, stop
+        # a token may be of one byte, and a character that begins before the first of them is decoded otherwise
+        self._window = max((len(string.encode()) for string in stop), default=0) + 7
         self._last = {string[-1] for string in stop}
         # a character of several bytes can be of several tokens, and a token alone is decoded without its space
         self._by_one_token = all(character.isascii() and character != " " for character in self._last)
@@ -103,11 +105,11 @@ class TextEnd:
             return True
         if not self._can_complete(tokens[-1]):
             return False
-        tail = self._tokenizer.decode(tokens[-8:])
+        tail = self._tokenizer.decode(tokens[-self._window :])
         return any(string in tail for string in self._stop)
 
     def _can_complete(self, token: int) -> bool:
-        """Whether a stop string's last character is in this token; decoding eight for each text takes longer."""
+        """Whether a stop string's last character is in this token; decoding several for each text takes longer."""
         if not self._by_one_token:
             return True
         if token not in self._completes:

@@ -106,8 +106,7 @@ def trimmable_tokenizer(folder: str) -> tuple[PreTrainedTokenizerBase, dict[str,
 
 def cached_trim(folder: str, texts: list[str], cache: Path, on_news: Callable[[str], None]) -> str:
     """:func:`trim_vocabulary` into the cache, once for the same model and texts; the folder."""
-    key = hashlib.sha256("\n".join([_identity(folder), *texts]).encode()).hexdigest()[:12]
-    output = cache / "models" / f"{Path(folder).name}-trimmed-{key}"
+    output = trim_folder(folder, texts, cache)
     if (output / "config.json").is_file():
         check_seal(output)
         return str(output)  # without the lock: a cache that others share may be read-only
@@ -118,6 +117,12 @@ def cached_trim(folder: str, texts: list[str], cache: Path, on_news: Callable[[s
             trim_vocabulary(folder, texts, output)
             seal(output)
     return str(output)
+
+
+def trim_folder(folder: str, texts: list[str], cache: Path) -> Path:
+    """Where :func:`cached_trim` keeps a model trimmed to these texts, made yet or not."""
+    key = hashlib.sha256("\n".join([_identity(folder), *texts]).encode()).hexdigest()[:12]
+    return cache / "models" / f"{Path(folder).name}-trimmed-{key}"
 
 
 def _identity(folder: str) -> str:

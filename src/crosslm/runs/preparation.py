@@ -18,7 +18,7 @@ from crosslm.models.causal import check_causal
 from crosslm.models.pretrained import check_spec, untrained_state
 from crosslm.models.sources import PREFIX, check_model, model_folder
 from crosslm.models.tokens import check_room, load_tokenizer, verbalizer_ids
-from crosslm.models.vocabulary import cached_trim, tokenizer_words
+from crosslm.models.vocabulary import cached_trim, tokenizer_words, trim_folder
 from crosslm.privacy.accounting import check_budget
 from crosslm.privacy.private_layers import check_private
 from crosslm.runs.rundir import CONFIG
@@ -60,7 +60,6 @@ def prepare(config: Config, cache: Path, on_news: Callable[[str], None]) -> Prep
             check_upload(folder, spec, config.slm.max_length, intake, who)
             travels.add(spec)
     llm_folder = original_llm(config, cache, on_news)
-    check_words(config, llm_folder)
     return Prepared(split, specs, perplexity_text, llm_folder, public)
 
 
@@ -192,7 +191,8 @@ def original_llm(config: Config, cache: Path, on_news: Callable[[str], None]) ->
     """Folder or hub id of theta_old: ``llm.model``, trimmed if ``llm.vocabulary_texts`` are named.
 
     Raises:
-        CrosslmError: a text is not there, or the model is not, or its vocabulary cannot be trimmed.
+        CrosslmError: a text is not there, or the model is not, the task's words do not fit it (:func:`check_words`), or
+            its vocabulary cannot be trimmed.
     """
     texts: list[str] = []
     for name in config.llm.vocabulary_texts:
@@ -203,12 +203,16 @@ def original_llm(config: Config, cache: Path, on_news: Callable[[str], None]) ->
             texts += readable_lines(find_file(name, config.data), lambda line: on_news(f"warning: {line}"))
     folder = model_folder(config.llm.model, cache, on_news)
     check_causal(folder, config.llm.model)
-    if not texts:
-        return folder
-    try:
-        return cached_trim(folder, [*task_texts(Task.from_config(config.task)), *texts], cache, on_news)
-    except ModelError as error:
-        raise ModelError(f"{error}\nSet llm.vocabulary_texts = [] to keep the whole vocabulary.") from error
+    if texts:
+        texts = [*task_texts(Task.from_config(config.task)), *texts]
+        if not trim_folder(folder, texts, cache).is_dir():
+            check_words(config, folder)  # trimming takes half a minute, and leaves the task's words whole
+        try:
+            folder = cached_trim(folder, texts, cache, on_news)
+        except ModelError as error:
+            raise ModelError(f"{error}\nSet llm.vocabulary_texts = [] to keep the whole vocabulary.") from error
+    check_words(config, folder)
+    return folder
 
 
 def task_texts(task: Task) -> list[str]:
