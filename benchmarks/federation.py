@@ -80,6 +80,7 @@ class Wire:
         """Carry a request there; the silo's answer can be pulled from now on."""
         message = carried(messages[0])
         name, number = self.silos[message.metadata.dst_node_id - 1], int(message.content["request"]["round"])
+        message.metadata.__dict__["_message_id"] = name  # which Flower's grid gives it, and an answer names
         content = RecordDict({"reply": ConfigRecord({"status": "ok"})})
         if message.metadata.message_type == "train.upload":
             with self.writing:

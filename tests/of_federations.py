@@ -117,7 +117,7 @@ class MemoryGrid:
         name = list(self.handlers)[message.metadata.dst_node_id - 100]
         with self._one_at_a_time:
             self.pushed.append((name, message.metadata.message_type, int(message.content["request"]["round"])))
-            number = str(len(self.pushed))
+            number = message.metadata.__dict__["_message_id"] = str(len(self.pushed))  # as Flower's grid gives it one
             self._replies[number] = self.handlers[name](message)
         return [number]
 

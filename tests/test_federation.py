@@ -649,14 +649,76 @@ def test_the_gateway_passes_on_what_silos_ask_and_nothing_else(monkeypatch, tmp_
                 for path in ("/v1/control/start-run", "/v1/control/register-node", "/v1/runtime/x", "/", "/v1/fleetx")
             ]
             sly = (await client.post("/v1/fleet/../control/start-run", content=b"x")).status_code
-            encoded = (await client.post("/v1/fleet/%2e%2e/control/start-run", content=b"x")).status_code
+            encoded = [
+                (await client.post(f"/v1/fleet/{path}", content=b"x")).status_code
+                for path in ("%2e%2e/control/start-run", "%252e%252e/control/start-run", "%00", "pull-messages/")
+            ]
             return passed, refused, sly, encoded
 
     passed, refused, sly, encoded = asyncio.run(ask())
     assert (passed.status_code, passed.text, passed.headers["x-kept"]) == (202, "inner answer", "yes")
     assert seen == [("/v1/fleet/pull-messages", b"body", "s")]
     assert refused == [404] * 5
-    assert (sly, encoded) == (404, 404)
+    assert (sly, encoded) == (404, [404] * 4)
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ({"src_node_id": 7, "dst_node_id": 1, "reply_to_message_id": "asked"}, 202),
+        ({"src_node_id": 8, "dst_node_id": 1, "reply_to_message_id": "asked"}, 403),  # in another silo's name
+        ({"src_node_id": 1, "dst_node_id": 1}, 403),  # as if the server had said it to itself
+        ({"src_node_id": 1, "dst_node_id": 8}, 403),  # and to another silo
+        ({"src_node_id": 7, "dst_node_id": 8, "reply_to_message_id": "asked"}, 403),
+        (None, 403),
+    ],
+)
+def test_a_silo_speaks_for_itself_alone(monkeypatch, kits, head, status):
+    import httpx
+    from flwr.proto.fleet_pb2 import PushMessagesRequest
+    from flwr.proto.message_pb2 import Message as Pushed
+    from flwr.proto.message_pb2 import Metadata
+    from flwr.proto.node_pb2 import Node as Pushing
+
+    seen, real = [], httpx.AsyncClient
+
+    async def superlink(request):
+        seen.append(await request.body())
+        return PlainTextResponse("", status_code=202)
+
+    inner = Starlette(routes=[Route("/{path:path}", superlink, methods=["POST"])])
+    made = lambda base_url, **_: real(base_url=base_url, transport=httpx.ASGITransport(inner))  # noqa: E731
+    monkeypatch.setattr(gateway.httpx, "AsyncClient", made)
+    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server")
+    own = Pushed(metadata=Metadata(src_node_id=7, dst_node_id=1, reply_to_message_id="asked"))
+    messages = [] if head is None else [own, Pushed(metadata=Metadata(**head))]
+    body = PushMessagesRequest(node=Pushing(node_id=7), messages_list=messages).SerializeToString()
+
+    async def ask(content):
+        async with real(transport=httpx.ASGITransport(outer), base_url="https://server") as client:
+            return (await client.post("/v1/fleet/push-messages", content=content)).status_code
+
+    assert asyncio.run(ask(body)) == status
+    assert seen == ([body] if status == 202 else [])
+    assert asyncio.run(ask(b"no message at all")) == 403
+
+
+def test_what_answers_nothing_is_nobodys_answer(exchange, monkeypatch):
+    """Flower gives out with a reply what was sent to the server by itself."""
+    grid = exchange.grid = exchange.carrier.grid
+    turn(exchange)
+    real, stray = grid.pull_messages, Message(RecordDict({"reply": ConfigRecord({"status": "ok"})}), 1, "train.upload")
+    monkeypatch.setattr(grid, "pull_messages", lambda ids: [stray, *real(ids)])
+    turn(exchange)
+    assert [(arrival.silo, arrival.state) for arrival in exchange.spool.arrivals()] == [
+        ("silo-0", "received"),
+        ("silo-1", "received"),
+    ]
+    monkeypatch.setattr(grid, "pull_messages", lambda ids: [stray])
+    line = exchange.carrier.lines["silo-0"]
+    line.open_message, line.kind = "asked", "install"
+    assert not exchange.carrier.move(line, exchange.carrier.online())
+    assert line.open_message == "asked"
 
 
 def test_the_gateway_knows_the_keys_that_are_in_the_kit_now(kits):
@@ -783,6 +845,7 @@ def test_a_silo_that_is_gone_before_it_has_sent_is_no_error_of_the_gateway(monke
     monkeypatch.setattr(gateway.httpx, "AsyncClient", made)
     outer = gateway.gateway("https://127.0.0.1:9091", kits / "server")
     scope = {"type": "http", "method": "POST", "path": "/v1/fleet/push-object", "headers": [], "query_string": b""}
+    scope["raw_path"] = scope["path"].encode()
 
     async def gone():
         return {"type": "http.disconnect"}
@@ -944,6 +1007,46 @@ def test_an_error_and_a_lost_message_are_asked_again_with_longer_waits(exchange,
     turn(exchange, 2)
     assert exchange.spool.of("silo-0")[0].state == "received"
     assert line.attempts == 0
+
+
+def test_a_silo_whose_install_fails_each_time_is_not_waited_for_for_ever(exchange, kits, monkeypatch):
+    """With more rounds to come: its private file may be gone, and it is offered what is its own on and on."""
+    now, told = [1000.0], []
+    monkeypatch.setattr("crosslm.federation.flower.exchange.time.monotonic", lambda: now[0])
+    exchange.on_failure = lambda *given: told.append(given)
+    change(kits / "silos" / "silo-0", max_participations=2)
+    exchange.config = exchange.carrier.config = FederationConfig(participations=2)
+    exchange.grid.online = ["silo-0"]
+    del exchange.carrier.lines["silo-1"]
+    turn(exchange, 2)
+    exchange.send(echo(exchange.receive()))
+    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "an error at the silo, see its own log")
+    exchange.grid.handlers["silo-0"] = lambda message: Message(error, reply_to=message)
+    for _ in range(5):
+        assert not exchange.finished()
+        turn(exchange, 2)
+        now[0] += 100
+    exchange._look_at_carrier()
+    assert told == [
+        ("silo-0", "round 0: failed install: an error at the silo, see its own log; 5 times; it is asked again")
+    ]
+    assert not exchange.finished()
+    now[0] += exchange.config.repair_minutes * 60
+    assert exchange.finished()
+    assert exchange._owed() == ["silo-0"]  # offered on, until federation.delivery_hours are over
+
+
+def test_a_server_that_can_read_no_key_goes_on_when_it_can(exchange):
+    """The folder may be away for a while; what was ended stays so."""
+    spool, (silos, exchange.silos) = exchange.spool, (exchange.silos, [])
+    lines, found = dict(exchange.carrier.lines), []
+    exchange.names = lambda: found
+    exchange.carrier.lines.clear()
+    assert not exchange.finished()
+    assert spool.fact("ended") is None
+    found += silos
+    assert not exchange.finished()
+    assert list(exchange.carrier.lines) == list(lines)
 
 
 def test_a_silo_that_fails_each_time_is_asked_on_and_not_waited_for_for_ever(exchange, monkeypatch):

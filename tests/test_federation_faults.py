@@ -3,6 +3,7 @@
 import asyncio
 import configparser
 import io
+import json
 import os
 import shutil
 import socket
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import tomllib
+import tracemalloc
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -28,8 +30,8 @@ from crosslm.errors import FederationError, PassingError, RunError, UploadError
 from crosslm.federation import hashed_files
 from crosslm.federation import provision as provision_module
 from crosslm.federation import spool as spool_module
-from crosslm.federation.flower import gateway, processes, proxies, questions, server_processes, silo_processes
-from crosslm.federation.flower.payload import KIND, joined, split
+from crosslm.federation.flower import gateway, payload, processes, proxies, questions, server_processes, silo_processes
+from crosslm.federation.flower.payload import KIND, at_most, joined, split
 from crosslm.federation.flower.questions import Answer
 from crosslm.federation.kits import SERVER_FILE, dump, held, read_server, read_silo
 from crosslm.federation.provision import provision
@@ -110,6 +112,73 @@ def test_a_message_that_flower_cannot_put_together_is_its_silos_failure_too(exch
     errors.pop(0)
     turn(exchange, 2)
     assert "cannot be put together: ValueError: no such object" in exchange.carrier.lines["silo-0"].note
+    assert exchange.receive().client_id == "silo-1"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_a_shortage_of_the_servers_own_shuts_no_silo_out(exchange, monkeypatch, error):
+    told, now, pull = [], [1000.0], exchange.grid.pull_messages
+    exchange.on_failure = lambda *given: told.append(given)
+    monkeypatch.setattr("crosslm.federation.flower.carrier.time.monotonic", lambda: now[0])
+
+    def pulled(ids):
+        if now[0] == 1000.0 and ids == ["1"]:
+            raise error
+        return pull(ids)
+
+    monkeypatch.setattr(exchange.grid, "pull_messages", pulled)
+    turn(exchange, 2)
+    line = exchange.carrier.lines["silo-0"]
+    assert not line.over
+    assert "no room for its reply here" in line.note
+    exchange._look_at_carrier()
+    assert [who for who, _ in told] == ["silo-0"]
+    exchange.send(echo(exchange.receive()))
+    now[0] += 100
+    turn(exchange, 2)
+    assert exchange.receive().client_id == "silo-0"
+
+
+def test_a_small_message_that_names_its_parts_many_times_fills_no_memory(flower_run, monkeypatch):
+    """As one of zeros may; Flower copies them before it gives a message out."""
+    from flwr.app import Array
+    from flwr.supercore.inflatable.inflatable_object import add_header_to_object_body, get_all_nested_objects
+    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+    def sent(parts):
+        message = Message(RecordDict({"message": split(parts)}), 1, "train.upload")
+        return message.object_id, {key: value.deflate() for key, value in get_all_nested_objects(message).items()}
+
+    honest = sent([bytes(2**20), bytes(2**20)])  # one array of zeros, under two names
+    with at_most(2**20):
+        message = inflate_object_from_contents(*honest)
+    assert len(b"".join(joined(message.content["message"], 2**21))) == 2**21
+    with monkeypatch.context() as patched:
+        body = {"dtype": "uint8", "shape": [2**20], "stype": "crosslm.bytes", "arraychunk_ids": [0] * 400}
+        patched.setattr(Array, "deflate", lambda self: add_header_to_object_body(json.dumps(body).encode(), self))
+        small = sent([bytes(2**20)])
+    assert sum(map(len, small[1].values())) < 2**21
+    tracemalloc.start()
+    with pytest.raises(UploadError, match="names more bytes than are allowed"), at_most(2**21):
+        inflate_object_from_contents(*small)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
+
+
+def test_an_answer_that_would_fill_the_memory_is_its_silos_failure(exchange, monkeypatch):
+    limits, pull = [], exchange.grid.pull_messages
+
+    def pulled(ids):
+        limits.append(payload._left.bytes)
+        if ids == ["1"]:
+            raise UploadError("its message names more bytes than are allowed (intake.max_bytes)")
+        return pull(ids)
+
+    monkeypatch.setattr(exchange.grid, "pull_messages", pulled)
+    turn(exchange, 2)
+    assert set(limits) == {exchange.intake.bounds.max_bytes}
+    assert exchange.carrier.lines["silo-0"].over
     assert exchange.receive().client_id == "silo-1"
 
 

@@ -327,7 +327,10 @@ def test_sampling_ends_at_a_stop_string_and_counts_its_tokens(models, family):
     assert any(len(tokens) < 40 for tokens in written)
 
 
-@pytest.mark.parametrize("stop", [("o", "e"), ("in", "d t"), ("é", "n"), (" ",), (), ("<|end", "zz"), ("。以上",), ("more than eight tokens",)])
+@pytest.mark.parametrize(
+    "stop",
+    [("o", "e"), ("in", "d t"), ("é", "n"), (" ",), (), ("<|end", "zz"), ("。以上",), ("more than eight tokens",)],
+)
 def test_a_text_ends_where_decoding_all_of_it_says_so(models, family, stop):
     tokenizer = tiny_llm(models, family).tokenizer
     generator = torch.Generator().manual_seed(0)

@@ -298,6 +298,21 @@ def test_a_kept_file_that_changed_on_the_disk_is_named_and_decides_nothing(silo,
     assert silo.installed == 1
 
 
+def test_a_complete_round_is_not_trained_again_whoever_asks(silo, federated, models):
+    """Its files may be gone to make room; under differential privacy another upload would be one release more."""
+    change(silo.kit, max_participations=2)
+    silo, experiment = Silo(silo.kit, silo.cache), silo.settings.experiment
+    _, download = answer(silo, Config.model_validate(federated), models)
+    silo.install(experiment, 0, [encode(download)])
+    sent, told = silo.state / "upload-0000.safetensors", (silo.state / "upload-0000.json").read_bytes()
+    assert silo.upload(experiment, 0) == sent
+    sent.unlink()
+    with pytest.raises(FederationError, match="round 0 is complete and what was sent in it is not kept any more"):
+        silo.upload(experiment, 0)
+    assert not sent.exists()
+    assert (silo.state / "upload-0000.json").read_bytes() == told
+
+
 def test_no_memory_for_the_checks_of_what_comes_back_decides_nothing(silo, federated, models, flower_run, monkeypatch):
     _, download = answer(silo, Config.model_validate(federated), models)
     experiment, decode = silo.settings.experiment, intake.decode_download

@@ -49,6 +49,11 @@ class Silo(SiloModels):
             self._kept(path)
             self.now("waiting", number)
             return path
+        if number < self.installed:
+            raise FederationError(
+                f"silo {self.settings.id}: round {number} is complete and what was sent in it is not kept any more; "
+                "nothing is trained for it again"
+            )
         self.now("training", number)
         client = self.client()
         self._would_pass(client.slm)

@@ -10,6 +10,7 @@ otherwise ends this process with an error, and cannot make it install anything.
 import logging
 import os
 import sys
+from pathlib import Path
 
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode, SubStatus
@@ -22,6 +23,8 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 from crosslm.errors import FederationError
 from crosslm.federation.flower.bundle import check_bundle
 from crosslm.federation.flower.client_app import AskAgainError, app, refusal, tell_operator
+from crosslm.federation.flower.payload import at_most
+from crosslm.federation.kits import KIT, read_silo
 
 UNSAID = "an error at the silo, see its own log"
 logger = logging.getLogger(__name__)
@@ -42,7 +45,8 @@ def answer(address: str, token: str) -> None:
         retry_invoker=make_simple_http_retry_invoker(),
     )
     try:
-        message, context, _, bundle = pull_task_input(client)
+        with at_most(read_silo(Path(os.environ[KIT])).intake.max_bytes):
+            message, context, _, bundle = pull_task_input(client)
         push_message(client, answer_to(message, context, bundle.content), context)
         push_task_output(client=client, context=context, sub_status=SubStatus.COMPLETED, details="")
     finally:

@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 
 from crosslm import __version__
 from crosslm.config import FederationConfig
-from crosslm.errors import FederationError, UploadError
+from crosslm.errors import FederationError, ShortageError, UploadError
 from crosslm.federation import messages
 from crosslm.federation.arrivals_journal import Arrival
 from crosslm.federation.flower.payload import joined, split
@@ -32,7 +32,7 @@ POLL = 0.5  # seconds after which each thread looks again, if the other has not 
 LONGEST_WAIT = 60.0  # seconds between two attempts at a silo that does not answer
 HEARTBEAT = 5.0  # seconds
 LAST_MOVES = 15.0  # seconds in the end for what is on its way
-MOST_ERRORS = 5  # in a row that a silo answers with before it is said that its training fails
+MOST_ERRORS = 5  # in a row that a silo answers with before it is said that it fails
 DECLINED = "DeclinedError"  # how the answer of a silo begins that agrees to no more
 AGAIN = "; asked again "  # and when
 TOLD = "told/"  # and silo and round: the words that stand for the reason of a refusal
@@ -54,7 +54,7 @@ class Line:
     not_before: float = 0.0
     """On this machine's steady clock, as ``asked_at``: one that is set right meanwhile changes nothing."""
     fails_since: float | None = None
-    """Since when it has refused to train, or its training has failed, each time that it was asked."""
+    """Since when it has refused to train, or to train or to install has failed, each time that it was asked."""
     over: bool = False
     """It is not asked again: what it answers is no answer, or it has agreed to no more."""
     note: str = ""
@@ -103,7 +103,8 @@ class Carrier:
 
     def is_over(self) -> bool:
         """Whether nobody will be asked for an upload any more."""
-        return self.is_too_late() or all(self._is_done(line) for line in list(self.lines.values()))
+        lines = list(self.lines.values())  # none where the keys cannot be read now, which may pass
+        return self.is_too_late() or (bool(lines) and all(self._is_done(line) for line in lines))
 
     def untold(self) -> list[Arrival]:
         """Refused uploads whose silos do not know of it, and can be told."""
@@ -221,7 +222,7 @@ class Carrier:
 
     def _look_for_reply(self, line: Line) -> bool:
         try:
-            reply = pulled(self.grid, str(line.open_message))
+            reply = pulled(self.grid, str(line.open_message), self.max_bytes)
             if reply is None:
                 if time.monotonic() - line.asked_at > self.config.reply_minutes * 60:
                     self._later(line, "no answer in time")
@@ -238,6 +239,10 @@ class Carrier:
                 self._later(line, f"refused upload: {answer.refusal}")
                 return True
             self._take(line, answer)
+        except ShortageError as error:  # nothing is said of the reply: it is asked for again
+            self._tell(line, str(error))
+            self._later(line, str(error), LONGEST_WAIT)
+            return False
         except UploadError as error:
             self._fail(line, "failed", str(error))
         line.open_message, line.attempts, line.errors, line.fails_since = None, 0, 0, None
@@ -249,11 +254,11 @@ class Carrier:
         """An error of a silo's own: a machine that has no room or no GPU today may have them tomorrow."""
         if error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
             line.errors += 1
-            if line.errors >= MOST_ERRORS and line.kind == "upload":
-                self._may_be_mended(line, f"failed upload: {error.reason}"[:200] + f"; {line.errors} times")
+            if line.errors >= MOST_ERRORS:
+                self._may_be_mended(line, f"failed {line.kind}: {error.reason}"[:200] + f"; {line.errors} times")
 
     def _may_be_mended(self, line: Line, what: str) -> None:
-        """A silo does not train: it is asked again, since whoever runs it may see to it; told once."""
+        """A silo does not do it: it is asked again, since whoever runs it may see to it; told once."""
         if line.fails_since is None:
             line.fails_since = time.monotonic()
             self._tell(line, f"{what}; it is asked again")

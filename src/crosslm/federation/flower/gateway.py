@@ -2,11 +2,15 @@
 
 Flower serves its Fleet interface (authenticated nodes) and its Control interface (no accounts: who
 reaches it may start code on every node) on one port. The SuperLink therefore listens on the loopback
-interface, and this gateway in front of it lets ``/v1/fleet/`` through and answers 404 to the rest. One question
-it answers itself: which silo the server's kit knows by a key, and how many of its rounds are complete.
+interface, and this gateway in front of it lets ``/v1/fleet/`` through and answers 404 to the rest. Flower
+knows who asks by a signature, and believes what a pushed message says of its sender and receiver, so that one
+silo could speak to the server for another, or to another silo for the server: only answers of the node that
+pushes them are passed on. One question the gateway answers itself: which silo the server's kit knows by a key,
+and how many of its rounds are complete.
 """
 
 import asyncio
+import re
 import socket
 import ssl
 import sys
@@ -26,7 +30,9 @@ from crosslm.federation.keys import ASKED_AT, fingerprint_of
 from crosslm.federation.kits import SERVER_FILE, ServerSettings, read_server
 from crosslm.federation.spool import TOLD, Spool
 
-PASSED = "/v1/fleet/"
+PASSED = re.compile(rb"/v1/fleet/[a-z-]+")
+PUSHED = "/v1/fleet/push-messages"
+"""Where messages come in; their contents follow, each by itself."""
 MOST = 16 * 2**20
 """Bytes of one request: Flower cuts what it sends into objects of 5 MiB, and sends each in a request of its own."""
 PART_TIME = 120.0
@@ -41,6 +47,9 @@ def gateway(superlink: str, kit: Path) -> Starlette:
         superlink: its address, as ``https://127.0.0.1:PORT``.
         kit: the server's, with the certificate of the authority that signed the SuperLink's and with the silos' keys.
     """
+    # Flower is loaded where it serves: who starts the processes does without
+    from crosslm.federation.flower.replies import are_own_answers
+
     tls = ssl.create_default_context(cafile=str(kit / "ca.crt"))
     client = httpx.AsyncClient(
         base_url=superlink,
@@ -61,15 +70,21 @@ def gateway(superlink: str, kit: Path) -> Starlette:
         return PlainTextResponse(f"{complete} {silo} over" if over else f"{complete} {silo}")
 
     async def passed(request: Request) -> Response:
-        if not request.url.path.startswith(PASSED) or ".." in request.url.path:
+        raw: bytes = request.scope["raw_path"]  # as it came: who decodes it once more may find another path in it
+        if not PASSED.fullmatch(raw):
             return PlainTextResponse("this is not served here\n", status_code=404)
         if _claimed(request) > MOST:
             return _too_large()
         headers = [(name, value) for name, value in request.headers.raw if name.decode().lower() not in NOT_PASSED_ON]
-        inner = client.build_request(
-            request.method, request.url.path, params=request.query_params, headers=headers, content=_counted(request)
-        )
+        path, body = raw.decode(), _counted(request)
         try:
+            if path == PUSHED:
+                whole = b"".join([part async for part in body])
+                if not are_own_answers(whole):
+                    return PlainTextResponse("a silo sends its own answers only\n", status_code=403)
+                body = _once(whole)
+            asked = request.query_params
+            inner = client.build_request(request.method, path, params=asked, headers=headers, content=body)
             answer = await client.send(inner, stream=True)
         except httpx.TransportError:  # a SuperNode tries again after a 503, and gives up after a 500
             return PlainTextResponse("the SuperLink is not running\n", status_code=503)
@@ -90,6 +105,10 @@ def gateway(superlink: str, kit: Path) -> Starlette:
     methods = ["GET", "POST", "PUT", "DELETE", "PATCH"]
     routes = [Route(ASKED_AT + "{fingerprint}", known), Route("/{path:path}", passed, methods=methods)]
     return Starlette(routes=routes, lifespan=lifespan)
+
+
+async def _once(whole: bytes) -> AsyncIterator[bytes]:
+    yield whole
 
 
 def _known(kit: Path) -> dict[str, str]:

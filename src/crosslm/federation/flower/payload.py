@@ -1,8 +1,13 @@
 """Bytes of a message as Flower arrays and back."""
 
+import json
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from flwr.app import Array, ArrayRecord
+from flwr.supercore.inflatable.inflatable_object import get_object_body, get_object_children_ids_from_object_content
 
 from crosslm.errors import UploadError
 
@@ -32,6 +37,44 @@ def joined(arrays: ArrayRecord, most: int) -> Iterator[bytes]:
         if size > most:
             raise UploadError(f"the message has more than {most} bytes; no more are allowed (intake.max_bytes)")
         yield part
+
+
+@contextmanager
+def at_most(most: int) -> Iterator[None]:
+    """Within it Flower puts arrays of so many bytes together in this thread, and no more.
+
+    A message may name a chunk of an array any number of times, as one of zeros does, and Flower copies it as often
+    before it gives the message out: a megabyte could fill the memory.
+
+    Args:
+        most: bytes of all arrays together.
+
+    Raises:
+        UploadError: there are more.
+    """
+    _left.bytes = most
+    try:
+        yield
+    finally:
+        del _left.bytes
+
+
+_left = threading.local()
+_inflate = Array.inflate.__func__
+
+
+def _counted(cls: type[Array], content: bytes, children: dict[str, Any] | None = None) -> Array:
+    if children and hasattr(_left, "bytes"):
+        ids = get_object_children_ids_from_object_content(content)
+        sizes = [len(children[chunk].data) for chunk in ids]
+        _left.bytes -= sum(sizes[place] for place in json.loads(get_object_body(content, cls))["arraychunk_ids"])
+        if _left.bytes < 0:
+            raise UploadError("its message names more bytes than are allowed (intake.max_bytes)")
+    array: Array = _inflate(cls, content, children)
+    return array
+
+
+Array.inflate = classmethod(_counted)
 
 
 def _part(array: Array, name: str) -> bytes:

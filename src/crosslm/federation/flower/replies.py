@@ -4,9 +4,13 @@ from dataclasses import dataclass
 
 import httpx
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 
-from crosslm.errors import UploadError
+from crosslm.errors import ShortageError, UploadError
+from crosslm.federation.flower.payload import at_most
 from crosslm.support.plain import plain
 
 
@@ -24,20 +28,47 @@ class Answer:
     """Uploads that the silo agrees to in all; None where it does not say."""
 
 
-def pulled(grid: Grid, message_id: str) -> Message | None:
+def are_own_answers(body: bytes) -> bool:
+    """Whether a node pushes answers alone, and in its own name: Flower checks who pushes, and not this.
+
+    Args:
+        body: of a request to push messages.
+    """
+    try:
+        pushed = PushMessagesRequest.FromString(body)
+    except DecodeError:
+        return False
+    who, heads = pushed.node.node_id, [message.metadata for message in pushed.messages_list]
+    return bool(heads) and all(
+        head.reply_to_message_id and (head.src_node_id, head.dst_node_id) == (who, SUPERLINK_NODE_ID) for head in heads
+    )
+
+
+def pulled(grid: Grid, message_id: str, most: int) -> Message | None:
     """The reply to a message, or None where there is none yet.
 
+    Flower also gives out here what was sent to the server and answers nothing: that is nobody's answer.
+
+    Args:
+        grid: Flower's.
+        message_id: of the message.
+        most: bytes that the reply's arrays may have.
+
     Raises:
-        UploadError: what came is no message.
+        UploadError: what came is no message, or too large.
+        ShortageError: this machine has no room for it; nothing is known of it.
         httpx.HTTPError: the SuperLink does not answer.
     """
     try:
-        replies = list(grid.pull_messages([message_id]))
-    except (httpx.HTTPError, OSError):
+        with at_most(most):
+            replies = list(grid.pull_messages([message_id]))
+    except (UploadError, httpx.HTTPError, OSError):
         raise
+    except (MemoryError, RuntimeError) as error:  # Flower also starts threads for it
+        raise ShortageError(f"no room for its reply here: {type(error).__name__}: {error}") from error
     except Exception as error:  # Flower puts the message together here, from parts that the silo made
         raise _unusable(f"cannot be put together: {type(error).__name__}: {error}") from error
-    return replies[0] if replies else None
+    return next((reply for reply in replies if reply.metadata.reply_to_message_id == message_id), None)
 
 
 def answer_in(reply: Message, kind: str) -> Answer:
