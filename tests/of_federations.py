@@ -105,7 +105,7 @@ class MemoryGrid:
     def __init__(self, handlers):
         self.handlers = handlers  # name: what answers a message
         self.online = list(handlers)
-        self.pushed = []
+        self.pushed, self.ttls = [], set()
         self._replies = {}
         self._one_at_a_time = threading.Lock()  # the silos of a test share a process and its environment
 
@@ -116,6 +116,7 @@ class MemoryGrid:
         (message,) = messages
         name = list(self.handlers)[message.metadata.dst_node_id - 100]
         with self._one_at_a_time:
+            self.ttls.add(message.metadata.ttl)
             self.pushed.append((name, message.metadata.message_type, int(message.content["request"]["round"])))
             number = message.metadata.__dict__["_message_id"] = str(len(self.pushed))  # as Flower's grid gives it one
             self._replies[number] = self.handlers[name](message)

@@ -20,7 +20,7 @@ from test_tracking import Keeps
 from crosslm import experiment
 from crosslm.config import Config
 from crosslm.config_file import load
-from crosslm.errors import ConfigError, ModelError, QuarantineError, RunError, UploadError
+from crosslm.errors import ConfigError, FederationError, ModelError, QuarantineError, RunError, UploadError
 from crosslm.experiment import run_local
 from crosslm.federation.deployment import Deployment
 from crosslm.federation.exchange import close, serve
@@ -30,7 +30,7 @@ from crosslm.federation.flower.payload import split
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
-from crosslm.federation.spool import Spool
+from crosslm.federation.spool import ENDED, MOST_TRIES, Spool
 from crosslm.html_report.collect import RunView
 from crosslm.html_report.findings import findings
 from crosslm.html_report.page import render
@@ -495,11 +495,88 @@ def test_a_mistake_that_stopped_the_first_start_can_be_mended(tables, tmp_path):
     spool.close()
 
 
+@pytest.fixture
+def server(tables, local, tmp_path):
+    """Spool, exchange and what opens the run of a server that has the uploads and has done nothing yet."""
+    kit, config = tmp_path / "kit", Config.model_validate(tables)
+    kit.mkdir()
+    spool = Spool(kit / "spool")
+    for upload in local[1]:
+        spool.put(decode_upload(upload).client_id, 0, [upload])
+    intake = Intake(TASK["labels"], config.intake)
+    exchange = FlowerExchange(None, spool, "tiny-1", list(SILOS), config.federation, intake)
+    yield spool, exchange, lambda: Deployment.open(kit / "run", config, kit / "cache", exchange.refuse, spool)
+    spool.close()
+
+
+def test_what_was_trained_when_the_server_died_is_sent_and_not_trained_again(server, monkeypatch):
+    spool, exchange, opened = server
+    trained = []
+
+    def dies(download, closing=False):
+        trained.append(encode(download))
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched, opened() as deployment:
+        patched.setattr(exchange, "send", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            serve(exchange, deployment.server, deployment, exchange.finished)
+    assert [arrival.state for arrival in spool.arrivals()] == ["processing", "received"]
+    with opened() as deployment:
+        first, second = spool.arrivals()
+        assert (first.state, second.state) == ("served", "received")
+        assert b"".join(spool.download(first)) == trained[0]
+        serve(exchange, deployment.server, deployment, lambda: deployment.server.steps == 2)
+        assert [event["client"] for event in events(deployment.run.path, "step")] == [first.silo, second.silo]
+    assert [arrival.state for arrival in spool.arrivals()] == ["served", "served"]
+
+
+def test_an_earlier_run_folder_has_what_it_lacks_served_again(server, tmp_path):
+    spool, exchange, opened = server
+    with opened() as deployment:
+        serve(exchange, deployment.server, deployment, lambda: deployment.server.steps == 1)
+        path = deployment.run.path
+        shutil.copytree(path, tmp_path / "earlier")
+        serve(exchange, deployment.server, deployment, lambda: deployment.server.steps == 2)
+    first, second = spool.arrivals()
+    spool.delivered(second.silo, 0)
+    shutil.rmtree(path)
+    shutil.copytree(tmp_path / "earlier", path)
+    with opened() as deployment:
+        assert [arrival.state for arrival in spool.arrivals()] == ["served", "received"]
+        assert spool.complete(second.silo) == 1  # it has what it got
+        (warning,) = events(path, "warning")
+        assert f"without the uploads of {second.silo} (round 0): they are served again" in warning["message"]
+        serve(exchange, deployment.server, deployment, lambda: deployment.server.steps == 2)
+    assert [event["client"] for event in events(path, "step")] == [first.silo, second.silo]
+    shutil.rmtree(path)
+    shutil.copytree(tmp_path / "earlier", path)
+    spool.note(ENDED, "1")
+    with pytest.raises(
+        FederationError, match=rf"does not have the last uploads that were served: {second.silo} \(roun"
+    ):
+        opened()
+    assert [arrival.state for arrival in spool.arrivals()] == ["served", "served"]
+
+
+def test_a_silo_at_whose_last_step_the_server_dies_each_time_is_left_out(server):
+    spool, exchange, opened = server
+    with opened() as deployment:
+        serve(exchange, deployment.server, deployment, lambda: deployment.server.steps == 2)
+        first, second = (arrival.silo for arrival in spool.arrivals())
+        for _ in range(MOST_TRIES):
+            next(iter(deployment.last_served())).read()
+        assert spool.work()[0] == f"{first}, in the end"
+        close(exchange, deployment.server, deployment, exchange.finished)
+        assert [event["client"] for event in events(deployment.run.path, "closing")] == [second]
+        assert any("5 times" in event["message"] for event in events(deployment.run.path, "warning"))
+
+
 def test_a_server_that_is_started_again_counts_on(tables, local, tmp_path):
     kit, uploads = tmp_path / "kit", local[1]
     server = federation(kit, tables, uploads)
     before = next(server)
-    before.spool.note("working on", "")
+    before.spool.works_on("")
     config, exchange_refuse = before.config, before._refuse
     for section, changes in (
         ("llm", {"learning_rate": 0.5}),

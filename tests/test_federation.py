@@ -51,7 +51,7 @@ from crosslm.federation import hashed_files, intake, keys, silo_state
 from crosslm.federation.flower import carrier, gateway, processes, questions, server_processes, silo_processes
 from crosslm.federation.flower import exchange as exchange_module
 from crosslm.federation.flower.carrier import LONGEST_WAIT
-from crosslm.federation.flower.exchange import MOST_TRIES, FlowerExchange
+from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.flower.replies import answer_in
 from crosslm.federation.flower.silo_processes import run_silo
@@ -60,7 +60,7 @@ from crosslm.federation.kits import SILO_FILE, dump, read_server, read_silo, ser
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
 from crosslm.federation.silo import Silo
-from crosslm.federation.spool import OVER, Spool
+from crosslm.federation.spool import MOST_TRIES, OVER, Spool
 from crosslm.models.slm import SLM
 from crosslm.records import Download
 from crosslm.runs import rundir
@@ -937,6 +937,7 @@ def test_uploads_come_and_downloads_go(exchange, kits, tmp_path):
     assert [kind for _, kind, _ in exchange.grid.pushed] == kinds
     turn(exchange, 2)
     assert len(exchange.grid.pushed) == 4  # nothing more is asked
+    assert exchange.grid.ttls == {exchange.config.reply_minutes * 60}  # Flower forgets it when it is asked again
 
 
 def test_status_says_of_a_silo_what_it_did_last_and_when_it_is_asked_again(exchange, monkeypatch):
@@ -1658,11 +1659,11 @@ def test_status_of_a_server_shows_what_a_silo_said_as_it_is(kits, shell):
     spool = Spool(kits / "server" / "spool")
     spool.put("silo-0", 0, [b"an upload"])
     spool.note("silo/silo-1", f"{time.time()} failed there: [/] or set [gate] otherwise\x1b[2J")
-    spool.note("working on", "silo-0, round 0")
+    spool.works_on("silo-0, round 0")
     spool.close()
     code, out, err = shell("status", kits / "server")
     assert (code, err) == (0, "")
-    assert "at work on: silo-0, round 0" in out
+    assert re.search(r"at work on: silo-0, round 0, for \d s", out)
     assert "[/]" in out
     assert "[gate]" in "".join(out.split())
     assert "\x1b[2J" not in out

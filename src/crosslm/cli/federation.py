@@ -148,8 +148,8 @@ def server_status(kit: Path) -> None:
         else "not started"
     )
     _say(f"{settings.experiment} at {settings.address}: {state}")
-    if doing := spool.fact("working on"):
-        _say(f"at work on: {doing}")
+    if work := spool.work():
+        _say(f"at work on: {work[0]}, for {_ago(work[1])}")
     table = Table("silo", "round", "state", "since", "bytes", "note", box=None)
     admitted = silo_names(kit)
     shut_out = [arrival.silo for arrival in spool.arrivals() if arrival.silo not in admitted]

@@ -14,7 +14,7 @@ from crosslm.federation.arrivals_journal import Arrival
 from crosslm.federation.exchange import Served
 from crosslm.federation.messages import decode_upload, describe, encode
 from crosslm.federation.opening import load_server, notes_of, open_folder
-from crosslm.federation.spool import Spool
+from crosslm.federation.spool import ENDED, MOST_TRIES, Spool
 from crosslm.federation.summary import accuracies, summary_of
 from crosslm.models.slm import SLM
 from crosslm.records import Download, Receipt, SyntheticSet, Upload
@@ -123,8 +123,30 @@ class Deployment:
                 error = UploadError(reason)  # it was known to be no good, and not yet told
                 error.told = told
                 self._refuse(silo, number, error)
+        self._take_up_what_was_lost()
         if why := self.checkpoints.prune():  # who was killed may not have come to it
             self._warn(why)
+
+    def _take_up_what_was_lost(self) -> None:
+        """Have uploads served again of which this run folder knows nothing: it is an earlier one, put back by somebody.
+
+        Raises:
+            FederationError: no uploads are served any more.
+        """
+        steps = Counter(event["client"] for event in self._events_of("step"))
+        served = [arrival for arrival in self.spool.arrivals() if arrival.state in ("served", "delivered")]
+        silos = dict.fromkeys(arrival.silo for arrival in served)
+        lost = [each for silo in silos for each in [a for a in served if a.silo == silo][steps[silo] :]]
+        names = ", ".join(f"{arrival.silo} (round {arrival.round})" for arrival in lost)
+        if lost and self.spool.fact(ENDED) is not None:
+            raise FederationError(
+                f"{self.run.path}: does not have the last uploads that were served: {names}; the run has ended, so "
+                f"that they are not served again: put the run folder back that belongs to {self.spool.folder}"
+            )
+        for arrival in sorted(lost, key=lambda each: each.number):
+            self.spool.again(arrival)
+        if lost:
+            self._warn(f"the run folder is an earlier one, without the uploads of {names}: they are served again")
 
     def _save(self, cause: dict[str, Any], download: Download | None) -> None:
         put, server = self.checkpoints.put, self.server
@@ -148,7 +170,7 @@ class Deployment:
     def uploaded(self, upload: Upload) -> None:
         """An upload's turn has come; with test rows, what the silo's SLM can do before the LLM helps it is measured."""
         who = upload.client_id
-        self.spool.note("working on", f"{who}, round {upload.client_round}")
+        self.spool.works_on(f"{who}, round {upload.client_round}")
         counts = list(upload.counts_of(self.task.labels))
         described = describe(upload) | {"class_counts": counts, "model_type": upload.slm.architecture.get("model_type")}
         self.run.event("upload", **described)
@@ -184,7 +206,7 @@ class Deployment:
             self.spool.no_say(who, upload.client_round)
         cause = {"client": who, "round": upload.client_round, "outcome": outcome, "step": step}
         self._save(cause, download)
-        self.spool.note("working on", "")
+        self.spool.works_on("")
 
     def _keep_slm(self, download: Download) -> None:
         """Write the SLM that goes back; with test rows, it is measured."""
@@ -197,9 +219,16 @@ class Deployment:
         """The last upload of each silo that was served and has no closing download yet; of nobody if it is one silo."""
         last = {arrival.silo: arrival for arrival in self.spool.arrivals() if arrival.state in ("served", "delivered")}
 
+        def read(arrival: Arrival) -> Upload:
+            if self.spool.tries_to_close(arrival.silo) >= MOST_TRIES:
+                raise FederationError(f"the server ended {MOST_TRIES} times while it taught {arrival.silo} in the end")
+            self.spool.begin_closing(arrival.silo)
+            self.spool.works_on(f"{arrival.silo}, in the end")
+            return decode_upload(self.spool.upload(arrival))
+
         def of(arrival: Arrival) -> Served:
             refusal = "the gate refused it" if self.spool.has_no_say(arrival.silo, arrival.round) else ""
-            return Served(lambda: decode_upload(self.spool.upload(arrival)), refusal)
+            return Served(lambda: read(arrival), refusal)
 
         known = [arrival for arrival in last.values() if self.spool.is_admitted(arrival.silo)]
         waiting = [arrival for arrival in known if self.spool.closing_of(arrival.silo) is None]
@@ -245,7 +274,7 @@ class Deployment:
             self.run.event("gate", client=who, passed=False, reason=str(error), **error.figures)
         else:
             self.run.event("failure", client=who, error=f"{type(error).__name__}: {error}")
-        self.spool.note("working on", "")
+        self.spool.works_on("")
         self._keep_events([who, upload.client_round, str(error), error.told])
         self._refuse(who, upload.client_round, error)
 
@@ -274,6 +303,7 @@ class Deployment:
             ModelError: the LLM could not write the texts that it is measured by.
         """
         self._completed = True
+        self.spool.works_on("measuring the LLM in the end")
         llm = self.server.llm
         with llm.interpolated(self.config.llm.interpolation):
             self.run.save_llm(llm)

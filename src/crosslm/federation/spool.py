@@ -21,12 +21,14 @@ TOLD = "told/"  # and a silo: how many of its rounds it has been told are comple
 NO_SAY = "no say/"  # and silo and round
 CLOSING = "closing/"  # and silo: the round whose upload the closing download is made of, and its SHA-256
 LOSSES = "losses/"  # and silo and round: how often this disk has lost it
-TRIES = "tries/"  # and silo and round: how often its turn has come
+TRIES = "tries/"  # and silo, and round or "closing": how often its turn has come
 AGREED = "agreed/"  # and silo: how many uploads it agrees to, as it said last
 CLOSED = "closed/"  # and silo: what came of its closing download
 ADMITTED = "admitted"  # the silos that have a key in the kit, as JSON
+WORK = "working on"  # the second since when, and what
 ENDED = "ended"  # no upload is asked for or served any more
 OVER = "over"  # all that any silo will get is here
+MOST_TRIES = 5  # at an upload or a closing with which the server ends, or for which this machine has no room
 
 
 class Spool:
@@ -143,6 +145,14 @@ class Spool:
     def tries(self, arrival: Arrival) -> int:
         """How often an upload's turn has come: more than once where the server ended meanwhile."""
         return int(self.fact(f"{TRIES}{arrival.silo}/{arrival.round}") or 0)
+
+    def tries_to_close(self, silo: str) -> int:
+        """How often a silo's closing download was begun: more than once where the server ended meanwhile."""
+        return int(self.fact(f"{TRIES}{silo}/closing") or 0)
+
+    def begin_closing(self, silo: str) -> None:
+        """A silo's closing download is made now."""
+        self.note(f"{TRIES}{silo}/closing", str(self.tries_to_close(silo) + 1))
 
     def upload(self, arrival: Arrival) -> bytes:
         """The bytes of an upload.
@@ -264,6 +274,11 @@ class Spool:
         self.note(f"{TRIES}{which}", "0")
         self._journal.write("DELETE FROM arrivals WHERE number = ?", arrival.number)
 
+    def again(self, arrival: Arrival) -> None:
+        """An upload that was served waits once more; its silo keeps what it has got."""
+        self.note(f"{TRIES}{arrival.silo}/{arrival.round}", "0")
+        self._journal.write("UPDATE arrivals SET state = 'received' WHERE number = ?", arrival.number)
+
     def losses(self, arrival: Arrival) -> int:
         """How often an upload was lost on this disk."""
         return int(self.fact(f"{LOSSES}{arrival.silo}/{arrival.round}") or 0)
@@ -297,6 +312,15 @@ class Spool:
         The closing download counts as one more.
         """
         return sum(arrival.delivered_at is not None for arrival in self.of(silo)) + bool(self.fact(f"{CLOSED}{silo}"))
+
+    def works_on(self, what: str) -> None:
+        """Remember what the server is at work on from now on; nothing, where it is empty."""
+        self.note(WORK, f"{time.time():.0f} {what}" if what else "")
+
+    def work(self) -> tuple[str, float] | None:
+        """What the server is at work on, and since when."""
+        since, _, what = (self.fact(WORK) or "").partition(" ")
+        return (what, float(since)) if what else None
 
     def note(self, name: str, value: str) -> None:
         """Remember a fact about the run under a name.

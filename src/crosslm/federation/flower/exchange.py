@@ -13,14 +13,13 @@ from crosslm.federation.arrivals_journal import Arrival
 from crosslm.federation.flower.carrier import POLL, TOLD, Carrier, Line
 from crosslm.federation.intake import Intake
 from crosslm.federation.messages import encode
-from crosslm.federation.spool import ENDED, Spool
+from crosslm.federation.spool import ENDED, MOST_TRIES, Spool
 from crosslm.records import Download, Upload
 from crosslm.support.plain import plain
 
 LATE = "it came when the run had ended; send it to the next run"
 SHUT_OUT = "its key is not in the server's kit any more; put silos/NAME.pub back there, and start the server again"
 LOST = "the server has lost it on its disk"
-MOST_TRIES = 5  # at an upload with which the server application ends, or for which this machine has no room
 SHORTAGE_PAUSE = 10.0  # seconds until what there was no room for is tried again
 TELL_REFUSED = 120.0  # seconds at the end of a run for silos to hear that their upload was not used
 logger = logging.getLogger(__name__)

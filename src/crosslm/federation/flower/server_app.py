@@ -49,19 +49,22 @@ def serve_kit(kit: Path, grid: Grid, spool: Spool) -> None:
     exchange = FlowerExchange(grid, spool, read_server(kit).experiment, names(), federation, intake, names)
     delivery = config.federation.delivery_hours * 3600
     exchange.start()  # uploads are taken in while models load
+    spool.works_on("loading models, and what comes before the first step")
     with (
         Deployment.open(kit / "run", config, cache_folder(), exchange.refuse, spool) as deployment,
         tracked(deployment.run, config, notes_of(deployment.run)),
     ):
         exchange.on_failure = deployment.failed
+        spool.works_on("")
         serve(exchange, deployment.server, deployment, exchange.finished)
         try:
             if config.federation.closing:
-                spool.note("working on", "the last step 5, for all")
+                spool.works_on("the last step 5, for all")
                 close(exchange, deployment.server, deployment, exchange.finished)
-                spool.note("working on", "")
+                spool.works_on("")
             spool.note(OVER, "1")
             deployment.complete(exchange.silos)  # while the last downloads are on their way: a report can be had now
+            spool.works_on("")
         except CrosslmError:
             exchange.drain(delivery)  # what was trained goes to its silo all the same
             raise
