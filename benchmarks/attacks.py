@@ -245,7 +245,7 @@ def trigger_found(run: Run, hostile: str, trigger: str) -> float:
             test = tests[client]
             pairs = zip(test.texts, test.labels, strict=True)
             texts = [f"{trigger} {text}" for text, label in pairs if label != target]
-            found = run.slm(client).predict_proba(texts).argmax(dim=1)
+            found = run.slm(client, own=False).predict_proba(texts).argmax(dim=1)
             shares.append(float((found == target).double().mean()))
     return statistics.fmean(shares)
 

@@ -60,6 +60,15 @@ def test_an_error_names_where_the_value_came_from(write):
             "clients=[{id='a', train='x'}]",
             r"^\S+own.toml with --set clients=.*: the configuration: give either data.train",
         ),
+        (  # and no more than that
+            "slm.models=[{model='x',layers=3}]",
+            r"^--set slm.models=\S+ unknown key slm.models.0.layers; did you mean 'num_hidden_layers'\?$",
+        ),
+        (
+            "slm.models=x",
+            r"slm.models: must be a list of tables, each with keys of: model, num_.*, pooling, found 'x'$",
+        ),
+        ("slm.models=[]", r"slm.models: Tuple should have at least 1 item"),
         ("tracking=wandb", r'^--set tracking=wandb: tracking: must be a list, like \["wandb"\], found \'wandb\''),
     ],
 )
@@ -284,11 +293,13 @@ def test_a_file_that_is_not_there_or_not_toml_is_refused(tmp_path):
 
 
 def test_clients_must_have_different_ids(write):
+    """Of folders, too, where a disk knows no capitals."""
+
     def change(tables):
         tables["data"].pop("train")
-        tables["clients"] = [{"id": "a", "train": "x.csv"}, {"id": "a", "train": "y.csv"}]
+        tables["clients"] = [{"id": "a", "train": "x.csv"}, {"id": "A", "train": "y.csv"}]
 
-    with pytest.raises(ConfigError, match=r"different ids, found \['a', 'a'\]"):
+    with pytest.raises(ConfigError, match=r"ids that differ by more than capitals, found \['a', 'A'\]"):
         load(write(change))
 
 

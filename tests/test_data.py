@@ -399,7 +399,15 @@ def test_test_rows_that_are_trained_on_are_told(settings, data_folder):
     assert [line.partition(", on which")[0] for line in warnings] == [
         "client a: 2 of its training rows are test rows too",
         "the judge: 1 of its training rows is a test row too",
+        # the judge has learned what the rewards come from
+        *(
+            f"the judge learns {count} of the rows that client {name} has, and is no independent judge of what is "
+            "learned from these; take them out of data.judge"
+            for name, count in (("a", 3), ("b", 2))
+        ),
     ]
+    hides = Config.model_validate(settings | {"privacy": {"hide_counts": True}})
+    assert "the judge learns some of the rows that client a has" in load_split(hides).warnings[-2]
 
 
 def test_sample_rows_are_told_and_no_count_where_counts_are_hidden(settings, data_folder):
@@ -409,7 +417,7 @@ def test_sample_rows_are_told_and_no_count_where_counts_are_hidden(settings, dat
     tested = (data_folder / "test.csv").read_text().splitlines()
     rows = "\n".join(tested[:4]) + "\nReplace this row: a text of good.,good\n"
     (data_folder / "mine.csv").write_text(rows)
-    (data_folder / "judge.csv").write_text("text,label\nMine,good\nMy own,bad\n")
+    (data_folder / "judge.csv").write_text("text,label\nTheirs,good\nTheir own,bad\n")
     sample, seen = load_split(Config.model_validate(settings)).warnings
     assert sample == "client a: learns sample rows of crosslm init: put your own in their place"
     assert seen.startswith("client a: 3 of its training rows are test rows too")

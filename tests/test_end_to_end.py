@@ -48,6 +48,7 @@ def test_a_run_leaves_everything_that_is_promised(command, config_file, settings
         assert all(0 <= value <= 1 for value in values.values())
     for measure in ("nlu_accuracy", "nlg_accuracy", "nlg_judge_accuracy", "perplexity"):
         assert set(summary["llm"][measure]) == {"before", "after"}
+    assert (summary["device"], summary["slm_dtype"]) == ("cpu", {"private": "float32", "synthetic": "float32"})
     assert summary["llm"]["perplexity"]["before"] != summary["llm"]["perplexity"]["after"]
     assert {"generate", "update LLM", "select", "train judge", "total"} <= set(summary["seconds"])
     assert summary["tokens_generated"] > 0
@@ -199,6 +200,20 @@ def broken(tables, change):
             ": privacy.center needs a head with a bias",
         ),
         (lambda t: t.update(device="cuda:99"), "device 'cuda:99' cannot be used"),
+        (
+            lambda t: t.update(device="gpu"),
+            "device: must be auto, cpu, cuda, mps or xpu, or one of several, like cuda:1",
+        ),
+        (
+            lambda t: t["llm"].update(model=t["llm"]["model"].replace("gpt2", "bert")),
+            "bert' is an encoder (bert), which writes no text; choose",
+        ),
+        (
+            lambda t: t["slm"]["models"][0].update(num_hidden_layers=30),
+            "client client-0: SLM",
+        ),
+        (lambda t: t["evaluation"].update(perplexity_text="none.txt"), "or name another file in evaluation.perplexity"),
+        (lambda t: t["data"].update(judge="none.csv"), "or name another file in data.judge"),
         (lambda t: t["llm"].update(sample=3), "unknown key llm.sample; did you mean 'samples'?"),
         (lambda t: t["task"]["verbalizer"].pop("good"), "verbalizer is missing for the label(s) ['good']"),
     ],

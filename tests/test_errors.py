@@ -350,6 +350,16 @@ def test_help_fits_80_columns(shell, command, monkeypatch):
     assert ESCAPE not in out
 
 
+def test_the_demo_says_what_is_wrong_before_it_fetches_anything(shell, tmp_path, monkeypatch):
+    monkeypatch.setattr("crosslm.data.demo.prepare_data", lambda *_: pytest.fail("fetched"))
+    code, _, err = shell("demo", "--set", "llm.sampels=3")
+    assert (code, "did you mean 'samples'?" in err) == (2, True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    code, _, err = shell("demo", "--output", tmp_path / "full")
+    assert (code, "holds other files already" in err) == (2, True)
+
+
 @pytest.mark.parametrize("command", sorted(typer.main.get_command(cli.app).commands))
 def test_help_has_no_marks_that_were_meant_for_rich(shell, command):
     code, out, _ = shell(command, "--help")

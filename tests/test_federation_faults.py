@@ -130,7 +130,7 @@ def test_a_shortage_of_the_servers_own_shuts_no_silo_out(exchange, monkeypatch, 
     turn(exchange, 2)
     line = exchange.carrier.lines["silo-0"]
     assert not line.over
-    assert "no room for its reply here" in line.note
+    assert "there is no room for its reply: " in line.note
     exchange._look_at_carrier()
     assert [who for who, _ in told] == ["silo-0"]
     exchange.send(echo(exchange.receive()))

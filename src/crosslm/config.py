@@ -20,7 +20,7 @@ from crosslm.sections.federation import (
 from crosslm.sections.method import EvaluationConfig, RewardConfig, SelectionConfig, SynthesisConfig
 from crosslm.sections.models import FitConfig, LLMConfig, SLMConfig, SLMSpec
 from crosslm.sections.privacy import NO_ACCEPTANCE, PrivacyConfig
-from crosslm.sections.section import Section
+from crosslm.sections.section import Device, Section
 from crosslm.sections.task import ClientConfig, DataConfig, TaskConfig
 
 __all__ = [
@@ -77,7 +77,7 @@ class Config(Section):
     """What lies under the file: the paper's method, or ours with what we think better."""
     seed: Annotated[int, Field(ge=0)] = 0
     """All randomness of a run is drawn from it."""
-    device: str = "auto"
+    device: Device = "auto"
     """``auto`` (CUDA if there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
     tracking: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] | None = None
     """Where figures go besides the run folder. Not set: TensorBoard where it is installed; ``[]``: nowhere."""
@@ -114,8 +114,8 @@ class Config(Section):
                 "give either data.train (split among data.num_clients) or a [[clients]] table for each silo"
             )
         ids = [client.id for client in self.clients]
-        if len(set(ids)) != len(ids):
-            raise ValueError(f"clients must have different ids, found {ids}")
+        if len({name.casefold() for name in ids}) != len(ids):  # of folders, which may know no capitals
+            raise ValueError(f"clients must have ids that differ by more than capitals, found {ids}")
         return self
 
     @model_validator(mode="after")

@@ -75,7 +75,7 @@ def load(
         return Config.model_validate(given, context=WHOLE if is_whole else None)
     except ValidationError as error:
         raise ConfigError(
-            "\n".join(explain(_origin(path, entry, overrides), entry, Config) for entry in error.errors())
+            "\n".join(explain(_origin(path, entry, overrides), entry, Config) for entry in causes(error))
         ) from None
 
 
@@ -124,6 +124,13 @@ def nearest(word: str, known: Sequence[str]) -> str | None:
     return best if best is not None and likeness(best)[0] >= ALIKE else None
 
 
+def causes(error: ValidationError) -> list[Any]:
+    """What is wrong, without what follows from it: a list is said to be too short where its entries are wrong."""
+    entries = error.errors()
+    inside = {entry["loc"][:length] for entry in entries for length in range(len(entry["loc"]))}
+    return [entry for entry in entries if entry["type"] != "too_short" or entry["loc"] not in inside]
+
+
 def explain(path: str, entry: Any, kind: type[BaseModel]) -> str:
     """What is wrong with a key, in a line: with the nearest one that is known, what was found, and what is allowed.
 
@@ -146,18 +153,31 @@ def explain(path: str, entry: Any, kind: type[BaseModel]) -> str:
         near = nearest(str(entry["input"]), allowed)
         message += f"; did you mean {near!r}?" if near else ""
     if entry["type"] in ("tuple_type", "list_type"):
-        message = f'must be a list, like ["{entry["input"]}"]' if isinstance(entry["input"], str) else "must be a list"
+        message = _a_list(kind, entry)
     found = "" if isinstance(entry["input"], dict) else f", found {entry['input']!r}"
     return f"{path}: {key}: {message}{found}"
 
 
+def _a_list(kind: type[BaseModel], entry: Any) -> str:
+    """What must be in the place of what is no list."""
+    inside = _section(kind, entry["loc"])
+    if isinstance(inside, type) and issubclass(inside, BaseModel):
+        return f"must be a list of tables, each with keys of: {', '.join(sorted(inside.model_fields))}"
+    return f'must be a list, like ["{entry["input"]}"]' if isinstance(entry["input"], str) else "must be a list"
+
+
 def _known_keys(kind: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
     """The keys of the section at a location in a configuration."""
+    return sorted(_section(kind, location).model_fields)
+
+
+def _section(kind: type[BaseModel], location: tuple[str | int, ...]) -> Any:
+    """What is at a location in a configuration; of a list what is in it."""
     section: Any = kind
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or not hasattr(section, "model_fields"):
             continue
         section = section.model_fields[part].annotation
         if hasattr(section, "__args__"):
             section = section.__args__[0]
-    return sorted(section.model_fields)
+    return section

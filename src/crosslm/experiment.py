@@ -17,6 +17,7 @@ from crosslm.errors import RunError, StoppedError, UnservedError
 from crosslm.federation.exchange import close, serve
 from crosslm.federation.intake import Intake
 from crosslm.federation.local import LocalExchange
+from crosslm.models.dtypes import fit_dtype
 from crosslm.models.slm import SLM
 from crosslm.models.sources import resolve_device
 from crosslm.privacy.accounting import require_opacus
@@ -316,7 +317,12 @@ class _Run:
             "preset": config.preset,
             "seed": config.seed,
             "versions": versions(),
+            "device": config.device,
             "llm_dtype": str(self.llm.model.dtype).removeprefix("torch."),
+            "slm_dtype": {
+                "private": str(fit_dtype(config.slm.private, config.device)).removeprefix("torch."),
+                "synthetic": str(fit_dtype(config.slm.synthetic, config.device)).removeprefix("torch."),
+            },
             "seconds": {name: round(value, 2) for name, value in self.progress.seconds.items()}
             | {"total": round(time.perf_counter() - self._started, 2)},
             "slm": {method: evaluate.with_mean(values) for method, values in journal.accuracy.items()},

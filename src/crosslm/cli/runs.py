@@ -93,10 +93,14 @@ def demo(
     from crosslm.data.demo import prepare_data
     from crosslm.models.sources import cache_folder
 
+    settings = (*(QUICK if quick else ()), *overrides)
+    load("demo", settings)  # what is wrong with these is said before anything is fetched
+    if output is not None and not resume:
+        RunDir.check_free(output)
     folder = prepare_data(
         cache_folder(cache_dir), lambda message: console.print(message, highlight=False, markup=False)
     )
-    _run(load("demo", (*(QUICK if quick else ()), *overrides), str(folder)), output, cache_dir, resume)
+    _run(load("demo", settings, str(folder)), output, cache_dir, resume)
 
 
 @app.command()

@@ -155,13 +155,13 @@ def _classifier(folder: Path, client: str, own: bool) -> "tuple[SLM, DataConfig 
     run = Run.open(folder)
     if not client:
         raise ConfigError(f"say whose classifier: --client NAME with one of {', '.join(run.clients)}")
-    slm = run.slm(client, own)
+    slm = run.slm(client, own or None)
     if run.kept_its_own(client) and not own:
         refused = run.summary["clients"][client]["decision"].get("refused")
         why = f"was refused there: {refused}" if refused else "is worse on its held-out rows"
         errors.print(
-            f"{client} kept the classifier that it had, in {run.path / 'uploads' / client} (--own): this one, which "
-            f"came back, {why}",
+            f"{client} kept the classifier that it had, which this is; the one that came back, in "
+            f"{run.path / 'slm' / client}, {why}",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -23,6 +23,8 @@ from crosslm.errors import DataError
 REQUIREMENT = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+FILES_SHA256 = "b2b29d428fb85448e4d889c7dfa1a57294496fb41f9a2d357475e72aaa8af468"
+"""Of the names and the digests of all that :func:`prepare_data` makes."""
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 SILOS = {
     "tweets": "hutto_ICWSM_2014/tweets_GroundTruth.txt",
@@ -37,7 +39,7 @@ Rating = tuple[float, str]
 
 
 def prepare_data(cache: Path, on_news: Callable[[str], None] = lambda _: None) -> Path:
-    """The folder with the demo's files; made once.
+    """The folder with the demo's files; made once, and again where one of them is not what it was.
 
     ``SILO-train.csv``, ``SILO-test.csv``, ``test.csv`` (all silos' test rows), ``judge.csv`` (rows of
     all silos that are in none of these) and ``neutral.txt`` (sentences that nobody rated clearly,
@@ -47,7 +49,7 @@ def prepare_data(cache: Path, on_news: Callable[[str], None] = lambda _: None) -
         DataError: the archive cannot be fetched, or its checksum does not match.
     """
     folder = cache / "demo-data"
-    if (folder / "neutral.txt").is_file():
+    if _digest(folder) == FILES_SHA256:
         return folder
     archive = fetch(cache, on_news)
     work = folder.with_name("demo-data.partial")
@@ -70,6 +72,13 @@ def prepare_data(cache: Path, on_news: Callable[[str], None] = lambda _: None) -
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)
     return folder
+
+
+def _digest(folder: Path) -> str:
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        found.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()
 
 
 def fetch(cache: Path, on_news: Callable[[str], None]) -> Path:

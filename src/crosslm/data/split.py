@@ -40,24 +40,27 @@ def load_split(config: Config) -> Split:
     data, labels = config.data, config.task.labels
     warnings: list[str] = []
 
-    def rows(name: str) -> Examples:
-        loaded = load_examples(name, data, labels)
+    def rows(name: str, key: str) -> Examples:
+        loaded = load_examples(name, data, labels, key)
         warnings.extend(loaded.warnings())
         return loaded.examples
 
     # the same test rows for every seed of a run, so that seeds can be compared on them
-    test = balanced_sample(rows(str(data.test)), data.test_rows, len(labels), seed_for(0, "test"))
-    judge = rows(data.judge) if data.judge else Examples([], [])
+    test = balanced_sample(rows(str(data.test), "data.test"), data.test_rows, len(labels), seed_for(0, "test"))
+    judge = rows(data.judge, "data.judge") if data.judge else Examples([], [])
     if config.clients:
-        private = {client.id: rows(client.train) for client in config.clients}
-        tests = {client.id: rows(client.test) if client.test else test for client in config.clients}
+        private = {client.id: rows(client.train, f"clients.{client.id}.train") for client in config.clients}
+        tests = {
+            client.id: rows(client.test, f"clients.{client.id}.test") if client.test else test
+            for client in config.clients
+        }
         if data.rows_per_client:
             private = {
                 name: sample(examples, data.rows_per_client, seed_for(config.seed, "rows", name))
                 for name, examples in private.items()
             }
     else:
-        everything = rows(str(data.train))
+        everything = rows(str(data.train), "data.train")
         if not data.judge:
             if len(everything) - data.judge_rows < data.num_clients:
                 raise DataError(
@@ -89,7 +92,9 @@ def load_split(config: Config) -> Split:
         if not len(tests[client.id]):
             raise DataError(f"client {client.id}: {client.test}: no usable test rows; put labelled text into it")
     trained = {f"client {name}": rows for name, rows in private.items()} | {"the judge": judge}
-    warnings.extend(seen_before(tests, test, trained, config.privacy.told_counts == "exact"))
+    tells_counts = config.privacy.told_counts == "exact"
+    warnings.extend(seen_before(tests, test, trained, tells_counts))
+    warnings.extend(not_independent(judge, private, tells_counts))
     return Split(private, tests, test, judge, warnings)
 
 
@@ -110,6 +115,24 @@ def seen_before(
         f"{who}: {count if tells_counts else 'some'} of its training rows {_are(count, tells_counts)} too, on which "
         "accuracies say little; take them out of one of both"
         for who, count in counts.items()
+        if count
+    ]
+
+
+def not_independent(judge: Examples, private: Mapping[str, Examples], tells_counts: bool = True) -> list[str]:
+    """A warning for each client of whose rows the judge learns some: it then has what the rewards come from.
+
+    Args:
+        judge: rows that the judge learns.
+        private: of each client.
+        tells_counts: whether it may be said how many.
+    """
+    learned = set(judge.texts)
+    counts = {name: sum(text in learned for text in rows.texts) for name, rows in private.items()}
+    return [
+        f"the judge learns {count if tells_counts else 'some'} of the rows that client {name} has, and is no "
+        "independent judge of what is learned from these; take them out of data.judge"
+        for name, count in counts.items()
         if count
     ]
 
@@ -138,7 +161,7 @@ def test_rows(config: Config, warn: Callable[[str], None]) -> Examples | None:
     if not is_there(str(data.test), data):
         return None
     try:
-        loaded = load_examples(str(data.test), data, labels)
+        loaded = load_examples(str(data.test), data, labels, "data.test")
     except DataError as error:
         if not str(data.test).startswith(HUB):
             raise

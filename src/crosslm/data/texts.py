@@ -19,6 +19,7 @@ from crosslm.data.rows import csv_rows, is_text, json_rows
 from crosslm.errors import DataError
 from crosslm.support.files import expanded
 
+ANY_KEY = "the configuration"
 NAMED_ROWS = 5
 OWN_TEXT = "package:crosslm"
 """The name of a plain text that is installed with crosslm: a page of English on many matters."""
@@ -49,7 +50,7 @@ class Loaded:
         return [f"{self.source}: {_counted(rows)} left out: {why}" for why, rows in (*kinds, *skipped) if rows]
 
 
-def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
+def load_examples(name: str, data: DataConfig, labels: Sequence[str], key: str = ANY_KEY) -> Loaded:
     """Rows of one file or hub dataset; rows without text or that are not UTF-8 are left out and counted.
 
     Args:
@@ -57,11 +58,12 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str]) -> Loaded:
             ``hf:DATASET[/CONFIG]:SPLIT``.
         data: folder, column names, and what the data call the labels (``label_names``).
         labels: the task's label names; a hub dataset's numbered labels are named by its features.
+        key: where the name stands in the configuration, for the message.
 
     Raises:
         DataError: not found, a column is missing, a label is not the task's, or rows are there and none can be used.
     """
-    source, rows = hub_rows(name, data) if name.startswith(HUB) else _file_rows(name, data)
+    source, rows = hub_rows(name, data) if name.startswith(HUB) else _file_rows(name, data, key)
     loaded = Loaded(Examples([], []), source)
     index = {label.strip(): place for place, label in enumerate(labels)}
     named = {theirs.strip(): ours.strip() for theirs, ours in data.label_names.items()}
@@ -135,8 +137,8 @@ def _columns(found: Iterable[str], wanted: str, data: DataConfig) -> str:
     return f"{told}; name yours in data.{'text_column' if wanted == data.text_column else 'label_column'}"
 
 
-def _file_rows(name: str, data: DataConfig) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
-    path = find_file(name, data)
+def _file_rows(name: str, data: DataConfig, key: str) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
+    path = find_file(name, data, key)
     text = read_text(path)
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind == ".csv":
@@ -214,8 +216,13 @@ def is_there(name: str, data: DataConfig) -> bool:
     return True
 
 
-def find_file(name: str, data: DataConfig) -> Path:
+def find_file(name: str, data: DataConfig, key: str = ANY_KEY) -> Path:
     """The file of this name in ``data.dir``, or the same with ``.gz``, or what is installed as :data:`OWN_TEXT`.
+
+    Args:
+        name: as in the configuration.
+        data: where it is.
+        key: where in the configuration, for the message.
 
     Raises:
         DataError: neither is there.
@@ -229,8 +236,8 @@ def find_file(name: str, data: DataConfig) -> Path:
     hint = " (packaged configurations bring no data; crosslm demo fetches those of demo)"
     is_packaged = path.parent in {file.parent for file in packaged().values()}
     raise DataError(
-        f"{path}: no such file; set data.dir or --data-dir to the folder that it is in, or name another file in the "
-        f"configuration (--set data.train=FILE, for one){hint if is_packaged else ''}"
+        f"{path}: no such file; set data.dir or --data-dir to the folder that it is in, or name another file in "
+        f"{key}{hint if is_packaged else ''}"
     )
 
 

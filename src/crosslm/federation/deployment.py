@@ -221,7 +221,9 @@ class Deployment:
 
         def read(arrival: Arrival) -> Upload:
             if self.spool.tries_to_close(arrival.silo) >= MOST_TRIES:
-                raise FederationError(f"the server ended {MOST_TRIES} times while it taught {arrival.silo} in the end")
+                raise FederationError(
+                    f"the server ended {MOST_TRIES} times while it taught {arrival.silo} in the end; look at its logs"
+                )
             self.spool.begin_closing(arrival.silo)
             self.spool.works_on(f"{arrival.silo}, in the end")
             return decode_upload(self.spool.upload(arrival))

@@ -22,11 +22,11 @@ from crosslm.config import (
     SelectionConfig,
     SLMSpec,
 )
-from crosslm.config_file import explain, load
+from crosslm.config_file import causes, explain, load
 from crosslm.errors import FederationError
 from crosslm.runs.rundir import KIT_FILE, LOCK
 from crosslm.sections.privacy import NO_ACCEPTANCE
-from crosslm.sections.section import Positive, Section
+from crosslm.sections.section import Device, Positive, Section
 from crosslm.support.files import alone, missing
 
 KIT = "CROSSLM_KIT"
@@ -85,7 +85,7 @@ class SiloSettings(Section):
     """HOST:PORT of the server's gateway."""
     labels: tuple[str, ...] = Field(min_length=2)
     seed: Annotated[int, Field(ge=0)] = 0
-    device: str = "auto"
+    device: Device = "auto"
     runtime_port: Port = 9094
     """Port on the loopback interface for Flower's SuperNode; each silo on a machine needs its own."""
     wire_dtype: Literal["float32", "float16"] = "float32"
@@ -198,4 +198,4 @@ def _read(kit: Path, name: str, kind: type[Kit]) -> Kit:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FederationError(f"{path}: cannot be read as a TOML file: {error}; mend it") from error
     except ValidationError as error:
-        raise FederationError("\n".join(explain(str(path), entry, kind) for entry in error.errors())) from None
+        raise FederationError("\n".join(explain(str(path), entry, kind) for entry in causes(error))) from None

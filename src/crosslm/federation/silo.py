@@ -52,7 +52,7 @@ class Silo(SiloModels):
         if number < self.installed:
             raise FederationError(
                 f"silo {self.settings.id}: round {number} is complete and what was sent in it is not kept any more; "
-                "nothing is trained for it again"
+                "nothing is trained for it again: put its file back from a copy of the kit, if the server needs it"
             )
         self.now("training", number)
         client = self.client()

@@ -9,6 +9,7 @@ from crosslm import evaluate
 from crosslm.config import Config
 from crosslm.data.examples import Examples
 from crosslm.federation.spool import Spool
+from crosslm.models.dtypes import fit_dtype
 from crosslm.privacy.bounds import privacy_summary
 from crosslm.runs import arrivals
 from crosslm.runs.measures import LLM_MEASURES, peak_memory_bytes
@@ -49,7 +50,9 @@ def summary_of(
         "seed": config.seed,
         "engine": ENGINE,
         "versions": versions(),
+        "device": config.device,
         "llm_dtype": counted["llm_dtype"],
+        "slm_dtype": {"synthetic": str(fit_dtype(config.slm.synthetic, config.device)).removeprefix("torch.")},
         "seconds": {**counted["seconds"], "total": round(events[-1]["time"] - began, 2)},
         "slm": {method: _with_mean(served, accuracy.get(method, {})) for method in METHODS},
         "confusion": {method: _confusion(run, method, accuracy.get(method, {}), served, config) for method in METHODS},

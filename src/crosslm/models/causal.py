@@ -19,6 +19,25 @@ from crosslm.models.tokens import load_tokenizer
 CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """What models call that which they do to their logits beyond ``hidden @ weight.T``; 1 is nothing."""
 
+ENCODERS = frozenset(
+    {
+        "albert",
+        "bert",
+        "camembert",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "ernie",
+        "mobilebert",
+        "modernbert",
+        "mpnet",
+        "roberta",
+        "xlm-roberta",
+    }
+)
+"""Types of classifiers and sentence encoders: transformers gives some of them a head for words, which writes none."""
+
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What models call the number of their experts, whose weights are in one tensor that no linear layer has."""
 
@@ -51,6 +70,11 @@ def check_causal(folder: str, name: str) -> None:
     """
     with loading(_not_loaded(folder, name)):
         about = AutoConfig.from_pretrained(folder)
+    if about.model_type in ENCODERS:
+        raise ModelError(
+            f"llm.model {name!r} is an encoder ({about.model_type}), which writes no text; choose a GPT-2, Llama or "
+            "Gemma 3 model"
+        )
     if getattr(about, "vision_config", None) is not None:
         raise ModelError(
             f"llm.model {name!r} reads pictures too, which crosslm does not support; choose a model of text "

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from crosslm.sections.models import FitConfig
+
 
 def fast_dtype(device: str) -> torch.dtype:
     """What ``dtype = "auto"`` means on a device: bfloat16 where it multiplies in it, and float32 elsewhere."""
@@ -15,3 +17,8 @@ def fast_dtype(device: str) -> torch.dtype:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     multiplies = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if multiplies else torch.float32
+
+
+def fit_dtype(config: FitConfig, device: str) -> torch.dtype:
+    """In which numbers an SLM's training multiplies on a device."""
+    return fast_dtype(device) if config.dtype == "auto" else torch.float32

@@ -60,7 +60,7 @@ def pretrained_classifier(
         config = AutoConfig.from_pretrained(folder)
         outputs = config.num_labels
         if num_hidden_layers is not None:
-            _keep_layers(config, num_hidden_layers, folder)
+            _keep_layers(config, num_hidden_layers, f"SLM {folder!r}")
         ordered = _in_its_order(config.id2label, labels, folder)
         config.id2label = dict(enumerate(ordered))
         config.label2id = {label: index for index, label in enumerate(ordered)}
@@ -97,7 +97,7 @@ def untrained_state(folder: str, spec: SLMSpec, labels: Sequence[str], max_lengt
     with loading(f"SLM {folder!r} (slm.models, or a client's own) cannot be loaded as a sequence classifier"):
         config = AutoConfig.from_pretrained(folder)
         if spec.num_hidden_layers is not None:
-            _keep_layers(config, spec.num_hidden_layers, folder)
+            _keep_layers(config, spec.num_hidden_layers, f"SLM {folder!r}")
         config.id2label = dict(enumerate(labels))
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -161,7 +161,7 @@ def check_spec(folder: str, spec: SLMSpec, who: str) -> None:
     with loading(f"{who}: SLM {folder!r} cannot be loaded"):
         config = AutoConfig.from_pretrained(folder)
     if spec.num_hidden_layers is not None:
-        _keep_layers(config, spec.num_hidden_layers, folder)
+        _keep_layers(config, spec.num_hidden_layers, f"{who}: SLM {folder!r}")
     if spec.pooling == "mean":
         check_pooling(config.model_type, who)
 
@@ -205,10 +205,10 @@ def _say_once(message: str) -> None:
     logger.warning(message)
 
 
-def _keep_layers(config: Any, layers: int, folder: str) -> None:
+def _keep_layers(config: Any, layers: int, what: str) -> None:
     has = getattr(config, "num_hidden_layers", None)
     if has is None or layers > has:
-        raise ModelError(f"SLM {folder!r} has {has} hidden layers; num_hidden_layers = {layers} must be no more")
+        raise ModelError(f"{what} has {has} hidden layers; num_hidden_layers = {layers} must be no more")
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):  # one for each layer, of ModernBERT, Qwen and Gemma 3
         config.layer_types = list(config.layer_types)[:layers]

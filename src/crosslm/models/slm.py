@@ -19,7 +19,7 @@ from crosslm.config import Config, FitConfig, SLMSpec
 from crosslm.data.examples import Examples
 from crosslm.models.architecture import longest_text, output_layer, travelling
 from crosslm.models.batches import batches, hold_out
-from crosslm.models.dtypes import fast_dtype
+from crosslm.models.dtypes import fit_dtype
 from crosslm.models.pretrained import (
     agree_on_padding,
     pretrained_classifier,
@@ -330,7 +330,7 @@ class SLM:
     ) -> float:
         self.model.train()
         total, device = 0.0, self.device.type
-        dtype = fast_dtype(device) if config.dtype == "auto" else torch.float32
+        dtype = fit_dtype(config, device)
         for batch in batches(rows, config.batch_size, generator):
             with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = self.losses([rows[row] for row in batch], targets[batch]).mean()

@@ -113,15 +113,15 @@ def budget(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int, who:
 
 def data(config: Config) -> Iterator[tuple[Finding, str | None]]:
     """What each file holds; with a finding of a silo that can be used, its name."""
-    named: list[tuple[str, str, str | None]] = []  # a file of test rows has no client
+    named: list[tuple[str, str, str, str | None]] = []  # a file of test rows has no client
     for silo in config.clients:
-        named.append((f"client {silo.id}", silo.train, silo.id))
+        named.append((f"client {silo.id}", f"clients.{silo.id}.train", silo.train, silo.id))
         if silo.test:
-            named.append((f"client {silo.id}, test", silo.test, None))
+            named.append((f"client {silo.id}, test", f"clients.{silo.id}.test", silo.test, None))
     failed = False
-    for subject, name, client in [*named, ("data.test", str(config.data.test), None)]:
+    for subject, key, name, client in [*named, ("data.test", "data.test", str(config.data.test), None)]:
         try:
-            loaded = load_examples(name, config.data, config.task.labels)
+            loaded = load_examples(name, config.data, config.task.labels, key)
         except DataError as error:
             failed = True
             yield Finding("error", subject, str(error)), client
@@ -185,11 +185,12 @@ def models(
 
 def vocabulary_texts(config: Config) -> Iterator[Finding]:
     """Which texts that the LLM's vocabulary is trimmed to are not there."""
+    key = "llm.vocabulary_texts"
     for name in config.llm.vocabulary_texts:
         try:
-            check_model(name, "llm.vocabulary_texts") if name.startswith(PREFIX) else find_file(name, config.data)
+            check_model(name, key) if name.startswith(PREFIX) else find_file(name, config.data, key)
         except CrosslmError as error:
-            yield Finding("error", "llm.vocabulary_texts", str(error))
+            yield Finding("error", key, str(error))
 
 
 def find_models(

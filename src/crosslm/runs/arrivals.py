@@ -7,6 +7,7 @@ pleases the client's SLM and not what the label means.
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,8 @@ def write_step(
 def text_measures(record: StepRecord, task: Task) -> dict[str, float]:
     """Mean reward, diversity, length, label-word echo, distinct-n and self-similarity of a step's texts, and numbers.
 
-    Where the SLM had no say there are no drafts. Self-similarity is the mean cosine of a text with the text most like
+    Where the SLM had no say there are no drafts. ``removed/REASON`` counts what the LLM wrote besides and nobody could
+    use. Self-similarity is the mean cosine of a text with the text most like
     it, ``1 - mean(D_j)`` of Eq. 10.
     """
     texts, learned = record.pool.texts, {}
@@ -64,8 +66,10 @@ def text_measures(record: StepRecord, task: Task) -> dict[str, float]:
             "reward/drafts": float(sum(rewards.mean() for _, rewards in record.drafts) / len(record.drafts)),
             "texts/drafts": float(sum(len(drafts.samples) for drafts, _ in record.drafts)),
         }
+    removed = sum((Counter(texts.removed) for texts in record.written), Counter[str]())
     return {
         **learned,
+        **{f"removed/{reason}": float(count) for reason, count in removed.items()},
         "reward/pool": sum(receipt.reward for receipt in record.receipts) / len(record.receipts),
         "diversity/pool": sum(receipt.diversity for receipt in record.receipts) / len(record.receipts),
         "distinct_2/pool": distinct_ngrams(texts),

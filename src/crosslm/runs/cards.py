@@ -12,7 +12,7 @@ from crosslm.privacy.bounds import how_told, in_words, of_earlier_run
 from crosslm.runs.rundir import RunDir
 
 TAGS = ["crosslm", "federated-learning", "synthetic-data"]
-METHOD_WORDS = {"standalone": "private text only", "data_free_kd": "data-free KD", "crosslm": "CrossLM (this model)"}
+METHOD_WORDS = {"standalone": "private text only", "data_free_kd": "data-free KD", "crosslm": "CrossLM"}
 MEASURES = {
     "nlu_accuracy": "classifies test text right",
     "nlg_accuracy": "writes to the label, say the clients' classifiers",
@@ -61,7 +61,7 @@ def _judges(client: str, summary: Mapping[str, Any]) -> str:
     return "others had judged" if client in _without_a_say(summary) else "this classifier itself had judged"
 
 
-def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, Any]) -> str:
+def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, Any], own: bool = False) -> str:
     """The card of a client's enhanced classifier.
 
     Args:
@@ -69,19 +69,27 @@ def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, A
         selected: synthetic texts that it was trained on in its last step.
         config: of the run.
         summary: what ``summary.json`` holds.
+        own: the card of the one that it uploaded, and kept.
     """
     about = summary["clients"][client]
     measured = {method: summary["slm"][method].get(client) for method in METHOD_WORDS}
+    this = "standalone" if own else "crosslm"
+    how = f"first on private text, then on text that a language model wrote and that {_judges(client, summary)}"
+    if own:
+        how = "on private text. Its owner kept it: the one that came back was no better there"
+    elif not (about.get("decision") or {}).get("accepted", True):
+        how += ". **Its owner did not accept it, and uses the one that it had before**"
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=TAGS,
         base_model=_hub_id(about["model"]["model"]) if about["model"]["model"] else None,
         model_name=f"{config.name}-{client}",
-        eval_results=_results(config, client, measured["crosslm"]),
+        eval_results=_results(config, client, measured[this]),
     )
     rows = in_words(list(about["rows"]), list(about["rows"].values()))
-    known = [(METHOD_WORDS[method], f"{value:.3f}") for method, value in measured.items() if value is not None]
+    words = {method: f"{name} (this model)" if method == this else name for method, name in METHOD_WORDS.items()}
+    known = [(words[method], f"{value:.3f}") for method, value in measured.items() if value is not None]
     accuracy = "Measured at the silo, not known to the server that wrote this card."
     if known:
         accuracy = (
@@ -94,8 +102,7 @@ def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, A
 
 # {config.name}: the classifier of {client}
 
-Tells these labels apart: {_listed(config.task.labels)}. It was trained with {PAPER}: first on private text, then on
-text that a language model wrote and that {_judges(client, summary)}.
+Tells these labels apart: {_listed(config.task.labels)}. It was trained with {PAPER}: {how}.
 
 ```python
 from transformers import pipeline

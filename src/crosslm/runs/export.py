@@ -63,7 +63,11 @@ def export_run(run: Run, dest: str | Path, parts: Iterable[str] = PARTS, merged_
     with made_beside(target.resolve()) as work:
         if "slm" in wanted:
             for client in run.clients:
-                exported.append(Exported(_copied(run.slm_folder(client), work / "slm" / client), f"slm-{client}"))
+                folder = _copied(run.slm_folder(client), work / "slm" / client)
+                if run.kept_its_own(client):
+                    card = cards.slm_card(client, 0, run.config, run.summary, own=True)
+                    (folder / "README.md").write_text(card, encoding="utf-8")
+                exported.append(Exported(folder, f"slm-{client}"))
         if "llm" in wanted:
             exported.append(Exported(_llm(run, work / "llm"), "llm"))
         if merged_llm:

@@ -87,21 +87,27 @@ class Run:
         """Those that got an enhanced SLM, sorted by name."""
         return tuple(sorted(set(self.summary["slm"]["crosslm"]) - {"mean"}))
 
-    def slm_folder(self, client: str, own: bool = False) -> Path:
-        """Folder of a client's enhanced SLM, for any ``from_pretrained``; ``own``: of the one that it uploaded last.
+    def slm_folder(self, client: str, own: bool | None = None) -> Path:
+        """Folder of the SLM that a client goes on with, for any ``from_pretrained``.
+
+        Args:
+            client: whose.
+            own: True: the one that it uploaded last; False: the one that came back; None: this one, or its own if it
+                did not accept this one (:meth:`kept_its_own`).
 
         Raises:
             RunError: the run has no such client, or has not kept what it uploaded.
         """
         if client not in self.clients:
             raise RunError(f"{self.path}: has no client {client!r}; its clients are: {', '.join(self.clients)}")
+        own = self.kept_its_own(client) if own is None else own
         folder = self.path / ("uploads" if own else "slm") / client
         if own and not folder.is_dir():
             raise RunError(f"{folder}: is not there; between machines a silo has its own: name its kit")
         return folder
 
-    def slm(self, client: str, own: bool = False) -> SLM:
-        """A client's enhanced SLM, its labels in the task's order; ``own``: the one that it uploaded last.
+    def slm(self, client: str, own: bool | None = None) -> SLM:
+        """A client's SLM, of :meth:`slm_folder`, its labels in the task's order.
 
         Raises:
             RunError: the run has no such client, or has not kept what it uploaded.
@@ -147,7 +153,7 @@ class Run:
         return LLM.load_trained(self.original_llm(display), str(self.llm_folder), self.config.llm, self.config.device)
 
     def predict(self, client: str, texts: Sequence[str]) -> list[Prediction]:
-        """What a client's enhanced SLM says of each text.
+        """What the SLM that a client goes on with says of each text.
 
         Raises:
             CrosslmError: as :meth:`slm`.

@@ -71,7 +71,7 @@ def public_texts(config: Config, warn: Callable[[str], None] = lambda _: None) -
     """
     if not config.gate.public_texts:
         return Examples([], [])
-    loaded = load_examples(config.gate.public_texts, config.data, config.task.labels)
+    loaded = load_examples(config.gate.public_texts, config.data, config.task.labels, "gate.public_texts")
     for line in loaded.warnings():
         warn(line)
     return loaded.examples
@@ -200,7 +200,9 @@ def original_llm(config: Config, cache: Path, on_news: Callable[[str], None]) ->
             check_model(name, "llm.vocabulary_texts")
             texts += tokenizer_words(model_folder(name, cache, on_news))
         else:
-            texts += readable_lines(find_file(name, config.data), lambda line: on_news(f"warning: {line}"))
+            texts += readable_lines(
+                find_file(name, config.data, "llm.vocabulary_texts"), lambda line: on_news(f"warning: {line}")
+            )
     folder = model_folder(config.llm.model, cache, on_news)
     check_causal(folder, config.llm.model)
     if texts:
@@ -250,7 +252,7 @@ def perplexity_text_of(config: Config) -> str | None:
     """
     if config.evaluation.perplexity_text is None:
         return None
-    return whole_text(find_file(config.evaluation.perplexity_text, config.data))
+    return whole_text(find_file(config.evaluation.perplexity_text, config.data, "evaluation.perplexity_text"))
 
 
 def measured_on(config: Config) -> tuple[Examples | None, str | None]:

@@ -38,7 +38,7 @@ def evaluate_run(run: RunDir, cache: Path, display: Display | None = None) -> di
     else:
         split, perplexity_text = load_split(config), perplexity_text_of(config)
         test, tests = split.test, split.tests
-    slms = {client: finished.slm(client) for client in finished.clients}
+    slms = {client: finished.slm(client, own=False) for client in finished.clients}
     measures = {f"slm/accuracy/{client}": slms[client].accuracy(tests[client]) for client in slms if client in tests}
     llm = finished.llm(display)
     if test is None:

@@ -1,12 +1,22 @@
 """What every section of the configuration is, and the kinds of values that several have."""
 
+import re
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+def _known_device(name: str) -> str:
+    if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", name):
+        raise ValueError("must be auto, cpu, cuda, mps or xpu, or one of several, like cuda:1")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_known_device)]
 
 
 class Section(BaseModel):

@@ -65,7 +65,9 @@ def pulled(grid: Grid, message_id: str, most: int) -> Message | None:
     except (UploadError, httpx.HTTPError, OSError):
         raise
     except (MemoryError, RuntimeError) as error:  # Flower also starts threads for it
-        raise ShortageError(f"no room for its reply here: {type(error).__name__}: {error}") from error
+        raise ShortageError(
+            f"there is no room for its reply: {type(error).__name__}: {error}; this machine must have room for it"
+        ) from error
     except Exception as error:  # Flower puts the message together here, from parts that the silo made
         raise _unusable(f"cannot be put together: {type(error).__name__}: {error}") from error
     return next((reply for reply in replies if reply.metadata.reply_to_message_id == message_id), None)
