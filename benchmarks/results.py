@@ -519,7 +519,7 @@ NAMES = {
 }
 EARLIER_NAMES = {
     "demo": "The demo on a processor that multiplies in bfloat16, before step 3 wrote spare texts and with pools of "
-    "384 texts at each arrival, twice as many as now (the tree was not as committed: its changes are commit `3e0bb5109f`)",
+    "384 texts at each arrival, twice as many as now (the tree was not as committed: its changes are in `3e0bb5109f`)",
     "demo-avx2-no-spares": "The demo without bfloat16, before step 3 wrote spare texts",
     "demo-at-once": "The demo without `federation.closing`, with pools of 512 texts",
     "demo-float32": "The demo with the LLM in float32, beside other work, so that its minutes say nothing",

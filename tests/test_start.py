@@ -441,12 +441,45 @@ def test_no_weights_are_read(shell, workplace, monkeypatch):
     assert shell("doctor", workplace / "tickets.toml")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("part", "advice"),
+    [
+        (
+            "classifiers",
+            "lower slm.max_length, or batch_size in slm.private and slm.synthetic, or choose smaller models",
+        ),
+        ("writing texts", "lower synthesis.batch_size, or choose smaller models"),
+        ("updating the LLM", "lower llm.micro_batch_size, or choose smaller models"),
+        ("LLM", "free; choose smaller models"),
+    ],
+)
+def test_what_needs_most_memory_is_what_is_to_be_made_smaller(shell, workplace, monkeypatch, part, advice):
+    monkeypatch.setattr(doctor, "available", lambda _: 10**6)
+    monkeypatch.setattr(doctor, "estimate", lambda *_: memory.Estimate({"encoder": 10**5, part: 10**6}))
+    assert advice in shell("doctor", workplace / "tickets.toml")[1]
+
+
+def test_what_a_classifier_cannot_read_of_its_texts_is_told(shell, workplace, tmp_path):
+    shutil.copytree(workplace, tmp_path / "own", ignore=shutil.ignore_patterns("runs"))
+    workplace = tmp_path / "own"
+    (workplace / "north.csv").write_text("text,label\n" + "\u6211\u9700\u8981,urgent\n\u5e2e\u52a9,routine\n" * 12)
+    (workplace / "south.csv").write_text("text,label\n" + f"{'a good film ' * 40},urgent\na bad film,routine\n" * 12)
+    rare = "".join(f"text {row},{'urgent' if row < 2 else 'routine'}\n" for row in range(60))
+    (workplace / "test.csv").write_text("text,label\n" + rare)
+    out = shell("doctor", workplace / "tickets.toml")[1]
+    assert "client north: 100% of the tokens of its texts are unknown to its classifier: choose one of their" in out
+    assert "client south: 12 of 24 texts are longer than the 32 tokens that its classifier reads of each: raise" in out
+    assert "(routine 58, urgent 2); fewer than 10 of urgent: add more" in out
+    out = shell("doctor", workplace / "tickets.toml", "--set", "slm.max_length=4000")[1]
+    assert "the 64 tokens that its classifier reads of each" in out  # it has no more
+
+
 def test_little_memory_and_little_disk_are_warned_of(shell, workplace, monkeypatch):
     monkeypatch.setattr(doctor, "available", lambda _: 10**6)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 10**6))
     code, out, _ = shell("doctor", workplace / "tickets.toml")
     assert code == 0
-    assert "lower synthesis.batch_size and llm.micro_batch_size" in out
+    assert "GiB free; choose smaller models" in out
     assert "2.0 GiB is a good reserve: make room" in out
 
 

@@ -115,8 +115,10 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
     yield _listens(kit, "127.0.0.1", settings.runtime_port, "choose another runtime_port in silo.toml")
     yield machine.device(settings.device)
     left_out: list[str] = []
+    texts: list[str] = []
     try:
         private = silo.private(left_out.append)
+        texts = private.texts
         yield doctor.count_rows("data", settings.data.train, private, settings.labels)
         agreed, who = settings.max_participations, f"silo {settings.id}"
         yield from doctor.budget(len(private), settings.fit, settings.privacy, agreed, who)
@@ -136,6 +138,8 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
     yield from doctor.find_models(named, folders, cache, on_news)
     if settings.slm.model in folders:
         yield _classifier(settings, folders[settings.slm.model])
+        who, folder = f"silo {settings.id}", folders[settings.slm.model]
+        yield from doctor.reading(who, folder, settings.max_length, texts)
 
 
 def _program(name: str) -> Finding:

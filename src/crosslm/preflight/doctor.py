@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from crosslm.config import Config, FitConfig, PrivacyConfig, SLMSpec
 from crosslm.config_file import load
 from crosslm.data.examples import Examples
-from crosslm.data.split import SAMPLE, load_split, seen_before
+from crosslm.data.split import SAMPLE, load_split, not_independent, seen_before
 from crosslm.data.texts import find_file, load_examples
 from crosslm.errors import CrosslmError, DataError
 from crosslm.federation.intake import Intake
@@ -33,6 +35,14 @@ from crosslm.task import Task
 
 FEW_ROWS = 10  # of a label; fewer teach a classifier little
 FEW_TEST_ROWS = 50  # of which each is two points of accuracy
+LOOKED_AT = 200  # of a client's texts, for how its classifier reads them
+MANY_UNKNOWN, MANY_CUT = 0.05, 0.5  # shares of tokens and texts from which on that is told
+SMALLER = {
+    "writing texts": "lower synthesis.batch_size",
+    "updating the LLM": "lower llm.micro_batch_size",
+    "classifiers": "lower slm.max_length, or batch_size in slm.private and slm.synthetic",
+}
+"""What needs less memory, by the part that needs it."""
 
 
 def examine(
@@ -72,10 +82,11 @@ def examine(
     yield there
     yield from trackers(config)
     yield from private(config.privacy)
-    silos = list(data(config))
+    private_rows: dict[str, Examples] = {}
+    silos = list(data(config, private_rows))
     yield from (finding for finding, _ in silos)
     clients = [name for _, name in silos if name]
-    yield from models(config, clients, cache, on_news, memory_too=there.level != "error")
+    yield from models(config, clients, private_rows, cache, on_news, memory_too=there.level != "error")
 
 
 def trackers(config: Config) -> Iterator[Finding]:
@@ -111,8 +122,13 @@ def budget(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int, who:
         yield from [Finding("warning", "privacy", doubt)] if doubt else []
 
 
-def data(config: Config) -> Iterator[tuple[Finding, str | None]]:
-    """What each file holds; with a finding of a silo that can be used, its name."""
+def data(config: Config, private_rows: dict[str, Examples]) -> Iterator[tuple[Finding, str | None]]:
+    """What each file holds; with a finding of a silo that can be used, its name.
+
+    Args:
+        config: of the run.
+        private_rows: gets the rows of each client, if all can be read.
+    """
     named: list[tuple[str, str, str, str | None]] = []  # a file of test rows has no client
     for silo in config.clients:
         named.append((f"client {silo.id}", f"clients.{silo.id}.train", silo.train, silo.id))
@@ -137,8 +153,10 @@ def data(config: Config) -> Iterator[tuple[Finding, str | None]]:
     except DataError as error:
         yield Finding("error", "data", str(error)), None
         return
+    private_rows |= split.private
     trained = {f"client {client}": rows for client, rows in split.private.items()} | {"the judge": split.judge}
-    yield from ((Finding("warning", "data", line), None) for line in seen_before(split.tests, split.test, trained))
+    doubts = [*seen_before(split.tests, split.test, trained), *not_independent(split.judge, split.private)]
+    yield from ((Finding("warning", "data", line), None) for line in doubts)
     for client, examples in split.private.items():
         uploads, who = config.federation.participations, f"client {client}"
         found = budget(len(examples), config.slm.private, config.privacy, uploads, who)
@@ -152,9 +170,14 @@ def data(config: Config) -> Iterator[tuple[Finding, str | None]]:
 
 
 def models(
-    config: Config, clients: list[str], cache: Path, on_news: Callable[[str], None], memory_too: bool
+    config: Config,
+    clients: list[str],
+    private_rows: Mapping[str, Examples],
+    cache: Path,
+    on_news: Callable[[str], None],
+    memory_too: bool,
 ) -> Iterator[Finding]:
-    """Whether every model is there, the labels' words can be told apart, and memory will do."""
+    """Whether every model is there and reads what it is to, the labels' words can be told apart, and memory will do."""
     named = {"llm.model": config.llm.model, "selection.encoder": config.selection.encoder}
     named |= {f"slm.models.{place}": spec.model for place, spec in enumerate(config.slm.models)}
     named |= {f"clients.{client.id}.model": client.model for client in config.clients if client.model}
@@ -178,9 +201,36 @@ def models(
             yield Finding("error", "model", str(error))
         else:
             yield Finding("ok", f"client {client}", f"trains {describe_spec(spec)}")
+            if client in private_rows:
+                yield from reading(who, folders[spec.model], config.slm.max_length, private_rows[client].texts)
     if memory_too and specs and set(folders) == set(named.values()):
         slms = [folders[spec.model] for spec in specs.values()]
         yield memory(config, folders[config.llm.model], slms, folders[config.selection.encoder])
+
+
+def reading(who: str, folder: str, max_length: int, texts: Sequence[str]) -> Iterator[Finding]:
+    """Whether a classifier's tokenizer knows the words of its texts, and how many it reads to their ends.
+
+    Args:
+        who: has the texts.
+        folder: of its classifier.
+        max_length: tokens of a text that are read (``slm.max_length``).
+        texts: of which the first few hundred are looked at.
+    """
+    texts, tokenizer = texts[:LOOKED_AT], load_tokenizer(folder, folder, who)
+    longest = min(max_length, getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", max_length))
+    tokens = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    unknown = sum(row.count(tokenizer.unk_token_id) for row in tokens) / max(1, sum(map(len, tokens)))
+    if unknown >= MANY_UNKNOWN:
+        yield Finding(
+            "warning",
+            who,
+            f"{unknown:.0%} of the tokens of its texts are unknown to its classifier: choose one of their language",
+        )
+    cut = sum(len(tokenizer.encode(text)) > longest for text in texts)
+    if cut >= MANY_CUT * len(texts):
+        message = f"{cut} of {len(texts)} texts are longer than the {longest} tokens that its classifier reads of each"
+        yield Finding("warning", who, f"{message}: raise slm.max_length if it can read more, or put what matters first")
 
 
 def vocabulary_texts(config: Config) -> Iterator[Finding]:
@@ -234,7 +284,7 @@ def count_rows(subject: str, source: str, examples: Examples, labels: Sequence[s
             "warning", subject, f"{message}; one row is {100 / len(examples):.0f} points of accuracy: add more"
         )
     few = [label for label, count in counts.items() if count < FEW_ROWS]
-    if few and not test:
+    if few:
         return Finding("warning", subject, f"{message}; fewer than {FEW_ROWS} of {', '.join(few)}: add more")
     return Finding("ok", subject, message)
 
@@ -306,6 +356,7 @@ def memory(config: Config, llm: str, slms: list[str], encoder: str) -> Finding:
     parts = ", ".join(f"{what} {in_gib(size)}" for what, size in need.parts.items())
     message = f"some {in_gib(need.total)} needed (a high estimate: {parts}), {in_gib(free)} free"
     if need.total > free:
-        what = "lower synthesis.batch_size and llm.micro_batch_size, or choose smaller models"
-        return Finding("warning", "memory", f"{message}; {what}")
+        largest = max(need.parts, key=lambda part: need.parts[part])
+        what = f"{SMALLER[largest]}, or choose" if largest in SMALLER else "choose"
+        return Finding("warning", "memory", f"{message}; {what} smaller models")
     return Finding("ok", "memory", message)

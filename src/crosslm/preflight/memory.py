@@ -41,6 +41,8 @@ class Shape:
     heads: int
     key_value: int
     """Numbers that the cache keeps of a token in a layer, keys and values together."""
+    positions: int | None = None
+    """Tokens of a text that it reads at most, if it says so."""
 
     @classmethod
     def of(cls, folder: str, causal: bool = True) -> "Shape":
@@ -69,6 +71,7 @@ class Shape:
             getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * hidden,
             heads,
             2 * head * (getattr(config, "num_key_value_heads", None) or heads),
+            getattr(config, "max_position_embeddings", None),
         )
 
 
@@ -118,7 +121,7 @@ def estimate(config: Config, llm: Shape, slms: Sequence[Shape], encoder: Shape) 
     # of each client: its own, the one that it uploaded; and one in training: gradients, two moments, an upload; a judge
     classifiers = 2 * sum(shape.parameters for shape in slms) + (6 + judging) * largest.parameters
     batch = max(config.slm.private.batch_size, config.slm.synthetic.batch_size)
-    training = batch * activations(largest, config.slm.max_length) * 4
+    training = batch * activations(largest, min(config.slm.max_length, largest.positions or config.slm.max_length)) * 4
     parts = {
         "Python and its libraries": PROCESS,
         "LLM": copies * size,
