@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zipfile
 from collections import Counter
 
 import pytest
@@ -90,6 +91,10 @@ def test_a_file_of_another_encoding_is_named_as_such(tmp_path, data):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=rf"{name}: is UTF-16 and must be UTF-8"):
             load_examples(name, data, LABELS)
+    with zipfile.ZipFile(tmp_path / "z.csv", "w") as book:  # as a spreadsheet keeps its own, under another name
+        book.writestr("xl/workbook.xml", "")
+    with pytest.raises(DataError, match=r"z\.csv: is a spreadsheet's own file .* save as CSV UTF-8"):
+        load_examples("z.csv", data, LABELS)
 
 
 def test_spaces_around_names_of_columns_and_labels_do_not_count(tmp_path, data):

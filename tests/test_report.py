@@ -110,7 +110,7 @@ def test_what_the_gains_come_to_is_said_in_words(tmp_path):
     north, south, west, mean, kd, last = verdicts(view_of(folder))
     assert north.startswith("north: better, +20.0 points [+1")
     assert south.startswith("south: worse, -10.0 points [-1")
-    assert south.endswith("The one that it had found more: crosslm predict RUN --client south --own.")
+    assert south.endswith("Its own was right more often; to use that: crosslm predict RUN --client south --own.")
     assert west.startswith("west: no clear change, +0.0 points [-")
     assert not west.endswith("--own.")
     assert mean.startswith("Mean of the clients: no clear change, +3.3 points [-")

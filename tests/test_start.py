@@ -460,17 +460,16 @@ def test_what_needs_most_memory_is_what_is_to_be_made_smaller(shell, workplace, 
 
 
 def test_what_a_classifier_cannot_read_of_its_texts_is_told(shell, workplace, tmp_path):
-    shutil.copytree(workplace, tmp_path / "own", ignore=shutil.ignore_patterns("runs"))
-    workplace = tmp_path / "own"
-    (workplace / "north.csv").write_text("text,label\n" + "\u6211\u9700\u8981,urgent\n\u5e2e\u52a9,routine\n" * 12)
-    (workplace / "south.csv").write_text("text,label\n" + f"{'a good film ' * 40},urgent\na bad film,routine\n" * 12)
+    (tmp_path / "north.csv").write_text("text,label\n" + "\u6211\u9700\u8981,urgent\n\u5e2e\u52a9,routine\n" * 12)
+    (tmp_path / "south.csv").write_text("text,label\n" + f"{'a good film ' * 40},urgent\na bad film,routine\n" * 12)
     rare = "".join(f"text {row},{'urgent' if row < 2 else 'routine'}\n" for row in range(60))
-    (workplace / "test.csv").write_text("text,label\n" + rare)
-    out = shell("doctor", workplace / "tickets.toml")[1]
+    (tmp_path / "test.csv").write_text("text,label\n" + rare)
+    command = ("doctor", workplace / "tickets.toml", "--data-dir", tmp_path)
+    out = shell(*command)[1]
     assert "client north: 100% of the tokens of its texts are unknown to its classifier: choose one of their" in out
     assert "client south: 12 of 24 texts are longer than the 32 tokens that its classifier reads of each: raise" in out
     assert "(routine 58, urgent 2); fewer than 10 of urgent: add more" in out
-    out = shell("doctor", workplace / "tickets.toml", "--set", "slm.max_length=4000")[1]
+    out = shell(*command, "--set", "slm.max_length=4000")[1]
     assert "the 64 tokens that its classifier reads of each" in out  # it has no more
 
 

@@ -145,7 +145,7 @@ def _file_rows(name: str, data: DataConfig, key: str) -> tuple[str, Iterator[tup
         return str(path), csv_rows(io.StringIO(text, newline=""), str(path), partial(_check_header, path, data))
     if kind == ".jsonl":
         return str(path), json_rows(text.split("\n"), str(path))
-    raise DataError(f"{path}: must be .csv, .csv.gz, .jsonl or .jsonl.gz")
+    raise DataError(f"{path}: must be .csv, .csv.gz, .jsonl or .jsonl.gz (in a spreadsheet: save as CSV UTF-8)")
 
 
 def _check_header(path: Path, data: DataConfig, header: list[str]) -> None:
@@ -167,6 +167,8 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
+        if content.startswith(b"PK\x03\x04"):
+            raise DataError(f"{path}: is a spreadsheet's own file (or a ZIP archive) and must be text: save as CSV UTF-8")
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise DataError(f"{path}: is UTF-16 and must be UTF-8; save it so (in a spreadsheet: CSV UTF-8)")
         return content.decode("utf-8-sig", "surrogateescape")

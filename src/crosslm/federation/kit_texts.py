@@ -78,8 +78,9 @@ done
 SERVER_README = """\
 # crosslm server of {experiment}
 
-1. `pip install '{wheel}[{extras}]'`, in the version of the silos: the wheel is made in crosslm's source folder by
-   `pip wheel --no-deps .`, and carried here.
+1. `pip install '{wheel}[{extras}]' --constraint constraints.txt`, in the version of the silos: the wheel is made in
+   crosslm's source folder by `pip wheel --no-deps .`, and carried here with `constraints.txt` of that folder, the
+   versions that were tested.
 2. Check `config.toml` (the task, the LLM) and `server.toml` (where to listen). Files that `config.toml` names for the
    server (`data.test`, `llm.vocabulary_texts`, `gate.public_texts`) belong into this folder; without the file of
    `data.test` no accuracy is known here. Files of silos (`clients.train`) do not belong here.
@@ -95,8 +96,9 @@ silos ask. `server.key` is this server's secret. Results come in `run/` (`crossl
 SILO_README = """\
 # crosslm silo {silo} of {experiment}
 
-1. `pip install '{wheel}[{extras}]'`, in the version of the server: whoever sent this kit has the wheel, which is made
-   in crosslm's source folder by `pip wheel --no-deps .`.
+1. `pip install '{wheel}[{extras}]' --constraint constraints.txt`, in the version of the server: whoever sent this kit
+   has both files: the wheel is made in crosslm's source folder by `pip wheel --no-deps .`, and `constraints.txt` of
+   that folder has the versions that were tested.
 2. Put your labelled text where `silo.toml` says (`data`), or change that. The server cannot see or change `silo.toml`.
    `data.test` may name a file of other labelled rows: nothing is learned of them, and nobody is told;
    `crosslm status .` says how many of them the classifier gets right before and after.

