@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from crosslm.cli import app
-from crosslm.cli.display import BarDisplay
+from crosslm.cli import display as display_module
+from crosslm.cli.display import BarDisplay, PlainDisplay
 from crosslm.federation.silo_news import closing_outcome, doing, outcome
 from crosslm.runs.report import label_table, uploads_table, waited_for
 from crosslm.runs.watch import sentence
@@ -99,3 +100,21 @@ def test_names_and_paths_are_no_markup_where_they_are_shown(call):
         assert not words or any(keyword.arg == "markup" for keyword in call.keywords), ast.unparse(call)
     else:
         assert ast.unparse(call.args[0]) not in ("client", "silo", "name", "label"), ast.unparse(call)
+
+
+def test_plain_lines_tell_rate_and_time_left(monkeypatch):
+    now, seen = [100.0], io.StringIO()
+    monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
+    display = PlainDisplay(Console(file=seen, width=40))
+    with display.stage("generate: north [good]", 300, "texts") as advance:
+        for seconds, done in ((10, 20), (10, 20), (10, 20), (20, 100)):
+            now[0] += seconds
+            advance(done)
+        now[0] += 14
+        advance(100)  # it is not yet time
+    assert seen.getvalue().splitlines() == [
+        "generate: north [good] (300 texts)",
+        "  generate: north [good]: 40/300 texts, 2.0/s, 130 s left",
+        "  generate: north [good]: 160/300 texts, 3.2/s, 44 s left",
+        "  done in 64.0 s",
+    ]

@@ -168,7 +168,9 @@ def read_text(path: Path) -> str:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
         if content.startswith(b"PK\x03\x04"):
-            raise DataError(f"{path}: is a spreadsheet's own file (or a ZIP archive) and must be text: save as CSV UTF-8")
+            raise DataError(
+                f"{path}: is a spreadsheet's own file (or a ZIP archive) and must be text: save as CSV UTF-8"
+            )
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise DataError(f"{path}: is UTF-16 and must be UTF-8; save it so (in a spreadsheet: CSV UTF-8)")
         return content.decode("utf-8-sig", "surrogateescape")
