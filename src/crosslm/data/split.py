@@ -110,12 +110,10 @@ def seen_before(
         tells_counts: whether it may be said how many.
     """
     tested = {text for rows in (*tests.values(), test) for text in rows.texts}
-    counts = {who: sum(text in tested for text in rows.texts) for who, rows in trained.items()}
     return [
         f"{who}: {count if tells_counts else 'some'} of its training rows {_are(count, tells_counts)} too, on which "
         "accuracies say little; take them out of one of both"
-        for who, count in counts.items()
-        if count
+        for who, count in _shared(trained, tested).items()
     ]
 
 
@@ -127,14 +125,17 @@ def not_independent(judge: Examples, private: Mapping[str, Examples], tells_coun
         private: of each client.
         tells_counts: whether it may be said how many.
     """
-    learned = set(judge.texts)
-    counts = {name: sum(text in learned for text in rows.texts) for name, rows in private.items()}
     return [
         f"the judge learns {count if tells_counts else 'some'} of the rows that client {name} has, and is no "
         "independent judge of what is learned from these; take them out of data.judge"
-        for name, count in counts.items()
-        if count
+        for name, count in _shared(private, set(judge.texts)).items()
     ]
+
+
+def _shared(rows: Mapping[str, Examples], texts: set[str]) -> dict[str, int]:
+    """How many of their rows are among these texts, for those who have any."""
+    counts = {who: sum(text in texts for text in examples.texts) for who, examples in rows.items()}
+    return {who: count for who, count in counts.items() if count}
 
 
 def _are(count: int, tells_counts: bool) -> str:

@@ -38,6 +38,8 @@ MODEL_TYPES = (
     "roberta",
     "xlm-roberta",
 )
+ENCODERS = frozenset(MODEL_TYPES) - {"gemma3_text", "gpt2", "llama", "qwen2", "qwen3"}
+"""Those that write no text: transformers gives some of them a head for words all the same."""
 NOT_COMPUTED = frozenset(
     {
         "_name_or_path",

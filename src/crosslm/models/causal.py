@@ -12,31 +12,13 @@ from transformers.pytorch_utils import Conv1D
 
 from crosslm.config import LLMConfig
 from crosslm.errors import ModelError
+from crosslm.models.architecture import ENCODERS
 from crosslm.models.dtypes import fast_dtype
 from crosslm.models.loading import loading
 from crosslm.models.tokens import load_tokenizer
 
 CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """What models call that which they do to their logits beyond ``hidden @ weight.T``; 1 is nothing."""
-
-ENCODERS = frozenset(
-    {
-        "albert",
-        "bert",
-        "camembert",
-        "deberta",
-        "deberta-v2",
-        "distilbert",
-        "electra",
-        "ernie",
-        "mobilebert",
-        "modernbert",
-        "mpnet",
-        "roberta",
-        "xlm-roberta",
-    }
-)
-"""Types of classifiers and sentence encoders: transformers gives some of them a head for words, which writes none."""
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What models call the number of their experts, whose weights are in one tensor that no linear layer has."""
