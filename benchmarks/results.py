@@ -590,7 +590,7 @@ of the classifiers for each dataset; points of accuracy, with 95 % intervals):
 | the LLM, classifying | {nlu_gain} |
 | the LLM, writing what fits the label, by a judge that it was not trained by | {nlg_judge_gain} |
 
-The second row is what the LLM's learning from the clients adds to classifiers: nothing clear. Of {clients} clients
+The second row is what the LLM's learning from the clients adds to classifiers: {clear}. Of {clients} clients
 {losers} end worse, by at most {worst:.1f} points. The price is the LLM's
 perplexity on other text, which rises by {growth:.0f} % where it rises most.
 [docs/results.md](docs/results.md) has each dataset, the paper's own figures, and where it brings nothing."""
@@ -601,8 +601,12 @@ def headline(found: dict, gains: dict) -> str:
     ours = found["recommended"]
     seeds = min(ours["seeds"][name] for name in ("slm_gain_vs_standalone", "slm_gain_vs_data_free_kd"))
     points = {name: f"{ours[name]:+.1f} [{low:+.1f}, {high:+.1f}]" for name, (low, high) in ours["intervals"].items()}
+    low, high = ours["intervals"]["slm_gain_vs_data_free_kd"]
+    clear = "more than without it" if low > 0 else "less than without it" if high < 0 else "nothing clear"
     told = "at least one seed" if seeds == 1 else f"at least {seeds} seeds"
-    return HEADLINE.format_map(points | who(gains) | {"seeds": told, "growth": ours["ptb_growth_percent"]})
+    return HEADLINE.format_map(
+        points | who(gains) | {"seeds": told, "clear": clear, "growth": ours["ptb_growth_percent"]}
+    )
 
 
 def demo_time(loaded: dict[str, dict]) -> str:

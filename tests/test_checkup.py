@@ -329,7 +329,7 @@ def test_a_kit_says_which_wheel_to_install(federated, tmp_path):
         ("private/silos/silo-0", "federation,privacy"),
     ):
         assert (
-            f"`pip install 'crosslm-{crosslm.__version__}-py3-none-any.whl[{extras}]'`"
+            f"`pip install 'crosslm-{crosslm.__version__}-py3-none-any.whl[{extras}]' --constraint constraints.txt`"
             in (tmp_path / path / "README.md").read_text()
         )
 

@@ -411,6 +411,11 @@ def test_test_rows_that_are_trained_on_are_told(settings, data_folder):
             for name, count in (("a", 3), ("b", 2))
         ),
     ]
+    one_file = {**settings["data"], "judge": None, "judge_rows": 12, "train": "train.csv"}
+    repeated = Config.model_validate({**settings, "clients": [], "data": one_file})
+    rows = (data_folder / "train.csv").read_text().splitlines()
+    (data_folder / "train.csv").write_text("\n".join([rows[0], *rows[1:] * 2]) + "\n")
+    assert "take out of train.csv what is there twice" in load_split(repeated).warnings[-1]
     hides = Config.model_validate(settings | {"privacy": {"hide_counts": True}})
     assert "the judge learns some of the rows that client a has" in load_split(hides).warnings[-2]
 

@@ -36,6 +36,7 @@ from crosslm.html_report.findings import findings
 from crosslm.html_report.page import render
 from crosslm.models.slm import SLM
 from crosslm.runs import tracking
+from crosslm.runs.checkpoint import Checkpoints
 from crosslm.runs.finished import Run
 from crosslm.runs.preparation import measured_on
 from crosslm.runs.rundir import RunDir
@@ -540,11 +541,15 @@ def test_an_earlier_run_folder_has_what_it_lacks_served_again(server, tmp_path):
         serve(exchange, deployment.server, deployment, lambda: deployment.server.steps == 2)
     first, second = spool.arrivals()
     spool.delivered(second.silo, 0)
+    spool.no_say(second.silo, 0)  # as the gate found it then
     shutil.rmtree(path)
     shutil.copytree(tmp_path / "earlier", path)
     with opened() as deployment:
         assert [arrival.state for arrival in spool.arrivals()] == ["served", "received"]
         assert spool.complete(second.silo) == 1  # it has what it got
+        assert not spool.has_no_say(second.silo, 0)
+        spool.delivered(second.silo, 0)  # a yes that was on its way
+        assert [arrival.state for arrival in spool.waiting()] == ["received"]
         (warning,) = events(path, "warning")
         assert f"without the uploads of {second.silo} (round 0): they are served again" in warning["message"]
         serve(exchange, deployment.server, deployment, lambda: deployment.server.steps == 2)
@@ -557,6 +562,21 @@ def test_an_earlier_run_folder_has_what_it_lacks_served_again(server, tmp_path):
     ):
         opened()
     assert [arrival.state for arrival in spool.arrivals()] == ["served", "served"]
+    spool.note(ENDED, "")
+    spool._journal.write("DELETE FROM facts WHERE name = ?", ENDED)
+    shutil.rmtree(path)  # and with no run folder at all
+    with opened():
+        assert [arrival.state for arrival in spool.arrivals()] == ["received", "received"]
+
+
+def test_a_checkpoint_of_which_only_the_adapter_is_kept_is_none_to_go_on_from(server, monkeypatch):
+    _, exchange, opened = server
+    with opened() as deployment:
+        serve(exchange, deployment.server, deployment, lambda: deployment.server.steps == 1)
+    last = Checkpoints.last
+    monkeypatch.setattr(Checkpoints, "last", lambda self: last(self) | {"state": None})
+    with pytest.raises(RunError, match=r"only the adapter is kept \(checkpoint.keep\); put the checkpoints"):
+        opened()
 
 
 def test_a_silo_at_whose_last_step_the_server_dies_each_time_is_left_out(server):

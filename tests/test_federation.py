@@ -60,7 +60,7 @@ from crosslm.federation.kits import SILO_FILE, dump, read_server, read_silo, ser
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
 from crosslm.federation.silo import Silo
-from crosslm.federation.spool import MOST_TRIES, OVER, Spool
+from crosslm.federation.spool import MOST_TRIES, OVER, WORK, Spool
 from crosslm.models.slm import SLM
 from crosslm.records import Download
 from crosslm.runs import rundir
@@ -1664,6 +1664,10 @@ def test_status_of_a_server_shows_what_a_silo_said_as_it_is(kits, shell):
     code, out, err = shell("status", kits / "server")
     assert (code, err) == (0, "")
     assert re.search(r"at work on: silo-0, round 0, for \d s", out)
+    spool = Spool(kits / "server" / "spool")
+    spool.note(WORK, "silo-0, round 0")  # of a server of an earlier version
+    spool.close()
+    assert "at work on" not in shell("status", kits / "server")[1]
     assert "[/]" in out
     assert "[gate]" in "".join(out.split())
     assert "\x1b[2J" not in out

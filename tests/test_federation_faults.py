@@ -95,10 +95,11 @@ def test_a_reply_that_is_none_is_that_silos_failure_and_the_others_are_served(ex
     assert not list(exchange.spool.folder.glob("*part*"))
 
 
-def test_a_message_that_flower_cannot_put_together_is_its_silos_failure_too(exchange, monkeypatch):
+@pytest.mark.parametrize("unusable", [ValueError("no such object"), RecursionError("no such object")])
+def test_a_message_that_flower_cannot_put_together_is_its_silos_failure_too(exchange, monkeypatch, unusable):
     import httpx
 
-    pull, errors = exchange.grid.pull_messages, [httpx.ConnectError("no SuperLink"), ValueError("no such object")]
+    pull, errors = exchange.grid.pull_messages, [httpx.ConnectError("no SuperLink"), unusable]
 
     def pulled(ids):
         if ids == ["1"]:
@@ -111,7 +112,7 @@ def test_a_message_that_flower_cannot_put_together_is_its_silos_failure_too(exch
     assert not exchange.carrier.lines["silo-0"].over
     errors.pop(0)
     turn(exchange, 2)
-    assert "cannot be put together: ValueError: no such object" in exchange.carrier.lines["silo-0"].note
+    assert f"cannot be put together: {type(unusable).__name__}: no such object" in exchange.carrier.lines["silo-0"].note
     assert exchange.receive().client_id == "silo-1"
 
 

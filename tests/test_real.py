@@ -81,6 +81,9 @@ def test_demo_quick_with_real_weights(tmp_path, monkeypatch, capsys):
     shutil.copy(cache / ARCHIVE, copy.parent)
     (copy / "tweets-train.csv").write_text("text,label\nanother,positive\n")
     (copy / "films-test.csv").unlink()
+    (data / "notes").mkdir(exist_ok=True)  # somebody's own, beside them
+    assert prepare_data(cache, pytest.fail) == data
+    (data / "notes").rmdir()
     assert prepare_data(copy.parent, pytest.fail) == copy  # what has changed is made again
     assert all((copy / path.name).read_bytes() == path.read_bytes() for path in data.iterdir())
     assert {silo.train for silo in load("demo", data_dir=str(data)).clients} <= {file.name for file in data.iterdir()}

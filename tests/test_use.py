@@ -90,7 +90,16 @@ def test_it_says_where_the_client_kept_another_one(shell, workplace, tmp_path):
         weights = (run / folder / name / "model.safetensors").read_bytes()
         assert (tmp_path / "shared" / "slm" / name / "model.safetensors").read_bytes() == weights
     card = (tmp_path / "shared" / "slm" / "north" / "README.md").read_text()
-    assert "Its owner kept it: the one that came back was no better there" in card
+    assert "Its owner kept it: the one that came back was worse on its owner's held-out rows" in card
+    summary["clients"]["north"]["decision"]["refused"] = "LeakError: a text"
+    twice = kept.config.federation.model_copy(update={"participations": 2})
+    config = kept.config.model_copy(update={"federation": twice})
+    card_then = cards.slm_card("north", 0, config, summary, own=True)
+    assert (
+        "on private text and on what earlier rounds brought. Its owner kept it: the one that came back was" in card_then
+    )
+    assert "refused there (LeakError: a text)" in card_then
+    assert "| private text only" not in card_then
     assert "| private text only (this model) |" in card
     card = cards.slm_card("north", 1, kept.config, kept.summary)
     assert "**Its owner did not accept it, and uses the one that it had before**" in card
@@ -101,7 +110,7 @@ def test_it_says_where_the_client_kept_another_one(shell, workplace, tmp_path):
     assert (code, "kept" in err) == (0, False)
     shutil.rmtree(run / "uploads")
     code, _, err = shell("predict", run, "--client", "north", "--own", workplace / "test.csv")
-    assert (code, "between machines a silo has its own: name its kit" in err) == (2, True)
+    assert (code, f"look at {run / 'slm' / 'north'}, which is what came back" in err) == (2, True)
 
 
 def test_labels_under_the_names_of_the_data_count_as_theirs(shell, workplace, tmp_path):

@@ -76,8 +76,10 @@ def prepare_data(cache: Path, on_news: Callable[[str], None] = lambda _: None) -
 
 def _digest(folder: Path) -> str:
     found = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        found.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    parts = [f"{silo}-{part}.csv" for silo in SILOS for part in ("train", "test")]
+    for name in sorted([*parts, "test.csv", "judge.csv", "neutral.txt"]):
+        content = (folder / name).read_bytes() if (folder / name).is_file() else b""
+        found.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
     return found.hexdigest()
 
 

@@ -94,7 +94,7 @@ def load_split(config: Config) -> Split:
     trained = {f"client {name}": rows for name, rows in private.items()} | {"the judge": judge}
     tells_counts = config.privacy.told_counts == "exact"
     warnings.extend(seen_before(tests, test, trained, tells_counts))
-    warnings.extend(not_independent(judge, private, tells_counts))
+    warnings.extend(not_independent(config, judge, private))
     return Split(private, tests, test, judge, warnings)
 
 
@@ -117,17 +117,21 @@ def seen_before(
     ]
 
 
-def not_independent(judge: Examples, private: Mapping[str, Examples], tells_counts: bool = True) -> list[str]:
+def not_independent(config: Config, judge: Examples, private: Mapping[str, Examples]) -> list[str]:
     """A warning for each client of whose rows the judge learns some: it then has what the rewards come from.
 
     Args:
+        config: of the run, which says whether it may be said how many.
         judge: rows that the judge learns.
         private: of each client.
-        tells_counts: whether it may be said how many.
     """
+    tells_counts = config.privacy.told_counts == "exact"
+    what = (
+        "take them out of data.judge" if config.data.judge else f"take out of {config.data.train} what is there twice"
+    )
     return [
         f"the judge learns {count if tells_counts else 'some'} of the rows that client {name} has, and is no "
-        "independent judge of what is learned from these; take them out of data.judge"
+        f"independent judge of what is learned from these; {what}"
         for name, count in _shared(private, set(judge.texts)).items()
     ]
 

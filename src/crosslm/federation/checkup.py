@@ -137,9 +137,11 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
         named["encoder"] = settings.encoder
     yield from doctor.find_models(named, folders, cache, on_news)
     if settings.slm.model in folders:
-        yield _classifier(settings, folders[settings.slm.model])
-        who, folder = f"silo {settings.id}", folders[settings.slm.model]
-        yield from doctor.reading(who, folder, settings.max_length, texts)
+        folder = folders[settings.slm.model]
+        found = _classifier(settings, folder)
+        yield found
+        if found.level == "ok":
+            yield from doctor.reading(f"silo {settings.id}", folder, settings.max_length, texts)
 
 
 def _program(name: str) -> Finding:

@@ -9,7 +9,7 @@ from typing import Any, Self
 from crosslm import evaluate
 from crosslm.config import Config
 from crosslm.data.split import test_rows
-from crosslm.errors import FederationError, QuarantineError, UploadError
+from crosslm.errors import FederationError, QuarantineError, RunError, UploadError
 from crosslm.federation.arrivals_journal import Arrival
 from crosslm.federation.exchange import Served
 from crosslm.federation.messages import decode_upload, describe, encode
@@ -91,6 +91,7 @@ class Deployment:
         self._base_name = self.checkpoints.put(snapshot.texts_bytes(self.base))
         self.server.begin(self.base, public_texts(self.config, self._warn))
         test_rows(self.config, self._warn)
+        self._take_up_what_was_lost()
         self._save({"outcome": "beginning"}, None)
 
     def _leave_out_the_shut_out(self) -> None:
@@ -106,6 +107,11 @@ class Deployment:
     def _go_on(self, record: dict[str, Any]) -> None:
         """Put everything back as it was after the last arrival; what was not sent then is owed now."""
         state, get = record["state"], self.checkpoints.get
+        if state is None:
+            raise RunError(
+                f"{self.run.path}: of its last checkpoint only the adapter is kept (checkpoint.keep); put the "
+                "checkpoints after it back, or the whole run folder from a copy"
+            )
         self.run.go_back(state["events"])
         self._base_name, self.before = state["base"], state["before"]
         self.base = snapshot.texts_of(get(self._base_name))
@@ -133,17 +139,16 @@ class Deployment:
         Raises:
             FederationError: no uploads are served any more.
         """
-        steps = Counter(event["client"] for event in self._events_of("step"))
+        steps = {(event["client"], event["round"]) for event in self._events_of("step")}
         served = [arrival for arrival in self.spool.arrivals() if arrival.state in ("served", "delivered")]
-        silos = dict.fromkeys(arrival.silo for arrival in served)
-        lost = [each for silo in silos for each in [a for a in served if a.silo == silo][steps[silo] :]]
+        lost = [arrival for arrival in served if (arrival.silo, arrival.round) not in steps]
         names = ", ".join(f"{arrival.silo} (round {arrival.round})" for arrival in lost)
         if lost and self.spool.fact(ENDED) is not None:
             raise FederationError(
                 f"{self.run.path}: does not have the last uploads that were served: {names}; the run has ended, so "
                 f"that they are not served again: put the run folder back that belongs to {self.spool.folder}"
             )
-        for arrival in sorted(lost, key=lambda each: each.number):
+        for arrival in lost:
             self.spool.again(arrival)
         if lost:
             self._warn(f"the run folder is an earlier one, without the uploads of {names}: they are served again")

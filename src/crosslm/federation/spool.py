@@ -276,7 +276,9 @@ class Spool:
 
     def again(self, arrival: Arrival) -> None:
         """An upload that was served waits once more; its silo keeps what it has got."""
-        self.note(f"{TRIES}{arrival.silo}/{arrival.round}", "0")
+        which = f"{arrival.silo}/{arrival.round}"
+        self.note(f"{TRIES}{which}", "0")
+        self._journal.write("DELETE FROM facts WHERE name = ?", f"{NO_SAY}{which}")
         self._journal.write("UPDATE arrivals SET state = 'received' WHERE number = ?", arrival.number)
 
     def losses(self, arrival: Arrival) -> int:
@@ -285,7 +287,9 @@ class Spool:
 
     def delivered(self, silo: str, number: int, note: str = "") -> None:
         """The silo has confirmed its download."""
-        sql = "UPDATE arrivals SET state = 'delivered', delivered_at = ?, note = ? WHERE silo = ? AND round = ?"
+        # one that waits once more does so, whatever its silo says of what it has got (:meth:`again`)
+        state = "CASE state WHEN 'received' THEN state WHEN 'processing' THEN state ELSE 'delivered' END"
+        sql = f"UPDATE arrivals SET state = {state}, delivered_at = ?, note = ? WHERE silo = ? AND round = ?"
         self._journal.write(sql, time.time(), note, silo, number)
 
     def not_delivered(self, silos: Iterable[str]) -> list[str]:
@@ -320,7 +324,7 @@ class Spool:
     def work(self) -> tuple[str, float] | None:
         """What the server is at work on, and since when."""
         since, _, what = (self.fact(WORK) or "").partition(" ")
-        return (what, float(since)) if what else None
+        return (what, float(since)) if since.isdigit() else None  # a server of an earlier version has said no time
 
     def note(self, name: str, value: str) -> None:
         """Remember a fact about the run under a name.

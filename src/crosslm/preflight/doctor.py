@@ -15,6 +15,7 @@ from crosslm.data.texts import find_file, load_examples
 from crosslm.errors import CrosslmError, DataError
 from crosslm.federation.intake import Intake
 from crosslm.models.causal import check_causal
+from crosslm.models.loading import loading
 from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
 from crosslm.models.tokens import check_room, load_tokenizer, verbalizer_ids
 from crosslm.models.vocabulary import trimmable_tokenizer
@@ -155,7 +156,7 @@ def data(config: Config, private_rows: dict[str, Examples]) -> Iterator[tuple[Fi
         return
     private_rows |= split.private
     trained = {f"client {client}": rows for client, rows in split.private.items()} | {"the judge": split.judge}
-    doubts = [*seen_before(split.tests, split.test, trained), *not_independent(split.judge, split.private)]
+    doubts = [*seen_before(split.tests, split.test, trained), *not_independent(config, split.judge, split.private)]
     yield from ((Finding("warning", "data", line), None) for line in doubts)
     for client, examples in split.private.items():
         uploads, who = config.federation.participations, f"client {client}"
@@ -217,8 +218,12 @@ def reading(who: str, folder: str, max_length: int, texts: Sequence[str]) -> Ite
         max_length: tokens of a text that are read (``slm.max_length``).
         texts: of which the first few hundred are looked at.
     """
+    if not texts:
+        return
     texts, tokenizer = texts[:LOOKED_AT], load_tokenizer(folder, folder, who)
-    longest = min(max_length, getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", max_length))
+    with loading(f"{who}: config.json of {folder!r} cannot be read"):
+        positions = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or 0
+    longest = min(max_length, tokenizer.model_max_length, positions if positions > 0 else max_length)
     tokens = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     unknown = sum(row.count(tokenizer.unk_token_id) for row in tokens) / max(1, sum(map(len, tokens)))
     if unknown >= MANY_UNKNOWN:

@@ -71,7 +71,7 @@ class Shape:
             getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * hidden,
             heads,
             2 * head * (getattr(config, "num_key_value_heads", None) or heads),
-            getattr(config, "max_position_embeddings", None),
+            max(0, getattr(config, "max_position_embeddings", None) or 0) or None,
         )
 
 

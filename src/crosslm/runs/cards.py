@@ -75,9 +75,14 @@ def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, A
     measured = {method: summary["slm"][method].get(client) for method in METHOD_WORDS}
     this = "standalone" if own else "crosslm"
     how = f"first on private text, then on text that a language model wrote and that {_judges(client, summary)}"
+    decision = about.get("decision") or {}
     if own:
-        how = "on private text. Its owner kept it: the one that came back was no better there"
-    elif not (about.get("decision") or {}).get("accepted", True):
+        refused = decision.get("refused")
+        why = f"was refused there ({refused})" if refused else "was worse on its owner's held-out rows"
+        how = f"on private text. Its owner kept it: the one that came back {why}"
+        if config.federation.participations > 1:  # the figures are of its first upload
+            how, measured = how.replace("on private text", "on private text and on what earlier rounds brought"), {}
+    elif not decision.get("accepted", True):
         how += ". **Its owner did not accept it, and uses the one that it had before**"
     data = ModelCardData(
         library_name="transformers",
@@ -85,7 +90,7 @@ def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, A
         tags=TAGS,
         base_model=_hub_id(about["model"]["model"]) if about["model"]["model"] else None,
         model_name=f"{config.name}-{client}",
-        eval_results=_results(config, client, measured[this]),
+        eval_results=_results(config, client, measured.get(this)),
     )
     rows = in_words(list(about["rows"]), list(about["rows"].values()))
     words = {method: f"{name} (this model)" if method == this else name for method, name in METHOD_WORDS.items()}

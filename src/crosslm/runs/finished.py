@@ -103,7 +103,9 @@ class Run:
         own = self.kept_its_own(client) if own is None else own
         folder = self.path / ("uploads" if own else "slm") / client
         if own and not folder.is_dir():
-            raise RunError(f"{folder}: is not there; between machines a silo has its own: name its kit")
+            if self.summary.get("engine"):
+                raise RunError(f"{folder}: is not there; between machines a silo has its own: name its kit")
+            raise RunError(f"{folder}: is not there; look at {self.path / 'slm' / client}, which is what came back")
         return folder
 
     def slm(self, client: str, own: bool | None = None) -> SLM:

@@ -20,6 +20,7 @@ from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
+from crosslm.config import IntakeConfig
 from crosslm.errors import FederationError
 from crosslm.federation.flower.bundle import check_bundle
 from crosslm.federation.flower.client_app import AskAgainError, app, refusal, tell_operator
@@ -45,12 +46,20 @@ def answer(address: str, token: str) -> None:
         retry_invoker=make_simple_http_retry_invoker(),
     )
     try:
-        with at_most(read_silo(Path(os.environ[KIT])).intake.max_bytes):
+        with at_most(2 * _most_bytes()):  # what is larger than it may be, and not much, is answered by the application
             message, context, _, bundle = pull_task_input(client)
         push_message(client, answer_to(message, context, bundle.content), context)
         push_task_output(client=client, context=context, sub_status=SubStatus.COMPLETED, details="")
     finally:
         client.close()
+
+
+def _most_bytes() -> int:
+    """Of what comes, by the silo's own settings; the application says what is wrong with these."""
+    try:
+        return read_silo(Path(os.environ[KIT])).intake.max_bytes
+    except FederationError:
+        return IntakeConfig().max_bytes
 
 
 def answer_to(message: Message, context: Context, bundle: bytes) -> Message:

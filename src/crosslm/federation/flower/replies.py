@@ -64,6 +64,8 @@ def pulled(grid: Grid, message_id: str, most: int) -> Message | None:
             replies = list(grid.pull_messages([message_id]))
     except (UploadError, httpx.HTTPError, OSError):
         raise
+    except RecursionError as error:  # of what it holds, although it is a RuntimeError
+        raise _unusable(f"cannot be put together: {type(error).__name__}: {error}") from error
     except (MemoryError, RuntimeError) as error:  # Flower also starts threads for it
         raise ShortageError(
             f"there is no room for its reply: {type(error).__name__}: {error}; this machine must have room for it"
