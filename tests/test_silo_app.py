@@ -12,14 +12,16 @@ from types import SimpleNamespace
 import pytest
 import uvicorn
 from conftest import PATIENCE
-from of_federations import free_ports
+from of_federations import change, free_ports
 
-from crosslm.errors import FederationError
+from crosslm.config import IntakeConfig
+from crosslm.errors import FederationError, UploadError
 from crosslm.federation import messages
-from crosslm.federation.flower import answer, tasks
+from crosslm.federation.flower import answer, payload, tasks
 from crosslm.federation.flower.bundle import MAX_BYTES, check_bundle
 from crosslm.federation.flower.processes import environment
 from crosslm.federation.kit_texts import FLOWER_APP
+from crosslm.federation.kits import KIT
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict  # isort: skip
 from flwr.cli.build import build_fab_from_files  # isort: skip
@@ -266,3 +268,22 @@ def test_an_unforeseen_error_is_told_without_its_words(silo, flower_run, monkeyp
     now = silo.doing()  # what crosslm status says at the silo
     assert now["now"] == "refused"
     assert now["why"].startswith("RuntimeError, which was not foreseen")
+
+
+def test_a_silo_puts_no_message_together_that_is_far_too_large(silo, monkeypatch):
+    """As no server does with a silo's; what is somewhat too large is answered by the application."""
+    seen = []
+
+    def pulled(_):
+        seen.append(payload._left.bytes)
+        raise UploadError("its message names more bytes than are allowed")
+
+    monkeypatch.setattr(answer, "pull_task_input", pulled)
+    monkeypatch.setenv(KIT, str(silo.kit))
+    change(silo.kit, intake=IntakeConfig(max_bytes=1000))
+    with pytest.raises(UploadError, match="more bytes"):
+        answer.answer("127.0.0.1:1", "token")
+    (silo.kit / "silo.toml").write_text("no settings")  # which the application says
+    with pytest.raises(UploadError, match="more bytes"):
+        answer.answer("127.0.0.1:1", "token")
+    assert seen == [2000, 2 * IntakeConfig().max_bytes]
