@@ -100,6 +100,7 @@ def test_it_says_where_the_client_kept_another_one(shell, workplace, tmp_path):
     )
     assert "refused there (LeakError: a text)" in card_then
     assert "| private text only" not in card_then
+    assert "Not measured by itself" in card_then
     assert "| private text only (this model) |" in card
     card = cards.slm_card("north", 1, kept.config, kept.summary)
     assert "**Its owner did not accept it, and uses the one that it had before**" in card

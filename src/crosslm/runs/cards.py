@@ -96,6 +96,8 @@ def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, A
     words = {method: f"{name} (this model)" if method == this else name for method, name in METHOD_WORDS.items()}
     known = [(words[method], f"{value:.3f}") for method, value in measured.items() if value is not None]
     accuracy = "Measured at the silo, not known to the server that wrote this card."
+    if own:
+        accuracy = "Not measured by itself: the run's figures are of the first upload, and of what came back."
     if known:
         accuracy = (
             f"On {summary['test_rows'][client]} test rows; one seed, so differences of a few points are noise.\n\n"
