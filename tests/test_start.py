@@ -427,6 +427,9 @@ def test_the_doctor_looks_for_what_the_configuration_asks_for(shell, workplace, 
     assert code == 2
     assert "error   tracking: tracking names 'wandb', which is not installed: pip install wandb" in out
     assert "error   privacy.epsilon: privacy.epsilon needs Opacus: pip install 'crosslm[privacy]'" in out
+    assert "warning privacy.trained_layers: not set: of some hundred rows" in out
+    out = shell("doctor", workplace / "tickets.toml", *changes, "--set", "privacy.trained_layers=0")[1]
+    assert "privacy.trained_layers" not in out
     code, out, _ = shell("doctor", workplace / "tickets.toml", "--set", "tracking=['trackio']")
     assert code == 0
     assert "ok      tracking: trackio" in out

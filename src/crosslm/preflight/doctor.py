@@ -109,6 +109,11 @@ def private(privacy: PrivacyConfig) -> Iterator[Finding]:
         yield Finding("error", "privacy.epsilon", str(error))
     else:
         yield Finding("ok", "privacy.epsilon", f"{privacy.epsilon:g}, by DP-SGD at the client")
+    if privacy.trained_layers is None:
+        message = (
+            "not set: of some hundred rows whole classifiers learn little under the noise; set it to 0, the head alone"
+        )
+        yield Finding("warning", "privacy.trained_layers", f"{message}, as docs/privacy.md has it")
 
 
 def budget(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int, who: str) -> Iterator[Finding]:
