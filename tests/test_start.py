@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BAD, GOOD, TINY_AMOUNTS, sentences
-from transformers import AutoConfig, AutoModel, BertConfig, Gemma3TextConfig
+from transformers import AutoConfig, AutoModel, BertConfig, Gemma3TextConfig, MistralConfig
 
 from crosslm.cli import main as cli
 from crosslm.cli.main import EXTRAS
@@ -352,6 +352,16 @@ def test_the_doctor_knows_which_llm_a_run_refuses(shell, workplace, models, tmp_
         code, out, _ = shell("doctor", workplace / "tickets.toml", "--set", f"llm.model='{model}'", *more)
         assert code == 2
         assert re.search(message, " ".join(out.split()).replace("error ", "error   ")), out
+
+
+def test_the_doctor_says_which_llms_have_not_been_tested(shell, workplace, models, tmp_path):
+    shape = AutoConfig.from_pretrained(models / "llama")
+    config = MistralConfig(vocab_size=shape.vocab_size, hidden_size=32, intermediate_size=32, num_attention_heads=2)
+    shutil.copytree(models / "llama", tmp_path / "other")
+    config.save_pretrained(tmp_path / "other")
+    for model, is_warned in ((tmp_path / "other", True), (models / "llama", False)):
+        out = shell("doctor", workplace / "tickets.toml", "--set", f"llm.model='{model}'")[1]
+        assert ("warning llm.model: models of type mistral have not been tested" in out) == is_warned
 
 
 def test_a_cache_that_may_only_be_read_is_no_error(monkeypatch, tmp_path):

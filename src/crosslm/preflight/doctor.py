@@ -38,6 +38,7 @@ FEW_ROWS = 10  # of a label; fewer teach a classifier little
 FEW_TEST_ROWS = 50  # of which each is two points of accuracy
 LOOKED_AT = 200  # of a client's texts, for how its classifier reads them
 MANY_UNKNOWN, MANY_CUT = 0.05, 0.5  # shares of tokens and texts from which on that is told
+TESTED_LLMS = ("gpt2", "llama", "gemma3_text")  # model types of transformers
 SMALLER = {
     "writing texts": "lower synthesis.batch_size",
     "updating the LLM": "lower llm.micro_batch_size",
@@ -320,6 +321,9 @@ def language_model(config: Config, folder: str) -> Iterator[Finding]:
     except CrosslmError as error:
         yield Finding("error", "verbalizers", str(error))
         return
+    kind = AutoConfig.from_pretrained(folder).model_type
+    if kind not in TESTED_LLMS:
+        yield Finding("warning", "llm.model", f"models of type {kind} have not been tested; watch the first run")
     firsts = [f"{label} {tokenizer.decode([ids[0]])!r}" for label, ids in zip(task.labels, found, strict=True)]
     yield Finding("ok", "verbalizers", f"told apart by their first tokens: {', '.join(firsts)}")
     several = [label for label, ids in zip(task.labels, found, strict=True) if len(ids) > 1]
