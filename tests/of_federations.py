@@ -5,11 +5,12 @@ import random
 import threading
 import time
 
+import httpx
 import pytest
 from conftest import PATIENCE, tiny_llm
 
 from crosslm.config import Config, FederationConfig
-from crosslm.federation.flower import client_app
+from crosslm.federation.flower import client_app, gateway
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.processes import is_free
 from crosslm.federation.intake import Intake
@@ -124,6 +125,18 @@ class MemoryGrid:
 
     def pull_messages(self, ids):
         return [reply for reply in (self._replies.pop(number, None) for number in ids) if reply is not None]
+
+
+def before(transport, kit, monkeypatch):
+    """A gateway whose SuperLink is this transport of httpx: the application, and what makes a client of it."""
+    real = httpx.AsyncClient
+
+    def superlink(base_url, **_):
+        return real(base_url=base_url, transport=transport)
+
+    monkeypatch.setattr(gateway.httpx, "AsyncClient", superlink)
+    outer = gateway.gateway("https://127.0.0.1:9091", kit)
+    return outer, lambda: real(transport=httpx.ASGITransport(outer), base_url="https://server")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from crosslm.errors import ConfigError, StoppedError
 from crosslm.experiment import run_local
 from crosslm.federation.kits import SiloSettings
 from crosslm.models.slm import SLM
-from crosslm.preflight import doctor
+from crosslm.preflight import rows
 from crosslm.privacy.accounting import Mechanism, Spent, check_budget, plan
 from crosslm.privacy.bounds import privacy_line, privacy_summary
 from crosslm.privacy.leaks import LeakCheck
@@ -173,7 +173,7 @@ def test_a_delta_that_means_nothing_is_refused(settings, tmp_path, delta, verdic
     with pytest.raises(ConfigError, match="client client-0") if wrong else nullcontext():
         warnings = prepare(config, tmp_path / "cache", lambda _: None).split.warnings
         assert len(warnings) == (2 if delta > 0.1 / 25 else 0)
-    found = [finding for finding, _ in doctor.data(config, {}) if finding.subject == "privacy"]
+    found = [finding for finding, _ in rows.data(config, {}) if finding.subject == "privacy"]
     assert [finding.level for finding in found] == ["error" if wrong else "warning"] * (2 if delta > 0.1 / 25 else 0)
 
 
@@ -192,7 +192,7 @@ def test_a_budget_that_no_noise_keeps_is_refused_before_a_run(settings, tmp_path
     config = Config.model_validate(settings)
     with pytest.raises(ConfigError, match=r"client client-0: privacy\.epsilon = 0\.01 cannot be kept"):
         prepare(config, tmp_path / "cache", lambda _: None)
-    found = [finding for finding, _ in doctor.data(config, {}) if finding.subject == "privacy"]
+    found = [finding for finding, _ in rows.data(config, {}) if finding.subject == "privacy"]
     assert [finding.level for finding in found] == ["error", "error"]
 
 

@@ -64,7 +64,7 @@ LAYERS = [
     {"federation.local", "runs.checkpoint"},
     {"runs.preparation", "runs.snapshot", "runs.tracking"},
     {"runs.llm_cache", "preflight.machine"},
-    {"runs.journal", "runs.loaded"},
+    {"runs.journal", "runs.loaded", "preflight.rows"},
     {"federation.keys", "federation.kits", "federation.kit_texts", "federation.spool"},
     {"federation.provision", "federation.silo_state"},
     {"federation.silo_models"},

@@ -771,7 +771,8 @@ def test_downloads_go_out_though_the_llm_cannot_be_measured_and_a_restart_comple
     kit = tmp_path / "kits" / "server"
     shutil.copy(Path(tables["data"]["dir"]) / "public.csv", kit)
     grid = MemoryGrid({decode_upload(upload).client_id: silo_with(upload) for upload in local[1]})
-    spool = Spool(kit / "spool")
+    spool, work, works_on = Spool(kit / "spool"), [], Spool.works_on
+    monkeypatch.setattr(Spool, "works_on", lambda self, what: (work.append(what), works_on(self, what))[1])
     with monkeypatch.context() as patch:
         patch.setattr(Deployment, "complete", fails)
         with pytest.raises(ModelError, match="could not write"):
@@ -783,6 +784,15 @@ def test_downloads_go_out_though_the_llm_cannot_be_measured_and_a_restart_comple
     summary = RunDir.open(kit / "run").summary()
     assert set(summary["clients"]) == set(SILOS)
     assert (summary["not_delivered"], summary["not_uploaded"]) == ([], {})
+    assert (summary["device"], summary["slm_dtype"]) == ("cpu", {"synthetic": "float32"})
+    first, second = (decode_upload(upload).client_id for upload in local[1])
+    told = [what for what in work if what]  # what crosslm status says the server is at work on
+    assert (told[0], told[-1]) == (
+        "loading models, and what comes before the first step",
+        "measuring the LLM in the end",
+    )
+    assert {f"{first}, round 0", f"{second}, round 0", f"{first}, in the end", f"{second}, in the end"} <= set(told)
+    assert spool.work() is None
     assert AT_THE_SILO in render([RunView.read(RunDir.open(kit / "run"))])
     spool.close()
 

@@ -31,7 +31,7 @@ from conftest import PATIENCE
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from of_federations import answer, change, echo, free_ports, from_kit, turn, wait_until
+from of_federations import answer, before, change, echo, free_ports, from_kit, turn, wait_until
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -633,16 +633,10 @@ def test_the_gateway_passes_on_what_silos_ask_and_nothing_else(monkeypatch, tmp_
         return PlainTextResponse("inner answer", headers={"x-kept": "yes"}, status_code=202)
 
     inner = Starlette(routes=[Route("/{path:path}", superlink, methods=["GET", "POST"])])
-    real = httpx.AsyncClient
-    monkeypatch.setattr(
-        gateway.httpx,
-        "AsyncClient",
-        lambda base_url, **_: real(base_url=base_url, transport=httpx.ASGITransport(inner)),
-    )
-    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server")
+    _, asking = before(httpx.ASGITransport(inner), kits / "server", monkeypatch)
 
     async def ask():
-        async with real(transport=httpx.ASGITransport(outer), base_url="https://server") as client:
+        async with asking() as client:
             passed = await client.post("/v1/fleet/pull-messages", content=b"body", headers={"x-signed": "s"})
             refused = [
                 (await client.post(path, content=b"x")).status_code
@@ -680,22 +674,20 @@ def test_a_silo_speaks_for_itself_alone(monkeypatch, kits, head, status):
     from flwr.proto.message_pb2 import Metadata
     from flwr.proto.node_pb2 import Node as Pushing
 
-    seen, real = [], httpx.AsyncClient
+    seen = []
 
     async def superlink(request):
         seen.append(await request.body())
         return PlainTextResponse("", status_code=202)
 
     inner = Starlette(routes=[Route("/{path:path}", superlink, methods=["POST"])])
-    made = lambda base_url, **_: real(base_url=base_url, transport=httpx.ASGITransport(inner))  # noqa: E731
-    monkeypatch.setattr(gateway.httpx, "AsyncClient", made)
-    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server")
+    _, asking = before(httpx.ASGITransport(inner), kits / "server", monkeypatch)
     own = Pushed(metadata=Metadata(src_node_id=7, dst_node_id=1, reply_to_message_id="asked"))
     messages = [] if head is None else [own, Pushed(metadata=Metadata(**head))]
     body = PushMessagesRequest(node=Pushing(node_id=7), messages_list=messages).SerializeToString()
 
     async def ask(content):
-        async with real(transport=httpx.ASGITransport(outer), base_url="https://server") as client:
+        async with asking() as client:
             return (await client.post("/v1/fleet/push-messages", content=content)).status_code
 
     assert asyncio.run(ask(body)) == status
@@ -824,13 +816,10 @@ def test_a_superlink_that_is_away_or_dies_in_a_request_is_told_as_503(monkeypatc
     def away(request):
         raise getattr(httpx, error)("gone")
 
-    real = httpx.AsyncClient
-    made = lambda base_url, **_: real(base_url=base_url, transport=httpx.MockTransport(away))  # noqa: E731
-    monkeypatch.setattr(gateway.httpx, "AsyncClient", made)
-    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server")
+    _, asking = before(httpx.MockTransport(away), kits / "server", monkeypatch)
 
     async def ask():
-        async with real(transport=httpx.ASGITransport(outer), base_url="https://server") as client:
+        async with asking() as client:
             return await client.post("/v1/fleet/pull-messages", content=b"body")
 
     answer = asyncio.run(ask())
@@ -840,10 +829,8 @@ def test_a_superlink_that_is_away_or_dies_in_a_request_is_told_as_503(monkeypatc
 def test_a_silo_that_is_gone_before_it_has_sent_is_no_error_of_the_gateway(monkeypatch, kits):
     import httpx
 
-    real, sent = httpx.AsyncClient, []
-    made = lambda base_url, **_: real(base_url=base_url, transport=httpx.MockTransport(lambda _: httpx.Response(200)))  # noqa: E731
-    monkeypatch.setattr(gateway.httpx, "AsyncClient", made)
-    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server")
+    sent = []
+    outer, _ = before(httpx.MockTransport(lambda _: httpx.Response(200)), kits / "server", monkeypatch)
     scope = {"type": "http", "method": "POST", "path": "/v1/fleet/push-object", "headers": [], "query_string": b""}
     scope["raw_path"] = scope["path"].encode()
 

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import PATIENCE
-from of_federations import change, echo, free_ports, from_kit, turn
+from of_federations import before, change, echo, free_ports, from_kit, turn
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -300,17 +300,15 @@ def test_a_journal_that_cannot_be_written_is_named(tmp_path):
 def test_the_gateway_lets_no_request_through_that_is_too_large(kits, monkeypatch, honest):
     import httpx
 
-    real, passed = httpx.AsyncClient, []
+    passed = []
 
     async def superlink(request):
         passed.append(len(await request.body()))
         return PlainTextResponse("")
 
     inner = httpx.ASGITransport(Starlette(routes=[Route("/{path:path}", superlink, methods=["POST"])]))
-    made = lambda base_url, **_: real(base_url=base_url, transport=inner)  # noqa: E731
-    monkeypatch.setattr(gateway.httpx, "AsyncClient", made)
+    _, asking = before(inner, kits / "server", monkeypatch)
     monkeypatch.setattr(gateway, "MOST", 1000)
-    outer = gateway.gateway("https://127.0.0.1:9091", kits / "server")
 
     async def parts(size):
         for _ in range(size // 100):
@@ -318,7 +316,7 @@ def test_the_gateway_lets_no_request_through_that_is_too_large(kits, monkeypatch
 
     async def ask(size):
         content = bytes(size) if honest else parts(size)
-        async with real(transport=httpx.ASGITransport(outer), base_url="https://server") as client:
+        async with asking() as client:
             return (await client.post("/v1/fleet/push-object", content=content)).status_code
 
     assert [asyncio.run(ask(size)) for size in (1000, 1100, 900)] == [200, 413, 200]

@@ -540,6 +540,17 @@ def test_the_activations_of_one_sequence_of_a_text_count(config):
     assert parts["updating the LLM"] == config.llm.micro_batch_size * memory.activations(shape, tokens) * 4
 
 
+def test_no_more_of_a_text_counts_than_a_classifier_reads(config):
+    shape = memory.Shape.of_config(MINILM, AutoModel)
+    assert shape.positions == 512
+
+    def classifiers(tokens):
+        slm = config.slm.model_copy(update={"max_length": tokens})
+        return memory.estimate(config.model_copy(update={"slm": slm}), shape, [shape], shape).parts["classifiers"]
+
+    assert classifiers(128) < classifiers(512) == classifiers(4000)
+
+
 def test_activations_by_hand():
     shape = memory.Shape(0, 0, 0, layers=2, hidden=3, inner=5, heads=1, key_value=6)
     # 4 tokens x 2 layers x (14 x 3 + 4 x 5 + 2 x 1 x 4)

@@ -92,8 +92,7 @@ def load_split(config: Config) -> Split:
         if not len(tests[client.id]):
             raise DataError(f"client {client.id}: {client.test}: no usable test rows; put labelled text into it")
     trained = {f"client {name}": rows for name, rows in private.items()} | {"the judge": judge}
-    tells_counts = config.privacy.told_counts == "exact"
-    warnings.extend(seen_before(tests, test, trained, tells_counts))
+    warnings.extend(seen_before(tests, test, trained, config.privacy.told_counts == "exact"))
     warnings.extend(not_independent(config, judge, private))
     return Split(private, tests, test, judge, warnings)
 

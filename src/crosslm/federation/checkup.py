@@ -27,6 +27,7 @@ from crosslm.federation.silo_state import SiloState
 from crosslm.models.sources import check_model, model_folder
 from crosslm.preflight import doctor, machine
 from crosslm.preflight.machine import Finding
+from crosslm.preflight.rows import budget, count_rows, reading
 from crosslm.runs.preparation import (
     check_slm,
     check_upload,
@@ -119,9 +120,9 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
     try:
         private = silo.private(left_out.append)
         texts = private.texts
-        yield doctor.count_rows("data", settings.data.train, private, settings.labels)
+        yield count_rows("data", settings.data.train, private, settings.labels)
         agreed, who = settings.max_participations, f"silo {settings.id}"
-        yield from doctor.budget(len(private), settings.fit, settings.privacy, agreed, who)
+        yield from budget(len(private), settings.fit, settings.privacy, agreed, who)
         yield from (Finding("warning", "data", line) for line in left_out)
     except CrosslmError as error:
         yield Finding("error", "data", str(error))
@@ -141,7 +142,7 @@ def _silo(kit: Path, settings: SiloSettings, cache: Path, on_news: News) -> Iter
         found = _classifier(settings, folder)
         yield found
         if found.level == "ok":
-            yield from doctor.reading(f"silo {settings.id}", folder, settings.max_length, texts)
+            yield from reading(f"silo {settings.id}", folder, settings.max_length, texts)
 
 
 def _program(name: str) -> Finding:
@@ -172,7 +173,7 @@ def _test_rows(kit: Path) -> Finding:
         loaded = load_examples(name, config.data, config.task.labels)
     except DataError as error:
         return Finding("error", "data.test", str(error))
-    return doctor.count_rows("data.test", loaded.source, loaded.examples, config.task.labels, test=True)
+    return count_rows("data.test", loaded.source, loaded.examples, config.task.labels, test=True)
 
 
 def _texts(config: Config) -> Iterator[Finding]:
@@ -201,7 +202,7 @@ def _test_rows_of(silo: SiloState) -> Iterator[Finding]:
         what = "no accuracy will be known here, and the training is the same; put labelled rows there"
         yield Finding("warning", "data.test", f"{name} is not there, or has no rows: {what}")
     else:
-        yield doctor.count_rows("data.test", name, rows, silo.settings.labels, test=True)
+        yield count_rows("data.test", name, rows, silo.settings.labels, test=True)
     yield from (Finding("warning", "data.test", line) for line in left_out)
 
 

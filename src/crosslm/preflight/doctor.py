@@ -1,43 +1,34 @@
 """What would stop a run, or make it disappoint, found before it starts."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from transformers import AutoConfig
 
-from crosslm.config import Config, FitConfig, PrivacyConfig, SLMSpec
+from crosslm.config import Config, PrivacyConfig, SLMSpec
 from crosslm.config_file import load
 from crosslm.data.examples import Examples
-from crosslm.data.split import SAMPLE, load_split, not_independent, seen_before
-from crosslm.data.texts import find_file, load_examples
-from crosslm.errors import CrosslmError, DataError
+from crosslm.data.texts import find_file
+from crosslm.errors import CrosslmError
 from crosslm.federation.intake import Intake
 from crosslm.models.causal import check_causal
-from crosslm.models.loading import loading
 from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
 from crosslm.models.tokens import check_room, load_tokenizer, verbalizer_ids
 from crosslm.models.vocabulary import trimmable_tokenizer
-from crosslm.preflight import machine
+from crosslm.preflight import machine, rows
 from crosslm.preflight.machine import Finding
 from crosslm.preflight.memory import Shape, available, estimate, in_gib
-from crosslm.privacy.accounting import check_budget, require_opacus
+from crosslm.privacy.accounting import require_opacus
 from crosslm.runs.preparation import (
     check_slm,
     check_upload,
     client_specs,
     describe_spec,
-    perplexity_text_of,
-    public_texts,
 )
 from crosslm.runs.tracking import wanted
 from crosslm.task import Task
 
-FEW_ROWS = 10  # of a label; fewer teach a classifier little
-FEW_TEST_ROWS = 50  # of which each is two points of accuracy
-LOOKED_AT = 200  # of a client's texts, for how its classifier reads them
-MANY_UNKNOWN, MANY_CUT = 0.05, 0.5  # shares of tokens and texts from which on that is told
 TESTED_LLMS = ("gpt2", "llama", "gemma3_text")  # model types of transformers
 SMALLER = {
     "writing texts": "lower synthesis.batch_size",
@@ -85,7 +76,7 @@ def examine(
     yield from trackers(config)
     yield from private(config.privacy)
     private_rows: dict[str, Examples] = {}
-    silos = list(data(config, private_rows))
+    silos = list(rows.data(config, private_rows))
     yield from (finding for finding, _ in silos)
     clients = [name for _, name in silos if name]
     yield from models(config, clients, private_rows, cache, on_news, memory_too=there.level != "error")
@@ -115,65 +106,6 @@ def private(privacy: PrivacyConfig) -> Iterator[Finding]:
             "not set: of some hundred rows whole classifiers learn little under the noise; set it to 0, the head alone"
         )
         yield Finding("warning", "privacy.trained_layers", f"{message}, as docs/privacy.md has it")
-
-
-def budget(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int, who: str) -> Iterator[Finding]:
-    """Whether a client can keep to ``privacy.epsilon``, and ``privacy.delta`` means anything with so many rows."""
-    if privacy.epsilon and find_spec("opacus") is None:
-        return  # which is said once
-    try:
-        doubt = check_budget(rows, fit, privacy, uploads, who)
-    except CrosslmError as error:
-        yield Finding("error", "privacy", str(error))
-    else:
-        yield from [Finding("warning", "privacy", doubt)] if doubt else []
-
-
-def data(config: Config, private_rows: dict[str, Examples]) -> Iterator[tuple[Finding, str | None]]:
-    """What each file holds; with a finding of a silo that can be used, its name.
-
-    Args:
-        config: of the run.
-        private_rows: gets the rows of each client, if all can be read.
-    """
-    named: list[tuple[str, str, str, str | None]] = []  # a file of test rows has no client
-    for silo in config.clients:
-        named.append((f"client {silo.id}", f"clients.{silo.id}.train", silo.train, silo.id))
-        if silo.test:
-            named.append((f"client {silo.id}, test", f"clients.{silo.id}.test", silo.test, None))
-    failed = False
-    for subject, key, name, client in [*named, ("data.test", "data.test", str(config.data.test), None)]:
-        try:
-            loaded = load_examples(name, config.data, config.task.labels, key)
-        except DataError as error:
-            failed = True
-            yield Finding("error", subject, str(error)), client
-            continue
-        yield count_rows(subject, loaded.source, loaded.examples, config.task.labels, test=client is None), client
-        yield from ((Finding("warning", subject, line), None) for line in loaded.warnings())
-    if failed:
-        return
-    try:
-        split = load_split(config)
-        perplexity_text_of(config)
-        public_texts(config)
-    except DataError as error:
-        yield Finding("error", "data", str(error)), None
-        return
-    private_rows |= split.private
-    trained = {f"client {client}": rows for client, rows in split.private.items()} | {"the judge": split.judge}
-    doubts = [*seen_before(split.tests, split.test, trained), *not_independent(config, split.judge, split.private)]
-    yield from ((Finding("warning", "data", line), None) for line in doubts)
-    for client, examples in split.private.items():
-        uploads, who = config.federation.participations, f"client {client}"
-        found = budget(len(examples), config.slm.private, config.privacy, uploads, who)
-        yield from ((finding, None) for finding in found)
-    if not config.clients:
-        for client, examples in split.private.items():
-            yield count_rows(f"client {client}", str(config.data.train), examples, config.task.labels), client
-    if not len(split.judge):
-        message = "no rows for an independent judge: what the LLM writes is judged by the clients' SLMs alone; "
-        yield Finding("warning", "data.judge", message + "name labelled text that no client has"), None
 
 
 def models(
@@ -209,39 +141,10 @@ def models(
         else:
             yield Finding("ok", f"client {client}", f"trains {describe_spec(spec)}")
             if client in private_rows:
-                yield from reading(who, folders[spec.model], config.slm.max_length, private_rows[client].texts)
+                yield from rows.reading(who, folders[spec.model], config.slm.max_length, private_rows[client].texts)
     if memory_too and specs and set(folders) == set(named.values()):
         slms = [folders[spec.model] for spec in specs.values()]
         yield memory(config, folders[config.llm.model], slms, folders[config.selection.encoder])
-
-
-def reading(who: str, folder: str, max_length: int, texts: Sequence[str]) -> Iterator[Finding]:
-    """Whether a classifier's tokenizer knows the words of its texts, and how many it reads to their ends.
-
-    Args:
-        who: has the texts.
-        folder: of its classifier.
-        max_length: tokens of a text that are read (``slm.max_length``).
-        texts: of which the first few hundred are looked at.
-    """
-    if not texts:
-        return
-    texts, tokenizer = texts[:LOOKED_AT], load_tokenizer(folder, folder, who)
-    with loading(f"{who}: config.json of {folder!r} cannot be read"):
-        positions = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or 0
-    longest = min(max_length, tokenizer.model_max_length, positions if positions > 0 else max_length)
-    tokens = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    unknown = sum(row.count(tokenizer.unk_token_id) for row in tokens) / max(1, sum(map(len, tokens)))
-    if unknown >= MANY_UNKNOWN:
-        yield Finding(
-            "warning",
-            who,
-            f"{unknown:.0%} of the tokens of its texts are unknown to its classifier: choose one of their language",
-        )
-    cut = sum(len(tokenizer.encode(text)) > longest for text in texts)
-    if cut >= MANY_CUT * len(texts):
-        message = f"{cut} of {len(texts)} texts are longer than the {longest} tokens that its classifier reads of each"
-        yield Finding("warning", who, f"{message}: raise slm.max_length if it can read more, or put what matters first")
 
 
 def vocabulary_texts(config: Config) -> Iterator[Finding]:
@@ -273,31 +176,6 @@ def find_models(
             yield Finding("error", "model", str(error))
             continue
         yield Finding("ok", "model", f"{key} = {name}")
-
-
-def count_rows(subject: str, source: str, examples: Examples, labels: Sequence[str], test: bool = False) -> Finding:
-    """How many rows of each label, and whether that is enough."""
-    counts = dict(zip(labels, examples.class_counts(len(labels)), strict=True))
-    message = f"{source}: {len(examples)} rows ({', '.join(f'{label} {count}' for label, count in counts.items())})"
-    none = [label for label, count in counts.items() if not count]
-    if not len(examples):
-        return Finding("error", subject, f"{message}; put labelled text into it")
-    if any(text.startswith(SAMPLE) for text in examples.texts):
-        return Finding(
-            "warning", subject, f"{message}; some are sample rows of crosslm init: put your own in their place"
-        )
-    if len(none) == len(labels) - 1:
-        return Finding("warning", subject, f"{message}; with one label only there is nothing to tell apart: add others")
-    if none:
-        return Finding("warning", subject, f"{message}; none of {', '.join(none)}: add some if there are any")
-    if test and len(examples) < FEW_TEST_ROWS:
-        return Finding(
-            "warning", subject, f"{message}; one row is {100 / len(examples):.0f} points of accuracy: add more"
-        )
-    few = [label for label, count in counts.items() if count < FEW_ROWS]
-    if few:
-        return Finding("warning", subject, f"{message}; fewer than {FEW_ROWS} of {', '.join(few)}: add more")
-    return Finding("ok", subject, message)
 
 
 def language_model(config: Config, folder: str) -> Iterator[Finding]:

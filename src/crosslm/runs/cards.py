@@ -79,9 +79,10 @@ def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, A
     if own:
         refused = decision.get("refused")
         why = f"was refused there ({refused})" if refused else "was worse on its owner's held-out rows"
-        how = f"on private text. Its owner kept it: the one that came back {why}"
-        if config.federation.participations > 1:  # the figures are of its first upload
-            how, measured = how.replace("on private text", "on private text and on what earlier rounds brought"), {}
+        many = config.federation.participations > 1
+        before = " and on what earlier rounds brought" if many else ""
+        how = f"on private text{before}. Its owner kept it: the one that came back {why}"
+        measured = {} if many else measured  # which is of its first upload
     elif not decision.get("accepted", True):
         how += ". **Its owner did not accept it, and uses the one that it had before**"
     data = ModelCardData(

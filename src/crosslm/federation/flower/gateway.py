@@ -76,14 +76,13 @@ def gateway(superlink: str, kit: Path) -> Starlette:
         if _claimed(request) > MOST:
             return _too_large()
         headers = [(name, value) for name, value in request.headers.raw if name.decode().lower() not in NOT_PASSED_ON]
-        path, body = raw.decode(), _counted(request)
+        path, asked = raw.decode(), request.query_params
+        body: AsyncIterator[bytes] | bytes = _counted(request)
         try:
             if path == PUSHED:
-                whole = b"".join([part async for part in body])
-                if not are_own_answers(whole):
+                body = b"".join([part async for part in _counted(request)])
+                if not are_own_answers(body):
                     return PlainTextResponse("a silo sends its own answers only\n", status_code=403)
-                body = _once(whole)
-            asked = request.query_params
             inner = client.build_request(request.method, path, params=asked, headers=headers, content=body)
             answer = await client.send(inner, stream=True)
         except httpx.TransportError:  # a SuperNode tries again after a 503, and gives up after a 500
@@ -105,10 +104,6 @@ def gateway(superlink: str, kit: Path) -> Starlette:
     methods = ["GET", "POST", "PUT", "DELETE", "PATCH"]
     routes = [Route(ASKED_AT + "{fingerprint}", known), Route("/{path:path}", passed, methods=methods)]
     return Starlette(routes=routes, lifespan=lifespan)
-
-
-async def _once(whole: bytes) -> AsyncIterator[bytes]:
-    yield whole
 
 
 def _known(kit: Path) -> dict[str, str]:
