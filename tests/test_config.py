@@ -68,6 +68,7 @@ def test_an_error_names_where_the_value_came_from(write):
             "slm.models=x",
             r"slm.models: must be a list of tables, each with keys of: model, num_.*, pooling, found 'x'$",
         ),
+        ("task.prompt.good=3", r"task.prompt.good: must be a text in quotes, or a list of such texts, found 3$"),
         ("slm.models=[]", r"slm.models: Tuple should have at least 1 item"),
         ("tracking=wandb", r'^--set tracking=wandb: tracking: must be a list, like \["wandb"\], found \'wandb\''),
     ],

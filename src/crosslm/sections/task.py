@@ -8,9 +8,16 @@ from pydantic import BeforeValidator, Field, model_validator
 from crosslm.sections.section import Positive, Section
 from crosslm.support.files import PARTIAL
 
+
+def _as_list(value: Any) -> Any:
+    if not isinstance(value, str | list | tuple):
+        raise ValueError("must be a text in quotes, or a list of such texts")
+    return (value,) if isinstance(value, str) else value
+
+
 Paraphrases = Annotated[
     tuple[Annotated[str, Field(min_length=1)], ...],
-    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    BeforeValidator(_as_list),
     Field(min_length=1),
 ]
 
