@@ -631,6 +631,7 @@ def results_page(loaded: dict[str, dict]) -> str:
     ]
     if "reproduce" in loaded and "demo-as-init" in loaded:
         lines += in_short(loaded["reproduce"], loaded["demo-as-init"])
+    lines += remarks("findings")
     if "reproduce" in loaded:
         lines += reproduction_section(loaded["reproduce"], sorted(path.stem for path in PLOTS.glob("*.svg")))
     lines += remarks("remarks")
