@@ -319,6 +319,15 @@ def _tokenizers(good):
     for text in ("[]", "", *map(json.dumps, settings)):
         message = "no short text" if "unk_token" in text else "may name" if text else "is not JSON"
         yield files(f"tokenizer_config.json {text[:30]}", message, **{"tokenizer_config.json": text})
+    named = json.dumps({"pad_token": "<boo>", "unk_token": "[UNK]"})
+    yield files("a padding token that it lacks", "names '<boo>', which its", **{"tokenizer_config.json": named})
+    added = {"id": 3, "content": "<new>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    yield tokenizer(
+        "a token of another id", "has the id", lambda t: t["added_tokens"].append({**added, "special": True})
+    )
+    short = copy.deepcopy(header)
+    short["__metadata__"]["crosslm"]["slm"]["max_length"] = 2
+    yield "tokenizer: a template that fills the text", joined(short, body), "adds 2 tokens to each text"
     for value in (3, None, ["{}"]):
         yield files(f"tokenizer.json is {value!r}", "exactly the files", **{"tokenizer.json": value})
     regex = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}

@@ -13,13 +13,14 @@ from opacus.accountants import RDPAccountant
 from crosslm.client import Client
 from crosslm.config import AcceptanceConfig, Config, FitConfig, PrivacyConfig
 from crosslm.data.examples import Examples
-from crosslm.errors import ConfigError, StoppedError
+from crosslm.errors import ConfigError, StoppedError, UploadError
 from crosslm.experiment import run_local
+from crosslm.federation.intake import Intake
 from crosslm.federation.kits import SiloSettings
 from crosslm.models.slm import SLM
 from crosslm.preflight import rows
 from crosslm.privacy.accounting import Mechanism, Spent, check_budget, plan
-from crosslm.privacy.bounds import privacy_line, privacy_summary
+from crosslm.privacy.bounds import privacy_line, privacy_summary, uploads_told
 from crosslm.privacy.leaks import LeakCheck
 from crosslm.privacy.private_fit import PrivateTraining
 from crosslm.records import Download
@@ -113,7 +114,7 @@ def test_an_upload_without_dp_before_leaves_no_bound(slm):
             ("c", {"dp/x": 1.0}),  # a silo may send what names it likes
         )
     ]
-    bounds = privacy_summary(events)
+    bounds = privacy_summary(uploads_told(events))
     assert bounds == {"b": {"epsilon": 2.0, "delta": 0.1}}
     clients = {"b": {"rows": {"bad": 0, "good": 0}}, "c": {"rows": {"bad": 1, "good": 1}}}
     assert "b 2.00 (delta 0.1); no bound for c." in privacy_line({"privacy": bounds, "clients": clients})
@@ -133,11 +134,35 @@ def test_the_line_says_what_is_outside_the_bound():
     assert line({"a": 3, "b": 0}) == f"{two}; exact class counts of a are outside it."
     noisy = {"a": {"epsilon": 2.0, "delta": 1e-5, "count_epsilon": 0.5}}
     assert line({"a": 3}, privacy=noisy) == f"{start} a 2.00 (delta 1e-05)."  # they are within it
-    assert line({"a": 0}, engine="flower") == f"{start} a 2.00 (delta 1e-05), as the silo says."
+    used = (
+        "Private rows: DP-SGD, epsilon of all uploads that were used together a 2.00 (delta 1e-05), as the silo says."
+    )
+    assert line({"a": 0}, engine="flower") == used
     one = "The run that it was rolled back from, x, has an epsilon of its own, and the two add up."
     both = "The runs that it was rolled back from, x, y, have epsilons of their own; all add up."
     for earlier, said in ((["x"], one), ("x", one), (["x", "y"], both)):
         assert line({"a": 0}, rolled_back_from=earlier) == f"{start} a 2.00 (delta 1e-05). {said}"
+
+
+def test_an_upload_that_was_refused_after_it_had_left_is_in_the_bound(settings, tmp_path, monkeypatch):
+    settings["slm"]["models"] = settings["slm"]["models"][:1]
+    settings |= {"privacy": {"epsilon": 8.0, "trained_layers": 0}, "federation": {"participations": 2}}
+    upload, seen = Intake.upload, []
+
+    def only_the_first(intake, data, client_id):
+        seen.append(client_id)
+        if seen.count(client_id) > 1:
+            raise UploadError(f"client {client_id}: its weights are not finite")
+        return upload(intake, data, client_id)
+
+    monkeypatch.setattr(Intake, "upload", only_the_first)
+    config, run = Config.model_validate(settings), RunDir(tmp_path / "run")
+    summary = run_local(config, run.path, tmp_path / "cache")
+    told = {client: metrics[-1]["dp/epsilon"] for client, metrics in uploads_told(run.events()).items()}
+    assert told.keys() == summary["privacy"].keys()
+    for client, bound in summary["privacy"].items():
+        assert 7.98 < bound["epsilon"] <= 8
+        assert told[client] < bound["epsilon"]
 
 
 def test_after_a_rollback_the_earlier_runs_epsilon_is_named(settings, tmp_path):

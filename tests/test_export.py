@@ -277,7 +277,21 @@ def test_cards_say_which_guarantee_holds(finished):
     assert "3.20 at delta" in cards.slm_card(clients[0], 1, finished.config, bounded)
     half = {**open_run, "privacy": {clients[0]: {"epsilon": 3.2, "delta": 1e-5}}}
     assert "without differential privacy for all of them: no" in cards.dataset_card(finished.config, {"all": 1}, half)
+    returned = cards.slm_card(clients[0], 1, finished.config, half)  # the others' rows chose what it was taught
+    assert "without differential privacy for all of them: no" in returned
+    assert "3.20 at delta" in cards.slm_card(clients[0], 1, finished.config, half, own=True)
     assert "without differential privacy: no" in cards.slm_card(clients[0], 1, finished.config, open_run)
+
+
+def test_a_card_has_no_words_of_an_error_from_a_client(finished):
+    """They may tell of private rows, and a card is made to be given away."""
+    client, summary = next(iter(finished.summary["clients"])), copy.deepcopy(finished.summary)
+    told = "LeakError: 3 of 40 synthetic texts share more than 8 words in a row with a private text"
+    summary["clients"][client]["decision"] = {"accepted": False, "refused": told}
+    card = cards.slm_card(client, 1, finished.config, summary, own=True)
+    assert "was refused there (LeakError)" in card
+    assert "private text, at most" not in card
+    assert "words in a row" not in card
 
 
 def test_a_card_says_that_the_counts_of_rows_are_hidden(finished):

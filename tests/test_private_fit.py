@@ -19,7 +19,7 @@ from crosslm.models.slm import SLM
 from crosslm.privacy import accounting, private_layers, private_mean
 from crosslm.privacy.accounting import Mechanism, plan
 from crosslm.privacy.private_fit import PrivateTraining, discrete_laplace, dp_sgd
-from crosslm.privacy.private_layers import EVERY_LAYER, HEAD_ONLY, frozen_below
+from crosslm.privacy.private_layers import frozen_below
 from crosslm.privacy.private_mean import _read_by_head, centred, noisy_mean
 from crosslm.privacy.private_noise import fresh_generator
 
@@ -38,11 +38,15 @@ CAUSAL = {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
 MORE = {
     "albert": {"embedding_size": 16},  # its layers share their weights
     "camembert": {},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "electra": {"embedding_size": 16},
     "ernie": {},
     "gemma3_text": {**CAUSAL, "head_dim": 8},
     "llama": CAUSAL,
     "mobilebert": {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
+    "modernbert": {"eos_token_id": 2, "cls_token_id": 3, "sep_token_id": 4, "bos_token_id": 1},
+    "mpnet": {},
     "qwen2": CAUSAL,
     "qwen3": {**CAUSAL, "head_dim": 8},
     "roberta": {},
@@ -51,9 +55,8 @@ MORE = {
 FAMILIES = ["bert", "distilbert", "gpt2", *MORE]
 
 
-def test_every_family_that_is_said_to_work_is_tried():
-    assert sorted(FAMILIES) == sorted(EVERY_LAYER)
-    assert set(MODEL_TYPES) - {*EVERY_LAYER, *HEAD_ONLY} == {"modernbert"}
+def test_every_type_of_model_is_tried():
+    assert sorted(FAMILIES) == sorted(MODEL_TYPES)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +101,7 @@ def without_dropout(slm):
 
 @pytest.mark.parametrize(
     ("family", "frozen"),
-    # Gemma's table of embeddings has a buffer, which Opacus refuses where it is trained
-    [(family, frozen) for family in FAMILIES for frozen in (True, False) if frozen or family != "gemma3_text"],
+    [(family, frozen) for family in FAMILIES for frozen in (True, False)],
 )
 def test_one_step_is_clipped_gradients_by_definition(folders, family, frozen):
     """Without noise and with plain SGD: the mean of each row's gradient, clipped to a norm of ``clip``."""
@@ -392,11 +394,58 @@ def test_only_the_highest_layers_can_be_trained(folders, family):
     assert head == {name for name in trained if not name.startswith(f"{body}.")}
 
 
-def test_a_parameter_without_gradients_of_rows_is_found(folders):
+def amplifying(slm):
+    """Weights that make much of rounding: twice a feed-forward half takes away its own input, and a norm follows."""
+    torch.manual_seed(1)
+    width, inner = slm.model.config.hidden_size, slm.model.config.intermediate_size
+    state = slm.model.state_dict()
+    for layer in (0, 1):
+        turn, into, out = (
+            torch.linalg.qr(torch.randn(width, width))[0],
+            torch.zeros(inner, width),
+            torch.zeros(width, inner),
+        )
+        bias = torch.zeros(inner)
+        into[:width], bias[:width], out[:, :width] = turn, 20.0, -turn.T
+        name = f"bert.encoder.layer.{layer}."
+        state |= {
+            f"{name}intermediate.dense.weight": into,
+            f"{name}intermediate.dense.bias": bias,
+            f"{name}output.dense.weight": out,
+            f"{name}output.dense.bias": turn.T @ torch.full((width,), 20.0),
+        }
+    for name in ("bert.pooler.dense.weight", "classifier.weight"):
+        state[name] = torch.randn_like(state[name]) * 5
+    slm.model.load_state_dict(state)
+
+
+def neighbours():
+    """Rows, and the same with a long one more."""
+    rows = EXAMPLES.take(range(10, 70))
+    return rows, Examples([*rows.texts, " ".join([GOOD[0]] * 30)], [*rows.labels, 0])
+
+
+def test_one_row_more_moves_the_sum_by_its_clipped_gradient_alone(folders):
+    """Whatever the weights: those that come back may be such that rows beside others have other gradients."""
+    moved = []
+    for rows in neighbours():
+        slm = load(folders, "bert")
+        amplifying(slm)
+        before = weights(slm)
+        plain_sgd(slm)
+        with frozen_below(slm, 0):
+            dp_sgd(slm, rows, FitConfig(), Mechanism(0.0, 1.0, 1), 1.0, secret(), lambda _: None)
+        after = weights(slm)
+        moved.append(torch.cat([(after[name] - before[name]).flatten() for name in before]) * len(rows))
+    assert float((moved[1] - moved[0]).norm()) <= 1.001
+    assert float(moved[0].norm()) > 1
+
+
+def test_one_row_more_moves_the_sum_for_the_mean_by_no_more_than_the_radius(folders):
     slm = load(folders, "bert")
-    slm.model.stray = torch.nn.Linear(2, 2)
-    with pytest.raises(ModelError, match=r"stray\.weight has no gradient of each row"):
-        dp_sgd(slm, EXAMPLES, FitConfig(), Mechanism(1.0, 0.5, 1), 1.0, secret(), lambda _: None)
+    amplifying(slm)
+    sums = [noisy_mean(slm, slm.encode(rows.texts), 0.0, np.random.default_rng(0)) * len(rows) for rows in neighbours()]
+    assert float((sums[1] - sums[0]).norm()) <= 1.001 * float(_read_by_head(slm, slm.encode(LABELS)).norm(dim=1).max())
 
 
 def test_without_opacus_it_is_said_what_to_install(monkeypatch):

@@ -313,6 +313,23 @@ def test_a_complete_round_is_not_trained_again_whoever_asks(silo, federated, mod
     assert (silo.state / "upload-0000.json").read_bytes() == told
 
 
+def test_under_dp_an_upload_that_was_lost_is_not_trained_again(silo):
+    """It may have left: another with fresh noise is one release more, which no bound counts."""
+    privacy = PrivacyConfig(epsilon=8.0, trained_layers=0, delta=1e-3)
+    change(silo.kit, privacy=privacy, acceptance=AcceptanceConfig(), max_participations=1)
+    silo = Silo(silo.kit, silo.cache)
+    sent = silo.upload(silo.settings.experiment, 0)
+    released, told = sent.read_bytes(), silo.state / "upload-0000.json"
+    sent.unlink()
+    with pytest.raises(KeptFileError, match=r"upload-0000.safetensors, which round 0 was trained for .* put .* back"):
+        silo.upload(silo.settings.experiment, 0)
+    assert not sent.exists()
+    sent.write_bytes(released)
+    told.unlink()  # as where it was cut off between the two
+    assert silo.upload(silo.settings.experiment, 0).read_bytes() == released
+    assert json.loads(told.read_text())["metrics"]["dp/epsilon"] <= 8
+
+
 def test_no_memory_for_the_checks_of_what_comes_back_decides_nothing(silo, federated, models, flower_run, monkeypatch):
     _, download = answer(silo, Config.model_validate(federated), models)
     experiment, decode = silo.settings.experiment, intake.decode_download

@@ -67,6 +67,61 @@ def test_training_in_bfloat16_teaches_as_well_and_leaves_weights_in_float32(slm,
     assert apart.mean() < 0.1
 
 
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+}
+
+
+def classifier(kind, tokenizer, folder, **more):
+    """A tiny classifier's folder, of a type that the other tests have none of."""
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **SMALL, **more)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return SLM.load(str(folder), LABELS, 32, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["deberta", "deberta-v2", "mpnet", "modernbert", "llama"])
+def test_other_types_can_be_trained_where_the_processor_has_bfloat16(kind, models, tmp_path, monkeypatch):
+    monkeypatch.setattr("crosslm.models.dtypes.fast_dtype", lambda device: torch.bfloat16)
+    more = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]} if kind.startswith("deberta") else {}
+    more |= {"eos_token_id": 2, "bos_token_id": 1} if kind in ("modernbert", "llama") else {}
+    more |= {"cls_token_id": 3, "sep_token_id": 4} if kind == "modernbert" else {}
+    slm, given = classifier(kind, AutoTokenizer.from_pretrained(models / "bert"), tmp_path, **more), []
+    output_layer(slm.model).register_forward_hook(lambda _, inputs, output: given.append(output.dtype))
+    slm.fit(EXAMPLES.take(range(30, 50)), FIT.model_copy(update={"dtype": "auto", "epochs": 1}), 1)
+    assert set(given) == {torch.float32 if kind == "deberta" else torch.bfloat16}
+
+
+def test_a_text_of_which_nothing_would_be_left_is_refused(models):
+    with pytest.raises(ModelError, match=r"adds 2 tokens to each text, which is cut at 2: raise slm\.max_length"):
+        SLM.load(str(models / "bert"), LABELS, 2, seed=0)
+
+
+def test_a_causal_classifier_needs_a_token_to_pad_with(models, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(models / "gpt2")
+    tokenizer.pad_token = tokenizer.eos_token = None
+    AutoModelForSequenceClassification.from_pretrained(models / "gpt2").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"pad_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="no token to pad with, and none that ends a text; set pad_token"):
+        SLM.load(str(tmp_path), LABELS, 32, seed=0)
+
+
+def test_a_text_without_a_token_can_be_classified_alone(models):
+    slm = SLM.load(str(models / "gpt2"), LABELS, 32, seed=0)
+    assert slm.encode([""]) == [[]]
+    alone, beside = slm.predict_proba([""]), slm.predict_proba(["", "a good day"])
+    assert alone.shape == (1, 2)
+    assert bool(alone.isfinite().all())
+    assert bool(beside.isfinite().all())
+
+
 @pytest.mark.parametrize("name", ["float32", "auto"])
 def test_training_is_in_float32_unless_told_and_where_the_processor_has_no_other(models, monkeypatch, name):
     fast = torch.bfloat16 if name == "float32" else torch.float32

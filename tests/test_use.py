@@ -98,7 +98,7 @@ def test_it_says_where_the_client_kept_another_one(shell, workplace, tmp_path):
     assert (
         "on private text and on what earlier rounds brought. Its owner kept it: the one that came back was" in card_then
     )
-    assert "refused there (LeakError: a text)" in card_then
+    assert "refused there (LeakError)" in card_then
     assert "| private text only" not in card_then
     assert "Not measured by itself" in card_then
     assert "| private text only (this model) |" in card

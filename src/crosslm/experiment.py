@@ -345,6 +345,6 @@ class _Run:
                 }
                 for name in self.split.private
             },
-            "privacy": privacy_summary(self.run.events()),
+            "privacy": privacy_summary({name: client.told_metrics for name, client in exchange.clients.items()}),
             "peak_memory_bytes": peak_memory_bytes(),
         }

@@ -154,7 +154,7 @@ def _program(name: str) -> Finding:
 
 def _classifier(settings: SiloSettings, folder: str) -> Finding:
     try:
-        check_slm(folder, settings.slm, settings.privacy, settings.freeze_embeddings, "slm")
+        check_slm(folder, settings.slm, settings.privacy, "slm")
         intake, dtype = Intake(settings.labels, settings.intake), DTYPES[settings.wire_dtype]
         check_upload(folder, settings.slm, settings.max_length, intake, "slm", dtype)
     except CrosslmError as error:

@@ -180,7 +180,7 @@ def _check_slm(
     longest, places = slm["max_length"], longest_text(model, 2**20)
     if type(longest) is not int or not 0 < longest <= places:
         raise UploadError(f"its max_length is {str(longest)[:40]}; the architecture reads 1 to {places} tokens")
-    check_tokenizer(_object(slm["tokenizer"], "tokenizer"), SPECIAL_TOKENS, model.config.vocab_size)
+    check_tokenizer(_object(slm["tokenizer"], "tokenizer"), SPECIAL_TOKENS, model.config.vocab_size, longest)
     _in_time(deadline, bounds)
 
 

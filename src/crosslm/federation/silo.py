@@ -15,7 +15,7 @@ from crosslm.client import Client
 from crosslm.errors import DataError, DeclinedError, FederationError, KeptFileError, LeakError, UploadError
 from crosslm.federation.intake import Intake, check_same_model
 from crosslm.federation.leaving import answers, confirmation, contents, done, metric_names, refused
-from crosslm.federation.messages import encode
+from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.silo_models import CLOSING, SiloModels, told_by
 from crosslm.models.slm import SLM
 from crosslm.records import SlmState, Upload
@@ -46,13 +46,21 @@ class Silo(SiloModels):
         self._check(experiment, number)
         path = self._sent(number)
         if path.exists():
-            self._kept(path)
+            data = self._kept(path)
+            if not self._metadata(number).exists():  # cut off before it was kept
+                self._keep(self._metadata(number), json.dumps(told_by(decode_upload(data))).encode())
             self.now("waiting", number)
             return path
         if number < self.installed:
             raise FederationError(
                 f"silo {self.settings.id}: round {number} is complete and what was sent in it is not kept any more; "
                 "nothing is trained for it again: put its file back from a copy of the kit, if the server needs it"
+            )
+        if self.settings.privacy.epsilon and self._was_kept(self._metadata(number)):
+            raise KeptFileError(
+                f"silo {self.settings.id}: {path.name}, which round {number} was trained for and which may have been "
+                "sent, is gone; under privacy.epsilon nothing is trained for it again, which would be a release more: "
+                f"put {path.name} back from a copy of the kit"
             )
         self.now("training", number)
         client = self.client()
@@ -65,8 +73,8 @@ class Silo(SiloModels):
             self._keep(self._unrounded(number), encode(upload))
         else:  # one that was rounded may have been cut off here, before wire_dtype was changed
             self._unrounded(number).unlink(missing_ok=True)
-        self._keep(self._metadata(number), json.dumps(told_by(upload)).encode())
         self._keep(path, data)
+        self._keep(self._metadata(number), json.dumps(told_by(upload)).encode())
         self.now("waiting", number)
         return path
 

@@ -10,7 +10,7 @@ from crosslm.config import Config
 from crosslm.data.examples import Examples
 from crosslm.federation.spool import Spool
 from crosslm.models.dtypes import fit_dtype
-from crosslm.privacy.bounds import privacy_summary
+from crosslm.privacy.bounds import privacy_summary, uploads_told
 from crosslm.runs import arrivals
 from crosslm.runs.measures import LLM_MEASURES, peak_memory_bytes
 from crosslm.runs.rundir import ENGINE, METHODS, RunDir
@@ -68,7 +68,7 @@ def summary_of(
         "test_rows": {client: None if test is None else len(test) for client in served},
         "no_say": arrivals.without_a_say(events),
         "clients": _clients(events, spool, config.task.labels),
-        "privacy": privacy_summary(events),
+        "privacy": privacy_summary(uploads_told(events)),
         "peak_memory_bytes": peak_memory_bytes(),
         "arrivals": [vars(arrival) for arrival in journal],
         "not_delivered": spool.not_delivered(silos),

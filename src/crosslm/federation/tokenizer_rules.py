@@ -94,13 +94,18 @@ KNOWN: dict[str, dict[str, set[str]]] = {
 }
 
 
-def check_tokenizer(files: Mapping[str, Any], special_tokens: tuple[str, ...], vocab_size: int) -> None:
-    """Find out that a tokenizer is made of known parts and gives no id beyond the vocabulary.
+def check_tokenizer(
+    files: Mapping[str, Any], special_tokens: tuple[str, ...], vocab_size: int, max_length: int
+) -> None:
+    """Find out that a tokenizer is made of known parts, gives no id beyond the vocabulary, and can cut texts.
+
+    An id beyond it is an error of the device on a GPU, after which the process can use that no more.
 
     Args:
         files: ``tokenizer.json`` and ``tokenizer_config.json``, as text.
         special_tokens: what the second may name.
         vocab_size: rows of the classifier's embedding table.
+        max_length: tokens at which texts are cut.
 
     Raises:
         UploadError: it is not so.
@@ -125,11 +130,21 @@ def check_tokenizer(files: Mapping[str, Any], special_tokens: tuple[str, ...], v
     _check_settings(parts)
     _check_ids(parts, vocab_size)
     try:
-        Tokenizer.from_str(files["tokenizer.json"])
+        made = Tokenizer.from_str(files["tokenizer.json"])
+        ids, adds = made.get_vocab(with_added_tokens=True), made.num_special_tokens_to_add(is_pair=False)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the Rust library is no Exception
         raise UploadError(f"its tokenizer.json cannot be read: {str(error)[:120]}") from error
+    _check_range(list(ids.values()), vocab_size, "vocabulary")  # of an added token the id that it has been given
+    if unknown := [token for token in named.values() if token not in ids]:
+        raise UploadError(
+            f"its tokenizer_config.json names {unknown[0][:40]!r}, which its tokenizer.json does not have"
+        )
+    if adds >= max_length:
+        raise UploadError(
+            f"its tokenizer adds {adds} tokens to each text, which is cut at {max_length}: nothing would be left of it"
+        )
 
 
 def _check_part(kind: str, part: Any, vocab_size: int) -> None:

@@ -148,7 +148,10 @@ def travelled_classifier(state: SlmState) -> tuple[Any, PreTrainedTokenizerBase]
         )
     model.config.id2label = dict(enumerate(state.labels))
     model.config.label2id = {label: index for index, label in enumerate(state.labels)}
-    agree_on_padding(model, tokenizer)
+    try:
+        agree_on_padding(model, tokenizer)
+    except ModelError as error:
+        raise UploadError(f"the SLM cannot be used; choose another model: {error}") from error
     return model, tokenizer
 
 
@@ -220,11 +223,19 @@ def agree_on_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     A causal classifier reads a text's last token, which is the last one that is not its configuration's padding. Where
     the tokenizer pads with another one that takes padding for the end of the text. Other types keep an id of their own:
     RoBERTa's says where positions begin.
+
+    Raises:
+        ModelError: a causal classifier has no token to pad with.
     """
     own = model.config.pad_token_id
     if tokenizer.pad_token is None:
         is_known = own is not None and 0 <= own < len(tokenizer)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own) if is_known else tokenizer.eos_token
     reads_last_token = hasattr(model, "score")  # the head's name in these, and in no other
+    if reads_last_token and tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"{model.config.model_type}: its tokenizer has no token to pad with, and none that ends a text; set "
+            "pad_token in the model's tokenizer_config.json, or choose another of slm.models"
+        )
     if own is None or reads_last_token:
         model.config.pad_token_id = tokenizer.pad_token_id

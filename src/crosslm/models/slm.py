@@ -17,6 +17,7 @@ from transformers import (
 
 from crosslm.config import Config, FitConfig, SLMSpec
 from crosslm.data.examples import Examples
+from crosslm.errors import ModelError
 from crosslm.models.architecture import longest_text, output_layer, travelling
 from crosslm.models.batches import batches, hold_out
 from crosslm.models.dtypes import fit_dtype
@@ -29,6 +30,7 @@ from crosslm.models.pretrained import (
 from crosslm.records import SlmState
 
 HEAD_SPREAD = 0.02  # of the weights of a new output layer, as transformers has it for BERT
+FLOAT32_ONLY = {"deberta"}  # whose masks are float32's least number, which bfloat16 cannot hold
 PREDICTION_BATCH = 64
 Of = TypeVar("Of")
 
@@ -73,11 +75,18 @@ class SLM:
             pooling: ``mean`` puts a layer on top that takes the mean of the tokens.
 
         Raises:
-            ModelError: it cannot be loaded as a sequence classifier, has fewer layers, or cannot have that pooling.
+            ModelError: it cannot be loaded as a sequence classifier, has fewer layers, cannot have that pooling, or
+                would have nothing of a text left at ``max_length``.
         """
         model, tokenizer = pretrained_classifier(folder, labels, seed, num_hidden_layers, pooling)
         outputs = [model.config.id2label[place] for place in range(len(labels))]
-        slm = cls(model.to(device), tokenizer, outputs, min(max_length, longest_text(model, max_length)))
+        longest = min(max_length, longest_text(model, max_length))
+        if longest <= (added := tokenizer.num_special_tokens_to_add()):
+            raise ModelError(
+                f"{folder}: its tokenizer adds {added} tokens to each text, which is cut at {longest}: raise "
+                "slm.max_length (max_length in a silo's kit)"
+            )
+        slm = cls(model.to(device), tokenizer, outputs, longest)
         slm.order_labels(labels)
         slm.freeze_embeddings(freeze_embeddings)
         return slm
@@ -310,7 +319,7 @@ class SLM:
     # -- inside ------------------------------------------------------------------------------
 
     def _pad(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
-        longest = max(map(len, rows))
+        longest = max(1, *map(len, rows))  # a text without a letter has no token, where the tokenizer adds none
         ids = torch.full((len(rows), longest), int(self.tokenizer.pad_token_id or 0))
         mask = torch.zeros_like(ids)
         for index, row in enumerate(rows):
@@ -330,9 +339,9 @@ class SLM:
     ) -> float:
         self.model.train()
         total, device = 0.0, self.device.type
-        dtype = fit_dtype(config, device)
+        is_fast = fit_dtype(config, device) == torch.bfloat16 and self.model.config.model_type not in FLOAT32_ONLY
         for batch in batches(rows, config.batch_size, generator):
-            with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16, enabled=is_fast):
                 loss = self.losses([rows[row] for row in batch], targets[batch]).mean()
             optimizer.zero_grad()
             loss.backward()

@@ -132,7 +132,7 @@ def models(
     for client, spec in specs.items():
         try:
             who = f"client {client}"
-            check_slm(folders[spec.model], spec, config.privacy, config.slm.freeze_embeddings, who)
+            check_slm(folders[spec.model], spec, config.privacy, who)
             if spec not in travels:
                 check_upload(folders[spec.model], spec, config.slm.max_length, intake, who)
                 travels.add(spec)

@@ -220,8 +220,7 @@ def _noise_multiplier(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What Opacus and its hooks warn of in passing: inputs without gradients, and a looser bound at the range's end."""
+    """What Opacus warns of in passing: a looser bound at the range's end."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
         warnings.filterwarnings("ignore", message="Optimal order is the (largest|smallest) alpha")
         yield

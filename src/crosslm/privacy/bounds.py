@@ -7,20 +7,30 @@ PREFIX = "dp/"
 BOUND = {"epsilon", "delta"}
 
 
-def privacy_summary(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """For each client the bound over all its uploads, from the metadata of the last one; none if one is without DP."""
-    bounds: dict[str, dict[str, float]] = {}
-    unbounded = set()
+def privacy_summary(uploads: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """For each client the bound over all its uploads, as the last one tells it; none if one is without DP.
+
+    Args:
+        uploads: the metrics of each of a client's uploads, in order; those that were refused have left it too.
+    """
+    bounds = {}
+    for client, metrics in uploads.items():
+        told = [
+            {name.removeprefix(PREFIX): value for name, value in each.items() if name.startswith(PREFIX)}
+            for each in metrics
+        ]
+        if told and all(each.keys() >= BOUND for each in told):  # a silo may send what names it likes
+            bounds[client] = told[-1]
+    return bounds
+
+
+def uploads_told(events: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, float]]]:
+    """For each client the metrics of its uploads that passed the intake."""
+    told: dict[str, list[Mapping[str, float]]] = {}
     for event in events:
         if event["event"] == "upload":
-            told = {
-                name.removeprefix(PREFIX): value for name, value in event["metrics"].items() if name.startswith(PREFIX)
-            }
-            if told.keys() >= BOUND:  # a silo may send what names it likes
-                bounds[event["client_id"]] = told
-            else:
-                unbounded.add(event["client_id"])
-    return {client: told for client, told in bounds.items() if client not in unbounded}
+            told.setdefault(event["client_id"], []).append(event["metrics"])
+    return told
 
 
 def privacy_line(summary: Mapping[str, Any]) -> str:
@@ -32,7 +42,8 @@ def privacy_line(summary: Mapping[str, Any]) -> str:
         return "Private rows: no bound (privacy.epsilon is not set); `crosslm audit` measures what the SLMs give away."
     told = ", ".join(f"{client} {bound['epsilon']:.2f}" for client, bound in bounds.items())
     deltas = ", ".join(sorted({f"{bound['delta']:g}" for bound in bounds.values()}))
-    parts = [f"Private rows: DP-SGD, epsilon of all uploads together {told} (delta {deltas})"]
+    uploads = "all uploads that were used" if between_machines else "all uploads"  # a refused one is only known there
+    parts = [f"Private rows: DP-SGD, epsilon of {uploads} together {told} (delta {deltas})"]
     if between_machines:
         parts[0] += ", as the silo says"
     if exact := [client for client in bounds if how_told(summary, client) == "exact"]:

@@ -1,4 +1,4 @@
-"""Training a classifier with differential privacy: DP-SGD through Opacus (the extra ``crosslm[privacy]``).
+"""Training a classifier with differential privacy: DP-SGD (its accounting needs the extra ``crosslm[privacy]``).
 
 Abadi et al., "Deep Learning with Differential Privacy", CCS 2016. Each row enters a batch by a coin of its own
 (Poisson sampling), its gradient is clipped to a norm of ``clip``, and Gaussian noise of standard deviation
@@ -15,22 +15,19 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.data.examples import Examples
-from crosslm.errors import ConfigError, ModelError
+from crosslm.errors import ConfigError
 from crosslm.models.slm import SLM
-from crosslm.privacy.accounting import Mechanism, Spent, epsilon_of, plan, quiet, require_opacus
+from crosslm.privacy.accounting import Mechanism, Spent, epsilon_of, plan, require_opacus
 from crosslm.privacy.private_layers import frozen_below
 from crosslm.privacy.private_mean import centred, noisy_mean
 from crosslm.privacy.private_noise import fresh_generator, gaussian
-
-MICRO_BATCH = 16  # rows whose gradients are in memory at once; changes no result
 
 
 class PrivateTraining:
@@ -76,7 +73,8 @@ class PrivateTraining:
 
         Raises:
             ConfigError: the budget is spent, or an earlier upload was made without one.
-            ModelError: the classifier has parameters that have no gradient of each row.
+            ModelError: the classifier's layers cannot be told apart (``trained_layers``), or it is damaged
+                (``center``).
         """
         spent = self._spent()
         if len(spent.uploads) >= self.uploads:
@@ -160,123 +158,49 @@ def dp_sgd(
 ) -> None:
     """So many steps of DP-SGD; what is frozen stays so.
 
-    Raises:
-        ModelError: a trained parameter has no gradient of each row.
+    A batch of no rows is noise alone, as the accountant counts on.
     """
-    from opacus.optimizers import DPOptimizer
-
     rows = slm.encode(examples.texts)
     optimizer, schedule = slm.optimizer(config, len(rows))
-    # Opacus clips and sums; its own noise is by PyTorch's generator, so here it adds none
-    optimizer = DPOptimizer(
-        optimizer, noise_multiplier=0.0, max_grad_norm=clip, expected_batch_size=None, loss_reduction="sum"
-    )
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     deviation, expected_batch = mechanism.noise_multiplier * clip, mechanism.sample_rate * len(rows)
-    optimizer.attach_step_hook(
-        lambda summed: _add_noise(
-            [parameter.grad for parameter in summed.params], deviation, expected_batch, fresh_generator(secret)
-        )
-    )
     slm.model.eval()  # no dropout: the noise is enough of that
-    for module in slm.model.modules():
-        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-            module.train()  # Opacus looks at these alone
-    with _gradients_of_each_row(slm.model):
-        for _ in range(mechanism.steps):
-            drawn = [row for row in range(len(rows)) if secret.random() < mechanism.sample_rate]
-            batch = sorted(drawn, key=lambda row: len(rows[row]))
-            _step(slm, [rows[row] for row in batch], [examples.labels[row] for row in batch], optimizer)
-            schedule.step()
-            on_rows(len(batch))
-    slm.model.eval()
+    for _ in range(mechanism.steps):
+        drawn = [row for row in range(len(rows)) if secret.random() < mechanism.sample_rate]
+        sums = [torch.zeros_like(parameter) for parameter in trained]
+        for row in drawn:
+            _add_clipped_gradient(sums, trained, slm.losses([rows[row]], [examples.labels[row]]).sum(), clip)
+        _add_noise(sums, deviation, expected_batch, fresh_generator(secret))
+        for parameter, gradient in zip(trained, sums, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        on_rows(len(drawn))
+
+
+def _add_clipped_gradient(sums: Sequence[Tensor], trained: Sequence[Tensor], loss: Tensor, clip: float) -> None:
+    """Add the gradient of one row's loss, scaled down to a norm of ``clip`` if it is longer.
+
+    The row went through the model alone. Beside others its outputs would differ by rounding, with their number and
+    length, and weights that came back can be such that they differ by as much as is wished. Then one row more would
+    change the gradients of all, and by more than they are clipped to.
+
+    A row whose gradient is not finite counts as zero: clipping cannot mend that, zero times infinity is no number, and
+    one such row would show in all of the upload. The weights that came back decide which rows have such gradients, so a
+    server could ask for a row in that way.
+    """
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    if not norm.isfinite():
+        return
+    share = (clip / norm).clamp(max=1)
+    for total, gradient in zip(sums, gradients, strict=True):
+        if gradient is not None:
+            total.add_(gradient * share)
 
 
 def _add_noise(sums: Sequence[Tensor], deviation: float, expected_batch: float, noise: np.random.Generator) -> None:
     """``(sum of clipped gradients + deviation * N(0, I)) / expected_batch`` in the place of the sums."""
     for total in sums:
         total.add_(gaussian(noise, total), alpha=deviation).div_(expected_batch)
-
-
-def _step(slm: SLM, rows: list[list[int]], labels: list[int], optimizer: Any) -> None:
-    """One step, in pieces that fit the memory; a batch of no rows is noise alone, as the accountant counts on."""
-    for start in range(0, max(len(rows), 1), MICRO_BATCH):
-        piece = slice(start, start + MICRO_BATCH)
-        optimizer.zero_grad(set_to_none=True)
-        if rows:
-            slm.losses(rows[piece], labels[piece]).sum().backward()
-            _check_gradients(slm.model, len(rows[piece]))
-            _leave_out_what_is_not_finite([parameter.grad_sample for parameter in optimizer.params])
-        else:
-            for parameter in optimizer.params:
-                parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)
-        optimizer.signal_skip_step(start + MICRO_BATCH < len(rows))
-        optimizer.step()
-
-
-def _leave_out_what_is_not_finite(samples: list[Tensor]) -> None:
-    """Zero the gradients of rows that have an infinite one or none at all.
-
-    Clipping cannot mend them, zero times infinity is no number, and one such row would show in all of the upload. The
-    weights that came back decide which rows have such gradients, so a server could ask for a row in that way.
-    """
-    norms = torch.stack([torch.linalg.vector_norm(sample.flatten(1), dim=1) for sample in samples])
-    rows = ~norms.isfinite().all(dim=0)
-    for sample in samples:
-        sample[rows] = 0.0
-
-
-def _check_gradients(model: nn.Module, rows: int) -> None:
-    """A parameter that sees the batch as one row would be clipped wrongly, without a word."""
-    for name, parameter in model.named_parameters():
-        sample = getattr(parameter, "grad_sample", None)
-        if parameter.requires_grad and (not isinstance(sample, Tensor) or len(sample) != rows):
-            raise ModelError(
-                f"{name} has no gradient of each row, so the classifier cannot be trained with privacy.epsilon; "
-                "set privacy.trained_layers to train fewer layers, or choose another model"
-            )
-
-
-@contextmanager
-def _gradients_of_each_row(model: nn.Module) -> Iterator[None]:
-    """Opacus's hooks on the model, and no trace of them afterwards.
-
-    Position embeddings are looked up once for the whole batch and would get one gradient for all rows; here they are
-    looked up for each row.
-    """
-    from opacus.grad_sample import GradSampleHooks
-
-    size = [0]
-
-    def note_size(_: nn.Module, __: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        size[0] = len(inputs["input_ids"])
-
-    def for_each_row(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        ids, *more = inputs
-        return (ids.expand(size[0], *ids.shape[1:]), *more) if len(ids) == 1 else None
-
-    handles = [model.register_forward_pre_hook(note_size, with_kwargs=True)]
-    handles += [
-        module.register_forward_pre_hook(for_each_row) for module in model.modules() if isinstance(module, nn.Embedding)
-    ]
-    try:
-        hooks = GradSampleHooks(model, loss_reduction="sum")
-    except (NotImplementedError, AttributeError) as error:
-        raise _untrainable(error) from error
-    try:
-        with quiet():
-            yield
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise _untrainable(error) from error  # of layers that Opacus has no gradients of rows for, each fails its way
-    finally:
-        hooks.cleanup()
-        for handle in handles:
-            handle.remove()
-
-
-def _untrainable(error: Exception) -> ModelError:
-    return ModelError(
-        f"the classifier cannot be trained with privacy.epsilon: {type(error).__name__}: {str(error)[:100]}; set "
-        "privacy.trained_layers = 0 to train its head alone, or choose another of slm.models"
-    )

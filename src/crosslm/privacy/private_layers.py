@@ -1,4 +1,4 @@
-"""Which classifiers, and which of their layers, are trained under DP."""
+"""Which layers of a classifier are trained under DP."""
 
 import re
 from collections.abc import Iterator
@@ -13,63 +13,25 @@ from crosslm.errors import ModelError
 from crosslm.models.slm import SLM
 from crosslm.privacy.private_mean import centred, check_center, noisy_mean
 
-EVERY_LAYER = (
-    "albert",
-    "bert",
-    "camembert",
-    "distilbert",
-    "electra",
-    "ernie",
-    "gemma3_text",
-    "gpt2",
-    "llama",
-    "mobilebert",
-    "qwen2",
-    "qwen3",
-    "roberta",
-    "xlm-roberta",
-)
-"""Model types all of whose layers get true gradients of each row."""
-HEAD_ONLY = ("deberta", "deberta-v2", "mpnet")
-"""Those that can be trained with ``trained_layers = 0``: their relative positions are looked up for a whole batch."""
-SCALED_EMBEDDINGS = "gemma3_text"
-"""Whose embeddings are multiplied where they are looked up, of which Opacus has no gradients of rows."""
 LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
 EMBEDDINGS = re.compile(r"embed|\bwte\b|\bwpe\b")
 
 
-def check_private(folder: str, privacy: PrivacyConfig, frozen: bool, who: str) -> None:
+def check_private(folder: str, privacy: PrivacyConfig, who: str) -> None:
     """Find out that a model can be trained by DP-SGD as is asked, without loading its weights.
 
     Args:
         folder: of the model.
         privacy: which layers are trained.
-        frozen: ``slm.freeze_embeddings``.
         who: trains it.
 
     Raises:
         ModelError: it cannot; says what can.
     """
-    model_type = AutoConfig.from_pretrained(folder).model_type
-    if model_type in HEAD_ONLY and privacy.trained_layers != 0:
-        raise ModelError(
-            f"{who}: under privacy.epsilon a model of the type {model_type} can train its head alone; set "
-            "privacy.trained_layers = 0, or choose another of slm.models"
-        )
-    if model_type not in EVERY_LAYER + HEAD_ONLY:
-        raise ModelError(
-            f"{who}: a model of the type {model_type} cannot be trained with privacy.epsilon; choose one of "
-            f"{', '.join(EVERY_LAYER)}, or with privacy.trained_layers = 0 one of {', '.join(HEAD_ONLY)}"
-        )
-    if model_type == "albert" and privacy.trained_layers is not None:
+    if privacy.trained_layers is not None and AutoConfig.from_pretrained(folder).model_type == "albert":
         raise ModelError(
             f"{who}: the layers of a model of the type albert share their weights; leave privacy.trained_layers out, "
             "or choose another of slm.models"
-        )
-    if model_type == SCALED_EMBEDDINGS and not frozen and privacy.trained_layers is None:
-        raise ModelError(
-            f"{who}: the word embeddings of a model of the type {model_type} cannot be trained with privacy.epsilon; "
-            "set slm.freeze_embeddings = true (freeze_embeddings in a silo's kit), or privacy.trained_layers"
         )
     if privacy.center:
         check_center(folder, who)

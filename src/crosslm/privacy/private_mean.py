@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from crosslm.errors import ModelError
 from crosslm.models.architecture import output_layer
-from crosslm.models.slm import PREDICTION_BATCH, SLM
+from crosslm.models.slm import SLM
 from crosslm.privacy.private_noise import gaussian
 
 
@@ -51,8 +51,9 @@ def noisy_mean(slm: SLM, rows: Sequence[list[int]], noise_multiplier: float, gen
     """``(sum of clipped vectors + noise_multiplier * radius * N(0, I)) / rows`` of what the last layer reads.
 
     A vector is clipped to a norm of ``radius``, the largest norm of those of the label names, which are public: one
-    row more or less changes the sum by no more than that. A vector that is not finite counts as zero: clipping cannot
-    mend it, and one would show in the whole mean.
+    row more or less changes the sum by no more than that, since each row goes through the model alone: beside others
+    its vector would differ by rounding, which weights that came back can make as large as is wished. A vector that is
+    not finite counts as zero: clipping cannot mend it, and one would show in the whole mean.
 
     Args:
         slm: the classifier.
@@ -101,8 +102,8 @@ def _read_by_head(slm: SLM, rows: Sequence[list[int]]) -> Tensor:
     handle = last_linear(slm.model).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     slm.model.eval()
     try:
-        for start in range(0, len(rows), PREDICTION_BATCH):
-            slm.logits(rows[start : start + PREDICTION_BATCH])
+        for row in rows:
+            slm.logits([row])
     finally:
         handle.remove()
     return torch.cat(read)

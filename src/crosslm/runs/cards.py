@@ -72,13 +72,16 @@ def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, A
         own: the card of the one that it uploaded, and kept.
     """
     about = summary["clients"][client]
+    only_its_own = own and config.federation.participations == 1  # what others' rows shaped did not come back to it
     measured = {method: summary["slm"][method].get(client) for method in METHOD_WORDS}
     this = "standalone" if own else "crosslm"
     how = f"first on private text, then on text that a language model wrote and that {_judges(client, summary)}"
     decision = about.get("decision") or {}
     if own:
         refused = decision.get("refused")
-        why = f"was refused there ({refused})" if refused else "was worse on its owner's held-out rows"
+        # the words of an error may tell of private rows, and a card is made to be given away
+        kind = str(refused).partition(":")[0]
+        why = f"was refused there ({kind})" if refused else "was worse on its owner's held-out rows"
         many = config.federation.participations > 1
         before = " and on what earlier rounds brought" if many else ""
         how = f"on private text{before}. Its owner kept it: the one that came back {why}"
@@ -140,7 +143,7 @@ classify("A text.", truncation=True, max_length={config.slm.max_length})
 
 ## Privacy
 
-No private text is in these files, but the weights were fitted to it, {_guarantee(summary, [client])} To train it,
+No private text is in these files, but the weights were fitted to it, {_guarantee(summary, [client] if only_its_own else _uploaded(summary))} To train it,
 {about["bytes_up"]:,} bytes (weights, tokenizer, label names, {_counts_that_left(how_told(summary, client))}
 Ask the silo before you give this model or this card to anybody else.
 """
@@ -208,7 +211,7 @@ Labels and the prompts that it was trained on:
 
 ## Privacy
 
-The adapter follows classifiers that were fitted to private text, {_guarantee(summary, list(summary["clients"]))}
+The adapter follows classifiers that were fitted to private text, {_guarantee(summary, _uploaded(summary))}
 """
 
 
@@ -253,8 +256,13 @@ texts = load_dataset("FOLDER OR REPOSITORY", "all", split="train")
 ## Privacy
 
 The texts are a language model's, but which of them got a high reward depends on classifiers that were fitted to
-private text, {_guarantee(summary, list(summary["clients"]))}
+private text, {_guarantee(summary, _uploaded(summary))}
 """
+
+
+def _uploaded(summary: Mapping[str, Any]) -> list[str]:
+    """Those whose rows may show in what the run made; one that was rolled back has uploaded nothing."""
+    return [client for client, about in summary["clients"].items() if about["bytes_up"]]
 
 
 def _guarantee(summary: Mapping[str, Any], clients: Sequence[str]) -> str:

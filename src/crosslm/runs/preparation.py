@@ -55,7 +55,7 @@ def prepare(config: Config, cache: Path, on_news: Callable[[str], None]) -> Prep
     intake, travels = Intake(config.task.labels, config.intake), set[SLMSpec]()
     for client_id, spec in specs.items():
         folder, who = model_folder(spec.model, cache, on_news), f"client {client_id}"
-        check_slm(folder, spec, config.privacy, config.slm.freeze_embeddings, who)
+        check_slm(folder, spec, config.privacy, who)
         if spec not in travels:  # one of many tokens takes a second, and many clients may have it
             check_upload(folder, spec, config.slm.max_length, intake, who)
             travels.add(spec)
@@ -134,14 +134,13 @@ def describe_spec(spec: SLMSpec) -> str:
     return spec.model + layers + (", mean of its tokens" if spec.pooling else "")
 
 
-def check_slm(folder: str, spec: SLMSpec, privacy: PrivacyConfig, frozen: bool, who: str) -> None:
+def check_slm(folder: str, spec: SLMSpec, privacy: PrivacyConfig, who: str) -> None:
     """Find out that a client's model can be trained as is asked, and can travel, without loading its weights.
 
     Args:
         folder: of the model.
         spec: the architecture that is made of it.
         privacy: whether it is trained by DP-SGD, and how.
-        frozen: ``slm.freeze_embeddings``.
         who: trains it.
 
     Raises:
@@ -150,7 +149,7 @@ def check_slm(folder: str, spec: SLMSpec, privacy: PrivacyConfig, frozen: bool, 
     check_spec(folder, spec, who)
     check_travels(folder, who)
     if privacy.epsilon:
-        check_private(folder, privacy, frozen, who)
+        check_private(folder, privacy, who)
 
 
 def check_upload(
