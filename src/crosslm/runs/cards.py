@@ -72,7 +72,8 @@ def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, A
         own: the card of the one that it uploaded, and kept.
     """
     about = summary["clients"][client]
-    only_its_own = own and config.federation.participations == 1  # what others' rows shaped did not come back to it
+    # what others' rows shaped has come back to all but one that was kept, and was trained once
+    shaped_by = [client] if own and config.federation.participations == 1 else _uploaded(summary)
     measured = {method: summary["slm"][method].get(client) for method in METHOD_WORDS}
     this = "standalone" if own else "crosslm"
     how = f"first on private text, then on text that a language model wrote and that {_judges(client, summary)}"
@@ -143,7 +144,7 @@ classify("A text.", truncation=True, max_length={config.slm.max_length})
 
 ## Privacy
 
-No private text is in these files, but the weights were fitted to it, {_guarantee(summary, [client] if only_its_own else _uploaded(summary))} To train it,
+No private text is in these files, but the weights were fitted to it, {_guarantee(summary, shaped_by)} To train it,
 {about["bytes_up"]:,} bytes (weights, tokenizer, label names, {_counts_that_left(how_told(summary, client))}
 Ask the silo before you give this model or this card to anybody else.
 """
