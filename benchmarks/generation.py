@@ -128,8 +128,9 @@ class Generate(Side):
 
 
 def mean_logp(judge: LLM, side: Side) -> float:
-    """Mean log-probability under ``judge`` of a kept token of the last batch."""
-    sequences = [[*prompt, *row] for prompt, row in zip(side.prompts, side.rows, strict=True)]
+    """Mean log-probability under ``judge`` of a kept token of the last batch, whose vocabulary may be a trimmed one."""
+    names, judged = side.llm.tokenizer.convert_ids_to_tokens, judge.tokenizer.convert_tokens_to_ids
+    sequences = [judged(names([*prompt, *row])) for prompt, row in zip(side.prompts, side.rows, strict=True)]
     with torch.no_grad():
         logps, _ = judge.logps(sequences)
     kept_logps = [
@@ -187,6 +188,7 @@ def main() -> None:
     many = Side(trimmed.llm, prompts_for(trimmed.llm, 4 * batch))
     many_seconds = in_turn({"many": many.write}, repeats)["many"]
     many_rates = [count / second for count, second in zip(many.tokens[1:], many_seconds, strict=True)]
+    sides |= {"trimmed_many": many}
     figures = {
         "ratio_vs_hf_generate": ratio(rates["ours"], rates["hf"]),
         "ratio_vs_hf_generate_trimmed": ratio(rates["trimmed"], rates["hf"]),
@@ -201,7 +203,7 @@ def main() -> None:
         "limit_tokens_per_second": {name: round(value, 1) for name, value in limits.items()},
         "vocabulary": {"whole": len(ours.llm.tokenizer), "trimmed": len(trimmed.llm.tokenizer)},
         "same_greedy_texts": same,
-        "mean_logp": {name: round(mean_logp(exact.llm, sides[name]), 3) for name in sides if name != "trimmed"},
+        "mean_logp": {name: round(mean_logp(exact.llm, sides[name]), 3) for name in sides},
         "batch": batch,
         "new_tokens": NEW_TOKENS,
         "peak_bytes": peak_memory(),

@@ -8,9 +8,11 @@ in it), each beside what there is:
   reading and for writing, where there is such a thing in PyTorch;
 - adapters in the upper half of the layers only (``llm.adapted_layers = 0.5``), for one pass of the update.
 
-Checked: log-probabilities of the same texts against those in float32, as largest and mean difference in nats.
+Checked: log-probabilities of the same texts against those in float32, as largest and mean difference in nats; how far
+those of int8 are off is itself what is found. What is written, and the update, is timed and no more.
 """
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -28,7 +30,8 @@ from crosslm.models.head import head_logps
 from crosslm.models.llm import LLM
 from crosslm.records import SyntheticSet
 
-TOLERANCE = 1.0
+TOLERANCE = {"ours": 0.05, "compiled": 0.05, "int8": math.inf}
+"""Mean difference in nats that is rounding; int8's must be a number."""
 
 
 class Reader:
@@ -143,7 +146,7 @@ def main() -> None:
     demo_config(True)
     figures = reading_and_writing(repeats, batch) | upper_half(repeats, count)
     mean = {name: off["mean"] for name, off in figures["nats_from_float32"].items()}
-    agree({f"mean log-probability, {name}": (off, TOLERANCE) for name, off in mean.items()})
+    agree({f"mean log-probability, {name}": (off, TOLERANCE[name]) for name, off in mean.items()})
     finish("leads", figures | {"batch": batch, "texts": count, "peak_bytes": peak_memory()}, options)
 
 

@@ -201,8 +201,8 @@ def performance(loaded: dict[str, dict], remarks: list[str]) -> str:
                 "",
                 f"{arrival['seconds']:.0f} s in all for {texts['update']} texts to learn from and a pool of "
                 f"{texts['pool']}; {arrival['tokens_generated']:,} tokens generated. All but the optimizer and the "
-                "sampling are matrix products, at whose rate the machine limits an arrival; what is in no row is the "
-                "rest.",
+                "sampling are passes through the models, with all that these cost, the launching of a GPU's kernels "
+                "too; what is in no row is the rest. `overhead_fraction` counts the sampling and the rest.",
                 "",
             ]
         if not device:

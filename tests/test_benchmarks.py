@@ -141,7 +141,7 @@ def test_generation_is_measured_and_checked(quick, monkeypatch):
     figures = quick("generation")
     assert figures["same_greedy_texts"]["float32"] == 1.0
     assert figures["fraction_of_limit_trimmed_64"] > 0  # four times the quick batch; of the whole one it is 256
-    assert set(figures["mean_logp"]) == {"hf", "ours", "ours_float32", "hf_same_dtype"}
+    assert set(figures["mean_logp"]) == {"hf", "ours", "ours_float32", "trimmed", "trimmed_many", "hf_same_dtype"}
 
     def spoil(module):
         monkeypatch.setattr(module.Generate, "keep", lambda side, rows: module.Side.keep(side, [[0], *rows[1:]]))

@@ -7,7 +7,16 @@ import pytest
 import torch
 from conftest import tiny_llm
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, Gemma3Config, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BartConfig,
+    BloomConfig,
+    FalconH1Config,
+    Gemma3Config,
+    Lfm2Config,
+    Qwen3MoeConfig,
+)
 
 from crosslm.config import LLMConfig, SynthesisConfig
 from crosslm.config_file import load, packaged
@@ -454,6 +463,12 @@ def test_a_model_whose_logits_are_capped_is_refused_before_it_is_loaded(models, 
             Qwen3MoeConfig(),
             r"\(qwen3_moe\) has num_experts, .* no mixture of experts; choose a GPT-2, Llama or Gemma 3",
         ),
+        (BartConfig(), r"is an encoder with a decoder \(bart\), .*choose a GPT-2, Llama or Gemma 3"),
+        (
+            Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]),
+            r"\(lfm2\) has a layer of conv, .* layers of attention alone; choose a GPT-2",
+        ),
+        (FalconH1Config(), r"\(falcon_h1\) has a layer of hybrid, .* layers of attention alone; choose a GPT-2"),
     ],
 )
 def test_a_family_that_cannot_be_trained_is_refused_before_it_is_loaded(tmp_path, config, message):

@@ -23,6 +23,9 @@ CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What models call the number of their experts, whose weights are in one tensor that no linear layer has."""
 
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+"""Kinds of layers whose state is keys and values for each token, which a row can be taken out of."""
+
 
 def load_causal(folder: str, config: LLMConfig, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """A model folder or hub id and its tokenizer, in the dtype of the configuration.
@@ -76,6 +79,17 @@ def check_causal(folder: str, name: str) -> None:
         raise ModelError(
             f"llm.model {name!r}: its config.json ({about.model_type}) has {experts[0]}, and crosslm trains no "
             "mixture of experts; choose a GPT-2, Llama or Gemma 3 model"
+        )
+    if about.is_encoder_decoder:
+        raise ModelError(
+            f"llm.model {name!r} is an encoder with a decoder ({about.model_type}), which crosslm does not support; "
+            "choose a GPT-2, Llama or Gemma 3 model"
+        )
+    others = [kind for kind in getattr(about, "layer_types", None) or () if kind not in ATTENTION]
+    if others:
+        raise ModelError(
+            f"llm.model {name!r}: its config.json ({about.model_type}) has a layer of {others[0]}, and crosslm writes "
+            "with layers of attention alone; choose a GPT-2, Llama or Gemma 3 model"
         )
 
 
