@@ -178,7 +178,14 @@ def test_reward_hacking_is_warned_of_where_the_run_found_it(tmp_path):
     assert found.title == "reward hacking is likely"
     assert "In arrival 2 the mean reward rose from +0.40 before the LLM's update to +0.50 after it" in found.text
     assert "please the SLM of south" in found.text
-    assert findings(view_of(write_run(tmp_path / "no-judge", reward_hacking=None))) == []
+    unjudged, none = (
+        view_of(write_run(tmp_path / name, reward_hacking=found))
+        for name, found in (("no-judge", None), ("no-hacking", {"arrivals": [], "whole_run": False}))
+    )
+    assert findings(unjudged) == findings(none) == []
+    assert "Reward hacking was not looked for, since there was no independent judge." in render([unjudged])
+    assert "no sign of reward hacking" not in render([unjudged])
+    assert "no sign of reward hacking" in render([none])
 
 
 def test_a_run_between_machines_is_shown_without_the_accuracies_that_nobody_knows(tmp_path):
@@ -228,7 +235,10 @@ def test_failures_one_class_and_lost_accuracy_are_told(tmp_path):
     ]
     assert found[0].text == "MemoryError: full"
     console = Console(file=io.StringIO(), width=200)
+    summary["clients"]["west"] = summary["clients"]["north"] | {"decision": None}
     console.print(closing(summary))
+    del summary["clients"]["west"]
+    assert "west is in no figure of CrossLM: it was not served; crosslm status RUN says why." in console.file.getvalue()
     (told,) = [line for line in console.file.getvalue().splitlines() if "did not accept" in line]
     assert told.startswith(
         "north did not accept what came back. It was right on 0.500 of 20 held-out private rows, each"

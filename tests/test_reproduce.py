@@ -859,6 +859,7 @@ def test_wrong_input_is_found_before_anything_is_run(scale, data, tmp_path, quic
         (["4", "--presets", "best"], "no preset 'best'; there are: paper, recommended"),
         (["4", "--split", "train"], "no split 'train'; there are: test, validation"),
         (["4", "--scale", tmp_path / "no.toml"], "no.toml: cannot be read as a TOML file"),
+        (["4", "--render", "--output", tmp_path / "mistyped"], "no such folder, so there are no cells to render"),
     ):
         code, _, err = command("reproduce", *arguments)
         assert code == 2
@@ -873,6 +874,12 @@ def test_wrong_input_is_found_before_anything_is_run(scale, data, tmp_path, quic
     (tmp_path / "bad.toml").write_text(tomli_w.dumps(scale | {"seeds": 0}))
     with pytest.raises(ConfigError, match=r"seeds: Input should be greater than 0"):
         load_scale(tmp_path / "bad.toml")
+    (tmp_path / "bad.toml").write_text(tomli_w.dumps(scale | {"skew": {"tasks": ["sst2"], "alpha": []}}))
+    with pytest.raises(ConfigError, match=r"skew.alpha: Tuple should have at least 1 item"):
+        load_scale(tmp_path / "bad.toml")
+    (tmp_path / "bad.toml").write_text(tomli_w.dumps(scale | {"skew": {"tasks": ["nope"], "alpha": [0.1]}}))
+    with pytest.raises(ConfigError, match=r"no task 'nope'; there are: ag_news"):
+        chosen(load_scale(tmp_path / "bad.toml").model_dump(exclude_none=True), data, "4")
 
 
 def test_ctrl_c_says_how_to_go_on(scale, data, tmp_path, quick, monkeypatch, command):

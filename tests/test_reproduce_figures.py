@@ -234,23 +234,26 @@ def test_both_presets_are_compared_with_the_standalone_of_all_rows():
     llm = {"nlu/before": "01", "nlu/after": "01"}
     paper = {"slm/standalone/a": "1110", "slm/crosslm/a": "1111", **llm}
     recommended = {"slm/standalone/a": "1000", "slm/crosslm/a": "1110", **llm}
-    figures = Figures(
-        {
-            Cell("sst2", "paper", Variation(BASE), 0, RUN): run_of(paper),
-            Cell("sst2", "recommended", Variation(BASE), 0, RUN): run_of(recommended),
-            Cell("sst2", "recommended", Variation(BASE), 1, RUN): run_of(recommended),  # nothing to compare it with
-            Cell("ag_news", "paper", Variation(BASE), 0, RUN): run_of(paper),
-            Cell("ag_news", "recommended", Variation(BASE), 0, RUN): run_of(recommended),
-            Cell("ag_news", "standalone", Variation(BASE), 0, "standalone"): {"figures": {"correct": {"a": "1100"}}},
-            Cell("imdb", "recommended", Variation(BASE), 2, RUN): run_of(recommended),
-            Cell("imdb", "standalone", Variation(BASE), 2, "standalone"): {"figures": {"correct": {"a": "0100"}}},
-        }
-    )
+    figures_given = {
+        Cell("sst2", "paper", Variation(BASE), 0, RUN): run_of(paper),
+        Cell("sst2", "recommended", Variation(BASE), 0, RUN): run_of(recommended),
+        Cell("sst2", "recommended", Variation(BASE), 1, RUN): run_of(recommended),  # nothing to compare it with
+        Cell("ag_news", "paper", Variation(BASE), 0, RUN): run_of(paper),
+        Cell("ag_news", "recommended", Variation(BASE), 0, RUN): run_of(recommended),
+        Cell("ag_news", "standalone", Variation(BASE), 0, "standalone"): {"figures": {"correct": {"a": "1100"}}},
+        Cell("imdb", "recommended", Variation(BASE), 2, RUN): run_of(recommended),
+        Cell("imdb", "standalone", Variation(BASE), 2, "standalone"): {"figures": {"correct": {"a": "0100"}}},
+    }
+    figures = Figures(figures_given)
     assert figures.gain("imdb", "recommended").point == pytest.approx([1 / 4, 3 / 4])
     assert figures.standalone("imdb").point == pytest.approx([1 / 4])
     # where there are both, each preset is compared with what was made beside it
     assert figures.gain("ag_news", "recommended").point == pytest.approx([2 / 4, 3 / 4])
     assert figures.gain("ag_news", "paper").point == pytest.approx([3 / 4, 4 / 4])
+    ceiling = Cell("ag_news", "ceiling", Variation(BASE), 0, "ceiling")
+    with_ceiling = Figures(figures_given | {ceiling: {"figures": {"correct": {"a": "1111"}}}})
+    alone = {preset: with_ceiling.clients("ag_news", preset)[0]["standalone"] for preset in ("paper", "recommended")}
+    assert alone == {"paper": 3 / 4, "recommended": 2 / 4}  # "Who gains" as Table 4
     rows = ours(table_4(figures, ("sst2",), ("paper", "recommended")))
     assert rows[ALL_ROWS][0]["value"] == 0.75
     gain = rows["preset recommended: CrossLM - Standalone, points"][0]
@@ -302,6 +305,8 @@ def test_the_least_and_the_mean_change_of_the_benchmarks():
     assert found["generalization_mean_change"] == pytest.approx(12.5)
     low, high = found["intervals"]["generalization_mean_change"]
     assert low < 12.5 < high
+    # of noisy figures the least is low where none has changed, and so are its replicates
+    assert "generalization_min_change" not in found["intervals"]
     rows = ours(table_7(figures, ("sst2",), ("paper",)))
     assert [cell and cell["value"] for cell in rows["the most frequent label always"]] == [0.625] * 5 + [None]
 
@@ -502,7 +507,9 @@ def test_one_seed_of_a_text_has_no_interval_and_two_have():
     one, two = (bootstrap([[np.array([[50.0], [value]])] for value in values]) for values in ((55.0,), (55.0, 60.0)))
     assert set(cell(one, column(1), "perplexity")) == {"value", "seeds", "unit"}
     assert {"low", "high"} <= set(cell(two, column(1), "perplexity"))
-    assert {"low", "high"} <= set(cell(one, column(1), "share"))
+    share, rows = bootstrap([[np.array([[0.2], [0.3]])]]), bootstrap([[np.array([[1.0, 0.0] * 20] * 2)]])
+    assert set(cell(share, column(1), "share")) == {"value", "seeds", "unit"}  # distinct-2, say
+    assert {"low", "high"} <= set(cell(rows, column(1), "share"))
 
 
 def test_a_benchmark_of_an_llm_that_was_made_again_is_named():

@@ -54,6 +54,8 @@ def reproduce(
     """
     display = display or Silent()
     cells, store = plan(choice), Store(output, choice.split)
+    if render_only and not store.folder.is_dir():
+        raise RunError(f"{store.folder}: no such folder, so there are no cells to render; look at --output and --split")
     todo, stale = ([], []) if render_only else _sort(cells, choice, store)
     check_input(todo, choice, cache, display)
     with store.locked():

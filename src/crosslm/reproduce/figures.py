@@ -138,7 +138,8 @@ class Figures:
 
     def clients(self, task: str, preset: str) -> list[dict[str, Any]]:
         """Each client of each seed: ``seed``, and shares right of ``standalone``, ``ceiling`` and each ``outcome``."""
-        ceilings, alone = self._kept.get((task, CEILING, BASE, CEILING), {}), self._standalone(task, BASE)
+        ceilings = self._kept.get((task, CEILING, BASE, CEILING), {})
+        alone = (self._standalone_of_paper if preset == "paper" else self._standalone)(task, BASE)  # as in gain
         return [
             {
                 "seed": seed,

@@ -21,7 +21,8 @@ UNITS = {
     "a quarter of the pool, not once more in the end",
     "nlu_gain": "points, mean of the tasks",
     "nlg_judge_gain": "points, mean of the tasks",
-    "generalization_min_change": "points, the worst benchmark and task: the least of as many noisy differences",
+    "generalization_min_change": "points, the worst benchmark and task: the least of as many noisy differences, which "
+    "is far below 0 even where nothing has changed, and so is its bootstrap: it has no interval",
     "generalization_mean_change": "points, mean of the benchmarks and tasks",
     "ptb_growth_percent": "percent, the worst task",
     "skew_share_of_ceiling": "share from 0 to 1, mean of the skew table's tasks at its smallest alpha; a ceiling is "
@@ -34,7 +35,7 @@ BESIDE = {
     "nlg_judge_gain": {"paper": "+21.8, by the SLMs", "goal": "+25"},
     "generalization_min_change": {"goal": "at least -0.3"},
     "generalization_mean_change": {"paper": "+0.4"},
-    "ptb_growth_percent": {"paper": "+0.6", "goal": "at most +0.5"},
+    "ptb_growth_percent": {"paper": "+1.0, the worst; +0.6 in the mean", "goal": "at most +0.5"},
     "skew_share_of_ceiling": {"goal": "0.95"},
 }
 """What the paper's tables come to with GPT2-Large, means of its datasets, and what we aim at."""
@@ -42,6 +43,8 @@ BESIDE = {
 
 OF_SEEDS = ("ptb_growth_percent",)
 """Of these no rows are drawn, seeds alone."""
+NO_INTERVAL = ("generalization_min_change",)
+"""The least of noisy figures is biased, and so are its replicates."""
 
 
 def headline(figures: Figures, choice: Choice) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def headline(figures: Figures, choice: Choice) -> dict[str, Any]:
             "intervals": {
                 name: [found.low, found.high]
                 for name, found in estimates.items()
-                if name not in OF_SEEDS or found.seeds > 1
+                if name not in NO_INTERVAL and (name not in OF_SEEDS or found.seeds > 1)
             },
             "seeds": {name: found.seeds for name, found in estimates.items()},
             "missing": [name for name in UNITS if name not in estimates],

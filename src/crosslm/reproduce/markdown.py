@@ -44,8 +44,9 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     origin = report["origin"]
     lines = [
         f"Measured on the {report['split']} split; in brackets the 95 % interval of a bootstrap over seeds and test "
-        "rows (with one seed: over test rows alone); test rows are the same for every seed. Of perplexity and Matthews "
-        "correlation seeds alone are drawn: no interval with one, and with two or three little more than their range. "
+        "rows (with one seed: over test rows alone); test rows are the same for every seed. Of perplexity, Matthews "
+        "correlation, distinct-2, the judge's own accuracy and the most frequent label's share seeds alone are drawn: "
+        "no interval with one, and with two or three little more than their range. "
         "Three seeds are few for an accuracy too: where they differ much, as on a single task, an interval is too "
         "narrow at its ends. "
         f"Commits {', '.join(map(short, origin['commits']))}, {' to '.join(origin['dates'])}, "

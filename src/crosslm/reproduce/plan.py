@@ -94,9 +94,10 @@ def choose(
     task_names = [name for name in tables if name in packaged()]
     if task_names:
         raise ConfigError(f"{task_names[0]!r} is no table but a task: name tasks with commas, --tasks sst2,imdb")
+    of_scale = (*scale.tasks, *scale.task, *(task for table in scale.varied().values() for task in table.tasks))
     allowed: tuple[tuple[str, Sequence[str], Iterable[str]], ...] = (
         ("table", tables, TABLES),
-        ("task", (*tasks, *scale.tasks), packaged()),
+        ("task", (*tasks, *of_scale), packaged()),
         ("preset", presets, PRESETS),
         ("split", [split], ("test", "validation")),
     )

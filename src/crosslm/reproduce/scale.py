@@ -40,19 +40,19 @@ class Varied(Section):
 class Skew(Varied):
     """Label skew among clients."""
 
-    alpha: tuple[Annotated[float, Field(gt=0)], ...]
+    alpha: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
 
 
 class Clients(Varied):
     """Number of clients."""
 
-    num_clients: tuple[Positive, ...]
+    num_clients: Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
 class Rows(Varied):
     """Private rows of each client."""
 
-    rows_per_client: tuple[Positive, ...]
+    rows_per_client: Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
 class Ablation(Varied):

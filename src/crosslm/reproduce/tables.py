@@ -50,8 +50,6 @@ NAMES = {
     "average": "Average",
 }
 SHARE, POINTS, PERCENT, PERPLEXITY, CORRELATION = "share", "points", "percent", "perplexity", "correlation"
-OF_SEEDS = (PERCENT, PERPLEXITY, CORRELATION)
-"""Of these no rows are drawn, seeds alone."""
 ALL_ROWS = "Standalone (on all private rows, as under preset paper)"
 OVER_PAPER = "apart, preset recommended: CrossLM - Data-free KD of preset paper, points"
 Part = Means | None
@@ -89,7 +87,7 @@ def cell(part: Part, statistic: Statistic, unit: str) -> dict[str, Any] | None:
     if not math.isfinite(found.value):
         return None
     shown = {**asdict(found), "unit": unit}
-    if unit in OF_SEEDS and found.seeds == 1:  # no rows to draw: nothing is known of how much it varies
+    if found.low == found.high:  # one seed, and no rows to draw: nothing is known of how much it varies
         del shown["low"], shown["high"]
     return shown
 

@@ -185,6 +185,12 @@ def closing(summary: Mapping[str, Any], verdicts: Sequence[str] = ()) -> Group:
             "Each client keeps some rows to decide by on what comes back, so Standalone learned from fewer: a part "
             "of the gain can be that."
         )
+    if "arrivals" not in summary:  # between machines the table of uploads has them
+        unserved = [client for client in summary["clients"] if client not in summary["slm"]["crosslm"]]
+        lines += [
+            f"{client} is in no figure of CrossLM: it was not served; crosslm status RUN says why."
+            for client in unserved
+        ]
     lines += [f"{client} did not accept what came back. {why}" for client, why in declined(summary).items()]
     if taught := summary.get("no_say"):
         lines.append(about_no_say(taught, [name for name in summary["slm"]["crosslm"] if name != "mean"]))
