@@ -129,6 +129,36 @@ def test_labels_under_the_names_of_the_data_count_as_theirs(shell, workplace, tm
     assert told[0][2] == told[1][2] != ""
 
 
+def test_labels_that_the_task_does_not_know_are_told_since_they_do_not_count(shell, workplace, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(workplace / "runs" / "tickets-1", run)
+    given = tomllib.loads((run / "config.toml").read_text())
+    given["data"]["skip_labels"] = ["gone"]
+    (run / "config.toml").write_text(tomli_w.dumps(given))
+    rows = "a day,routine\n" * 3 + "a day,Urgent\n" * 7 + "a day,\na day,gone\n,Urgent\n"
+    (tmp_path / "x.csv").write_text(f"text,label\n{rows}")
+    code, _, err = shell("predict", run, "--client", "north", tmp_path / "x.csv")
+    assert code == 0, err
+    told = "7 rows have a label that the task does not know ('Urgent') and do not count; its labels are: routine,"
+    assert err.startswith(f"warning: {told} urgent\naccuracy ")
+    assert "] on 3 rows that have a label" in err
+    names = [*"abcdefg", "Jane Roe was seen on Monday"]
+    (tmp_path / "y.csv").write_text("text,label\n" + "".join(f"a day,{name}\n" for name in reversed(names)))
+    code, _, err = shell("predict", run, "--client", "north", tmp_path / "y.csv")
+    assert "8 rows have a label that the task does not know (..., 'g', 'f', 'e', 'd', ...) and do" in err
+    (tmp_path / "z.csv").write_text("text,label\na day,Urgent\n")
+    code, _, err = shell("predict", run, "--client", "north", tmp_path / "z.csv")
+    assert err.startswith("warning: 1 row has a label that the task does not know ('Urgent') and does not count;")
+    assert (code, "accuracy" in err) == (0, False)
+
+
+def test_each_line_that_is_not_utf8_counts(shell, workplace, tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"text\ncaf\xe9\ncaf\xe9s\n")
+    code, _, err = shell("predict", workplace / "runs" / "tickets-1", "--client", "north", tmp_path / "x.csv")
+    told = "warning: 2 lines are not whole UTF-8 and were read with \ufffd in them; save the file as UTF-8\n"
+    assert (code, err) == (0, told)
+
+
 def test_standard_input_is_a_text_a_line_and_only_rows_go_to_standard_output(shell, workplace):
     run = workplace / "runs" / "tickets-1"
     code, out, err = shell("predict", run, "--client", "north", stdin="a good, warm day\n\nan awful day \xe9\n")
@@ -152,7 +182,7 @@ def test_what_is_not_utf8_is_counted_and_what_is_only_odd_is_not(shell, workplac
     code, out, err = shell("predict", run, "--client", "north", tmp_path / "x.csv")
     assert code == 0
     assert [row["text"] for row in table(out)] == ["a \ufffd day", "caf\ufffd"]
-    assert "warning: 1 lines are not whole UTF-8" in err
+    assert "warning: 1 line is not whole UTF-8 and was read with \ufffd in it; save" in err
     assert re.search(r"accuracy \S+ \[\S+ \S+\] on 2 rows that have a label", err)
 
 
@@ -165,7 +195,7 @@ def test_half_a_character_that_json_escapes_loses_no_row(shell, workplace, tmp_p
     first, second = map(json.loads, out.splitlines())
     assert (first["text"], first["more"]) == ("a good \ufffd day", ["\ufffd"])
     assert None not in (first["predicted"], second["predicted"])
-    assert "warning: 1 lines are not whole UTF-8" in err
+    assert "warning: 1 line is not whole UTF-8 and was" in err
     assert re.search(r"accuracy \S+ \[\S+ \S+\] on 1 rows that have a label", err)
 
 

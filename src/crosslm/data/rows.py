@@ -50,6 +50,11 @@ def is_text(name: str) -> bool:
     return len(name) > SHOWN or len(name.split()) > SHOWN_WORDS
 
 
+def label_of(value: object) -> str:
+    """A label in the words of a row; nothing where it has none."""
+    return "" if value is None else str(value).strip()  # "None" may be the name of a label
+
+
 def rows_of_file(
     path: Path, text_column: str, kind: RowFormat, on_broken: Callable[[], None] = lambda: None
 ) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from crosslm.config import DataConfig
 from crosslm.config_file import nearest, packaged
 from crosslm.data.examples import Examples
 from crosslm.data.hub import HUB, hub_rows
-from crosslm.data.rows import csv_rows, is_text, json_rows
+from crosslm.data.rows import csv_rows, is_text, json_rows, label_of
 from crosslm.errors import DataError
 from crosslm.support.files import expanded
 
@@ -82,7 +82,7 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str], key: str =
         if not isinstance(text, str) or not text.strip():
             (loaded.empty if text is None or isinstance(text, str) else loaded.no_string).append(number)
             continue
-        told = "" if label is None else str(label).strip()
+        told = label_of(label)
         if told in skip:
             loaded.skipped.setdefault(told, []).append(number)
             continue
