@@ -36,11 +36,11 @@ def as_jsonl(rows):
     return "".join(json.dumps({"label": label, "text": text}) + "\n" for text, label in rows)
 
 
-@pytest.mark.parametrize("name", ["x.csv", "x.csv.gz", "x.jsonl", "x.jsonl.gz"])
+@pytest.mark.parametrize("name", ["x.csv", "x.csv.gz", "x.jsonl", "x.jsonl.gz", "X.CSV", "x.Jsonl.GZ"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, data, name):
-    text = as_csv(ROWS) if ".csv" in name else as_jsonl(ROWS)
+    text = as_csv(ROWS) if ".csv" in name.lower() else as_jsonl(ROWS)
     content = text.encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
     loaded = load_examples(name, data, LABELS)
     assert loaded.examples == Examples([text for text, _ in ROWS], [1, 0, 1])
     assert not loaded.warnings()

@@ -1,6 +1,7 @@
 """A finished run is used: prediction, generation and the Python behind both."""
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -259,7 +260,13 @@ def test_bytes_that_are_not_utf8_lose_no_row():
         ("a.csv", 'body\n"x"\n', r"a.csv: row 1 has no column 'text'; its columns are: body; .*--text-column"),
         ("a.csv", "text\nx,y\n", "a.csv: line 2 has more fields than the header"),
         ("a.csv", 'text,id\na,1\n"b,2\nc,3\n', "a.csv: line 3 is not CSV"),
-        ("a.csv", 'text;label\n"a";"b"\n', r"row 1 has no column 'text'; its columns are: text;label; "),
+        (
+            "a.csv",
+            'text;label\n"a";"b"\n',
+            r"no column 'text'; its columns are: text;label; separate fields by commas$",
+        ),
+        ("a.csv", "A patient was seen today,x\nb,y\n", r"columns are: \.\.\., x; is the first line one of names\? Put"),
+        ("a.csv", "\n", "a.csv: is empty; it must begin with the names of its columns"),
         ("a.csv", "text,text\na,b\n", "a.csv: has the column 'text' twice; give each a name of its own"),
         ("a.csv", "text,id,id\na,1,2\n", "a.csv: has the column 'id' twice"),
         ("a.jsonl", '{"text": ' + "9" * 5000 + "}\n", "a.jsonl: line 1 is not JSON"),
@@ -273,6 +280,25 @@ def test_an_input_that_cannot_be_read_is_named(tmp_path, name, content, message)
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         list(rows_of_file(tmp_path / name, "text", format_of(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt", "a.csv.gz"])
+def test_what_is_no_text_in_utf8_is_named_as_such_whatever_it_is_called(tmp_path, name):
+    path = tmp_path / name
+    for content, message in (
+        ("text\na day\n".encode("utf-16"), "is UTF-16 and must be UTF-8"),
+        (b"PK\x03\x04...", "is a spreadsheet's own file .* save as CSV UTF-8"),
+    ):
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        with pytest.raises(DataError, match=f"{name}: {message}"):
+            list(rows_of_file(path, "text", format_of(path)))
+
+
+@pytest.mark.parametrize("name", ["EXPORT.CSV", "export.Csv.GZ"])
+def test_the_end_of_a_name_may_be_in_capitals(tmp_path, name):
+    path, content = tmp_path / name, b"text\na day\n"
+    path.write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
+    assert list(rows_of_file(path, "text", format_of(path))) == [{"text": "a day"}]
 
 
 def test_jsonl_stays_jsonl_and_loses_no_column(shell, workplace, tmp_path):
