@@ -27,6 +27,7 @@ from crosslm.errors import FederationError
 from crosslm.runs.rundir import KIT_FILE, LOCK
 from crosslm.sections.privacy import NO_ACCEPTANCE
 from crosslm.sections.section import Device, Positive, Section
+from crosslm.sections.task import check_columns
 from crosslm.support.files import alone, missing
 
 KIT = "CROSSLM_KIT"
@@ -73,6 +74,11 @@ class SiloData(Section):
     """The label for each name that the file has another name for."""
     skip_labels: tuple[str, ...] = ()
     """Labels of the file whose rows are left out; ``""`` for rows without one."""
+
+    @model_validator(mode="after")
+    def _two_columns(self) -> Self:
+        check_columns(self.text_column, self.label_column)
+        return self
 
 
 class SiloSettings(Section):
