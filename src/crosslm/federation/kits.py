@@ -28,6 +28,7 @@ from crosslm.runs.rundir import KIT_FILE, LOCK
 from crosslm.sections.privacy import NO_ACCEPTANCE
 from crosslm.sections.section import Device, Positive, Section
 from crosslm.sections.task import check_columns
+from crosslm.support.commands import command
 from crosslm.support.files import alone, missing
 
 KIT = "CROSSLM_KIT"
@@ -190,11 +191,11 @@ def _read(kit: Path, name: str, kind: type[Kit]) -> Kit:
     if not kit.exists():
         raise FederationError(f"{missing(kit)}; name a folder that crosslm provision made")
     if not path.is_file():
-        other, command = (SILO_FILE, "client") if name == SERVER_FILE else (SERVER_FILE, "server")
+        other, program = (SILO_FILE, "client") if name == SERVER_FILE else (SERVER_FILE, "server")
         if (kit / other).is_file():
             raise FederationError(
-                f"{kit}: is the kit of a {'silo' if command == 'client' else command}; "
-                f"start it with: crosslm {command} {kit}"
+                f"{kit}: is the kit of a {'silo' if program == 'client' else program}; "
+                f"start it with: {command(program, kit)}"
             )
         raise FederationError(
             f"{kit}: has no {name}, so it is no kit of this kind; name a folder that crosslm provision made"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from crosslm.config import Config
 from crosslm.errors import RunError
 from crosslm.runs.synthetic_rows import as_lines, read_receipts_of, read_texts
+from crosslm.support.commands import command, going_on
 from crosslm.support.files import (
     PARTIAL,
     alone,
@@ -292,12 +293,13 @@ class RunDir:
         """
         path = self.path / SUMMARY
         if not path.is_file():
-            how = f"go on with it: crosslm run {self.path / CONFIG} --output {self.path} --resume"
+            how = f"go on with it: {going_on(self.path, CONFIG)}"
             if self.is_locked():
-                how = f"it is at work: crosslm watch {self.path}"
+                how = f"it is at work: {command('watch', self.path)}"
             if self.is_between_machines():
                 kit = self.path.parent
-                how = f"start it again with crosslm server {kit}, and see with crosslm status {kit} who is waited for"
+                again, seen = command("server", kit), command("status", kit)
+                how = f"start it again with {again}, and see with {seen} who is waited for"
             raise RunError(f"{self.path}: the run is not complete (it has no {SUMMARY}); {how}")
         try:
             loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,16 +1,17 @@
-"""Commands in messages, so that they can be pasted into a shell as they stand."""
+"""Commands in messages, which can be pasted into a shell as they stand."""
 
 import shlex
 from pathlib import Path
 
 
-def command(*words: str | Path) -> str:
-    """A command of crosslm, whatever its words have in them for a shell.
+def in_shell(*given: str | Path) -> str:
+    """Words for a shell, in quotes where it would not take them as they are."""
+    return shlex.join(map(str, given))
 
-    Args:
-        words: what follows ``crosslm``.
-    """
-    return shlex.join(("crosslm", *map(str, words)))
+
+def command(*given: str | Path) -> str:
+    """A command of crosslm; ``given`` is what follows its name."""
+    return in_shell("crosslm", *given)
 
 
 def going_on(folder: Path, config: str) -> str:
