@@ -153,6 +153,21 @@ def test_labels_that_the_task_does_not_know_are_told_since_they_do_not_count(she
     assert (code, "accuracy" in err) == (0, False)
 
 
+def test_labels_of_json_are_called_as_json_writes_them(shell, workplace, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(workplace / "runs" / "tickets-1", run)
+    given = tomllib.loads((run / "config.toml").read_text())
+    given["data"]["label_names"] = {"1": "routine", "true": "urgent"}
+    (run / "config.toml").write_text(tomli_w.dumps(given))
+    labels = [1, 1.0, True, False, None]
+    rows = "".join(json.dumps({"text": "a day", "label": label}) + "\n" for label in labels)
+    (tmp_path / "x.jsonl").write_text(rows)
+    code, _, err = shell("predict", run, "--client", "north", tmp_path / "x.jsonl")
+    assert code == 0, err
+    assert "1 row has a label that the task does not know ('false')" in err
+    assert "] on 3 rows that have a label" in err
+
+
 def test_each_line_that_is_not_utf8_counts(shell, workplace, tmp_path):
     (tmp_path / "x.csv").write_bytes(b"text\ncaf\xe9\ncaf\xe9s\n")
     code, _, err = shell("predict", workplace / "runs" / "tickets-1", "--client", "north", tmp_path / "x.csv")
@@ -245,8 +260,12 @@ def test_a_pipe_is_read_no_further_than_needed(finished):
 
 
 def test_columns_without_a_name_are_no_columns_of_one_name():
-    rows = list(rows_of(io.BytesIO(b"text,,\na,,\n"), "here", "text", RowFormat.csv))
-    assert [row["text"] for row in rows] == ["a"]
+    rows = list(rows_of(io.BytesIO(b"text,,\na,b,c\n"), "here", "text", RowFormat.csv))
+    assert rows == [{"text": "a", "unnamed 2": "b", "unnamed 3": "c"}]
+    rows = list(rows_of(io.BytesIO(b",text\n7,a\n"), "here", "text", RowFormat.csv))  # as pandas writes its index
+    assert rows == [{"": "7", "text": "a"}]
+    with pytest.raises(DataError, match="here: has the column 'unnamed 3' twice; give each a name of its own"):
+        list(rows_of(io.BytesIO(b"text,,,unnamed 3\na,b,c,d\n"), "here", "text", RowFormat.csv))
 
 
 def test_bytes_that_are_not_utf8_lose_no_row():

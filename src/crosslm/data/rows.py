@@ -84,7 +84,14 @@ def is_text(name: str) -> bool:
 
 
 def label_of(value: object) -> str:
-    """A label in the words of a row; nothing where it has none."""
+    """A label in the words of a row; nothing where it has none.
+
+    JSON's true and false are called so, and 1.0, which some programs write for 1 where a label is missing, is 1.
+    """
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return "" if value is None else str(value).strip()  # "None" may be the name of a label
 
 
@@ -206,7 +213,7 @@ def csv_rows(
     reader, line = csv.DictReader(lines, strict=True), 1
     try:
         above = (row for row in reader.reader if any(map(str.strip, row)))  # blank lines may stand above the names
-        reader.fieldnames = [name.strip() for name in next(above, [])]
+        reader.fieldnames = _each_named([name.strip() for name in next(above, [])])
         check_header(list(reader.fieldnames))
         line = reader.reader.line_num + 1
         for number, row in enumerate(reader, start=1):
@@ -221,6 +228,13 @@ def csv_rows(
             f"{source}: line {line} is not CSV, or begins a row that is not: is there a quote that is not closed, or "
             f"one within a quoted text that is not doubled? {error}"
         ) from error
+
+
+def _each_named(header: list[str]) -> list[str]:
+    """Names of columns: of several without one, as where a spreadsheet ends, each gets one, since one would be lost."""
+    if header.count("") < 2:
+        return header
+    return [name or f"unnamed {place}" for place, name in enumerate(header, start=1)]
 
 
 def json_rows(lines: Iterable[str], source: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -75,13 +75,16 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str], key: str =
     named = {theirs.strip(): ours.strip() for theirs, ours in data.label_names.items()}
     skip = {label.strip() for label in data.skip_labels}
     unknown: dict[str, list[int]] = {}
+    has_labels, bare = False, None  # of JSON a row may lack the key
     for number, row in rows:
-        for column in (data.text_column, data.label_column):
-            if column not in row:
-                raise DataError(
-                    f"{source}: row {number} has no column {column!r}; its columns are: {_columns(row, column, data)}"
-                )
-        text, label = row[data.text_column], row[data.label_column]
+        if data.text_column not in row:
+            raise _no_column(source, number, row, data.text_column, data)
+        has_labels = has_labels or data.label_column in row
+        if not has_labels:
+            bare = bare or _no_column(source, number, row, data.label_column, data)
+            if "" not in skip:
+                raise DataError(f'{bare}, or leave rows without a label out: data.skip_labels = [""]')
+        text, label = row[data.text_column], row.get(data.label_column)
         if any(isinstance(value, str) and _is_broken(value) for value in (text, label)):
             loaded.not_utf8.append(number)
             continue
@@ -103,6 +106,8 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str], key: str =
             continue
         loaded.examples.texts.append(" ".join(text.split()))
         loaded.examples.labels.append(index[known])
+    if bare and not has_labels:
+        raise bare
     if unknown:
         raise DataError(
             f"{source}: {_of_labels(unknown, labels)}; the task's labels are {list(labels)}; correct the file, say "
@@ -130,6 +135,10 @@ def _shown(label: str) -> str:
     if is_text(label):
         return f"a label of {len(label)} letters (is data.label_column the right column?)"
     return f"the label {label!r}"
+
+
+def _no_column(source: str, number: int, row: Iterable[str], wanted: str, data: DataConfig) -> DataError:
+    return DataError(f"{source}: row {number} has no column {wanted!r}; its columns are: {_columns(row, wanted, data)}")
 
 
 def _columns(found: Iterable[str], wanted: str, data: DataConfig) -> str:
