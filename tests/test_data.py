@@ -299,7 +299,7 @@ def test_a_row_of_json_without_the_key_of_the_label_has_none(tmp_path, data):
     assert loaded.warnings()[0].endswith("x.jsonl: 1 row (2) left out: no label")
     (tmp_path / "y.jsonl").write_text('{"text": "b"}\n{"text": "a", "label": "good"}\n')
     told = r"y\.jsonl: row 1 has no column 'label'.* name yours in data\.label_column"
-    with pytest.raises(DataError, match=rf'{told}, or leave rows without a label out: data\.skip_labels = \[""\]'):
+    with pytest.raises(DataError, match=rf'{told}, or say data\.skip_labels = \[""\] to leave out rows'):
         load_examples("y.jsonl", data, LABELS)
     assert load_examples("y.jsonl", skips, LABELS).examples == Examples(["a"], [1])
     (tmp_path / "z.jsonl").write_text('{"text": "b", "class": "good"}\n' * 2)  # and not all of them for want of it

@@ -126,6 +126,7 @@ def doctor(
     from crosslm.federation.kits import is_kit
     from crosslm.models.sources import cache_folder
     from crosslm.preflight.doctor import examine
+    from crosslm.runs.rundir import kits_in
 
     levels, cache = [], cache_folder(cache_dir)
     if config is not None and is_kit(Path(config)):
@@ -134,6 +135,8 @@ def doctor(
         from crosslm.federation.checkup import examine_kit  # it needs the extra `federation`
 
         findings = examine_kit(Path(config), cache, _say)
+    elif config is not None and (kits := kits_in(Path(config))):
+        raise ConfigError(f"{config}: has the kits of a federation in it; give one of them: {kits}")
     else:
         findings = examine(config, tuple(overrides), data_dir, cache, _say)
     for finding in findings:

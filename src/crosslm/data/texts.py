@@ -83,7 +83,7 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str], key: str =
         if not has_labels:
             bare = bare or _no_column(source, number, row, data.label_column, data)
             if "" not in skip:
-                raise DataError(f'{bare}, or leave rows without a label out: data.skip_labels = [""]')
+                raise DataError(f'{bare}, or say data.skip_labels = [""] to leave out rows without a label')
         text, label = row[data.text_column], row.get(data.label_column)
         if any(isinstance(value, str) and _is_broken(value) for value in (text, label)):
             loaded.not_utf8.append(number)

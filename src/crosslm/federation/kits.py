@@ -24,7 +24,7 @@ from crosslm.config import (
 )
 from crosslm.config_file import causes, explain, load
 from crosslm.errors import FederationError
-from crosslm.runs.rundir import KIT_FILE, LOCK
+from crosslm.runs.rundir import KIT_FILE, LOCK, SILO_KIT_FILE, kits_in
 from crosslm.sections.privacy import NO_ACCEPTANCE
 from crosslm.sections.section import Device, Positive, Section
 from crosslm.sections.task import check_columns
@@ -36,7 +36,7 @@ KIT = "CROSSLM_KIT"
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 """Environment in which Flower reports nothing and asks nothing of the internet."""
 SERVER_FILE = KIT_FILE
-SILO_FILE = "silo.toml"
+SILO_FILE = SILO_KIT_FILE
 Port = Annotated[int, Field(gt=0, lt=65536)]
 Kit = TypeVar("Kit", bound=Section)
 
@@ -197,6 +197,8 @@ def _read(kit: Path, name: str, kind: type[Kit]) -> Kit:
                 f"{kit}: is the kit of a {'silo' if program == 'client' else program}; "
                 f"start it with: {command(program, kit)}"
             )
+        if kits := kits_in(kit):
+            raise FederationError(f"{kit}: has the kits of a federation in it; give one of them: {kits}")
         raise FederationError(
             f"{kit}: has no {name}, so it is no kit of this kind; name a folder that crosslm provision made"
         )
