@@ -13,6 +13,8 @@ from crosslm.reproduce.benchmarks import BENCHMARKS
 from crosslm.reproduce.scale import Scale, Tables, with_split
 
 TABLES = ("4", "5", "6", "7", "8", "skew", "clients", "rows", "ablation")
+TASKS = ("sst2", "imdb", "ag_news", "yahoo_answers")
+"""The packaged tasks that the tables are of."""
 PRESET_NAMES: tuple[Preset, ...] = ("paper", "recommended")
 RUN, CEILING, STANDALONE, ORIGINAL, BASE = "run", "ceiling", "standalone", "original", "base"
 RUNS_LLM = "llm of run"
@@ -96,7 +98,7 @@ def choose(
         raise ConfigError(f"{task_names[0]!r} is no table but a task: name tasks with commas, --tasks sst2,imdb")
     allowed: tuple[tuple[str, Sequence[str], Iterable[str]], ...] = (
         ("table", tables, TABLES),
-        ("task", (*tasks, *scale.tasks), packaged()),
+        ("task", (*tasks, *scale.tasks), TASKS),
         ("preset", presets, PRESETS),
         ("split", [split], ("test", "validation")),
     )
