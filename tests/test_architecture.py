@@ -15,6 +15,7 @@ LAYERS = [
     {
         "errors",
         "data.examples",
+        "support.commands",
         "support.files",
         "support.memory",
         "support.plain",

@@ -247,6 +247,10 @@ def put(section, key, value):
         (put("task", "labels", ["bad", "bad"]), r"task: labels must differ"),
         (put("task", "query", "no place"), r"task: query must contain \{text\} exactly once"),
         (lambda tables: tables["data"].pop("test"), r"data: test must name a file"),
+        (
+            put("data", "label_column", "text"),
+            r"data: text_column and label_column must be two columns, found 'text' for both",
+        ),
         (lambda tables: tables["data"].pop("train"), r"either data.train .* or a \[\[clients\]\] table"),
         (lambda tables: tables.update(clients=[{"id": "a", "train": "x"}]), r"either data.train"),
         *(

@@ -257,8 +257,8 @@ def test_a_rollback_to_what_was_pruned_says_so(small_file, small, tmp_path, comm
 @pytest.fixture
 def stopped(config, tmp_path):
     """A run that was asked to stop after its first arrival."""
-    folder, asked = tmp_path / "run", iter([False, True])
-    with pytest.raises(StoppedError, match=r"stopped after arrival 1; .* To go on: crosslm run .*--resume"):
+    folder, asked = tmp_path / "my run", iter([False, True])
+    with pytest.raises(StoppedError, match=r"stopped after arrival 1; .* To go on: crosslm run '.*my run' --resume"):
         run_local(config, folder, tmp_path, stop_requested=lambda: next(asked))
     return folder
 
@@ -267,7 +267,7 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(config, config_file, 
     code, out, _ = command("status", stopped)
     assert code == 0
     assert f"{stopped}: stopped, 1 arrivals done" in out
-    assert f"To go on: crosslm run {stopped / 'config.toml'} --output {stopped} --resume" in out
+    assert f"To go on: crosslm run '{stopped / 'config.toml'}' --output '{stopped}' --resume" in out
     code, _, err = command("run", config_file, "--output", stopped)
     assert code == 2
     assert "or go on with it: --resume" in err

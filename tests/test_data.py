@@ -36,11 +36,11 @@ def as_jsonl(rows):
     return "".join(json.dumps({"label": label, "text": text}) + "\n" for text, label in rows)
 
 
-@pytest.mark.parametrize("name", ["x.csv", "x.csv.gz", "x.jsonl", "x.jsonl.gz"])
+@pytest.mark.parametrize("name", ["x.csv", "x.csv.gz", "x.jsonl", "x.jsonl.gz", "X.CSV", "x.Jsonl.GZ"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, data, name):
-    text = as_csv(ROWS) if ".csv" in name else as_jsonl(ROWS)
+    text = as_csv(ROWS) if ".csv" in name.lower() else as_jsonl(ROWS)
     content = text.encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
     loaded = load_examples(name, data, LABELS)
     assert loaded.examples == Examples([text for text, _ in ROWS], [1, 0, 1])
     assert not loaded.warnings()
@@ -275,6 +275,36 @@ def test_a_file_may_have_other_names_for_the_labels(tmp_path):
     assert load_examples("x.jsonl", data, LABELS).examples.labels == [0, 1]
     with pytest.raises(DataError, match=r"row 3 has the label '1'; the task's labels .* say in data.label_names"):
         load_examples("x.csv", data, LABELS)
+
+
+def test_labels_of_json_are_called_as_json_writes_them(tmp_path, data):
+    lines = [{"text": "a", "label": label} for label in (True, False, "true")]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert load_examples("x.jsonl", data, ("false", "true")).examples.labels == [1, 0, 1]
+    with pytest.raises(DataError, match=r"row 1 \(and 1 more\) has the label 'true', row 2 has the label 'false'"):
+        load_examples("x.jsonl", data, LABELS)
+    (tmp_path / "y.jsonl").write_text('{"text": "a", "label": 1.0}\n{"text": "b", "label": 0.5}\n')
+    assert load_examples("y.jsonl", data, ("0.5", "1")).examples.labels == [1, 0]
+    (tmp_path / "x.csv").write_text("text,label\na,1.0\n")  # there it is a name like any other
+    assert load_examples("x.csv", data, ("0.0", "1.0")).examples.labels == [1]
+
+
+def test_a_row_of_json_without_the_key_of_the_label_has_none(tmp_path, data):
+    skips = data.model_copy(update={"skip_labels": ("",)})
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "label": "good"}\n{"text": "b"}\n')
+    with pytest.raises(DataError, match=r'x\.jsonl: row 2 has a text and no label.*data\.skip_labels = \[""\]'):
+        load_examples("x.jsonl", data, LABELS)
+    loaded = load_examples("x.jsonl", skips, LABELS)
+    assert loaded.examples == Examples(["a"], [1])
+    assert loaded.warnings()[0].endswith("x.jsonl: 1 row (2) left out: no label")
+    (tmp_path / "y.jsonl").write_text('{"text": "b"}\n{"text": "a", "label": "good"}\n')
+    told = r"y\.jsonl: row 1 has no column 'label'.* name yours in data\.label_column"
+    with pytest.raises(DataError, match=rf'{told}, or say data\.skip_labels = \[""\] to leave out rows'):
+        load_examples("y.jsonl", data, LABELS)
+    assert load_examples("y.jsonl", skips, LABELS).examples == Examples(["a"], [1])
+    (tmp_path / "z.jsonl").write_text('{"text": "b", "class": "good"}\n' * 2)  # and not all of them for want of it
+    with pytest.raises(DataError, match=r"z\.jsonl: row 1 has no column 'label'; .* name yours in data\.label_column$"):
+        load_examples("z.jsonl", skips, LABELS)
 
 
 def test_a_name_of_no_label_of_the_task_is_refused(settings):

@@ -270,18 +270,20 @@ def test_a_silo_of_one_class_is_warned_of_and_goes_on(command, settings, data_fo
 
 @pytest.mark.parametrize("name", ["report", "evaluate"])
 def test_a_folder_that_is_no_run_ends_with_code_2(command, tmp_path, name):
-    code, _, err = command(name, tmp_path)
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    code, _, err = command(name, folder)
     assert code == 2
     assert "not a run folder" in err
-    (tmp_path / "config.toml").write_text("")
-    code, _, err = command(name, tmp_path)
+    (folder / "config.toml").write_text("")
+    code, _, err = command(name, folder)
     assert code == 2
-    again = f"crosslm run {tmp_path}/config.toml --output {tmp_path} --resume"
+    again = f"crosslm run '{folder}/config.toml' --output '{folder}' --resume"
     assert f"the run is not complete (it has no summary.json); go on with it: {again}" in err
-    with RunDir(tmp_path).locked():
-        assert f"it is at work: crosslm watch {tmp_path}" in command(name, tmp_path)[2]
-        (tmp_path / "config.toml").unlink()
-        assert "its run has not begun yet, models are being loaded; try again" in command(name, tmp_path)[2]
+    with RunDir(folder).locked():
+        assert f"it is at work: crosslm watch '{folder}'" in command(name, folder)[2]
+        (folder / "config.toml").unlink()
+        assert "its run has not begun yet, models are being loaded; try again" in command(name, folder)[2]
 
 
 @pytest.mark.parametrize("name", ["run", "demo", "evaluate", "report", "audit"])

@@ -314,13 +314,25 @@ def test_a_message_names_what_it_is_about_and_what_to_do(message):
         (("client", "kits/nroth"), "kits/nroth: is not there; did you mean kits/north?"),
         (("run", "tikets.toml"), "tikets.toml: is not there; did you mean tickets.toml?"),
         (("run", "mine"), "mine: is a folder; name the configuration in it: mine/mine.toml"),
+        (("run", "kits"), "kits: is a folder without a configuration (it has no .toml file); name a configuration"),
+        *(
+            ((command, "kits"), "kits: has the kits of a federation in it; give one of them: kits/server, kits/silos/a")
+            for command in ("doctor", "status", "watch", "report", "client", "server")
+        ),
+        *(
+            ((command, "seeds"), "seeds: has runs of several seeds; give one of them: seeds/seed-0, seeds/seed-1")
+            for command in ("status", "watch", "evaluate", "predict", "report")
+        ),
+        (("doctor", "seeds"), "seeds: is a folder without a configuration"),
     ],
 )
 def test_a_path_that_is_mistyped_is_told_with_what_stands_beside_it(shell, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    for folder in ("kits/north", "mine"):
+    seeds = [f"seeds/seed-{seed}" for seed in (1, 0)]
+    for folder in ("kits/north", "kits/server", "kits/silos/a", "kits/silos/of another", "mine", *seeds):
         (tmp_path / folder).mkdir(parents=True)
-    for file in ("tickets.toml", "mine/mine.toml"):
+    made = ("kits/server/server.toml", "kits/silos/a/silo.toml", *(f"{folder}/config.toml" for folder in seeds))
+    for file in ("tickets.toml", "mine/mine.toml", *made):
         (tmp_path / file).write_text("")
     code, out, err = shell(*arguments)
     assert code == 2

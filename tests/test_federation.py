@@ -290,6 +290,10 @@ def test_settings_that_are_wrong_are_named(kits):
     change(kits / "silos" / "silo-1", wire_dtype="float15")
     with pytest.raises(FederationError, match=r"wire_dtype: .*did you mean 'float16'.*found 'float15'"):
         read_silo(kits / "silos" / "silo-1")
+    (kit / SILO_FILE).write_text((kit / SILO_FILE).read_text().replace("wire_dtipe", "wire_dtype"))
+    change(kit, data=read_silo(kit).data.model_copy(update={"text_column": "label"}))
+    with pytest.raises(FederationError, match=r"silo\.toml: data: text_column and label_column must be two columns"):
+        read_silo(kit)
     (kit / SILO_FILE).write_text("id = ")
     with pytest.raises(FederationError, match="TOML"):
         read_silo(kit)

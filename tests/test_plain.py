@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from crosslm.cli.display import BarDisplay, PlainDisplay
 from crosslm.federation.silo_news import closing_outcome, doing, outcome
 from crosslm.runs.report import label_table, uploads_table, waited_for
 from crosslm.runs.watch import sentence
+from crosslm.support.commands import command, going_on, in_shell
 from crosslm.support.plain import plain, plain_lines
 
 SOURCE = Path(__file__).parents[1] / "src" / "crosslm"
@@ -118,3 +120,18 @@ def test_plain_lines_tell_rate_and_time_left(monkeypatch):
         "  generate: north [good]: 160/300 texts, 3.2/s, 44 s left",
         "  done in 64.0 s",
     ]
+
+
+def test_a_command_in_a_message_can_be_pasted():
+    folder = Path("my run") / "x 1"
+    assert going_on(folder, "config.toml") == "crosslm run 'my run/x 1/config.toml' --output 'my run/x 1' --resume"
+    assert going_on(Path("runs/x-1"), "config.toml") == "crosslm run runs/x-1/config.toml --output runs/x-1 --resume"
+    assert command("doctor", Path("it's/tickets.toml")) == """crosslm doctor 'it'"'"'s/tickets.toml'"""
+    assert in_shell("--verbalizer", "Tr\u00e8s urgent=WORD") == "--verbalizer 'Tr\u00e8s urgent=WORD'"
+
+
+def test_no_message_has_a_path_in_a_command_as_it_is():
+    for path in SOURCE.rglob("*.py"):
+        commands = "run|doctor|report|watch|status|evaluate|server|client"
+        found = re.findall(rf"crosslm (?:{commands}) {{.*|--(?:output|verbalizer) {{.*", path.read_text())
+        assert not found, (path, found)

@@ -855,7 +855,8 @@ def test_wrong_input_is_found_before_anything_is_run(scale, data, tmp_path, quic
     for arguments, message in (
         (["9"], "no table '9'; there are: 4, 5, 6, 7, 8, skew, clients, rows, ablation"),
         (["4", "--tasks", "sst2", "imdb"], "'imdb' is no table but a task: name tasks with commas, --tasks sst2,imdb"),
-        (["4", "--tasks", "sst3"], "no task 'sst3'; there are: ag_news"),
+        (["4", "--tasks", "sst3"], "no task 'sst3'; there are: sst2, imdb, ag_news, yahoo_answers\n"),
+        (["4", "--tasks", "demo"], "no task 'demo'; there are: sst2, imdb, ag_news, yahoo_answers\n"),
         (["4", "--presets", "best"], "no preset 'best'; there are: paper, recommended"),
         (["4", "--split", "train"], "no split 'train'; there are: test, validation"),
         (["4", "--scale", tmp_path / "no.toml"], "no.toml: cannot be read as a TOML file"),

@@ -240,6 +240,13 @@ def test_no_label_gets_a_word_that_means_another(models, described, given, words
             starter.draft(start, tokenizer)
 
 
+def test_a_label_of_several_words_can_be_pasted_with_its_word(models):
+    tokenizer = load_tokenizer(str(models / "gemma3"), "x")
+    start = starter.Start("x", {"good one": "", "good two": ""}, ["a"], llm=str(models / "gemma3"))
+    with pytest.raises(ConfigError, match=r"Give a word of your own: --verbalizer 'good two=WORD'$"):
+        starter.draft(start, tokenizer)
+
+
 def test_words_with_quotes_and_dollars_survive_the_file(models, tmp_path):
     start = starter.Start(
         "odd",

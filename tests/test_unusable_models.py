@@ -1,6 +1,7 @@
 """Model folders that are damaged, or made for something else."""
 
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -209,5 +210,14 @@ def test_an_encoder_of_parts_without_a_config_json_is_used(shell, settings, mode
     assert code == 0, err
     with pytest.raises(ModelError, match=r"slm\.models = .*: no such model folder \(a config\.json must be in it\)"):
         sources.check_model(str(folder), "slm.models")
-    with pytest.raises(ModelError, match=r"a config\.json or modules\.json must be in it"):
+    with pytest.raises(ModelError, match=r"a config\.json or modules\.json must be in it\); give a folder"):
         sources.check_model(str(tmp_path / "none"), "selection.encoder")
+
+
+def test_a_relative_path_is_told_with_where_it_was_looked_for(tmp_path, monkeypatch):
+    """As of a run's configuration, which is used from another folder than the run was started in."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    looked_for = f"must be in it), looked for as {tmp_path}/here/../models/gemma3, since relative paths are from where"
+    with pytest.raises(ModelError, match=re.escape(looked_for)):
+        sources.check_model("../models/gemma3", "llm.model")

@@ -1,6 +1,7 @@
 """A finished run is used: prediction, generation and the Python behind both."""
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -129,6 +130,51 @@ def test_labels_under_the_names_of_the_data_count_as_theirs(shell, workplace, tm
     assert told[0][2] == told[1][2] != ""
 
 
+def test_labels_that_the_task_does_not_know_are_told_since_they_do_not_count(shell, workplace, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(workplace / "runs" / "tickets-1", run)
+    given = tomllib.loads((run / "config.toml").read_text())
+    given["data"]["skip_labels"] = ["gone"]
+    (run / "config.toml").write_text(tomli_w.dumps(given))
+    rows = "a day,routine\n" * 3 + "a day,Urgent\n" * 7 + "a day,\na day,gone\n,Urgent\n"
+    (tmp_path / "x.csv").write_text(f"text,label\n{rows}")
+    code, _, err = shell("predict", run, "--client", "north", tmp_path / "x.csv")
+    assert code == 0, err
+    told = "7 rows have a label that the task does not know ('Urgent') and do not count; its labels are: routine,"
+    assert err.startswith(f"warning: {told} urgent\naccuracy ")
+    assert "] on 3 rows that have a label" in err
+    names = [*"abcdefg", "Jane Roe was seen on Monday"]
+    (tmp_path / "y.csv").write_text("text,label\n" + "".join(f"a day,{name}\n" for name in reversed(names)))
+    code, _, err = shell("predict", run, "--client", "north", tmp_path / "y.csv")
+    assert "8 rows have a label that the task does not know (..., 'g', 'f', 'e', 'd', ...) and do" in err
+    (tmp_path / "z.csv").write_text("text,label\na day,Urgent\n")
+    code, _, err = shell("predict", run, "--client", "north", tmp_path / "z.csv")
+    assert err.startswith("warning: 1 row has a label that the task does not know ('Urgent') and does not count;")
+    assert (code, "accuracy" in err) == (0, False)
+
+
+def test_labels_of_json_are_called_as_json_writes_them(shell, workplace, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(workplace / "runs" / "tickets-1", run)
+    given = tomllib.loads((run / "config.toml").read_text())
+    given["data"]["label_names"] = {"1": "routine", "true": "urgent"}
+    (run / "config.toml").write_text(tomli_w.dumps(given))
+    labels = [1, 1.0, True, False, None]
+    rows = "".join(json.dumps({"text": "a day", "label": label}) + "\n" for label in labels)
+    (tmp_path / "x.jsonl").write_text(rows)
+    code, _, err = shell("predict", run, "--client", "north", tmp_path / "x.jsonl")
+    assert code == 0, err
+    assert "1 row has a label that the task does not know ('false')" in err
+    assert "] on 3 rows that have a label" in err
+
+
+def test_each_line_that_is_not_utf8_counts(shell, workplace, tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"text\ncaf\xe9\ncaf\xe9s\n")
+    code, _, err = shell("predict", workplace / "runs" / "tickets-1", "--client", "north", tmp_path / "x.csv")
+    told = "warning: 2 lines are not whole UTF-8 and were read with \ufffd in them; save the file as UTF-8\n"
+    assert (code, err) == (0, told)
+
+
 def test_standard_input_is_a_text_a_line_and_only_rows_go_to_standard_output(shell, workplace):
     run = workplace / "runs" / "tickets-1"
     code, out, err = shell("predict", run, "--client", "north", stdin="a good, warm day\n\nan awful day \xe9\n")
@@ -152,7 +198,7 @@ def test_what_is_not_utf8_is_counted_and_what_is_only_odd_is_not(shell, workplac
     code, out, err = shell("predict", run, "--client", "north", tmp_path / "x.csv")
     assert code == 0
     assert [row["text"] for row in table(out)] == ["a \ufffd day", "caf\ufffd"]
-    assert "warning: 1 lines are not whole UTF-8" in err
+    assert "warning: 1 line is not whole UTF-8 and was read with \ufffd in it; save" in err
     assert re.search(r"accuracy \S+ \[\S+ \S+\] on 2 rows that have a label", err)
 
 
@@ -165,7 +211,7 @@ def test_half_a_character_that_json_escapes_loses_no_row(shell, workplace, tmp_p
     first, second = map(json.loads, out.splitlines())
     assert (first["text"], first["more"]) == ("a good \ufffd day", ["\ufffd"])
     assert None not in (first["predicted"], second["predicted"])
-    assert "warning: 1 lines are not whole UTF-8" in err
+    assert "warning: 1 line is not whole UTF-8 and was" in err
     assert re.search(r"accuracy \S+ \[\S+ \S+\] on 1 rows that have a label", err)
 
 
@@ -214,8 +260,12 @@ def test_a_pipe_is_read_no_further_than_needed(finished):
 
 
 def test_columns_without_a_name_are_no_columns_of_one_name():
-    rows = list(rows_of(io.BytesIO(b"text,,\na,,\n"), "here", "text", RowFormat.csv))
-    assert [row["text"] for row in rows] == ["a"]
+    rows = list(rows_of(io.BytesIO(b"text,,\na,b,c\n"), "here", "text", RowFormat.csv))
+    assert rows == [{"text": "a", "unnamed 2": "b", "unnamed 3": "c"}]
+    rows = list(rows_of(io.BytesIO(b",text\n7,a\n"), "here", "text", RowFormat.csv))  # as pandas writes its index
+    assert rows == [{"": "7", "text": "a"}]
+    with pytest.raises(DataError, match="here: has the column 'unnamed 3' twice; give each a name of its own"):
+        list(rows_of(io.BytesIO(b"text,,,unnamed 3\na,b,c,d\n"), "here", "text", RowFormat.csv))
 
 
 def test_bytes_that_are_not_utf8_lose_no_row():
@@ -229,7 +279,13 @@ def test_bytes_that_are_not_utf8_lose_no_row():
         ("a.csv", 'body\n"x"\n', r"a.csv: row 1 has no column 'text'; its columns are: body; .*--text-column"),
         ("a.csv", "text\nx,y\n", "a.csv: line 2 has more fields than the header"),
         ("a.csv", 'text,id\na,1\n"b,2\nc,3\n', "a.csv: line 3 is not CSV"),
-        ("a.csv", 'text;label\n"a";"b"\n', r"row 1 has no column 'text'; its columns are: text;label; "),
+        (
+            "a.csv",
+            'text;label\n"a";"b"\n',
+            r"no column 'text'; its columns are: text;label; separate fields by commas$",
+        ),
+        ("a.csv", "A patient was seen today,x\nb,y\n", r"columns are: \.\.\., x; is the first line one of names\? Put"),
+        ("a.csv", "\n", "a.csv: is empty; it must begin with the names of its columns"),
         ("a.csv", "text,text\na,b\n", "a.csv: has the column 'text' twice; give each a name of its own"),
         ("a.csv", "text,id,id\na,1,2\n", "a.csv: has the column 'id' twice"),
         ("a.jsonl", '{"text": ' + "9" * 5000 + "}\n", "a.jsonl: line 1 is not JSON"),
@@ -243,6 +299,25 @@ def test_an_input_that_cannot_be_read_is_named(tmp_path, name, content, message)
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         list(rows_of_file(tmp_path / name, "text", format_of(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt", "a.csv.gz"])
+def test_what_is_no_text_in_utf8_is_named_as_such_whatever_it_is_called(tmp_path, name):
+    path = tmp_path / name
+    for content, message in (
+        ("text\na day\n".encode("utf-16"), "is UTF-16 and must be UTF-8"),
+        (b"PK\x03\x04...", "is a spreadsheet's own file .* save as CSV UTF-8"),
+    ):
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        with pytest.raises(DataError, match=f"{name}: {message}"):
+            list(rows_of_file(path, "text", format_of(path)))
+
+
+@pytest.mark.parametrize("name", ["EXPORT.CSV", "export.Csv.GZ"])
+def test_the_end_of_a_name_may_be_in_capitals(tmp_path, name):
+    path, content = tmp_path / name, b"text\na day\n"
+    path.write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
+    assert list(rows_of_file(path, "text", format_of(path))) == [{"text": "a day"}]
 
 
 def test_jsonl_stays_jsonl_and_loses_no_column(shell, workplace, tmp_path):

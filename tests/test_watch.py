@@ -41,13 +41,13 @@ def at_work():
 
 def test_a_run_whose_process_was_killed_is_not_waited_for(tmp_path):
     """Nothing tells of it but the lock, which goes with the process."""
-    run = started(tmp_path / "run")
+    run = started(tmp_path / "my run")
     run.event("start")
     console = Console(file=io.StringIO(), width=80)
     assert not watch(run, console, pause=pytest.fail)
     assert console.file.getvalue().splitlines() == [
         "started, 0 clients",
-        f"The run has stopped. To go on: crosslm run {run.path}/config.toml --output {run.path} --resume",
+        f"The run has stopped. To go on: crosslm run '{run.path}/config.toml' --output '{run.path}' --resume",
     ]
 
 

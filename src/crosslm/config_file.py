@@ -45,6 +45,11 @@ def load(
     path = packaged().get(str(source), Path(source))
     if path.is_dir() and (inside := sorted(path.glob("*.toml"))):
         raise ConfigError(f"{path}: is a folder; name the configuration in it: {' or '.join(map(str, inside))}")
+    if path.is_dir():
+        raise ConfigError(
+            f"{path}: is a folder without a configuration (it has no .toml file); name a configuration file, or a "
+            f"packaged one: {', '.join(packaged())}"
+        )
     if not path.exists() and (path.suffix == ".toml" or len(path.parts) > 1):
         raise ConfigError(f"{missing(path)}; name a configuration file, or a packaged one: {', '.join(packaged())}")
     if not path.is_file():

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from crosslm.cli.app import CacheOption, ConfigArgument, DataDirOption, SetOption, app, console
 from crosslm.config_file import load
+from crosslm.support.commands import command
 from crosslm.support.files import expanded
 from crosslm.support.plain import plain, plain_lines
 from crosslm.support.quiet import quiet_libraries
@@ -61,7 +62,8 @@ def server(kit: KitArgument, environment: EnvironmentOption = False) -> None:
     with held(kit):
         waiting = ServerProcesses(kit, _say).run()
     _say("complete" + (f"; not delivered to: {', '.join(waiting)}" if waiting else ""))
-    _say(f"Everything is in {kit / 'run'} (summary.json, synthetic/, slm/, llm/). See it: crosslm report {kit / 'run'}")
+    run = kit / "run"
+    _say(f"Everything is in {run} (summary.json, synthetic/, slm/, llm/). See it: {command('report', run)}")
 
 
 @app.command()

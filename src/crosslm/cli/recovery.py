@@ -9,6 +9,7 @@ from crosslm.cli.app import CacheOption, app, console
 from crosslm.cli.runs import finish
 from crosslm.errors import RunError
 from crosslm.runs.rundir import CONFIG, SUMMARY, RunDir
+from crosslm.support.commands import command, going_on
 from crosslm.support.plain import plain
 from crosslm.support.quiet import quiet_libraries
 
@@ -46,7 +47,7 @@ def run_status(run_folder: Path) -> None:
             damaged.append(str(error))
     unfinished = "at work" if run.is_locked() else "stopped"
     if run.is_between_machines():
-        unfinished = f"not complete; crosslm status {run_folder.parent} says more"
+        unfinished = f"not complete; {command('status', run_folder.parent)} says more"
     state = "complete" if (run_folder / SUMMARY).is_file() else unfinished
     console.print(
         f"{run_folder}: {state}, {max(len(numbers) - 1, 0)} arrivals done",
@@ -68,8 +69,8 @@ def run_status(run_folder: Path) -> None:
     if run.barred():
         console.print(f"rolled back: without {', '.join(run.barred())}", highlight=False, markup=False)
     if state == "stopped":
-        how = f"To go on: crosslm run {run_folder / CONFIG} --output {run_folder} --resume"
-        console.print(how, highlight=False, markup=False, soft_wrap=True)
+        how = going_on(run_folder, CONFIG)
+        console.print(f"To go on: {how}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from crosslm.config_file import load
 from crosslm.errors import RunError, StoppedError
 from crosslm.runs.naming import last_seeds, last_unfinished, next_free
 from crosslm.runs.rundir import CONFIG, SEEDS, RunDir
+from crosslm.support.commands import command, going_on, in_shell
 from crosslm.support.files import write_whole
 from crosslm.support.quiet import quiet_libraries
 
@@ -147,12 +148,13 @@ def _run_seeds(
         try:
             finish(config.model_copy(update={"seed": seed}), runs[-1], cache_dir, resume=True, llm_cache=llm_cache)
         except StoppedError as stop:
-            how = f"That is of seed {seed} alone; all of them: the same command with --output {folder} --resume"
+            again = in_shell("--output", folder, "--resume")
+            how = f"That is of seed {seed} alone; all of them: the same command with {again}"
             raise StoppedError(f"{stop}\n{how}") from None
     figures = pooled([RunView.read(RunDir.open(run)) for run in runs])
     write_whole(folder / SEEDS, [(json.dumps(figures, indent=1) + "\n").encode()])
     console.print(pooled_tables(figures))
-    said = f"Pooled figures are in {folder / SEEDS}; crosslm report {folder} prints them again."
+    said = f"Pooled figures are in {folder / SEEDS}; {command('report', folder)} prints them again."
     console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -171,11 +173,11 @@ def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool, ll
             cache, display = cache_folder(cache_dir), display_for(console)
             summary = run_local(config, folder, cache, display, resume, stop, llm_cache=llm_cache)
     except KeyboardInterrupt:
-        how = f"crosslm run {folder / CONFIG} --output {folder} --resume"
+        how = going_on(folder, CONFIG)
         raise StoppedError(f"stopped at once; what earlier arrivals did is in {folder}. To go on: {how}") from None
     console.print(closing(summary, verdicts(RunView.read(RunDir.open(folder)))))
     console.print(
-        f"Everything is in {folder} (summary.json, synthetic/, slm/, llm/). See it: crosslm report {folder}",
+        f"Everything is in {folder} (summary.json, synthetic/, slm/, llm/). See it: {command('report', folder)}",
         highlight=False,
         markup=False,
         soft_wrap=True,

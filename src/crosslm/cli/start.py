@@ -1,7 +1,6 @@
 """Commands for the way to a first run: a new task, and what is in its way."""
 
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from rich.text import Text
 
 from crosslm.cli.app import CacheOption, DataDirOption, SetOption, app, console
 from crosslm.errors import ConfigError, RunError
+from crosslm.support.commands import command, in_shell
 from crosslm.support.files import expanded
 from crosslm.support.quiet import quiet_libraries
 
@@ -76,7 +76,7 @@ def init(
     if not labels:
         labels, kind = _asked(kind)
         answers = [f"--kind={kind}", *(f"--label={label}" for label in labels)]
-        again = f"\nYour answers, to give them again: {shlex.join(answers)}"
+        again = f"\nYour answers, to give them again: {in_shell(*answers)}"
     start = Start(
         name or re.sub(r"[^A-Za-z0-9._-]+", "-", folder.absolute().name).strip("-._") or "task",
         _pairs("--label", labels),
@@ -100,7 +100,7 @@ def init(
         _say(f"label {label}: the LLM says {word!r}{taken}")
     _say(
         f"Next: put your rows into {', '.join(path.name for path in written[1:])} in place of the samples, "
-        f"look at the prompts in {written[0].name}, then: crosslm doctor {written[0]}"
+        f"look at the prompts in {written[0].name}, then: {command('doctor', written[0])}"
     )
 
 
@@ -126,6 +126,7 @@ def doctor(
     from crosslm.federation.kits import is_kit
     from crosslm.models.sources import cache_folder
     from crosslm.preflight.doctor import examine
+    from crosslm.runs.rundir import kits_in
 
     levels, cache = [], cache_folder(cache_dir)
     if config is not None and is_kit(Path(config)):
@@ -134,6 +135,8 @@ def doctor(
         from crosslm.federation.checkup import examine_kit  # it needs the extra `federation`
 
         findings = examine_kit(Path(config), cache, _say)
+    elif config is not None and (kits := kits_in(Path(config))):
+        raise ConfigError(f"{config}: has the kits of a federation in it; give one of them: {kits}")
     else:
         findings = examine(config, tuple(overrides), data_dir, cache, _say)
     for finding in findings:

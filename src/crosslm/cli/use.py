@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crosslm.cli.app import CacheOption, RunArgument, app, console, errors
-from crosslm.data.rows import NOT_UTF8, Row, RowFormat, check_output, format_of, rows_of, rows_of_file, write_rows
+from crosslm.data.rows import (
+    NOT_UTF8,
+    Row,
+    RowFormat,
+    check_output,
+    format_of,
+    is_text,
+    label_of,
+    rows_of,
+    rows_of_file,
+    write_rows,
+)
 from crosslm.support.plain import plain
 from crosslm.support.quiet import quiet_libraries
 
@@ -16,6 +27,8 @@ if TYPE_CHECKING:
     from crosslm.config import DataConfig
     from crosslm.federation.kits import SiloData
     from crosslm.models.slm import SLM
+
+NAMED_LABELS = 5
 
 
 @app.command()
@@ -73,7 +86,8 @@ def predict(
     """Classify texts with a client's enhanced classifier, or with the one in use at a silo.
 
     Each row is written with what is predicted and how probable that is. Where the rows have labels, the accuracy with
-    its 95 % interval (Wilson), the macro-F1 and the share that is found of each label are told on standard error.
+    its 95 % interval (Wilson), the macro-F1 and the share that is found of each label are told on standard error, and
+    how many rows have a label that the task does not know.
     """
     quiet_libraries()
     from crosslm.runs.finished import classified
@@ -95,27 +109,66 @@ def predict(
     else:
         kind = given or format_of(file)
         rows = rows_of_file(file, column, kind, is_broken)
-    counts = [[0] * len(slm.labels) for _ in slm.labels]
-    names = {theirs.strip(): ours for theirs, ours in data.label_names.items()}
+    tally = _Tally(slm.labels, data)
 
     def counted() -> Iterator[Row]:
         for row in classified(slm, rows, column):
-            said = row.get(data.label_column)
-            label = "" if said is None else str(said).strip()  # "None" may be the name of a label
-            label = names.get(label, label)
-            if row["predicted"] is not None and label in slm.labels:
-                counts[slm.labels.index(label)][slm.labels.index(row["predicted"])] += 1
+            tally.add(row)
             yield row
 
     keeps_all = as_jsonl or kind is RowFormat.jsonl  # the rows of JSONL need not have the same columns
     write_rows(counted(), RowFormat.jsonl if keeps_all else RowFormat.csv, output)
-    if broken:
-        told = (
-            f"warning: {broken} lines are not whole UTF-8 and were read with {NOT_UTF8} in them; save the file as UTF-8"
+    for told in (_told_broken(broken), tally.told_unknown(), _measured(tally.counts, slm.labels)):
+        if told:
+            errors.print(told, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Tally:
+    """What was predicted for rows of each label, and the labels that the task does not know."""
+
+    def __init__(self, labels: tuple[str, ...], data: "DataConfig | SiloData") -> None:
+        self.counts = [[0] * len(labels) for _ in labels]
+        self._column, self._labels = data.label_column, labels
+        self._index = {label.strip(): place for place, label in enumerate(labels)}
+        self._names = {theirs.strip(): ours.strip() for theirs, ours in data.label_names.items()}
+        self._no_matter = {"", *(label.strip() for label in data.skip_labels)}
+        self._unknown, self._unknown_rows = dict[str, None](), 0
+
+    def add(self, row: Row) -> None:
+        """Count a classified row, if it has a label."""
+        label = label_of(row.get(self._column))
+        known = self._names.get(label, label)
+        if row["predicted"] is None or label in self._no_matter:
+            return
+        if known in self._index:
+            self.counts[self._index[known]][self._labels.index(str(row["predicted"]))] += 1
+            return
+        self._unknown_rows += 1
+        if len(self._unknown) <= NAMED_LABELS:  # of a stream no more is kept than is shown
+            self._unknown[label] = None
+
+    def told_unknown(self) -> str:
+        """How many rows have a label that is none of the task's; nothing where there are none."""
+        count, names = self._unknown_rows, list(self._unknown)
+        if not count:
+            return ""
+        shown = ", ".join("..." if is_text(name) else repr(name) for name in names[:NAMED_LABELS])
+        more = ", ..." if len(names) > NAMED_LABELS else ""
+        rows, do = ("1 row has", "does") if count == 1 else (f"{count} rows have", "do")
+        return plain(
+            f"warning: {rows} a label that the task does not know ({shown}{more}) and {do} not count; "
+            f"its labels are: {', '.join(self._labels)}"
         )
-        errors.print(told, highlight=False, markup=False, soft_wrap=True)
-    if told := _measured(counts, slm.labels):
-        errors.print(told, highlight=False, markup=False, soft_wrap=True)
+
+
+def _told_broken(count: int) -> str:
+    """How many lines have something that could not be read; nothing where there are none."""
+    if not count:
+        return ""
+    lines, them = ("1 line is not whole UTF-8 and was", "it")
+    if count > 1:
+        lines, them = (f"{count} lines are not whole UTF-8 and were", "them")
+    return f"warning: {lines} read with {NOT_UTF8} in {them}; save the file as UTF-8"
 
 
 def _measured(counts: list[list[int]], labels: tuple[str, ...]) -> str:

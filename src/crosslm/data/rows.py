@@ -1,5 +1,6 @@
 """Rows of text in and out: files, standard input and standard output; CSV, JSONL or a text a line."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -39,15 +40,59 @@ def format_of(path: Path) -> RowFormat:
     Raises:
         DataError: nothing.
     """
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    suffix = suffix_of(path)
     if suffix not in SUFFIXES:
-        raise DataError(f"{path}: must be .csv, .jsonl or .txt (or one of these with .gz), or say --format")
+        raise DataError(
+            f"{path}: must be .csv, .jsonl or .txt (or one of these with .gz), or say --format; in a spreadsheet save "
+            "as CSV UTF-8"
+        )
     return SUFFIXES[suffix]
+
+
+def suffix_of(path: Path) -> str:
+    """How a file's name ends, in small letters, before a ``.gz`` if it has one."""
+    return Path(path.stem if _is_gzipped(path) else path.name).suffix.lower()
+
+
+def _is_gzipped(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def content_of(path: Path) -> bytes:
+    """The bytes of a text file, unpacked if it is gzipped.
+
+    Raises:
+        DataError: it cannot be read, or is UTF-16 or a spreadsheet's own file.
+    """
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if _is_gzipped(path) else content
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; name one that is there") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read; is the file whole, and yours to read? {error}") from error
+    if content.startswith(b"PK\x03\x04"):
+        raise DataError(f"{path}: is a spreadsheet's own file (or a ZIP archive) and must be text: save as CSV UTF-8")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path}: is UTF-16 and must be UTF-8; save it so (in a spreadsheet: CSV UTF-8)")
+    return content
 
 
 def is_text(name: str) -> bool:
     """Whether what should be the name of a label or column is so long that it may be a private text."""
     return len(name) > SHOWN or len(name.split()) > SHOWN_WORDS
+
+
+def label_of(value: object) -> str:
+    """A label in the words of a row; nothing where it has none.
+
+    JSON's true and false are called so, and 1.0, which some programs write for 1 where a label is missing, is 1.
+    """
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "" if value is None else str(value).strip()  # "None" may be the name of a label
 
 
 def rows_of_file(
@@ -56,16 +101,9 @@ def rows_of_file(
     """Rows of a file, gzipped or not, as :func:`rows_of`.
 
     Raises:
-        DataError: it cannot be read, or a row is not of the format.
+        DataError: it cannot be read, is no text in UTF-8, or a row is not of the format.
     """
-    try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; name one that is there") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read; is the file whole, and yours to read? {error}") from error
-    return rows_of(io.BytesIO(content), str(path), text_column, kind, on_broken)
+    return rows_of(io.BytesIO(content_of(path)), str(path), text_column, kind, on_broken)
 
 
 def rows_of(
@@ -175,7 +213,7 @@ def csv_rows(
     reader, line = csv.DictReader(lines, strict=True), 1
     try:
         above = (row for row in reader.reader if any(map(str.strip, row)))  # blank lines may stand above the names
-        reader.fieldnames = [name.strip() for name in next(above, [])]
+        reader.fieldnames = _each_named([name.strip() for name in next(above, [])])
         check_header(list(reader.fieldnames))
         line = reader.reader.line_num + 1
         for number, row in enumerate(reader, start=1):
@@ -190,6 +228,13 @@ def csv_rows(
             f"{source}: line {line} is not CSV, or begins a row that is not: is there a quote that is not closed, or "
             f"one within a quoted text that is not doubled? {error}"
         ) from error
+
+
+def _each_named(header: list[str]) -> list[str]:
+    """Names of columns: of several without one, as where a spreadsheet ends, each gets one, since one would be lost."""
+    if header.count("") < 2:
+        return header
+    return [name or f"unnamed {place}" for place, name in enumerate(header, start=1)]
 
 
 def json_rows(lines: Iterable[str], source: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -213,6 +258,7 @@ def json_rows(lines: Iterable[str], source: str) -> Iterator[tuple[int, dict[str
 
 def _check_header(source: str, text_column: str, header: list[str]) -> None:
     """The texts are there, and of two columns of one name one would be lost."""
+    check_not_empty(source, header)
     if text_column not in header:
         raise _no_column(source, 1, text_column, header)
     for name in filter(None, header):
@@ -221,11 +267,34 @@ def _check_header(source: str, text_column: str, header: list[str]) -> None:
 
 
 def _no_column(source: str, number: int, text_column: str, columns: Iterable[str]) -> DataError:
-    told = ", ".join("..." if is_text(str(name)) else str(name) for name in columns)
-    return DataError(
-        f"{source}: row {number} has no column {text_column!r}; its columns are: {told}; "
-        "name the right one with --text-column"
-    )
+    told = told_columns(columns, "name the right one with --text-column")
+    return DataError(f"{source}: row {number} has no column {text_column!r}; its columns are: {told}")
+
+
+def check_not_empty(source: str, header: list[str]) -> None:
+    """Find out that a CSV file has names of columns.
+
+    Raises:
+        DataError: it has none.
+    """
+    if not any(header):
+        raise DataError(f"{source}: is empty; it must begin with the names of its columns and have a row below them")
+
+
+def told_columns(columns: Iterable[str], how: str) -> str:
+    """What columns there are, those that have the names of columns, and how to have them read.
+
+    Args:
+        columns: that were found.
+        how: to name another one, where they look as they should.
+    """
+    names = list(map(str, columns))
+    told = ", ".join("..." if is_text(name) else name for name in names)
+    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+        return f"{told}; separate fields by commas"
+    if any(map(is_text, names)):
+        return f"{told}; is the first line one of names? Put them there"
+    return f"{told}; {how}"
 
 
 def _shown(name: str) -> str:

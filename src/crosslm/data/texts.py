@@ -1,9 +1,6 @@
 """Texts from files: labelled ones in CSV or JSONL, and plain ones."""
 
-import codecs
-import gzip
 import io
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +12,16 @@ from crosslm.config import DataConfig
 from crosslm.config_file import nearest, packaged
 from crosslm.data.examples import Examples
 from crosslm.data.hub import HUB, hub_rows
-from crosslm.data.rows import csv_rows, is_text, json_rows
+from crosslm.data.rows import (
+    check_not_empty,
+    content_of,
+    csv_rows,
+    is_text,
+    json_rows,
+    label_of,
+    suffix_of,
+    told_columns,
+)
 from crosslm.errors import DataError
 from crosslm.support.files import expanded
 
@@ -69,20 +75,23 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str], key: str =
     named = {theirs.strip(): ours.strip() for theirs, ours in data.label_names.items()}
     skip = {label.strip() for label in data.skip_labels}
     unknown: dict[str, list[int]] = {}
+    has_labels, bare = False, None  # of JSON a row may lack the key
     for number, row in rows:
-        for column in (data.text_column, data.label_column):
-            if column not in row:
-                raise DataError(
-                    f"{source}: row {number} has no column {column!r}; its columns are: {_columns(row, column, data)}"
-                )
-        text, label = row[data.text_column], row[data.label_column]
+        if data.text_column not in row:
+            raise _no_column(source, number, row, data.text_column, data)
+        has_labels = has_labels or data.label_column in row
+        if not has_labels:
+            bare = bare or _no_column(source, number, row, data.label_column, data)
+            if "" not in skip:
+                raise DataError(f'{bare}, or say data.skip_labels = [""] to leave out rows without a label')
+        text, label = row[data.text_column], row.get(data.label_column)
         if any(isinstance(value, str) and _is_broken(value) for value in (text, label)):
             loaded.not_utf8.append(number)
             continue
         if not isinstance(text, str) or not text.strip():
             (loaded.empty if text is None or isinstance(text, str) else loaded.no_string).append(number)
             continue
-        told = "" if label is None else str(label).strip()
+        told = label_of(label)
         if told in skip:
             loaded.skipped.setdefault(told, []).append(number)
             continue
@@ -97,6 +106,8 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str], key: str =
             continue
         loaded.examples.texts.append(" ".join(text.split()))
         loaded.examples.labels.append(index[known])
+    if bare and not has_labels:
+        raise bare
     if unknown:
         raise DataError(
             f"{source}: {_of_labels(unknown, labels)}; the task's labels are {list(labels)}; correct the file, say "
@@ -126,21 +137,19 @@ def _shown(label: str) -> str:
     return f"the label {label!r}"
 
 
+def _no_column(source: str, number: int, row: Iterable[str], wanted: str, data: DataConfig) -> DataError:
+    return DataError(f"{source}: row {number} has no column {wanted!r}; its columns are: {_columns(row, wanted, data)}")
+
+
 def _columns(found: Iterable[str], wanted: str, data: DataConfig) -> str:
-    """What columns there are, those that have the names of columns, and how to have them read."""
-    names = list(map(str, found))
-    told = ", ".join("..." if is_text(name) else name for name in names)
-    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
-        return f"{told}; separate fields by commas"
-    if any(map(is_text, names)):
-        return f"{told}; is the first line one of names? Put them there"
-    return f"{told}; name yours in data.{'text_column' if wanted == data.text_column else 'label_column'}"
+    key = "text_column" if wanted == data.text_column else "label_column"
+    return told_columns(found, f"name yours in data.{key}")
 
 
 def _file_rows(name: str, data: DataConfig, key: str) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
     path = find_file(name, data, key)
     text = read_text(path)
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    kind = suffix_of(path)
     if kind == ".csv":
         return str(path), csv_rows(io.StringIO(text, newline=""), str(path), partial(_check_header, path, data))
     if kind == ".jsonl":
@@ -149,8 +158,7 @@ def _file_rows(name: str, data: DataConfig, key: str) -> tuple[str, Iterator[tup
 
 
 def _check_header(path: Path, data: DataConfig, header: list[str]) -> None:
-    if not any(header):
-        raise DataError(f"{path}: is empty; it must begin with the names of its columns and have a row below them")
+    check_not_empty(str(path), header)
     for column in (data.text_column, data.label_column):
         if column not in header:
             raise DataError(f"{path}: no column {column!r}; its columns are: {_columns(header, column, data)}")
@@ -162,22 +170,9 @@ def read_text(path: Path) -> str:
     """A file's text, unpacked if it is gzipped; bytes that are not UTF-8 become lone surrogates.
 
     Raises:
-        DataError: it cannot be read, or is UTF-16.
+        DataError: it cannot be read, or is UTF-16 or a spreadsheet's own file.
     """
-    try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-        if content.startswith(b"PK\x03\x04"):
-            raise DataError(
-                f"{path}: is a spreadsheet's own file (or a ZIP archive) and must be text: save as CSV UTF-8"
-            )
-        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise DataError(f"{path}: is UTF-16 and must be UTF-8; save it so (in a spreadsheet: CSV UTF-8)")
-        return content.decode("utf-8-sig", "surrogateescape")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; name one that is there") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read; is the file whole, and yours to read? {error}") from error
+    return content_of(path).decode("utf-8-sig", "surrogateescape")
 
 
 def readable_lines(path: Path, warn: Callable[[str], None]) -> list[str]:

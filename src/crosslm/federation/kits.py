@@ -24,9 +24,11 @@ from crosslm.config import (
 )
 from crosslm.config_file import causes, explain, load
 from crosslm.errors import FederationError
-from crosslm.runs.rundir import KIT_FILE, LOCK
+from crosslm.runs.rundir import KIT_FILE, LOCK, SILO_KIT_FILE, kits_in
 from crosslm.sections.privacy import NO_ACCEPTANCE
 from crosslm.sections.section import Device, Positive, Section
+from crosslm.sections.task import check_columns
+from crosslm.support.commands import command
 from crosslm.support.files import alone, missing
 
 KIT = "CROSSLM_KIT"
@@ -34,7 +36,7 @@ KIT = "CROSSLM_KIT"
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 """Environment in which Flower reports nothing and asks nothing of the internet."""
 SERVER_FILE = KIT_FILE
-SILO_FILE = "silo.toml"
+SILO_FILE = SILO_KIT_FILE
 Port = Annotated[int, Field(gt=0, lt=65536)]
 Kit = TypeVar("Kit", bound=Section)
 
@@ -73,6 +75,11 @@ class SiloData(Section):
     """The label for each name that the file has another name for."""
     skip_labels: tuple[str, ...] = ()
     """Labels of the file whose rows are left out; ``""`` for rows without one."""
+
+    @model_validator(mode="after")
+    def _two_columns(self) -> Self:
+        check_columns(self.text_column, self.label_column)
+        return self
 
 
 class SiloSettings(Section):
@@ -184,12 +191,14 @@ def _read(kit: Path, name: str, kind: type[Kit]) -> Kit:
     if not kit.exists():
         raise FederationError(f"{missing(kit)}; name a folder that crosslm provision made")
     if not path.is_file():
-        other, command = (SILO_FILE, "client") if name == SERVER_FILE else (SERVER_FILE, "server")
+        other, program = (SILO_FILE, "client") if name == SERVER_FILE else (SERVER_FILE, "server")
         if (kit / other).is_file():
             raise FederationError(
-                f"{kit}: is the kit of a {'silo' if command == 'client' else command}; "
-                f"start it with: crosslm {command} {kit}"
+                f"{kit}: is the kit of a {'silo' if program == 'client' else program}; "
+                f"start it with: {command(program, kit)}"
             )
+        if kits := kits_in(kit):
+            raise FederationError(f"{kit}: has the kits of a federation in it; give one of them: {kits}")
         raise FederationError(
             f"{kit}: has no {name}, so it is no kit of this kind; name a folder that crosslm provision made"
         )

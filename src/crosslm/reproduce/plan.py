@@ -13,6 +13,8 @@ from crosslm.reproduce.benchmarks import BENCHMARKS
 from crosslm.reproduce.scale import Scale, Tables, with_split
 
 TABLES = ("4", "5", "6", "7", "8", "skew", "clients", "rows", "ablation")
+TASKS = ("sst2", "imdb", "ag_news", "yahoo_answers")
+"""The packaged tasks that the tables are of."""
 PRESET_NAMES: tuple[Preset, ...] = ("paper", "recommended")
 RUN, CEILING, STANDALONE, ORIGINAL, BASE = "run", "ceiling", "standalone", "original", "base"
 RUNS_LLM = "llm of run"
@@ -97,7 +99,7 @@ def choose(
     of_scale = (*scale.tasks, *scale.task, *(task for table in scale.varied().values() for task in table.tasks))
     allowed: tuple[tuple[str, Sequence[str], Iterable[str]], ...] = (
         ("table", tables, TABLES),
-        ("task", (*tasks, *of_scale), packaged()),
+        ("task", (*tasks, *of_scale), TASKS),
         ("preset", presets, PRESETS),
         ("split", [split], ("test", "validation")),
     )

@@ -21,6 +21,7 @@ from crosslm.records import SyntheticText
 from crosslm.runs.naming import next_free
 from crosslm.runs.preparation import original_llm
 from crosslm.runs.rundir import CONFIG, RunDir
+from crosslm.support.commands import command
 from crosslm.support.progress import Display, Progress
 from crosslm.support.seeding import seed_for
 from crosslm.synthesis import synthesize
@@ -121,7 +122,7 @@ class Run:
             slm.order_labels(self.task.labels)
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(
-                f"{folder}: a classifier cannot be loaded: {error}\nRun crosslm run {self.path / CONFIG} again."
+                f"{folder}: a classifier cannot be loaded: {error}\nRun {command('run', self.path / CONFIG)} again."
             ) from error
         return slm
 

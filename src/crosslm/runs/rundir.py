@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from crosslm.config import Config
 from crosslm.errors import RunError
 from crosslm.runs.synthetic_rows import as_lines, read_receipts_of, read_texts
+from crosslm.support.commands import command, going_on
 from crosslm.support.files import (
     PARTIAL,
     alone,
@@ -46,6 +47,8 @@ ENGINE = "flower"
 GO_ON = "and give the same command again, crosslm run with --resume: nothing that was there is lost"
 KIT_FILE = "server.toml"
 """What a server's kit has in it; its run folder is ``run`` beside that."""
+SILO_KIT_FILE = "silo.toml"
+NAMED_FOLDERS = 5
 
 
 class RunDir:
@@ -101,6 +104,10 @@ class RunDir:
             raise RunError(f"{path}: its run has not begun yet, models are being loaded; try again in a minute")
         if not path.exists():
             raise RunError(f"{missing(path)}; give a run folder that crosslm run has made")
+        if not (path / CONFIG).is_file() and (runs := _listed(path.glob(f"seed-*/{CONFIG}"))):
+            raise RunError(f"{path}: has runs of several seeds; give one of them: {runs}")
+        if not (path / CONFIG).is_file() and (kits := kits_in(path)):
+            raise RunError(f"{path}: has the kits of a federation in it; give one of them: {kits}")
         if not (path / CONFIG).is_file():
             raise RunError(f"{path}: not a run folder (it has no {CONFIG}); give one that crosslm run has made")
         return cls(path)
@@ -292,12 +299,13 @@ class RunDir:
         """
         path = self.path / SUMMARY
         if not path.is_file():
-            how = f"go on with it: crosslm run {self.path / CONFIG} --output {self.path} --resume"
+            how = f"go on with it: {going_on(self.path, CONFIG)}"
             if self.is_locked():
-                how = f"it is at work: crosslm watch {self.path}"
+                how = f"it is at work: {command('watch', self.path)}"
             if self.is_between_machines():
                 kit = self.path.parent
-                how = f"start it again with crosslm server {kit}, and see with crosslm status {kit} who is waited for"
+                again, seen = command("server", kit), command("status", kit)
+                how = f"start it again with {again}, and see with {seen} who is waited for"
             raise RunError(f"{self.path}: the run is not complete (it has no {SUMMARY}); {how}")
         try:
             loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -309,6 +317,17 @@ class RunDir:
                 f"run the {CONFIG} beside it again"
             )
         return loaded
+
+
+def kits_in(folder: Path) -> str:
+    """Which kits of a federation are in a folder; nothing if none is."""
+    return _listed([*folder.glob(f"server/{KIT_FILE}"), *folder.glob(f"silos/*/{SILO_KIT_FILE}")])
+
+
+def _listed(files: Iterable[Path]) -> str:
+    """The folders of some files, not too many for a message; nothing if there are none."""
+    folders = sorted(str(file.parent) for file in files)
+    return ", ".join(folders[:NAMED_FOLDERS]) + (", ..." if len(folders) > NAMED_FOLDERS else "")
 
 
 def check_elsewhere(folder: Path) -> None:

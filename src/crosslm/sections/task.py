@@ -87,6 +87,16 @@ class ClientConfig(Section):
         return self
 
 
+def check_columns(text_column: str, label_column: str) -> None:
+    """Find out that text and label are two columns: a classifier would learn the label from itself.
+
+    Raises:
+        ValueError: they are one.
+    """
+    if text_column == label_column:
+        raise ValueError(f"text_column and label_column must be two columns, found {text_column!r} for both")
+
+
 class DataConfig(Section):
     """Where the labelled texts are. Either one ``train`` file that is split, or ``clients``."""
 
@@ -124,4 +134,9 @@ class DataConfig(Section):
     def _test_is_named(self) -> Self:
         if self.test is None:
             raise ValueError("test must name a file: without test rows nothing can be measured")
+        return self
+
+    @model_validator(mode="after")
+    def _two_columns(self) -> Self:
+        check_columns(self.text_column, self.label_column)
         return self
