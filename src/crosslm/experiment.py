@@ -316,6 +316,7 @@ class _Run:
             "task": config.name,
             "preset": config.preset,
             "seed": config.seed,
+            "inputs": self.inputs,
             "versions": versions(),
             "device": config.device,
             "llm_dtype": str(self.llm.model.dtype).removeprefix("torch."),
