@@ -221,7 +221,7 @@ def run(
 
     Args:
         config: what to run; :func:`crosslm.load` reads one.
-        output: run folder to create; ``runs/NAME-1`` or the next number that is free if None.
+        output: run folder to create; ``runs/NAME-1`` or the number after the highest there if None.
         cache: where converted models are kept; ``$CROSSLM_CACHE`` or the user's cache if None.
         display: shows progress; nothing is shown if None.
 
