@@ -98,8 +98,9 @@ def test_a_private_run_tells_its_bound_and_is_audited(private_run, tmp_path, mon
     (run / "uploads" / client).rename(run / "elsewhere")
     with pytest.raises(RunError, match="did not keep what the client uploaded"):
         audit_run(RunDir.open(run), tmp_path)
-    with pytest.raises(RunError, match="must be an even number, found 3"):
-        audit_run(RunDir.open(run), tmp_path, shadows=3)
+    for shadows in (3, -2):
+        with pytest.raises(RunError, match=f"--shadows must be 0 or more, and even, found {shadows}"):
+            audit_run(RunDir.open(run), tmp_path, shadows)
 
 
 @pytest.mark.parametrize("file", ["train.csv", "test.csv"])

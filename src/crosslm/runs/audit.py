@@ -75,7 +75,7 @@ def audit_run(run: RunDir, cache: Path, shadows: int = 0, display: Display | Non
         CrosslmError: the run is not complete or has no uploads, its data or models are gone, or its data has changed.
     """
     if shadows % 2 or shadows < 0:
-        raise RunError(f"--shadows must be an even number, found {shadows}: each row is in one half of them")
+        raise RunError(f"--shadows must be 0 or more, and even, found {shadows}: each row is in one half of them")
     return _Audit(run, cache, shadows, display).execute()
 
 
