@@ -98,8 +98,32 @@ def test_a_private_run_tells_its_bound_and_is_audited(private_run, tmp_path, mon
     (run / "uploads" / client).rename(run / "elsewhere")
     with pytest.raises(RunError, match="did not keep what the client uploaded"):
         audit_run(RunDir.open(run), tmp_path)
-    with pytest.raises(RunError, match="must be an even number, found 3"):
-        audit_run(RunDir.open(run), tmp_path, shadows=3)
+    for shadows in (3, -2):
+        with pytest.raises(RunError, match=f"--shadows must be 0 or more, and even, found {shadows}"):
+            audit_run(RunDir.open(run), tmp_path, shadows)
+
+
+@pytest.mark.parametrize("file", ["train.csv", "test.csv"])
+def test_data_files_that_have_changed_are_noticed(config, data_folder, tmp_path, shell, file):
+    """Other rows would count as members, or be measured as if they were those of the run."""
+    folder = tmp_path / "run"
+    run_local(config, folder, tmp_path)
+    _Audit(RunDir.open(folder), tmp_path, 0, None)
+    assert "warning" not in shell("evaluate", folder)[1]
+    lines = (data_folder / file).read_text().splitlines()
+    (data_folder / file).write_text("\n".join([*lines[:-1], "a new and good row.,good"]) + "\n")
+    code, _, err = shell("audit", folder)
+    assert code == 2
+    assert f"{folder}: the data files have changed since this run was made" in err
+    assert not (folder / "audit.json").exists()
+    code, out, err = shell("evaluate", folder)
+    assert (code, err) == (0, "")
+    assert f"warning: {folder}: the data files have changed since this run was made" in out
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["inputs"]  # of an earlier version
+    (folder / "summary.json").write_text(json.dumps(summary))
+    _Audit(RunDir.open(folder), tmp_path, 0, None)
+    assert "warning" not in shell("evaluate", folder)[1]
 
 
 @pytest.mark.parametrize("how", ["hidden", "exact"])

@@ -148,12 +148,13 @@ def test_killed_again_and_again_and_at_random_times_a_run_ends_the_same(driver, 
 
 def test_a_client_shut_out_by_a_rollback_leaves_no_trace(small_file, small, tmp_path, monkeypatch, command):
     small["gate"] = {"enabled": False}
+    small["data"]["num_clients"] = 3
     small_file.write_text(tomli_w.dumps(small))
     assert command("run", small_file, "--output", tmp_path / "run")[0] == 0
     before = contents(tmp_path / "run")
     code, out, err = command("status", tmp_path / "run")
     assert (code, err) == (0, "")
-    assert "complete, 4 arrivals done" in out
+    assert "complete, 6 arrivals done" in out
     assert "arrival 0: beginning" in out
     assert "(only the adapter is kept)" in out
     order = [line.split(": ")[1] for line in out.splitlines() if line.startswith("arrival") and "served" in line]
@@ -199,7 +200,7 @@ def test_a_client_shut_out_by_a_rollback_leaves_no_trace(small_file, small, tmp_
 
     code, _, err = command("rollback", tmp_path / "run", "--client", "nobody")
     assert code == 2
-    assert "'nobody' has not changed the LLM; those that have: client-0, client-1" in err
+    assert "'nobody' has not changed the LLM; those that have: client-0, client-1, client-2" in err
 
 
 def test_a_rollback_keeps_the_uploads_of_those_who_do_not_come_again(settings, tmp_path, command):
@@ -215,6 +216,45 @@ def test_a_rollback_keeps_the_uploads_of_those_who_do_not_come_again(settings, t
         name: data for name, data in contents(run / "uploads").items() if name.startswith(f"{first}/")
     }
     assert not (copy / "uploads" / second).exists()
+    code, _, err = command("rollback", copy, "--client", first)
+    assert code == 2
+    assert f"{copy}: {first} is the only client left: there is nothing to run without it" in err
+    assert not copy.with_name(f"{copy.name}-without-{first}").exists()
+
+
+def test_a_rollback_that_could_not_be_gone_on_with_writes_nothing(
+    settings, models, data_folder, tmp_path, monkeypatch, command
+):
+    settings["gate"] = {"enabled": False}
+    settings["selection"]["encoder"] = "./encoder"
+    file, run, copy = tmp_path / "tiny.toml", tmp_path / "run", tmp_path / "copy"
+    file.write_text(tomli_w.dumps(settings))
+    monkeypatch.chdir(models)
+    assert command("run", file, "--output", run)[0] == 0
+    client = Checkpoints(RunDir(run)).read(1)["cause"]["client"]
+    back = ("rollback", run, "--client", client, "--output")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*back, copy)
+    assert code == 2
+    assert "selection.encoder = './encoder'" in err
+    monkeypatch.chdir(models)
+    train = (data_folder / "train.csv").read_text()
+    (data_folder / "train.csv").write_text(train + "a new row.,good\n")
+    code, _, err = command(*back, copy)
+    assert code == 2
+    assert f"{run}: the data files have changed since this run began" in err
+    (data_folder / "train.csv").write_text(train)
+    (tmp_path / "file").write_text("")
+    code, _, err = command(*back, tmp_path / "file" / "copy")
+    assert code == 2
+    assert "file/copy: cannot be written: " in err
+    assert "or name another --output" in err
+    assert not copy.exists()
+    monkeypatch.setattr("crosslm.cli.recovery.finish", lambda *_, **__: None)
+    assert command(*back, copy)[0] == 0
+    code, _, err = command(*back, copy)  # as it says after a rollback that was interrupted
+    assert code == 2
+    assert f"or go on with it: crosslm run {copy / 'config.toml'} --output {copy} --resume" in err
 
 
 @pytest.mark.parametrize("takes", [True, False])
@@ -270,7 +310,7 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(config, config_file, 
     assert f"To go on: crosslm run '{stopped / 'config.toml'}' --output '{stopped}' --resume" in out
     code, _, err = command("run", config_file, "--output", stopped)
     assert code == 2
-    assert "or go on with it: --resume" in err
+    assert f"or go on with it: crosslm run {stopped / 'config.toml'} --output {stopped} --resume" in err
     code, out, err = command("run", config_file, "--output", stopped, "--resume")
     assert (code, err) == (0, "")
     assert f"{stopped}: going on after arrival 1" in out
@@ -404,6 +444,25 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_still_serves(config, st
     with pytest.raises(RunError, match=rf"{path.name}: (damaged|cannot be read)"):
         run_local(config, stopped, tmp_path, resume=True)
     (stopped / "checkpoints" / "arrival-0001.json").unlink()  # as the message says
+    run_local(config, stopped, tmp_path, resume=True)
+    run_local(config, tmp_path / "whole", tmp_path)
+    assert contents(stopped) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("lost", ["all", "half", "file", "other lines"])
+def test_events_that_a_checkpoint_knows_of_and_that_are_gone_are_not_gone_on_without(config, stopped, tmp_path, lost):
+    path = stopped / "metrics.jsonl"
+    data = path.read_bytes()
+    if lost == "file":
+        path.unlink()
+    else:
+        left = {"all": b"", "half": data[: len(data) // 2], "other lines": b"x" * len(data) + b"\n"}[lost]
+        path.write_bytes(left)
+    with pytest.raises(RunError, match=r"metrics.jsonl: has lost its end .* put it back as it was"):
+        run_local(config, stopped, tmp_path, resume=True)
+    assert not path.exists() if lost == "file" else path.read_bytes() == left  # what is to be mended grows no longer
+    assert not (stopped / "summary.json").exists()
+    path.write_bytes(data)
     run_local(config, stopped, tmp_path, resume=True)
     run_local(config, tmp_path / "whole", tmp_path)
     assert contents(stopped) == contents(tmp_path / "whole")

@@ -22,6 +22,7 @@ from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
 from crosslm.runs import reevaluate
 from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.naming import last_seeds, last_unfinished, next_free
 from crosslm.runs.rundir import RunDir
 from crosslm.synthesis import synthesize
 
@@ -305,6 +306,25 @@ def test_without_an_output_the_next_free_folder_is_taken(command, config_file, t
     assert code == 0, err
     assert tomllib.loads((tmp_path / "runs" / "tiny-2" / "config.toml").read_text())["llm"]["samples"] == 4
     assert "runs/tiny-2" in out
+
+
+def test_the_newest_run_is_the_one_with_the_highest_number_whichever_below_it_were_deleted(tmp_path):
+    for name in ("tiny-2", "tiny-10", "tiny-3", "tiny-3-11", "tiny-x", "tiny-012", "other-20"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text("")
+    (tmp_path / "tiny-11").mkdir()
+    (tmp_path / "tiny-11" / ".lock").write_text("")  # of a run that could not begin
+    assert next_free(tmp_path, "tiny") == tmp_path / "tiny-11"
+    assert last_unfinished(tmp_path, "tiny") == tmp_path / "tiny-10"
+    assert last_seeds(tmp_path, "tiny") is None
+    (tmp_path / "tiny-10" / "summary.json").write_text("")
+    assert last_unfinished(tmp_path, "tiny") is None
+    (tmp_path / "tiny-12" / "seed-0").mkdir(parents=True)
+    (tmp_path / "tiny-12" / "seed-0" / "config.toml").write_text("")
+    assert last_seeds(tmp_path, "tiny") == tmp_path / "tiny-12"
+    for folder in (tmp_path / "none", tmp_path / "tiny-x"):
+        assert next_free(folder, "tiny") == folder / "tiny-1"
+        assert last_unfinished(folder, "tiny") is None
 
 
 def test_an_upload_that_cannot_be_used_is_an_event_of_the_run(config, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from crosslm import errors
 from crosslm.cli import main as cli
+from crosslm.cli.runs import _somebody_reads
 from crosslm.cli.stopping import StopRequest
 from crosslm.config_file import load
 from crosslm.errors import (
@@ -430,6 +432,30 @@ def test_a_closed_pipe_is_quiet():
     assert done.stderr == b""
 
 
+def test_a_run_whose_output_is_closed_says_so_and_how_to_go_on(workplace, tmp_path):
+    """As in ``crosslm run ... | head``."""
+    folder = tmp_path / "run"
+    call = [sys.executable, "-m", "crosslm", "run", "tickets.toml", "--output", str(folder), "--cache-dir", "cache"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(call, cwd=workplace, env=ENVIRONMENT, **pipes) as run:
+        while (line := run.stdout.readline()) and not (folder / "config.toml").exists():
+            pass
+        assert line
+        run.stdout.close()
+        err = run.stderr.read()
+    assert run.returncode == 130, err
+    resuming = f"crosslm run {folder / 'config.toml'} --output {folder} --resume"
+    said = f"What earlier arrivals did is in {folder}. To go on: {resuming}\n"
+    assert err == f"stopped, since its output was closed; give it one that stays open. {said}"
+
+
+def test_where_nobody_reads_any_more_it_is_said_what_there_is(tmp_path):
+    for name, said in ((".lock", "had been done"), ("config.toml", "To go on: "), ("summary.json", "is complete")):
+        (tmp_path / name).write_text("")
+        with pytest.raises(StoppedError, match=f"its output was closed; .*{said}"), _somebody_reads(tmp_path):
+            raise SystemExit(1)
+
+
 def test_help_comes_without_torch():
     done = subprocess.run(
         [
@@ -495,9 +521,32 @@ def test_a_disk_that_is_full_names_the_file(shell, workplace, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("engine", [{}, {"engine": "flower"}])
-def test_a_summary_without_its_figures_is_refused_in_words(shell, tmp_path, engine):
+@pytest.mark.parametrize("figures", [{"steps": []}, {"slm": {}}, {"slm": {"crosslm": {"mean": 1.0}}}, {"slm": [1]}])
+def test_a_summary_without_its_figures_is_refused_in_words(shell, tmp_path, engine, figures):
     (tmp_path / "config.toml").write_text("")
-    (tmp_path / "summary.json").write_text(json.dumps({"steps": []} | engine))
-    code, _, err = shell("report", tmp_path)
-    assert code == 2
-    assert "has no figures of classifiers" in err
+    (tmp_path / "summary.json").write_text(json.dumps(figures | engine))
+    for command in (("report",), ("predict", "--client", "north"), ("evaluate",), ("watch",), ("audit",)):
+        code, _, err = shell(*command, tmp_path, stdin="x\n")
+        assert code == 2, command
+        assert f"{tmp_path / 'summary.json'}: has no figures of classifiers" in err
+
+
+def test_a_summary_without_what_is_shown_and_a_configuration_of_no_run_are_refused_in_words(shell, workplace, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(workplace / "runs" / "tickets-1", run)
+    whole = (run / "summary.json").read_text()
+    for text, lacks in (
+        ("[]", "figures (it must be an object)"),
+        (json.dumps({name: value for name, value in json.loads(whole).items() if name != "clients"}), "clients"),
+        (json.dumps({name: value for name, value in json.loads(whole).items() if name != "seconds"}), "seconds"),
+    ):
+        (run / "summary.json").write_text(text)
+        code, _, err = shell("report", run)
+        assert code == 2
+        assert f"{run / 'summary.json'}: has no {lacks}: damaged, or of an earlier version" in err
+    (run / "summary.json").write_text(whole)
+    for text in ('name = "x"\n', 'task = "x"\n', "[task]\n"):
+        (run / "config.toml").write_text(text)
+        code, _, err = shell("report", run)
+        assert code == 2
+        assert f"{run / 'config.toml'}: damaged, or not of a run (it has no task.labels)" in err

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from crosslm.errors import RunError
 from crosslm.runs.rundir import RunDir
 from crosslm.support import files
 from crosslm.support.files import ASIDE, clear_partial, made_beside, replace_folder
+from crosslm.support.writing import made_anew
 
 
 def written(text):
@@ -117,3 +119,16 @@ def test_a_folder_made_beside_another_has_a_name_that_nothing_has(tmp_path):
     with pytest.raises(RuntimeError), made_beside(tmp_path / "other"):
         raise RuntimeError("half")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
+
+
+def test_a_folder_that_cannot_be_made_anew_is_named_and_what_fails_in_it_is_not_put_down_to_it(tmp_path):
+    (tmp_path / "file").write_text("")
+    target, hint = tmp_path / "file" / "new", "or name another --output"
+    with (
+        pytest.raises(RunError, match=f"{target}: cannot be written: .*; make it writable, {hint}"),
+        made_anew(target, hint),
+    ):
+        pytest.fail("made")
+    with pytest.raises(FileNotFoundError), made_anew(tmp_path / "new", hint) as work:
+        (work / "none").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -171,6 +171,7 @@ def test_a_cache_that_cannot_be_written_is_named(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"file: cannot be written: .* choose another --llm-cache"):
         run(settings, tmp_path, "run", llm_cache=tmp_path / "file")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_has_it(settings, tmp_path, command):

@@ -1,5 +1,6 @@
 """The HTML report: its intervals, its warnings, and that untrusted text stays text."""
 
+import errno
 import io
 import json
 import os
@@ -377,6 +378,23 @@ def test_a_damaged_file_is_named(tmp_path, name):
     (folder / name).write_text('{"event"\n')
     with pytest.raises(RunError, match=f"{name}: damaged"):
         view_of(folder)
+
+
+@pytest.mark.parametrize(("number", "first"), [(errno.EROFS, "make it writable"), (errno.ENOSPC, "make room there")])
+def test_a_page_that_cannot_be_written_is_told_with_what_helps(tmp_path, monkeypatch, shell, number, first):
+    """There is nothing to go on with in a complete run; in one that is not there is."""
+
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    folder = write_run(tmp_path / "run")
+    monkeypatch.setattr("crosslm.runs.rundir.write_whole", refused)
+    code, _, err = shell("report", folder)
+    said = f"cannot be written: {os.strerror(number)}; {first}, and give the same command again"
+    assert (code, err) == (2, f"error: {folder / 'report.html'}: {said}\n")
+    (folder / "summary.json").unlink()
+    with pytest.raises(RunError, match=f"{said}, crosslm run with --resume"):
+        RunDir(folder).write("slm.txt", "")
 
 
 def test_a_private_run_shows_its_bound_and_hides_what_was_hidden(tmp_path):

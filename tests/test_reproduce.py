@@ -31,6 +31,7 @@ from crosslm.reproduce.scale import Scale, load_scale
 from crosslm.reproduce.store import Store, differences
 from crosslm.reproduce.tables import ALL_ROWS
 from crosslm.reproduce.work import settings_of
+from crosslm.runs.rundir import METHODS
 from crosslm.support.progress import Silent
 
 ROOT = Path(__file__).parents[1]
@@ -239,7 +240,8 @@ def fake_run(calls):
         (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n")
         llm = {"perplexity": {"before": 100.0, "after": 101.0}, "distinct_2": {"before": 0.8, "after": 0.7}}
         flag = {"arrivals": [1] if better else [], "whole_run": False}
-        summary = {"slm": {}, "llm": llm, "seconds": {"total": 1.0}, "reward_hacking": flag}
+        slm = {method: {} for method in METHODS}
+        summary = {"slm": slm, "clients": {}, "llm": llm, "seconds": {"total": 1.0}, "reward_hacking": flag}
         if llm_cache:
             summary["llm_cache"] = {"found": 0, "made": str(llm_cache)}
         (folder / "summary.json").write_text(json.dumps(summary))

@@ -18,7 +18,7 @@ from crosslm.cli import main as cli
 from crosslm.cli.main import EXTRAS
 from crosslm.config import PRESETS
 from crosslm.config_file import load
-from crosslm.errors import ConfigError, ModelError
+from crosslm.errors import ConfigError, ModelError, RunError
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.preflight import doctor, machine, memory, starter
 from crosslm.task import Task
@@ -96,6 +96,21 @@ def test_what_is_written_leaves_the_preset_as_it_is(start, tmp_path):
     for section, fields in PRESETS["recommended"].items():
         found = getattr(config, section)
         assert {name: getattr(found, name) for name in fields} == fields
+
+
+def test_a_folder_that_cannot_be_made_and_a_silo_given_twice_are_told_by_what_was_given(start, models, tmp_path):
+    code, _, err = start("--client", "north", "--client", "south", "--client", "north")
+    assert (code, err) == (2, "error: --client 'north' is given twice; each silo needs a name of its own\n")
+    assert not (tmp_path / "tickets").exists()
+    (tmp_path / "tickets").write_text("mine")
+    code, _, err = start()
+    assert code == 2
+    assert f"{tmp_path / 'tickets'}: is a file; name a folder for the task's files" in err
+    assert (tmp_path / "tickets").read_text() == "mine"
+    begun = starter.Start("x", {"bad": "", "good": ""}, ["a"], llm=str(models / "gemma3"))
+    task, below = starter.draft(begun, load_tokenizer(begun.llm, "x")), tmp_path / "tickets" / "below"
+    with pytest.raises(RunError, match=f"{below}: cannot be written: .*, or name another folder"):
+        starter.write_start(below, begun, task)
 
 
 def test_nothing_is_written_over_and_nothing_is_left_half(start, tmp_path):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, pipeline
 
 import crosslm
 from crosslm.cli import main as cli
-from crosslm.data.rows import RowFormat, format_of, rows_of, rows_of_file
+from crosslm.data.rows import RowFormat, format_of, rows_of, rows_of_file, write_rows
 from crosslm.errors import ConfigError, DataError, ModelError, RunError
 from crosslm.runs import cards
 from crosslm.runs.export import export_run
@@ -423,3 +423,10 @@ def test_a_damaged_classifier_is_named(workplace, tmp_path, finished):
         Run.open(tmp_path / "run").slm("north")
     with pytest.raises(RunError, match="not a run folder"):
         Run.open(tmp_path)
+
+
+def test_rows_that_cannot_be_written_are_told_with_the_file(tmp_path):
+    """Its folder has gone since it was looked for; a full disk is told in the same way."""
+    path = tmp_path / "gone" / "rows.csv"
+    with pytest.raises(RunError, match=f"{path}: cannot be written: No such file .*, or name another --output"):
+        write_rows([{"text": "a good day"}], RowFormat.csv, path)

@@ -89,16 +89,16 @@ def run_local(
     if config.privacy.epsilon:
         require_opacus()
     prepared = prepare(config, cache, progress.note)
+    kept = LLMCache(llm_cache) if llm_cache else None
     with RunDir(output).locked():
-        kept = LLMCache(llm_cache) if llm_cache else None
         with progress.stage("load", "LLM, sentence encoder and classifiers", 1, "set") as advance:
             loaded = load_models(config, prepared, cache, progress, make_client, kept)
             advance(1)
         run = RunDir.open(output) if goes_on else RunDir.create(output, given)
         run.note_session("resume" if goes_on else "start")
+        this = _Run(config, prepared, loaded, run, progress, stop_requested, started)
+        record = this.go_back()  # before the trackers count what is there; to what is damaged no event is added
         try:
-            this = _Run(config, prepared, loaded, run, progress, stop_requested, started)
-            record = this.go_back()  # before the trackers count what is there
             with tracked(run, given, progress.note):
                 return this.execute(record)
         except BaseException as error:  # Ctrl-C too: who follows the run must know
@@ -135,7 +135,7 @@ class _Run:
         """Take away what was written after the last checkpoint, which is given; None where there is none yet.
 
         Raises:
-            RunError: it is damaged, or has been pruned.
+            RunError: it is damaged, or has been pruned, or events before it are lost.
         """
         record = self.checkpoints.last()
         if record and record["state"] is None:
@@ -174,6 +174,8 @@ class _Run:
                 for event in self.run.events()
                 if event["event"] == "failure" or (event["event"] == "gate" and not event["passed"])
             ]
+            if not said:
+                raise UnservedError(f"{self.run.path}: no client could be served, for none has come; give it clients")
             raise UnservedError(
                 "\n".join([f"{self.run.path}: no client could be served; when this is mended, run again:", *said])
             )
@@ -317,6 +319,7 @@ class _Run:
             "task": config.name,
             "preset": config.preset,
             "seed": config.seed,
+            "inputs": self.inputs,
             "versions": versions(),
             "device": config.device,
             "llm_dtype": str(self.llm.model.dtype).removeprefix("torch."),

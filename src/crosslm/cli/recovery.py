@@ -85,11 +85,19 @@ def rollback(
     """Make a run without a client: as it was before that client came, and the others' later arrivals again."""
     quiet_libraries()
     from crosslm.config_file import load
+    from crosslm.models.sources import cache_folder, resolve_device
+    from crosslm.runs.preparation import Prepared, prepare
     from crosslm.runs.rollback import roll_back
+
+    def prepared() -> Prepared:
+        """What the copy needs to be gone on with; a relative path is from where this command runs."""
+        config = load(run_folder / CONFIG)
+        config = config.model_copy(update={"device": resolve_device(config.device)})
+        return prepare(config, cache_folder(cache_dir), lambda news: console.print(news, highlight=False, markup=False))
 
     beside = run_folder if run_folder.name not in ("", "..") else run_folder.resolve()
     target = output or beside.with_name(f"{beside.name}-without-{client}")
-    after = roll_back(RunDir.open(run_folder), client, target)
+    after = roll_back(RunDir.open(run_folder), client, target, prepared)
     console.print(
         f"{target}: {run_folder} after arrival {after}, without {client}", highlight=False, markup=False, soft_wrap=True
     )

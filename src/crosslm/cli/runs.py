@@ -1,6 +1,8 @@
 """Commands that make a run and look at one."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +24,7 @@ from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.errors import RunError, StoppedError
 from crosslm.runs.naming import last_seeds, last_unfinished, next_free
-from crosslm.runs.rundir import CONFIG, SEEDS, RunDir
+from crosslm.runs.rundir import CONFIG, SEEDS, SUMMARY, RunDir
 from crosslm.support.commands import command, going_on, in_shell
 from crosslm.support.files import write_whole
 from crosslm.support.quiet import quiet_libraries
@@ -168,17 +170,37 @@ def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool, ll
     from crosslm.models.sources import cache_folder
     from crosslm.runs.report import closing
 
+    with _somebody_reads(folder):
+        try:
+            with StopRequest() as stop:
+                cache, display = cache_folder(cache_dir), display_for(console)
+                summary = run_local(config, folder, cache, display, resume, stop, llm_cache=llm_cache)
+        except KeyboardInterrupt:
+            how = going_on(folder, CONFIG)
+            raise StoppedError(f"stopped at once; what earlier arrivals did is in {folder}. To go on: {how}") from None
+        console.print(closing(summary, verdicts(RunView.read(RunDir.open(folder)))))
+        console.print(
+            f"Everything is in {folder} (summary.json, synthetic/, slm/, llm/). See it: {command('report', folder)}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+@contextmanager
+def _somebody_reads(folder: Path) -> Iterator[None]:
+    """What is printed of a run in this folder within this goes to somebody.
+
+    Raises:
+        StoppedError: it does not (``| head``); rich ends the program then without a word.
+    """
     try:
-        with StopRequest() as stop:
-            cache, display = cache_folder(cache_dir), display_for(console)
-            summary = run_local(config, folder, cache, display, resume, stop, llm_cache=llm_cache)
-    except KeyboardInterrupt:
-        how = going_on(folder, CONFIG)
-        raise StoppedError(f"stopped at once; what earlier arrivals did is in {folder}. To go on: {how}") from None
-    console.print(closing(summary, verdicts(RunView.read(RunDir.open(folder)))))
-    console.print(
-        f"Everything is in {folder} (summary.json, synthetic/, slm/, llm/). See it: {command('report', folder)}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+        yield
+    except SystemExit:
+        if (folder / SUMMARY).is_file():
+            what = f"The run is complete, and everything is in {folder}. See it: {command('report', folder)}"
+        elif (folder / CONFIG).is_file():
+            what = f"What earlier arrivals did is in {folder}. To go on: {RunDir(folder).resuming()}"
+        else:
+            what = f"Nothing of the run in {folder} had been done yet. Give the same command again"
+        raise StoppedError(f"stopped, since its output was closed; give it one that stays open. {what}") from None

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TextIO
 
 from crosslm.errors import DataError, RunError
 from crosslm.support.files import partial_of
+from crosslm.support.writing import writing
 
 Row = dict[str, object]
 NOT_UTF8 = "\ufffd"
@@ -156,6 +157,9 @@ def write_rows(rows: Iterable[Row], kind: RowFormat, path: Path | None) -> int:
 
     Returns:
         How many.
+
+    Raises:
+        RunError: the file cannot be written.
     """
     count = 0
     with _opened(path) as file:
@@ -309,9 +313,10 @@ def _opened(path: Path | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     begun = partial_of(path)
-    try:
-        with begun.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        begun.replace(path)
-    finally:
-        begun.unlink(missing_ok=True)
+    with writing(path, "or name another --output"):
+        try:
+            with begun.open("w", encoding="utf-8", newline="") as file:
+                yield file
+            begun.replace(path)
+        finally:
+            begun.unlink(missing_ok=True)

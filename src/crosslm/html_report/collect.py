@@ -12,6 +12,8 @@ from crosslm.html_report.intervals import Interval, binomial_interval, paired_ga
 from crosslm.runs.rundir import CONFIG, METRICS, RunDir
 
 MAX_SAMPLES = 2000
+SHOWN = ("task", "preset", "seed", "llm", "seconds", "test_rows", "tokens_generated", "peak_memory_bytes")
+"""What a report shows of ``summary.json`` whatever run it is of, beside the accuracies and the clients."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,16 @@ class RunView:
         Raises:
             RunError: the run is not complete, or a file of it is damaged.
         """
-        summary = run.summary()
+        summary = run.summary(SHOWN)
         text = (run.path / CONFIG).read_text(encoding="utf-8")
         try:
             config = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise RunError(f"{run.path / CONFIG}: damaged: {error}; run it again") from error
+        if not isinstance(config.get("task"), dict) or not config["task"].get("labels"):
+            raise RunError(
+                f"{run.path / CONFIG}: damaged, or not of a run (it has no task.labels); put it back as it was"
+            )
         try:
             events: list[Mapping[str, Any]] = list(run.events())
         except ValueError as error:

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from crosslm.config import TaskConfig
 from crosslm.config_file import load
 from crosslm.data.split import SAMPLE
-from crosslm.errors import ConfigError, RunError
+from crosslm.errors import ConfigError, CrosslmError, RunError
 from crosslm.models.tokens import verbalizer_ids
 from crosslm.support.commands import in_shell
+from crosslm.support.writing import writing
 from crosslm.task import Task
 
 """What every row of a sample file starts with."""
@@ -105,9 +106,13 @@ def write_start(folder: Path, start: Start, task: TaskConfig) -> list[Path]:
         The files, the configuration first.
 
     Raises:
-        RunError: one of them is there already; then none is written.
-        ConfigError: the task or a silo has a name that cannot be one.
+        RunError: one of them is there already, or cannot be written; then none is.
+        ConfigError: the task or a silo has a name that cannot be one, or two silos have the same.
     """
+    if twice := [client for client in start.clients if start.clients.count(client) > 1]:
+        raise ConfigError(f"--client {twice[0]!r} is given twice; each silo needs a name of its own")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: is a file; name a folder for the task's files, which is made if it is not there")
     for option, name in (("--name", start.name), *(("--client", client) for client in start.clients)):
         if not NAME.fullmatch(name) or name == "test":
             raise ConfigError(
@@ -118,12 +123,14 @@ def write_start(folder: Path, start: Start, task: TaskConfig) -> list[Path]:
     texts |= {folder / f"{silo}.csv": sample_csv(silo, start) for silo in (*start.clients, "test")}
     if there := [path for path in texts if path.exists()]:
         raise RunError(f"{there[0]}: is there already and nothing is written over; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, "or name another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         for path, text in texts.items():
-            path.write_text(text, encoding="utf-8")
+            with writing(path, "or name another folder"):
+                path.write_text(text, encoding="utf-8")
         load(next(iter(texts)))
-    except (ConfigError, OSError):
+    except (CrosslmError, OSError):
         for path in texts:
             path.unlink(missing_ok=True)
         raise

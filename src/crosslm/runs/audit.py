@@ -34,6 +34,7 @@ from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.privacy.canaries import Canaries, draw_canaries
 from crosslm.privacy.private_layers import as_under_dp
+from crosslm.runs.finished import has_other_data
 from crosslm.runs.preparation import client_specs, original_llm
 from crosslm.runs.rundir import CONFIG, RunDir
 from crosslm.support.progress import Display, Progress
@@ -71,10 +72,10 @@ def audit_run(run: RunDir, cache: Path, shadows: int = 0, display: Display | Non
         were planted, ``canaries``.
 
     Raises:
-        CrosslmError: the run is not complete or has no uploads, or its data or models are gone.
+        CrosslmError: the run is not complete or has no uploads, its data or models are gone, or its data has changed.
     """
     if shadows % 2 or shadows < 0:
-        raise RunError(f"--shadows must be an even number, found {shadows}: each row is in one half of them")
+        raise RunError(f"--shadows must be 0 or more, and even, found {shadows}: each row is in one half of them")
     return _Audit(run, cache, shadows, display).execute()
 
 
@@ -89,6 +90,11 @@ class _Audit:
         self.run, self.cache, self.shadows = run, cache, shadows
         self.progress, self.task = Progress(display), Task.from_config(config.task)
         self.split: Split = load_split(self.config)
+        if has_other_data(self.config, self.split, self.summary):
+            raise RunError(
+                f"{run.path}: the data files have changed since this run was made, so that they do not tell which rows "
+                "a classifier was trained on; put them back as they were, or run it again"
+            )
         self.specs = client_specs(self.config, list(self.split.private))
 
     def execute(self) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from crosslm.errors import ConfigError, DataError, RunError
 from crosslm.runs import cards
 from crosslm.runs.finished import Run
 from crosslm.runs.rundir import check_elsewhere
-from crosslm.support.files import expanded, made_beside
+from crosslm.support.files import expanded
+from crosslm.support.writing import made_anew
 
 PARTS = ("slm", "llm", "synthetic")
 NUMBERS = ("reward", "diversity", "score")
@@ -60,7 +61,7 @@ def export_run(run: Run, dest: str | Path, parts: Iterable[str] = PARTS, merged_
     if "synthetic" in wanted:
         check_datasets()  # before the LLM is loaded and merged
     exported: list[Exported] = []
-    with made_beside(target.resolve()) as work:
+    with made_anew(target, "or name another DEST") as work:
         if "slm" in wanted:
             for client in run.clients:
                 folder = _copied(run.slm_folder(client), work / "slm" / client)

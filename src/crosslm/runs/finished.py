@@ -1,7 +1,7 @@
 """A run from Python: make one, or open a finished one, and use its classifiers and its LLM."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from crosslm.config import Config
 from crosslm.config_file import load
 from crosslm.data.rows import Row
+from crosslm.data.split import Split
 from crosslm.errors import ConfigError, DataError, ModelError, RunError
 from crosslm.experiment import run_local
 from crosslm.models.llm import LLM
@@ -19,8 +20,9 @@ from crosslm.models.slm import SLM
 from crosslm.models.sources import cache_folder, resolve_device
 from crosslm.records import SyntheticText
 from crosslm.runs.naming import next_free
-from crosslm.runs.preparation import original_llm
+from crosslm.runs.preparation import original_llm, perplexity_text_of, public_texts
 from crosslm.runs.rundir import CONFIG, RunDir
+from crosslm.runs.snapshot import inputs_digest
 from crosslm.support.commands import command
 from crosslm.support.progress import Display, Progress
 from crosslm.support.seeding import seed_for
@@ -220,7 +222,7 @@ def run(
 
     Args:
         config: what to run; :func:`crosslm.load` reads one.
-        output: run folder to create; ``runs/NAME-1`` or the next number that is free if None.
+        output: run folder to create; ``runs/NAME-1`` or the number after the highest there if None.
         cache: where converted models are kept; ``$CROSSLM_CACHE`` or the user's cache if None.
         display: shows progress; nothing is shown if None.
 
@@ -236,6 +238,22 @@ def run(
     folder = Path(output) if output else next_free(Path("runs"), config.name)
     run_local(config, folder, cache_folder(str(cache) if cache else None), display)
     return Run.open(folder, cache)
+
+
+def has_other_data(config: Config, split: Split, summary: Mapping[str, Any]) -> bool:
+    """Whether a run's data files have changed since; not known of a run of an earlier version, which did not say.
+
+    Args:
+        config: of the run.
+        split: of its files as they are now.
+        summary: what ``summary.json`` holds.
+
+    Raises:
+        DataError: one of its other texts is not there any more.
+    """
+    if "inputs" not in summary:
+        return False
+    return bool(summary["inputs"] != inputs_digest(split, public_texts(config), perplexity_text_of(config)))
 
 
 def predict(slm: SLM, texts: Sequence[str]) -> list[Prediction]:

@@ -25,12 +25,23 @@ from crosslm.server import Server
 from crosslm.support.files import alone, write_whole
 from crosslm.support.provenance import versions
 
+LOCK = ".lock"
+
 
 class LLMCache:
-    """A folder of results, and how many were found in it and made."""
+    """A folder of results, and how many were found in it and made; it is made if it is not there.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.found, self.made = folder, 0, 0
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # its rewards are of classifiers of private text
+            (folder / LOCK).touch()
+        except OSError as error:
+            raise self._cannot_be_written(error) from error
 
     def get(self, key: str) -> Any:
         """A result; None if it has not been kept.
@@ -55,14 +66,16 @@ class LLMCache:
             RunError: the folder cannot be written.
         """
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # its rewards are of classifiers of private text
-            with alone(self.folder / ".lock", wait=True):  # other cells may make the same at the same time
+            with alone(self.folder / LOCK, wait=True):  # other cells may make the same at the same time
                 for ending, content in data.items():
                     write_whole(self.folder / f"{key}.{ending}", [content])
                 write_whole(self.folder / f"{key}.json", [json.dumps(result).encode()])  # last: now it is there
         except OSError as error:
-            raise RunError(f"{self.folder}: cannot be written: {error}; choose another --llm-cache") from error
+            raise self._cannot_be_written(error) from error
         self.made += 1
+
+    def _cannot_be_written(self, error: OSError) -> RunError:
+        return RunError(f"{self.folder}: cannot be written: {error}; choose another --llm-cache")
 
     def data(self, key: str, ending: str) -> bytes:
         """Bytes that belong to a result.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from crosslm import evaluate
 from crosslm.data.split import load_split
-from crosslm.runs.finished import Run
+from crosslm.runs.finished import Run, has_other_data
 from crosslm.runs.preparation import measured_on, perplexity_text_of
 from crosslm.runs.rundir import RunDir
 from crosslm.support.progress import Display, Progress
@@ -14,6 +14,8 @@ from crosslm.synthesis import synthesize
 
 def evaluate_run(run: RunDir, cache: Path, display: Display | None = None) -> dict[str, float]:
     """Measure what a run folder holds: its classifiers and its LLM, on the test rows of its configuration.
+
+    Where the data files have changed since the run, that is said as a warning: it may be wanted.
 
     Args:
         run: a complete run.
@@ -38,6 +40,11 @@ def evaluate_run(run: RunDir, cache: Path, display: Display | None = None) -> di
     else:
         split, perplexity_text = load_split(config), perplexity_text_of(config)
         test, tests = split.test, split.tests
+        if has_other_data(config, split, finished.summary):
+            progress.note(
+                f"warning: {run.path}: the data files have changed since this run was made; these figures are of the "
+                "files as they are now, and cannot be compared with those of summary.json"
+            )
     slms = {client: finished.slm(client, own=False) for client in finished.clients}
     measures = {f"slm/accuracy/{client}": slms[client].accuracy(tests[client]) for client in slms if client in tests}
     llm = finished.llm(display)

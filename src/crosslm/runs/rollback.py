@@ -2,19 +2,22 @@
 
 import json
 import shutil
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
 from crosslm.errors import RunError
 from crosslm.models.slm import SLM
 from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.preparation import Prepared
 from crosslm.runs.rundir import CONFIG, METRICS, ROLLBACK, RunDir, check_elsewhere
-from crosslm.runs.snapshot import slm_state
-from crosslm.support.files import made_beside
+from crosslm.runs.snapshot import inputs_digest, slm_state
+from crosslm.support.writing import made_anew
+
+ELSEWHERE = "or name another --output"
 
 
-def roll_back(run: RunDir, client_id: str, output: Path) -> int:
+def roll_back(run: RunDir, client_id: str, output: Path, prepared: Callable[[], Prepared] | None = None) -> int:
     """Copy a run as it was before a client's SLM first changed the LLM, with that client barred from there on.
 
     The copy is an unfinished run: going on with it repeats the arrivals of the others. The run itself is
@@ -24,12 +27,14 @@ def roll_back(run: RunDir, client_id: str, output: Path) -> int:
         run: any run with checkpoints.
         client_id: whose influence is unwanted.
         output: folder for the copy.
+        prepared: finds the data and the models of the run, before anything is written; what it raises is raised.
 
     Returns:
         The arrival after which the copy goes on; 0 is the beginning.
 
     Raises:
-        RunError: the client had no influence, the state before it has been pruned, or the run was between machines.
+        RunError: the client had no influence, nobody but it is left, the state before it has been pruned, the run was
+            between machines, or its data files have changed.
     """
     run.check_in_one_process("rolled back")
     checkpoints = Checkpoints(run)
@@ -47,10 +52,25 @@ def roll_back(run: RunDir, client_id: str, output: Path) -> int:
             f"{run.path}: the state before arrival {first}, the first of {client_id}, has been pruned "
             "(checkpoint.keep); its adapter is still there"
         )
+    barred = sorted({*run.barred(), client_id})
+    kept = before[-1]["state"]["kept"]
+    everybody = kept.get("begin_with", {})  # checkpoints of earlier versions do not have it
+    if everybody and not set(everybody).difference(barred):
+        raise RunError(
+            f"{run.path}: {client_id} is the only client left: there is nothing to run without it; --client must name "
+            "one of several"
+        )
     RunDir.check_free(output)
     check_elsewhere(output)
-    with made_beside(output.resolve()) as work:
-        partial = RunDir(work)
+    if prepared is not None:
+        found = prepared()
+        if kept["inputs"] != inputs_digest(found.split, found.public, found.perplexity_text):
+            raise RunError(
+                f"{run.path}: the data files have changed since this run began; put them back as they were to go on "
+                "without a client"
+            )
+    with made_anew(output, ELSEWHERE) as work:
+        partial = RunDir(work, ELSEWHERE)
         _copy(run, partial, checkpoints, before)
         later = {record["cause"].get("client") for record in records if record["arrival"] >= first}
         done = [who for who in before[-1]["state"]["journal"]["returned"] if who not in later]
@@ -59,7 +79,7 @@ def roll_back(run: RunDir, client_id: str, output: Path) -> int:
             if (uploaded := run.path / "uploads" / who).is_dir():
                 shutil.copytree(uploaded, partial.path / "uploads" / who)
         origin = {
-            "clients": sorted({*run.barred(), client_id}),
+            "clients": barred,
             "of": [*run.rolled_back_from(), run.path.resolve().name],
             "after_arrival": before[-1]["arrival"],
         }

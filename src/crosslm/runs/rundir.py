@@ -44,7 +44,8 @@ LOCK, ROLLBACK = ".lock", "rollback.json"
 SESSIONS = "sessions.jsonl"
 ENGINE = "flower"
 """What carried the messages of a run between machines: a field of its first event and of its summary."""
-GO_ON = "and give the same command again, crosslm run with --resume: nothing that was there is lost"
+AGAIN = "and give the same command again"
+GO_ON = f"{AGAIN}, crosslm run with --resume: nothing that was there is lost"
 KIT_FILE = "server.toml"
 """What a server's kit has in it; its run folder is ``run`` beside that."""
 SILO_KIT_FILE = "silo.toml"
@@ -54,13 +55,15 @@ NAMED_FOLDERS = 5
 class RunDir:
     """``config.toml``, ``metrics.jsonl``, ``summary.json``, ``synthetic/``, ``uploads/``, ``slm/``, ``llm/``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hint: str = "") -> None:
         self.path = path
+        self._hint = hint
+        """What to do where it cannot be written, if neither to go on with the run nor to give the command again."""
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         """Called with every event after it is written."""
 
-    @staticmethod
-    def check_free(path: Path) -> None:
+    @classmethod
+    def check_free(cls, path: Path) -> None:
         """Find out that a new run may be written here.
 
         Raises:
@@ -70,7 +73,7 @@ class RunDir:
         if path.is_file() or (path.is_dir() and any(entry.name not in begun for entry in path.iterdir())):
             unfinished = (path / CONFIG).exists() and not (path / SUMMARY).exists()
             what = "another run" if (path / CONFIG).exists() else "other files"
-            hint = ", or go on with it: --resume" if unfinished else ""
+            hint = f", or go on with it: {cls(path).resuming()}" if unfinished else ""
             raise RunError(f"{path}: holds {what} already and nothing is written over; choose another --output{hint}")
 
     @classmethod
@@ -146,7 +149,7 @@ class RunDir:
             RunError: it cannot be written; what was there before is still there.
         """
         target = self.path / name
-        with writing(target, GO_ON):
+        with writing(target, self._what_then()):
             write_whole(target, [data])
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -156,7 +159,7 @@ class RunDir:
             RunError: it cannot be written; the events before it are still there.
         """
         event = {"event": kind, "time": round(time.time(), 3), **fields}
-        with writing(self.path / METRICS, GO_ON):
+        with writing(self.path / METRICS, self._what_then()):
             append_line(self.path / METRICS, json.dumps(event, ensure_ascii=False))
         for listen in self.listeners:
             listen(event)
@@ -167,14 +170,25 @@ class RunDir:
         Raises:
             RunError: it cannot be written.
         """
-        with writing(self.path / METRICS, GO_ON), (self.path / METRICS).open("a") as file:
+        with writing(self.path / METRICS, self._what_then()), (self.path / METRICS).open("a") as file:
             os.fsync(file.fileno())
             return file.seek(0, os.SEEK_END)
 
     def go_back(self, events: int) -> None:
-        """Take away what was written after ``metrics.jsonl`` had this size and could not be finished."""
-        if (self.path / METRICS).exists():
-            with (self.path / METRICS).open("r+b") as file:
+        """Take away what was written after ``metrics.jsonl`` had this size and could not be finished.
+
+        Raises:
+            RunError: it is shorter, or its lines end elsewhere: what happened before would be lost without a word.
+        """
+        path = self.path / METRICS
+        if path.exists() or events:
+            kept = path.read_bytes()[:events] if path.exists() else b""
+            if len(kept) < events or not kept.endswith(b"\n" if events else b""):
+                raise RunError(
+                    f"{path}: has lost its end (or other lines), and a checkpoint knows of {events} bytes; put it back "
+                    f"as it was, or run the {CONFIG} beside it again with another --output"
+                )
+            with path.open("r+b") as file:
                 file.truncate(events)
         clear_partial(self.path)
 
@@ -185,7 +199,7 @@ class RunDir:
             RunError: it cannot be written.
         """
         line = json.dumps({"event": kind, "time": round(time.time(), 3), "pid": os.getpid()})
-        with writing(self.path / SESSIONS, GO_ON):
+        with writing(self.path / SESSIONS, self._what_then()):
             append_line(self.path / SESSIONS, line)
 
     def barred(self) -> list[str]:
@@ -284,22 +298,35 @@ class RunDir:
             RunError: it cannot be written; what was there before is still there.
         """
         target = self.path / name
-        with writing(target, GO_ON):
+        with writing(target, self._what_then()):
             replace_folder(target, lambda folder: save(str(folder)))
+
+    def resuming(self) -> str:
+        """The command that goes on with this run."""
+        if self.is_between_machines():
+            return command("server", self.path.parent)
+        return going_on(self.path, CONFIG)
+
+    def _what_then(self) -> str:
+        """What to do when a file that could not be written can be: a run goes on, of a complete one nothing is left."""
+        return self._hint or (AGAIN if (self.path / SUMMARY).exists() else GO_ON)
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``; its presence says that the run is complete."""
         self.write(SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, also: Iterable[str] = ()) -> dict[str, Any]:
         """Read ``summary.json``.
 
+        Args:
+            also: what it must have beside the accuracies and the clients.
+
         Raises:
-            RunError: the run has not been completed.
+            RunError: the run has not been completed, or the file is damaged.
         """
         path = self.path / SUMMARY
         if not path.is_file():
-            how = f"go on with it: {going_on(self.path, CONFIG)}"
+            how = f"go on with it: {self.resuming()}"
             if self.is_locked():
                 how = f"it is at work: {command('watch', self.path)}"
             if self.is_between_machines():
@@ -311,9 +338,9 @@ class RunDir:
             loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(f"{path}: damaged; run the {CONFIG} beside it again: {error}") from error
-        if "slm" not in loaded:
+        if lacking := _lacking(loaded, also):
             raise RunError(
-                f"{path}: has no figures of classifiers (slm): damaged, or of an earlier version; "
+                f"{path}: has no {', '.join(lacking)}: damaged, or of an earlier version; "
                 f"run the {CONFIG} beside it again"
             )
         return loaded
@@ -328,6 +355,17 @@ def _listed(files: Iterable[Path]) -> str:
     """The folders of some files, not too many for a message; nothing if there are none."""
     folders = sorted(str(file.parent) for file in files)
     return ", ".join(folders[:NAMED_FOLDERS]) + (", ..." if len(folders) > NAMED_FOLDERS else "")
+
+
+def _lacking(summary: Any, also: Iterable[str]) -> list[str]:
+    """What a summary does not have of all that is read of one."""
+    if not isinstance(summary, dict):
+        return ["figures (it must be an object)"]
+    slm, clients = summary.get("slm"), summary.get("clients")
+    are_there = isinstance(slm, dict) and all(isinstance(slm.get(method), dict) for method in METHODS)
+    lacking = [] if are_there else [f"figures of classifiers (slm with {', '.join(METHODS)})"]
+    lacking += [] if isinstance(clients, dict) else ["clients"]
+    return lacking + [name for name in also if name not in summary]
 
 
 def check_elsewhere(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Writing a file whole or not at all, for everything that must survive a crash; and working in a folder alone."""
 
 import difflib
+import errno
 import fcntl
 import os
 import shutil
@@ -24,6 +25,14 @@ def disk_error(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:  # transformers raises it for files that are not there
         return error.strerror
     return str(error) if "(os error " in str(error) else None
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an exception of :func:`disk_error` is of a disk that is full, or of a limit on what may be on it."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in numbers
+    return any(f"(os error {number})" in str(error) for number in numbers)
 
 
 def write_whole(path: Path, parts: Iterable[bytes]) -> None:
