@@ -626,7 +626,7 @@ def demo_time(loaded: dict[str, dict]) -> str:
 
 
 def set_back(report: dict) -> str:
-    """What each field by which the presets differ does, by itself: rows of the ablation, beside the preset run again."""
+    """What each field by which the presets differ does by itself: rows of the ablation, beside the preset run again."""
     start = "SST-2, preset recommended, "
     rows = {row["name"].removeprefix(start): row["cells"] for row in report["tables"]["ablation"]["rows"]}
     preset, lines = rows["the-same-again"], []
@@ -641,9 +641,9 @@ def set_back(report: dict) -> str:
         lines.append(f"| `{field}` | " + " | ".join(f"{round(value, 1) + 0.0:+.1f}" for value in points) + " |")
     return "\n".join(
         [
-            "Each set back to the paper's value by itself (SST-2, seed 0, one run each): by how many points the clients'",
-            "SLMs, the LLM by Eq. 1, the share of its texts that fit their label by the judge, and the growth of its",
-            "perplexity then differ from the preset's.",
+            "Each set back to the paper's value by itself (SST-2, seed 0, one run each): by how many points",
+            "the clients' SLMs, the LLM by Eq. 1, the share of its texts that fit their label by the judge, and the",
+            "growth of its perplexity then differ from the preset's.",
             "One seed does not tell a point or two from chance.",
             "",
             "| set back | SLMs | LLM, Eq. 1 | LLM, judge | perplexity growth |",
