@@ -310,7 +310,7 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(config, config_file, 
     assert f"To go on: crosslm run '{stopped / 'config.toml'}' --output '{stopped}' --resume" in out
     code, _, err = command("run", config_file, "--output", stopped)
     assert code == 2
-    assert f"or go on with it: crosslm run {stopped / 'config.toml'} --output {stopped} --resume" in err
+    assert f"or go on with it: crosslm run '{stopped / 'config.toml'}' --output '{stopped}' --resume" in err
     code, out, err = command("run", config_file, "--output", stopped, "--resume")
     assert (code, err) == (0, "")
     assert f"{stopped}: going on after arrival 1" in out
