@@ -175,7 +175,7 @@ def test_the_same_arrivals_give_the_same_figures_as_in_one_process(local, seeing
         path = f"synthetic/{name}.jsonl"
         assert (seeing / path).read_bytes() == (local[0] / path).read_bytes()
     one, two = (json.loads((folder / "summary.json").read_text()) for folder in (local[0], seeing))
-    assert set(one) < set(two)
+    assert set(one) - {"inputs"} < set(two)  # no server has read all text
     same = (
         "task",
         "preset",

@@ -171,11 +171,9 @@ def test_every_paper_table_end_to_end(scale, data, tmp_path, monkeypatch, comman
     assert shown["Standalone"] == {"value": 0.706, "unit": "share"}  # the paper's
     assert shown["preset paper: CrossLM"]["value"] == pytest.approx(run["slm"]["crosslm"]["mean"])
     assert shown[ALL_ROWS]["value"] == pytest.approx(run["slm"]["standalone"]["mean"])
-    assert (
-        shown["preset paper: CrossLM"]["low"]
-        <= shown["preset paper: CrossLM"]["value"]
-        <= shown["preset paper: CrossLM"]["high"]
-    )
+    ours = shown["preset paper: CrossLM"]
+    if "low" in ours:  # not where all rows are alike
+        assert ours["low"] <= ours["value"] <= ours["high"]
     majority = {row["name"]: row["cells"][0] for row in tables["7"]["rows"]}["the most frequent label always"]
     assert 0.5 <= majority["value"] <= 1
     text = (output / "test/tables.md").read_text()
@@ -829,7 +827,7 @@ def test_the_tables_are_of_everything_that_is_there(scale, data, tmp_path, quick
     assert headline["recommended"]["nlu_gain"] == headline["recommended"]["nlg_judge_gain"] == 50.0
     assert headline["recommended"]["generalization_min_change"] == 0.0
     assert headline["recommended"]["generalization_mean_change"] == 0.0
-    assert "| the most frequent label always | 0.750 [0.750, 0.750] |" in text
+    assert "| the most frequent label always | 0.750 |" in text
     assert "`generalization_mean_change` is their mean" in text
     assert headline["recommended"]["ptb_growth_percent"] == pytest.approx(1.0)
     assert headline["recommended"]["seeds"]["nlu_gain"] == 2
@@ -881,7 +879,7 @@ def test_wrong_input_is_found_before_anything_is_run(scale, data, tmp_path, quic
     with pytest.raises(ConfigError, match=r"skew.alpha: Tuple should have at least 1 item"):
         load_scale(tmp_path / "bad.toml")
     (tmp_path / "bad.toml").write_text(tomli_w.dumps(scale | {"skew": {"tasks": ["nope"], "alpha": [0.1]}}))
-    with pytest.raises(ConfigError, match=r"no task 'nope'; there are: ag_news"):
+    with pytest.raises(ConfigError, match=r"no task 'nope'; there are: sst2"):
         chosen(load_scale(tmp_path / "bad.toml").model_dump(exclude_none=True), data, "4")
 
 
