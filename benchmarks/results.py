@@ -587,7 +587,7 @@ What it brings a classifier depends on how far it is below one that learns from 
 accuracy, {distances}.
 In the mean of the paper's four datasets (four clients each, small models, preset `recommended`, {seeds}
 of the classifiers for each dataset; points of accuracy, with 95 % intervals,
-which three seeds make too narrow: rather 85 %):
+which three seeds make too narrow):
 
 | what changes | points |
 | --- | --- |

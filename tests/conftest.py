@@ -88,6 +88,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 GOOD = ["good", "lovely", "bright", "warm", "happy", "fine", "sweet", "kind"]
 BAD = ["bad", "awful", "dull", "cold", "sad", "poor", "sour", "mean"]
+TINY_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+}
+"""Of a classifier of any type."""
 THINGS = ["story", "film", "song", "meal", "room", "day", "walk", "book"]
 
 

@@ -45,7 +45,7 @@ LAYERS = [
     {"privacy.private_fit"},
     {"synthesis", "classification", "client", "llm_update", "teachers"},
     {"enhancement", "gate"},
-    {"runs.synthetic_rows"},
+    {"runs.synthetic_rows", "runs.folders"},
     {"server", "evaluate", "runs.rundir"},
     {
         "baselines",

@@ -150,6 +150,21 @@ def test_generation_is_measured_and_checked(quick, monkeypatch):
         quick("generation", spoil)
 
 
+def test_what_a_trimmed_vocabulary_wrote_is_checked_too(quick, monkeypatch):
+    def spoil(module):
+        likely, trimmed = module.mean_logp, []
+        load = module.demo_llm
+        monkeypatch.setattr(
+            module, "demo_llm", lambda *given: (llm := load(*given), trimmed.append(llm) if given[0] else None)[0]
+        )
+        monkeypatch.setattr(
+            module, "mean_logp", lambda judge, side: likely(judge, side) - any(side.llm is each for each in trimmed)
+        )
+
+    with pytest.raises(SystemExit, match=r"log-probability, trimmed: .* log-probability, trimmed_many: "):
+        quick("generation", spoil)
+
+
 def test_the_update_is_measured_and_checked(quick, monkeypatch):
     figures = quick("update")
     assert figures["whole"]["largest_relative_difference"]["ours_float32"] < 1e-3
@@ -293,6 +308,13 @@ def test_leads_are_measured_and_checked(quick, models, config, monkeypatch):
     def broken(part):
         if isinstance(part, torch.nn.Linear):
             part.weight.data.fill_(float("nan"))
+
+    def other(module):
+        tiny(module)
+        monkeypatch.setattr(torch, "compile", lambda decoder, dynamic: decoder.apply(broken))
+
+    with pytest.raises(SystemExit, match=r"do not agree.*: mean log-probability, compiled: nan, at most 0\.05"):
+        quick("leads", other)
 
     with pytest.raises(SystemExit, match=r"do not agree.*: mean log-probability, int8: nan"):
         quick("leads", spoil)

@@ -13,8 +13,9 @@ from crosslm.cli import display as display_module
 from crosslm.cli.display import BarDisplay, PlainDisplay
 from crosslm.federation.silo_news import closing_outcome, doing, outcome
 from crosslm.runs.report import label_table, uploads_table, waited_for
+from crosslm.runs.rundir import RunDir
 from crosslm.runs.watch import sentence
-from crosslm.support.commands import command, going_on, in_shell
+from crosslm.support.commands import command, in_shell
 from crosslm.support.plain import plain, plain_lines
 
 SOURCE = Path(__file__).parents[1] / "src" / "crosslm"
@@ -124,8 +125,8 @@ def test_plain_lines_tell_rate_and_time_left(monkeypatch):
 
 def test_a_command_in_a_message_can_be_pasted():
     folder = Path("my run") / "x 1"
-    assert going_on(folder, "config.toml") == "crosslm run 'my run/x 1/config.toml' --output 'my run/x 1' --resume"
-    assert going_on(Path("runs/x-1"), "config.toml") == "crosslm run runs/x-1/config.toml --output runs/x-1 --resume"
+    assert RunDir(folder).resuming() == "crosslm run 'my run/x 1/config.toml' --output 'my run/x 1' --resume"
+    assert RunDir(Path("runs/x-1")).resuming() == "crosslm run runs/x-1/config.toml --output runs/x-1 --resume"
     assert command("doctor", Path("it's/tickets.toml")) == """crosslm doctor 'it'"'"'s/tickets.toml'"""
     assert in_shell("--verbalizer", "Tr\u00e8s urgent=WORD") == "--verbalizer 'Tr\u00e8s urgent=WORD'"
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BAD, GOOD, sentences
+from conftest import BAD, GOOD, TINY_SIZES, sentences
 from opacus.accountants import RDPAccountant
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -26,14 +26,6 @@ from crosslm.privacy.private_noise import fresh_generator
 LABELS = ("bad", "good")
 FIT = FitConfig(epochs=2, batch_size=20, learning_rate=1e-3)
 EXAMPLES = Examples(sentences(BAD) + sentences(GOOD), [0] * 40 + [1] * 40)
-WIDE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "pad_token_id": 0,
-    "max_position_embeddings": 64,
-}
 CAUSAL = {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
 MORE = {
     "albert": {"embedding_size": 16},  # its layers share their weights
@@ -66,7 +58,7 @@ def folders(models, tmp_path_factory):
     torch.manual_seed(0)
     for name, more in MORE.items():
         made[name] = tmp_path_factory.mktemp(name)
-        config = AutoConfig.for_model(name, vocab_size=len(tokenizer), **WIDE, **more)
+        config = AutoConfig.for_model(name, vocab_size=len(tokenizer), **TINY_SIZES, **more)
         AutoModelForSequenceClassification.from_config(config).save_pretrained(made[name])
         tokenizer.save_pretrained(made[name])
     return made

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import BAD, GOOD, sentences
+from conftest import BAD, GOOD, TINY_SIZES, sentences
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -67,19 +67,9 @@ def test_training_in_bfloat16_teaches_as_well_and_leaves_weights_in_float32(slm,
     assert apart.mean() < 0.1
 
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "pad_token_id": 0,
-    "max_position_embeddings": 64,
-}
-
-
 def classifier(kind, tokenizer, folder, **more):
     """A tiny classifier's folder, of a type that the other tests have none of."""
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **SMALL, **more)
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **TINY_SIZES, **more)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return SLM.load(str(folder), LABELS, 32, seed=0)

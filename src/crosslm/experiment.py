@@ -33,7 +33,6 @@ from crosslm.runs.preparation import Prepared, check_same, class_report, describ
 from crosslm.runs.rundir import CONFIG, SUMMARY, RunDir
 from crosslm.runs.tracking import tracked, wanted
 from crosslm.server import Server
-from crosslm.support.commands import going_on
 from crosslm.support.progress import Display, Progress
 from crosslm.support.provenance import versions
 from crosslm.task import Task
@@ -264,7 +263,7 @@ class _Run:
         if self.stop_requested():
             raise StoppedError(
                 f"stopped after arrival {self._saved}; everything so far is in {self.run.path}. "
-                f"To go on: {going_on(self.run.path, CONFIG)}"
+                f"To go on: {self.run.resuming()}"
             )
         return self.exchange.exhausted()
 

@@ -9,7 +9,7 @@ from crosslm.cli.app import CacheOption, app, console
 from crosslm.cli.runs import finish
 from crosslm.errors import RunError
 from crosslm.runs.rundir import CONFIG, SUMMARY, RunDir
-from crosslm.support.commands import command, going_on
+from crosslm.support.commands import command
 from crosslm.support.plain import plain
 from crosslm.support.quiet import quiet_libraries
 
@@ -69,8 +69,7 @@ def run_status(run_folder: Path) -> None:
     if run.barred():
         console.print(f"rolled back: without {', '.join(run.barred())}", highlight=False, markup=False)
     if state == "stopped":
-        how = going_on(run_folder, CONFIG)
-        console.print(f"To go on: {how}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"To go on: {run.resuming()}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -25,7 +25,7 @@ from crosslm.config_file import load
 from crosslm.errors import RunError, StoppedError
 from crosslm.runs.naming import last_seeds, last_unfinished, next_free
 from crosslm.runs.rundir import CONFIG, SEEDS, SUMMARY, RunDir
-from crosslm.support.commands import command, going_on, in_shell
+from crosslm.support.commands import command, in_shell
 from crosslm.support.files import write_whole
 from crosslm.support.quiet import quiet_libraries
 
@@ -176,7 +176,7 @@ def finish(config: Config, folder: Path, cache_dir: str | None, resume: bool, ll
                 cache, display = cache_folder(cache_dir), display_for(console)
                 summary = run_local(config, folder, cache, display, resume, stop, llm_cache=llm_cache)
         except KeyboardInterrupt:
-            how = going_on(folder, CONFIG)
+            how = RunDir(folder).resuming()
             raise StoppedError(f"stopped at once; what earlier arrivals did is in {folder}. To go on: {how}") from None
         console.print(closing(summary, verdicts(RunView.read(RunDir.open(folder)))))
         console.print(

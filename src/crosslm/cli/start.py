@@ -126,7 +126,7 @@ def doctor(
     from crosslm.federation.kits import is_kit
     from crosslm.models.sources import cache_folder
     from crosslm.preflight.doctor import examine
-    from crosslm.runs.rundir import kits_in
+    from crosslm.runs.folders import kits_in
 
     levels, cache = [], cache_folder(cache_dir)
     if config is not None and is_kit(Path(config)):

@@ -24,7 +24,8 @@ from crosslm.config import (
 )
 from crosslm.config_file import causes, explain, load
 from crosslm.errors import FederationError
-from crosslm.runs.rundir import KIT_FILE, LOCK, SILO_KIT_FILE, kits_in
+from crosslm.runs.folders import KIT_FILE, SILO_KIT_FILE, kits_in
+from crosslm.runs.rundir import LOCK
 from crosslm.sections.privacy import NO_ACCEPTANCE
 from crosslm.sections.section import Device, Positive, Section
 from crosslm.sections.task import check_columns

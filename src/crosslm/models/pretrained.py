@@ -106,9 +106,24 @@ def untrained_state(folder: str, spec: SLMSpec, labels: Sequence[str], max_lengt
         tokenizer = AutoTokenizer.from_pretrained(folder)
     _check_is_fast(tokenizer, folder)
     agree_on_padding(model, tokenizer)
-    longest = min(max_length, longest_text(model, max_length))
+    longest = tokens_read(model, tokenizer, max_length, folder)
     architecture = travelling(json.loads(model.config.to_json_string()), labels)
     return SlmState(architecture, tokenizer_files(tokenizer, longest), tuple(labels), longest, model.state_dict())
+
+
+def tokens_read(model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, folder: str) -> int:
+    """How many tokens of a text a classifier reads: as many as are asked for, and as it has places for.
+
+    Raises:
+        ModelError: its tokenizer's own tokens take all of them, and it would cut no text.
+    """
+    longest = min(max_length, longest_text(model, max_length))
+    if longest <= (added := tokenizer.num_special_tokens_to_add()):
+        raise ModelError(
+            f"SLM {folder!r}: its tokenizer adds {added} tokens to each text, which is cut at {longest}: raise "
+            "slm.max_length (max_length in a silo's kit)"
+        )
+    return longest
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, str]:

@@ -17,14 +17,14 @@ from transformers import (
 
 from crosslm.config import Config, FitConfig, SLMSpec
 from crosslm.data.examples import Examples
-from crosslm.errors import ModelError
-from crosslm.models.architecture import longest_text, output_layer, travelling
+from crosslm.models.architecture import output_layer, travelling
 from crosslm.models.batches import batches, hold_out
 from crosslm.models.dtypes import fit_dtype
 from crosslm.models.pretrained import (
     agree_on_padding,
     pretrained_classifier,
     tokenizer_files,
+    tokens_read,
     travelled_classifier,
 )
 from crosslm.records import SlmState
@@ -80,13 +80,7 @@ class SLM:
         """
         model, tokenizer = pretrained_classifier(folder, labels, seed, num_hidden_layers, pooling)
         outputs = [model.config.id2label[place] for place in range(len(labels))]
-        longest = min(max_length, longest_text(model, max_length))
-        if longest <= (added := tokenizer.num_special_tokens_to_add()):
-            raise ModelError(
-                f"{folder}: its tokenizer adds {added} tokens to each text, which is cut at {longest}: raise "
-                "slm.max_length (max_length in a silo's kit)"
-            )
-        slm = cls(model.to(device), tokenizer, outputs, longest)
+        slm = cls(model.to(device), tokenizer, outputs, tokens_read(model, tokenizer, max_length, folder))
         slm.order_labels(labels)
         slm.freeze_embeddings(freeze_embeddings)
         return slm

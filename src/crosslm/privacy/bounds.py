@@ -54,6 +54,32 @@ def privacy_line(summary: Mapping[str, Any]) -> str:
     return "; ".join(parts) + "." + of_earlier_run(summary)
 
 
+def uploaded(summary: Mapping[str, Any]) -> list[str]:
+    """Those whose rows may show in what the run made; one that was rolled back has uploaded nothing."""
+    return [client for client, about in summary["clients"].items() if about["bytes_up"]]
+
+
+def guarantee(summary: Mapping[str, Any], clients: Sequence[str]) -> str:
+    """What bounds what is told of these clients' rows, in words."""
+    bounds = {client: bound for client, bound in (summary.get("privacy") or {}).items() if client in clients}
+    if set(bounds) != set(clients):
+        return (
+            f"without differential privacy{' for all of them' if bounds else ''}: no privacy guarantee\n"
+            "holds, and weights can reveal things about the text that they were fitted to."
+        )
+    told = ", ".join(
+        f"{client}: {bound['epsilon']:.2f} at delta {bound['delta']:g}" for client, bound in bounds.items()
+    )
+    exact = any(how_told(summary, client) == "exact" for client in clients)
+    told_by = ", as the silo says," if summary.get("engine") else ""
+    return (
+        f"with DP-SGD, whose epsilon for all uploads together is{told_by}\n"
+        f"{told}. That bounds what can be learned of one\n"
+        f"private row{'; exact counts of rows of each label are not covered by it' if exact else ''}."
+        f"{of_earlier_run(summary)}"
+    )
+
+
 def of_earlier_run(summary: Mapping[str, Any]) -> str:
     """What a run that goes on from rolled-back ones has to say of their epsilons; nothing for any other."""
     earlier = summary.get("rolled_back_from") or []

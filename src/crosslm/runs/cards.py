@@ -8,7 +8,7 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from crosslm.config import Config
 from crosslm.models.sources import PACKAGES, PREFIX
-from crosslm.privacy.bounds import how_told, in_words, of_earlier_run
+from crosslm.privacy.bounds import guarantee, how_told, in_words, uploaded
 from crosslm.runs.rundir import RunDir
 
 TAGS = ["crosslm", "federated-learning", "synthetic-data"]
@@ -73,7 +73,7 @@ def slm_card(client: str, selected: int, config: Config, summary: Mapping[str, A
     """
     about = summary["clients"][client]
     # what others' rows shaped has come back to all but one that was kept, and was trained once
-    shaped_by = [client] if own and config.federation.participations == 1 else _uploaded(summary)
+    shaped_by = [client] if own and config.federation.participations == 1 else uploaded(summary)
     measured = {method: summary["slm"][method].get(client) for method in METHOD_WORDS}
     this = "standalone" if own else "crosslm"
     how = f"first on private text, then on text that a language model wrote and that {_judges(client, summary)}"
@@ -144,7 +144,7 @@ classify("A text.", truncation=True, max_length={config.slm.max_length})
 
 ## Privacy
 
-No private text is in these files, but the weights were fitted to it, {_guarantee(summary, shaped_by)} To train it,
+No private text is in these files, but the weights were fitted to it, {guarantee(summary, shaped_by)} To train it,
 {about["bytes_up"]:,} bytes (weights, tokenizer, label names, {_counts_that_left(how_told(summary, client))}
 Ask the silo before you give this model or this card to anybody else.
 """
@@ -212,7 +212,7 @@ Labels and the prompts that it was trained on:
 
 ## Privacy
 
-The adapter follows classifiers that were fitted to private text, {_guarantee(summary, _uploaded(summary))}
+The adapter follows classifiers that were fitted to private text, {guarantee(summary, uploaded(summary))}
 """
 
 
@@ -257,34 +257,8 @@ texts = load_dataset("FOLDER OR REPOSITORY", "all", split="train")
 ## Privacy
 
 The texts are a language model's, but which of them got a high reward depends on classifiers that were fitted to
-private text, {_guarantee(summary, _uploaded(summary))}
+private text, {guarantee(summary, uploaded(summary))}
 """
-
-
-def _uploaded(summary: Mapping[str, Any]) -> list[str]:
-    """Those whose rows may show in what the run made; one that was rolled back has uploaded nothing."""
-    return [client for client, about in summary["clients"].items() if about["bytes_up"]]
-
-
-def _guarantee(summary: Mapping[str, Any], clients: Sequence[str]) -> str:
-    """What bounds what is told of these clients' rows, in words."""
-    bounds = {client: bound for client, bound in (summary.get("privacy") or {}).items() if client in clients}
-    if set(bounds) != set(clients):
-        return (
-            f"without differential privacy{' for all of them' if bounds else ''}: no privacy guarantee\n"
-            "holds, and weights can reveal things about the text that they were fitted to."
-        )
-    told = ", ".join(
-        f"{client}: {bound['epsilon']:.2f} at delta {bound['delta']:g}" for client, bound in bounds.items()
-    )
-    exact = any(how_told(summary, client) == "exact" for client in clients)
-    told_by = ", as the silo says," if summary.get("engine") else ""
-    return (
-        f"with DP-SGD, whose epsilon for all uploads together is{told_by}\n"
-        f"{told}. That bounds what can be learned of one\n"
-        f"private row{'; exact counts of rows of each label are not covered by it' if exact else ''}."
-        f"{of_earlier_run(summary)}"
-    )
 
 
 def _use_of_llm(whole: bool, base: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from crosslm.errors import ConfigError, DataError, RunError
 from crosslm.runs import cards
 from crosslm.runs.finished import Run
-from crosslm.runs.rundir import check_elsewhere
+from crosslm.runs.folders import check_elsewhere
 from crosslm.support.files import expanded
 from crosslm.support.writing import made_anew
 

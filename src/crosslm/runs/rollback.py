@@ -9,8 +9,9 @@ from typing import Any
 from crosslm.errors import RunError
 from crosslm.models.slm import SLM
 from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.folders import check_elsewhere
 from crosslm.runs.preparation import Prepared
-from crosslm.runs.rundir import CONFIG, METRICS, ROLLBACK, RunDir, check_elsewhere
+from crosslm.runs.rundir import CONFIG, METRICS, ROLLBACK, RunDir
 from crosslm.runs.snapshot import inputs_digest, slm_state
 from crosslm.support.writing import made_anew
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from crosslm.config import Config
 from crosslm.errors import RunError
+from crosslm.runs.folders import KIT_FILE, kits_in, listed, make_private
 from crosslm.runs.synthetic_rows import as_lines, read_receipts_of, read_texts
-from crosslm.support.commands import command, going_on
+from crosslm.support.commands import command
 from crosslm.support.files import (
     PARTIAL,
     alone,
@@ -46,10 +47,6 @@ ENGINE = "flower"
 """What carried the messages of a run between machines: a field of its first event and of its summary."""
 AGAIN = "and give the same command again"
 GO_ON = f"{AGAIN}, crosslm run with --resume: nothing that was there is lost"
-KIT_FILE = "server.toml"
-"""What a server's kit has in it; its run folder is ``run`` beside that."""
-SILO_KIT_FILE = "silo.toml"
-NAMED_FOLDERS = 5
 
 
 class RunDir:
@@ -87,7 +84,7 @@ class RunDir:
         """
         cls.check_free(path)
         try:
-            _make_private(path)
+            make_private(path)
             run = cls(path)
             run.write(CONFIG, config.dump())
         except OSError as error:
@@ -107,7 +104,7 @@ class RunDir:
             raise RunError(f"{path}: its run has not begun yet, models are being loaded; try again in a minute")
         if not path.exists():
             raise RunError(f"{missing(path)}; give a run folder that crosslm run has made")
-        if not (path / CONFIG).is_file() and (runs := _listed(path.glob(f"seed-*/{CONFIG}"))):
+        if not (path / CONFIG).is_file() and (runs := listed(path.glob(f"seed-*/{CONFIG}"))):
             raise RunError(f"{path}: has runs of several seeds; give one of them: {runs}")
         if not (path / CONFIG).is_file() and (kits := kits_in(path)):
             raise RunError(f"{path}: has the kits of a federation in it; give one of them: {kits}")
@@ -124,7 +121,7 @@ class RunDir:
         """
         with ExitStack() as held:
             try:
-                _make_private(self.path)
+                make_private(self.path)
                 held.enter_context(alone(self.path / LOCK))
             except BlockingIOError as error:
                 raise RunError(
@@ -305,7 +302,7 @@ class RunDir:
         """The command that goes on with this run."""
         if self.is_between_machines():
             return command("server", self.path.parent)
-        return going_on(self.path, CONFIG)
+        return command("run", self.path / CONFIG, "--output", self.path, "--resume")
 
     def _what_then(self) -> str:
         """What to do when a file that could not be written can be: a run goes on, of a complete one nothing is left."""
@@ -330,9 +327,8 @@ class RunDir:
             if self.is_locked():
                 how = f"it is at work: {command('watch', self.path)}"
             if self.is_between_machines():
-                kit = self.path.parent
-                again, seen = command("server", kit), command("status", kit)
-                how = f"start it again with {again}, and see with {seen} who is waited for"
+                seen = command("status", self.path.parent)
+                how = f"start it again with {self.resuming()}, and see with {seen} who is waited for"
             raise RunError(f"{self.path}: the run is not complete (it has no {SUMMARY}); {how}")
         try:
             loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -346,17 +342,6 @@ class RunDir:
         return loaded
 
 
-def kits_in(folder: Path) -> str:
-    """Which kits of a federation are in a folder; nothing if none is."""
-    return _listed([*folder.glob(f"server/{KIT_FILE}"), *folder.glob(f"silos/*/{SILO_KIT_FILE}")])
-
-
-def _listed(files: Iterable[Path]) -> str:
-    """The folders of some files, not too many for a message; nothing if there are none."""
-    folders = sorted(str(file.parent) for file in files)
-    return ", ".join(folders[:NAMED_FOLDERS]) + (", ..." if len(folders) > NAMED_FOLDERS else "")
-
-
 def _lacking(summary: Any, also: Iterable[str]) -> list[str]:
     """What a summary does not have of all that is read of one."""
     if not isinstance(summary, dict):
@@ -366,18 +351,3 @@ def _lacking(summary: Any, also: Iterable[str]) -> list[str]:
     lacking = [] if are_there else [f"figures of classifiers (slm with {', '.join(METHODS)})"]
     lacking += [] if isinstance(clients, dict) else ["clients"]
     return lacking + [name for name in also if name not in summary]
-
-
-def check_elsewhere(folder: Path) -> None:
-    """Find out that a folder may be replaced by a new one: whoever is in it would be nowhere afterwards.
-
-    Raises:
-        RunError: it is the folder that this process is in.
-    """
-    if folder.resolve() == Path.cwd():
-        raise RunError(f"{folder}: is the folder that you are in; name a new one, in it or elsewhere")
-
-
-def _make_private(folder: Path) -> None:
-    """A run folder says much of the private rows (docs/privacy.md), and so is its owner's alone."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -15,8 +15,7 @@ from rich.text import Text
 from crosslm.errors import RunError
 from crosslm.privacy.bounds import hidden
 from crosslm.runs.report import MEASURE_NAMES
-from crosslm.runs.rundir import CONFIG, METRICS, SUMMARY, RunDir
-from crosslm.support.commands import going_on
+from crosslm.runs.rundir import METRICS, SUMMARY, RunDir
 from crosslm.support.plain import plain
 
 PAUSE = 0.5
@@ -138,8 +137,7 @@ def watch(run: RunDir, console: Console, pause: Callable[[float], None] = time.s
                 console.print(words, highlight=False, markup=False, soft_wrap=True)
     is_complete = (run.path / SUMMARY).is_file()
     if not is_complete and not run.is_between_machines():
-        how = going_on(run.path, CONFIG)
-        console.print(f"The run has stopped. To go on: {how}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"The run has stopped. To go on: {run.resuming()}", highlight=False, markup=False, soft_wrap=True)
     return is_complete
 
 

@@ -12,13 +12,3 @@ def in_shell(*given: str | Path) -> str:
 def command(*given: str | Path) -> str:
     """A command of crosslm; ``given`` is what follows its name."""
     return in_shell("crosslm", *given)
-
-
-def going_on(folder: Path, config: str) -> str:
-    """The command that goes on with a run.
-
-    Args:
-        folder: of the run.
-        config: the name of its configuration in it.
-    """
-    return command("run", folder / config, "--output", folder, "--resume")
