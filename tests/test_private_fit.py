@@ -14,7 +14,7 @@ from crosslm.client import Client
 from crosslm.config import FitConfig, PrivacyConfig
 from crosslm.data.examples import Examples
 from crosslm.errors import ConfigError, ModelError
-from crosslm.models.architecture import MODEL_TYPES
+from crosslm.models.architecture import ENCODERS, MODEL_TYPES
 from crosslm.models.slm import SLM
 from crosslm.privacy import accounting, private_layers, private_mean
 from crosslm.privacy.accounting import Mechanism, plan
@@ -415,6 +415,32 @@ def neighbours():
     """Rows, and the same with a long one more."""
     rows = EXAMPLES.take(range(10, 70))
     return rows, Examples([*rows.texts, " ".join([GOOD[0]] * 30)], [*rows.labels, 0])
+
+
+@pytest.mark.parametrize("family", sorted(ENCODERS - {"albert"}))
+def test_a_body_that_is_not_trained_reads_each_row_once(folders, family, monkeypatch):
+    def head_after(kept):
+        monkeypatch.setattr(private_layers, "MAX_KEPT", kept)
+        slm, read = load(folders, family), []
+        slm.model.get_input_embeddings().register_forward_hook(lambda *_: read.append(1))
+        with frozen_below(slm, 0):
+            dp_sgd(slm, EXAMPLES, FIT, Mechanism(1.0, 0.5, 4), 1.0, secret(), lambda _: None)
+        assert "forward" not in vars(slm.model.base_model)  # the model is as it was
+        return weights(slm), len(read)
+
+    (once, reads), (again_and_again, all_reads) = head_after(2**31), head_after(0)
+    assert reads <= len(EXAMPLES) < all_reads
+    for name, value in again_and_again.items():
+        assert torch.equal(once[name], value), name
+
+
+@pytest.mark.parametrize(("family", "layers"), [("bert", 1), ("bert", None), ("gpt2", 0)])
+def test_a_body_that_is_trained_or_that_writes_reads_rows_in_each_step(folders, family, layers):
+    slm, read = load(folders, family), []
+    slm.model.get_input_embeddings().register_forward_hook(lambda *_: read.append(1))
+    with frozen_below(slm, layers):
+        dp_sgd(slm, EXAMPLES, FIT, Mechanism(1.0, 1.0, 2), 1.0, secret(), lambda _: None)
+    assert len(read) == 2 * len(EXAMPLES)
 
 
 def test_one_row_more_moves_the_sum_by_its_clipped_gradient_alone(folders):

@@ -25,7 +25,7 @@ from crosslm.data.examples import Examples
 from crosslm.errors import ConfigError
 from crosslm.models.slm import SLM
 from crosslm.privacy.accounting import Mechanism, Spent, epsilon_of, plan, require_opacus
-from crosslm.privacy.private_layers import frozen_below
+from crosslm.privacy.private_layers import body_read_once, frozen_below
 from crosslm.privacy.private_mean import centred, noisy_mean
 from crosslm.privacy.private_noise import fresh_generator, gaussian
 
@@ -165,18 +165,19 @@ def dp_sgd(
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     deviation, expected_batch = mechanism.noise_multiplier * clip, mechanism.sample_rate * len(rows)
     slm.model.eval()  # no dropout: the noise is enough of that
-    for _ in range(mechanism.steps):
-        drawn = [row for row in range(len(rows)) if secret.random() < mechanism.sample_rate]
-        sums = [torch.zeros_like(parameter) for parameter in trained]
-        for row in drawn:
-            _add_clipped_gradient(sums, trained, slm.losses([rows[row]], [examples.labels[row]]).sum(), clip)
-        _add_noise(sums, deviation, expected_batch, fresh_generator(secret))
-        for parameter, gradient in zip(trained, sums, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        on_rows(len(drawn))
+    with body_read_once(slm, rows):
+        for _ in range(mechanism.steps):
+            drawn = [row for row in range(len(rows)) if secret.random() < mechanism.sample_rate]
+            sums = [torch.zeros_like(parameter) for parameter in trained]
+            for row in drawn:
+                _add_clipped_gradient(sums, trained, slm.losses([rows[row]], [examples.labels[row]]).sum(), clip)
+            _add_noise(sums, deviation, expected_batch, fresh_generator(secret))
+            for parameter, gradient in zip(trained, sums, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            on_rows(len(drawn))
 
 
 def _add_clipped_gradient(sums: Sequence[Tensor], trained: Sequence[Tensor], loss: Tensor, clip: float) -> None:

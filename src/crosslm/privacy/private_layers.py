@@ -1,20 +1,25 @@
 """Which layers of a classifier are trained under DP."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from crosslm.config import PrivacyConfig
 from crosslm.data.examples import Examples
 from crosslm.errors import ModelError
+from crosslm.models.architecture import ENCODERS
 from crosslm.models.slm import SLM
 from crosslm.privacy.private_mean import centred, check_center, noisy_mean
 
 LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
 EMBEDDINGS = re.compile(r"embed|\bwte\b|\bwpe\b")
+MAX_KEPT = 2**31  # bytes of what the body made of the rows: 2 GiB
 
 
 def check_private(folder: str, privacy: PrivacyConfig, who: str) -> None:
@@ -80,3 +85,36 @@ def frozen_below(slm: SLM, layers: int | None) -> Iterator[None]:
     finally:
         for parameter in trained.values():
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def body_read_once(slm: SLM, rows: Sequence[list[int]]) -> Iterator[None]:
+    """Inside, a body that is not trained (``trained_layers = 0``) computes each row once, and not in each step again.
+
+    Each row goes through it alone, as it does without this, so the values are the same. Nothing is done for a body
+    that is trained in part, for types that write text, which keep far more of a row, and where all rows together would
+    take more than ``MAX_KEPT``.
+
+    Args:
+        slm: without dropout (``eval``).
+        rows: all that will be read, as tokens.
+    """
+    body, config = slm.model.base_model, slm.model.config
+    is_trained = any(parameter.requires_grad for parameter in body.parameters())
+    size = sum(map(len, rows)) * config.hidden_size * torch.finfo(slm.model.dtype).bits // 8
+    if is_trained or config.model_type not in ENCODERS or size > MAX_KEPT:
+        yield
+        return
+    computed: dict[tuple[int, ...], Any] = {}
+
+    def keep(input_ids: Tensor, attention_mask: Tensor, **named: Any) -> Any:
+        row = tuple(input_ids[0].tolist())
+        if row not in computed:
+            computed[row] = type(body).forward(body, input_ids, attention_mask, **named)
+        return computed[row]
+
+    body.forward = keep
+    try:
+        yield
+    finally:
+        del body.forward
