@@ -11,6 +11,9 @@ from pydantic import ValidationError
 from crosslm.config import PRESETS, Config, merged
 from crosslm.config_file import load, nearest, packaged
 from crosslm.errors import ConfigError
+from crosslm.sections.method import RewardConfig
+from crosslm.sections.models import FitConfig, LLMConfig, SLMConfig
+from crosslm.sections.privacy import PrivacyConfig
 
 
 @pytest.fixture
@@ -166,6 +169,18 @@ def test_recommended_is_the_default_and_the_file_goes_over_it(write):
 def test_the_preset_holds_for_a_configuration_made_in_python_too(settings):
     assert Config.model_validate(settings).reward.correct_prior
     assert not Config.model_validate({**settings, "preset": "paper"}).reward.correct_prior
+
+
+def test_the_preset_lies_under_sections_made_in_python_too(settings):
+    models = settings["slm"]["models"]
+    slm = SLMConfig(models=models, synthetic=FitConfig(epochs=7))
+    config = Config(**{**settings, "llm": LLMConfig(model="l"), "slm": slm, "reward": RewardConfig(teachers=2)})
+    slm_table = {"models": models, "synthetic": {"epochs": 7}}
+    tables = {"llm": {"model": "l"}, "slm": slm_table, "reward": {"teachers": 2}}
+    assert config == Config.model_validate({**settings, **tables})
+    assert (config.reward.correct_prior, config.slm.llm_judges, config.slm.synthetic.epochs) == (True, True, 7)
+    private = Config(**{**settings, "privacy": PrivacyConfig(epsilon=8.0)})
+    assert not private.acceptance.enabled
 
 
 def test_full_fine_tuning_in_bfloat16_is_refused(write):

@@ -361,6 +361,18 @@ def test_clients_with_their_own_files(settings, data_folder):
     settings["clients"] = [{"id": "a", "train": "train.csv", "test": "test.csv"}, {"id": "b", "train": "test.csv"}]
     split = load_split(Config.model_validate(settings))
     assert (len(split.private["a"]), len(split.private["b"]), len(split.judge)) == (60, 20, 0)
+    assert (len(split.tests["a"]), len(split.tests["b"])) == (20, 20)
+
+
+def test_a_clients_own_test_rows_are_balanced_too(settings, data_folder):
+    skewed = "".join(f"a text of number {row},{'good' if row < 3 else 'bad'}\n" for row in range(30))
+    (data_folder / "skewed.csv").write_text("text,label\n" + skewed)
+    settings["data"] = {**settings["data"], "test_rows": 6}
+    settings["data"].pop("train")
+    settings["clients"] = [{"id": "a", "train": "train.csv", "test": "skewed.csv"}, {"id": "b", "train": "train.csv"}]
+    split = load_split(Config.model_validate(settings))
+    assert sorted(split.tests["a"].labels) == [0, 0, 0, 1, 1, 1]
+    assert len(split.tests["b"]) == 6
 
 
 def test_an_empty_silo_is_refused_and_one_of_a_single_class_warned_of(settings, data_folder):

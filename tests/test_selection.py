@@ -136,5 +136,8 @@ def test_texts_can_be_ranked_by_one_factor_alone():
         for score in ("product", "reward", "diversity")
     }
     assert kept == {"product": [2], "reward": [0], "diversity": [2]}
+    # the most diverse text has no reward above 0: it takes no place from one that has
+    unfit, dropping = torch.tensor([0.2, 0.8, -0.1]), SelectionConfig(nonpositive_rewards="drop", fraction=0.3)
+    assert select(pool, unfit, Vectors(), dropping.model_copy(update={"score": "diversity"}))[1] == [0]
     receipts, _ = select(pool, rewards, Vectors(), SelectionConfig(score="reward"))
     assert [receipt.score for receipt in receipts] == pytest.approx([0.9, 0.8, 0.1])

@@ -89,6 +89,17 @@ def test_a_preference_is_taken_off_by_hand():
     assert without_preference(leaning).argmax(dim=1).tolist() == [0, 1]
     certain = without_preference(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     torch.testing.assert_close(certain, torch.full((2, 2), 0.5))
+    # 1e-7 and 1e-9 to their geometric mean of 1e-8: odds of 10 and 1/10
+    rare = without_preference(torch.tensor([[1e-7, 1 - 1e-7], [1e-9, 1 - 1e-9]]))
+    torch.testing.assert_close(rare, torch.tensor([[10 / 11, 1 / 11], [1 / 11, 10 / 11]]))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-3, 1e-9, 1e-25])
+def test_how_likely_a_labels_words_are_whatever_the_text_says_changes_nothing(factor):
+    odds = torch.tensor([[4.0, 1.0, 1.0], [1.0, 2.0, 1.0], [0.5, 1.0, 3.0]])
+    leaning = odds * torch.tensor([1.0, factor, 1.0])
+    found = without_preference(leaning / leaning.sum(dim=1, keepdim=True))
+    torch.testing.assert_close(found, without_preference(odds / odds.sum(dim=1, keepdim=True)))
 
 
 def test_two_judges_together_by_hand():

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
 from crosslm.sections.federation import (
     AcceptanceConfig,
@@ -102,6 +102,7 @@ class Config(Section):
     def _under_what_is_given_lies_the_preset(cls, given: Any, info: ValidationInfo) -> Any:
         if info.context == WHOLE:
             return given
+        given = _as_tables(given)
         preset = given.get("preset", cls.model_fields["preset"].default) if isinstance(given, dict) else None
         if not isinstance(preset, str) or preset not in PRESETS:
             return given
@@ -161,8 +162,17 @@ class Config(Section):
 
 def _fitting(preset: Mapping[str, Any], privacy: Any) -> Mapping[str, Any]:
     """The preset, without acceptance where the file asks for DP-SGD: it is outside that bound."""
-    epsilon = privacy.get("epsilon") if isinstance(privacy, dict) else getattr(privacy, "epsilon", None)
+    epsilon = privacy.get("epsilon") if isinstance(privacy, dict) else None
     return preset if epsilon is None else {name: value for name, value in preset.items() if name != "acceptance"}
+
+
+def _as_tables(given: Any) -> Any:
+    """Sections that were made in Python as tables of what was given of them: a preset lies under these too."""
+    if isinstance(given, BaseModel):
+        return {name: _as_tables(getattr(given, name)) for name in given.model_fields_set}
+    if isinstance(given, dict):
+        return {key: _as_tables(value) for key, value in given.items()}
+    return given
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

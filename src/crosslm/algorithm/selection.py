@@ -143,15 +143,15 @@ def select_top(
             it the labels are not looked at, as in the paper.
 
     Returns:
-        ``(ceil(fraction * texts),)`` indices; fewer with ``"drop"``. With ``labels`` at most c - 1 more; and fewer
-        where a label has fewer texts than its share, since as many of each are taken. Ties go to the earlier text.
+        ``(ceil(fraction * texts),)`` indices; fewer where ``"drop"`` leaves fewer. With ``labels`` at most c - 1 more;
+        and fewer where a label has fewer texts than its share, since as many of each are taken. Ties go to the earlier
+        text.
     """
     order = torch.argsort(scores, descending=True, stable=True)
-    if labels is None:
-        kept = order[: _ceil(fraction * len(scores))]
-        return kept if nonpositive_rewards == "keep" else kept[_rewards_of(kept, rewards) > 0]
     if nonpositive_rewards == "drop":
         order = order[_rewards_of(order, rewards) > 0]
+    if labels is None:
+        return order[: _ceil(fraction * len(scores))]
     present = labels.unique()
     by_label = [order[labels[order] == label] for label in present]
     share = min(_ceil(fraction * len(scores) / len(present)), *(len(queue) for queue in by_label))

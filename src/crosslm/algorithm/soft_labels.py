@@ -33,7 +33,8 @@ def without_preference(probabilities: Tensor) -> Tensor:
     Returns:
         ``(texts, classes)``, rows sum to 1.
     """
-    logs = probabilities.clamp_min(LEAST).log()
+    # a label of a rare word or of many tokens has next to none on every text, and still more on some than on others
+    logs = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
     return (logs - logs.mean(dim=0)).softmax(dim=1)
 
 

@@ -45,13 +45,16 @@ def load_split(config: Config) -> Split:
         warnings.extend(loaded.warnings())
         return loaded.examples
 
-    # the same test rows for every seed of a run, so that seeds can be compared on them
-    test = balanced_sample(rows(str(data.test), "data.test"), data.test_rows, len(labels), seed_for(0, "test"))
+    def measured_on(examples: Examples) -> Examples:
+        # the same test rows for every seed of a run, so that seeds can be compared on them
+        return balanced_sample(examples, data.test_rows, len(labels), seed_for(0, "test"))
+
+    test = measured_on(rows(str(data.test), "data.test"))
     judge = rows(data.judge, "data.judge") if data.judge else Examples([], [])
     if config.clients:
         private = {client.id: rows(client.train, f"clients.{client.id}.train") for client in config.clients}
         tests = {
-            client.id: rows(client.test, f"clients.{client.id}.test") if client.test else test
+            client.id: measured_on(rows(client.test, f"clients.{client.id}.test")) if client.test else test
             for client in config.clients
         }
         if data.rows_per_client:

@@ -123,7 +123,7 @@ class DataConfig(Section):
     rows_per_client: Positive | None = None
     """At most so many private rows a client; all that are there if not set."""
     test_rows: Positive | None = None
-    """At most so many test rows, balanced over the labels; all if not set."""
+    """At most so many rows of each test file, balanced over the labels; all if not set."""
     judge: str | None = None
     """Held-out labelled text for the independent judge; if not set, the judge is trained on
     ``judge_rows`` rows of ``train`` that no client has."""
