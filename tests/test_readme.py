@@ -65,6 +65,7 @@ def tiny(settings):
 START = [
     'crosslm init tickets --label "routine=a request that can wait" --label "urgent=a request that cannot wait"',
     "crosslm doctor tickets/tickets.toml",
+    "crosslm baseline tickets/tickets.toml",
 ]
 USE = [
     "crosslm predict runs/tickets-1 tickets/test.csv --client north",
@@ -141,6 +142,8 @@ def test_own_data_without_python(settings, tmp_path, monkeypatch, capsys):
     assert {name: written[name] for name in shown} == shown  # so that what follows runs with it
     call(monkeypatch, START[1])
     assert "sample rows of crosslm init" not in capsys.readouterr().out
+    call(monkeypatch, START[2], *tiny(settings))
+    assert "One classifier on all rows together reaches" in capsys.readouterr().out
     call(monkeypatch, OWN[0], *tiny(settings))
     for command in OWN[1:]:
         call(monkeypatch, command)

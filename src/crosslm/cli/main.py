@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 from crosslm import __version__
 from crosslm.cli import (  # noqa: F401  their commands join the application
     audit,
+    baseline,
     federation,
     models,
     recovery,

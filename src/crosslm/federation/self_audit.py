@@ -1,11 +1,16 @@
-"""What a silo's next upload would give away, measured at the silo before anything leaves."""
+"""What a silo can find out by itself before anything leaves: what it reaches alone, and what an upload would tell."""
 
+from pathlib import Path
 from typing import Any
 
 from crosslm.data.examples import Examples
 from crosslm.errors import DataError
 from crosslm.federation.silo_models import SiloModels
+from crosslm.models.encoder import SentenceEncoder
+from crosslm.models.sources import check_model, model_folder, resolve_device
 from crosslm.runs.audit import attack_rows, figures_of, losses, trained_places
+from crosslm.runs.baseline import without_others
+from crosslm.support.progress import Display, Progress
 from crosslm.support.seeding import seed_for
 
 
@@ -51,3 +56,29 @@ def audit_silo(silo: SiloModels) -> dict[str, Any]:
     }
     bound = {settings.id: {"epsilon": metrics["dp/epsilon"]}} if "dp/epsilon" in metrics else {}
     return {"clients": {settings.id: {"membership": membership}}, "privacy": bound}
+
+
+def baseline_of_silo(kit: Path, cache: Path, display: Display | None = None) -> dict[str, dict[str, Any]]:
+    """What the silo reaches without the federation: as :func:`crosslm.runs.baseline.baselines`, of this silo alone.
+
+    Nothing is kept or sent, and no privacy budget is spent.
+
+    Args:
+        kit: the silo's.
+        cache: where converted models are kept.
+        display: shows progress.
+
+    Raises:
+        CrosslmError: it has no test rows, or the rows, the classifier or the encoder cannot be used.
+    """
+    silo, progress = SiloModels(kit, cache), Progress(display)
+    settings, private, test = silo.settings, silo.private(), silo.test()
+    who = f"silo {settings.id}"
+    if test is None:
+        raise DataError(f"{who}: has no rows to measure on: name a file as data.test in silo.toml")
+    check_model(settings.encoder, f"{who}: encoder")
+    encoder = SentenceEncoder(model_folder(settings.encoder, cache, progress.note), resolve_device(settings.device))
+    client = silo.client(silo.pretrained(), 0)
+    client.train()
+    found = without_others(private, test, client.slm, encoder, progress, who)
+    return {settings.id: found, "mean": found}

@@ -71,8 +71,6 @@ class SiloModels(SiloState):
 
     def slm(self) -> SLM:
         """The SLM as it is now: pretrained with a new head, as the server returned it, or as it was kept."""
-        settings = self.settings
-        device = resolve_device(settings.device)
         if (closed := self.closed) and closed["accepted"] and closed["rounds"] == self.installed:
             state = decode_download(self._kept(self.state / CLOSING)).slm
         elif self.installed:
@@ -82,7 +80,7 @@ class SiloModels(SiloState):
             else:
                 state = self._uploaded(number).slm
         else:
-            return self._pretrained(device)
+            return self.pretrained()
         return self._rebuilt(state)
 
     def trained(self) -> SLM:
@@ -133,7 +131,8 @@ class SiloModels(SiloState):
         """Make ``state/slm`` of the classifier that is in use from now on; where this fails the one before is there."""
         replace_folder(self.state / "slm", lambda folder: slm.save(str(folder)))
 
-    def _pretrained(self, device: str) -> SLM:
+    def pretrained(self) -> SLM:
+        """The SLM before any training, with a new head."""
         settings = self.settings
         return SLM.load(
             model_folder(settings.slm.model, self.cache),
@@ -142,7 +141,7 @@ class SiloModels(SiloState):
             seed_for(settings.seed, "head", settings.id),
             settings.slm.num_hidden_layers,
             settings.freeze_embeddings,
-            device,
+            resolve_device(settings.device),
             settings.slm.pooling,
         )
 

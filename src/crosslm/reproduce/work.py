@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from crosslm.config import Config
-from crosslm.data.examples import Examples
 from crosslm.data.split import load_split
 from crosslm.errors import RunError, UnservedError
 from crosslm.experiment import run_local
-from crosslm.models.slm import SLM
 from crosslm.models.sources import model_folder, resolve_device
 from crosslm.reproduce.benchmarks import fine_tune, matthews, start_llm
 from crosslm.reproduce.inputs import digests_of
 from crosslm.reproduce.plan import CEILING, ORIGINAL, RUN, STANDALONE, Cell, Choice
 from crosslm.reproduce.store import MACHINES_OWN, Store
+from crosslm.runs.baseline import together, trained_on_all
 from crosslm.runs.checkpoint import Checkpoints
 from crosslm.runs.loaded import load_client
 from crosslm.runs.measures import LLM_MEASURES
@@ -133,24 +132,11 @@ def ceiling(config: Config, cache: Path, progress: Progress) -> dict[str, Any]:
     that of its architecture.
     """
     split = load_split(config)
-    specs = client_specs(config, list(split.private))
-    pooled = Examples(
-        [text for part in split.private.values() for text in part.texts],
-        [label for part in split.private.values() for label in part.labels],
-    )
-    trained: dict[str, SLM] = {}
-    correct = {}
+    specs, pooled = client_specs(config, list(split.private)), together(split.private)
+    trained, correct = trained_on_all(pooled, specs, config, cache, progress), {}
     for client, spec in specs.items():
-        name = f"{spec.model}, {spec.num_hidden_layers}, {spec.pooling}"
-        if name not in trained:
-            folder = model_folder(spec.model, cache, progress.note)
-            slm = SLM.of_spec(folder, spec, config, seed_for(config.seed, CEILING, name))
-            rows = len(pooled) * config.slm.private.epochs
-            with progress.stage("train SLM on pooled text", name, rows, "rows") as advance:
-                slm.fit(pooled, config.slm.private, seed_for(config.seed, CEILING, name, "order"), advance)
-            trained[name] = slm
         test = split.tests[client]
-        predicted = trained[name].predict_proba(test.texts).argmax(dim=1).tolist()
+        predicted = trained[spec].predict_proba(test.texts).argmax(dim=1).tolist()
         correct[client] = digits(test.labels, predicted)
     return {"correct": correct, "rows": len(pooled)}
 

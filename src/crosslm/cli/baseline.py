@@ -1,0 +1,97 @@
+"""The command that says what a silo reaches by itself."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from crosslm.cli.app import CacheOption, DataDirOption, SetOption, app, console
+from crosslm.config_file import load
+from crosslm.errors import ConfigError
+from crosslm.support.quiet import quiet_libraries
+
+COLUMNS = {
+    "most_frequent": "most frequent label",
+    "logistic": "logistic regression",
+    "standalone": "Standalone",
+    "logistic_together": "logistic regression, all rows",
+    "slm_together": "SLM, all rows",
+}
+
+
+@app.command()
+def baseline(
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG|KIT",
+            help="Path of a TOML file, the name of a packaged one, or a silo's kit.",
+            show_default=False,
+        ),
+    ],
+    overrides: SetOption = [],  # noqa: B006
+    data_dir: DataDirOption = None,
+    cache_dir: CacheOption = None,
+) -> None:
+    """Say what classifiers reach without CrossLM: before a run, or before a silo takes part.
+
+    By each client's own rows: always the most frequent label, a logistic regression on vectors of the sentence encoder,
+    and Standalone, the classifier after step 1. Of a configuration with several clients also by all rows together.
+    Nothing is kept or sent; no LLM is needed.
+    """
+    quiet_libraries()
+    from crosslm.cli.display import display_for
+    from crosslm.federation.kits import SILO_FILE
+    from crosslm.models.sources import cache_folder
+    from crosslm.runs.baseline import baselines
+
+    cache, display = cache_folder(cache_dir), display_for(console)
+    if (Path(config) / SILO_FILE).is_file():
+        if overrides or data_dir:
+            raise ConfigError(f"{config}: --set and --data-dir are not for a kit; change its files")
+        from crosslm.federation.self_audit import baseline_of_silo
+
+        found = baseline_of_silo(Path(config), cache, display)
+    else:
+        found = baselines(load(config, tuple(overrides), data_dir), cache, display)
+    console.print(baseline_table(found))
+    for line in advice(found):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def baseline_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Each client's accuracies on its test rows."""
+    table = Table(title="Accuracy on test text, without CrossLM", title_justify="left")
+    keys = [key for key in COLUMNS if key in next(iter(found.values()))]
+    table.add_column("client")
+    for name in ("rows", "test rows", *(COLUMNS[key] for key in keys)):
+        table.add_column(name, justify="right")
+    for client, row in found.items():
+        if client == "mean":
+            if len(found) == 2:  # of one client
+                continue
+            table.add_section()
+        counts = (str(row[key]) if key in row else "" for key in ("rows", "test_rows"))
+        table.add_row(Text(client), *counts, *(f"{row[key]:.3f}" for key in keys))
+    return table
+
+
+def advice(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the figures say of the classifiers and of what there is to gain, in sentences."""
+    mean, lines = found["mean"], []
+    better = 100 * (mean["logistic"] - mean["standalone"])
+    if better > 0:
+        lines.append(
+            f"A logistic regression does better than the classifiers, by {better:.1f} points: look at pooling = "
+            '"mean" in slm.models, and at slm.private.'
+        )
+    if "slm_together" in mean:
+        more = 100 * (mean["slm_together"] - mean["standalone"])
+        lines.append(
+            f"One classifier on all rows together reaches {more:+.1f} points more than those on each client's own: the "
+            'less it is, the less there is to gain; docs/results.md, "Who gains", has what clients gained.'
+        )
+    return lines
