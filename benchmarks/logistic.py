@@ -3,8 +3,8 @@
     python benchmarks/logistic.py --data-dir FOLDER
 
 It is what a silo could do by itself with scikit-learn in a minute: the same private and test rows as in the kept runs,
-the encoder of `selection.encoder`, scikit-learn's own settings. Beside it all silos' rows in one regression. Written to
-benchmarks/results/logistic.json.
+the encoder of `selection.encoder`, scikit-learn's own settings; beside that each label counted alike
+(`class_weight="balanced"`), and all silos' rows in one regression. Written to benchmarks/results/logistic.json.
 """
 
 import argparse
@@ -35,6 +35,7 @@ def of_config(config: Config) -> dict[str, dict[str, float]]:
     return {
         name: {
             "alone": logistic_regression(private, encoder)(split.tests[name]),
+            "balanced": logistic_regression(private, encoder, balanced=True)(split.tests[name]),
             "together": of_all(split.tests[name]),
         }
         for name, private in split.private.items()

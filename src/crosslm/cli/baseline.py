@@ -14,12 +14,17 @@ from crosslm.errors import ConfigError
 from crosslm.support.quiet import quiet_libraries
 
 COLUMNS = {
-    "most_frequent": "most frequent label",
-    "logistic": "logistic regression",
+    "most_frequent": "one label",
+    "logistic": "vectors",
+    "logistic_balanced": "vectors, even",
     "standalone": "Standalone",
-    "logistic_together": "logistic regression, all rows",
+    "logistic_together": "vectors, all rows",
     "slm_together": "SLM, all rows",
 }
+MEANING = (
+    "One label: always the most frequent. Vectors: a logistic regression on vectors of the sentence encoder; even: each "
+    "label counts alike. Standalone: the classifier after step 1."
+)
 
 
 @app.command()
@@ -38,9 +43,9 @@ def baseline(
 ) -> None:
     """Say what classifiers reach without CrossLM: before a run, or before a silo takes part.
 
-    By each client's own rows: always the most frequent label, a logistic regression on vectors of the sentence encoder,
-    and Standalone, the classifier after step 1. Of a configuration with several clients also by all rows together.
-    Nothing is kept or sent; no LLM is needed.
+    By each client's own rows: always the most frequent label, a logistic regression on vectors of the sentence encoder
+    (where each row counts alike, or each label), and Standalone, the classifier after step 1. Of a configuration with
+    several clients also by all rows together. Nothing is kept or sent; no LLM is needed.
     """
     quiet_libraries()
     from crosslm.cli.display import display_for
@@ -58,7 +63,7 @@ def baseline(
     else:
         found = baselines(load(config, tuple(overrides), data_dir), cache, display)
     console.print(baseline_table(found))
-    for line in advice(found):
+    for line in (MEANING, *advice(found)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -82,7 +87,7 @@ def baseline_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
 def advice(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What the figures say of the classifiers and of what there is to gain, in sentences."""
     mean, lines = found["mean"], []
-    better = 100 * (mean["logistic"] - mean["standalone"])
+    better = 100 * (max(mean["logistic"], mean["logistic_balanced"]) - mean["standalone"])
     if better > 0:
         lines.append(
             f"A logistic regression does better than the classifiers, by {better:.1f} points: look at pooling = "

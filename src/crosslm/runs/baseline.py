@@ -39,8 +39,8 @@ def baselines(config: Config, cache: Path, display: Display | None = None) -> di
 
     Returns:
         For each client, and as ``mean`` for the mean of all: ``rows``, ``test_rows`` (not of the mean) and accuracies
-        ``most_frequent``, ``logistic``, ``standalone`` and, with more than one client, ``logistic_together`` and
-        ``slm_together``.
+        ``most_frequent``, ``logistic``, ``logistic_balanced``, ``standalone`` and, with more than one client,
+        ``logistic_together`` and ``slm_together``.
 
     Raises:
         CrosslmError: data or a model is not there or cannot be used.
@@ -82,6 +82,7 @@ def without_others(
             "test_rows": len(test),
             "most_frequent": share_right(test.labels, [most_frequent(private)] * len(test)),
             "logistic": logistic_regression(private, encoder)(test),
+            "logistic_balanced": logistic_regression(private, encoder, balanced=True)(test),
             "standalone": slm.accuracy(test),
         }
         advance(1)
@@ -93,10 +94,15 @@ def most_frequent(examples: Examples) -> int:
     return max(sorted(set(examples.labels)), key=examples.labels.count)
 
 
-def logistic_regression(private: Examples, encoder: Encoder) -> Callable[[Examples], float]:
+def logistic_regression(private: Examples, encoder: Encoder, balanced: bool = False) -> Callable[[Examples], float]:
     """Fit scikit-learn's logistic regression, with its own settings, to the encoder's vectors as they are.
 
     With rows of one label there is nothing to regress, and it says always this label.
+
+    Args:
+        private: rows to learn from.
+        encoder: makes vectors of texts.
+        balanced: each label counts alike, however many rows it has.
 
     Returns:
         What gives its accuracy on test rows.
@@ -106,7 +112,8 @@ def logistic_regression(private: Examples, encoder: Encoder) -> Callable[[Exampl
     if len(set(private.labels)) < 2:
         only = most_frequent(private)
         return lambda test: share_right(test.labels, [only] * len(test))
-    fitted = LogisticRegression(max_iter=ITERATIONS).fit(encoder.encode(private.texts).cpu().numpy(), private.labels)
+    regression = LogisticRegression(max_iter=ITERATIONS, class_weight="balanced" if balanced else None)
+    fitted = regression.fit(encoder.encode(private.texts).cpu().numpy(), private.labels)
     return lambda test: share_right(test.labels, fitted.predict(encoder.encode(test.texts).cpu().numpy()).tolist())
 
 
