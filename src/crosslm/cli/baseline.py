@@ -13,18 +13,15 @@ from crosslm.config_file import load
 from crosslm.errors import ConfigError
 from crosslm.support.quiet import quiet_libraries
 
-COLUMNS = {
-    "most_frequent": "one label",
-    "logistic": "vectors",
-    "logistic_balanced": "vectors, even",
-    "standalone": "Standalone",
-    "logistic_together": "vectors, all rows",
-    "slm_together": "SLM, all rows",
+COUNTS = {"rows": "private rows", "test_rows": "test rows"}
+NAMES = {
+    "most_frequent": "always its most frequent label",
+    "logistic": "logistic regression on sentence vectors",
+    "logistic_balanced": "the same, each label counts alike",
+    "standalone": "Standalone: the classifier after step 1",
+    "logistic_together": "logistic regression, all clients' rows",
+    "slm_together": "one classifier, all clients' rows",
 }
-MEANING = (
-    "One label: always the most frequent. Vectors: a logistic regression on vectors of the sentence encoder; even: each "
-    "label counts alike. Standalone: the classifier after step 1."
-)
 
 
 @app.command()
@@ -63,24 +60,23 @@ def baseline(
     else:
         found = baselines(load(config, tuple(overrides), data_dir), cache, display)
     console.print(baseline_table(found))
-    for line in (MEANING, *advice(found)):
+    for line in advice(found):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def baseline_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Each client's accuracies on its test rows."""
+    """Each client's accuracies on its test rows, a column a client."""
     table = Table(title="Accuracy on test text, without CrossLM", title_justify="left")
-    keys = [key for key in COLUMNS if key in next(iter(found.values()))]
-    table.add_column("client")
-    for name in ("rows", "test rows", *(COLUMNS[key] for key in keys)):
-        table.add_column(name, justify="right")
-    for client, row in found.items():
-        if client == "mean":
-            if len(found) == 2:  # of one client
-                continue
-            table.add_section()
-        counts = (str(row[key]) if key in row else "" for key in ("rows", "test_rows"))
-        table.add_row(Text(client), *counts, *(f"{row[key]:.3f}" for key in keys))
+    clients = [client for client in found if client != "mean" or len(found) > 2]  # the mean of one says nothing
+    table.add_column()
+    for client in clients:
+        table.add_column(Text(client), justify="right")
+    for key, name in COUNTS.items():
+        table.add_row(name, *(str(found[client].get(key, "")) for client in clients))
+    table.add_section()
+    for key, name in NAMES.items():
+        if key in found[clients[0]]:
+            table.add_row(name, *(f"{found[client][key]:.3f}" for client in clients))
     return table
 
 
