@@ -10,7 +10,11 @@ the encoder of `selection.encoder`, scikit-learn's own settings; beside that eac
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from results import keep, provenance
@@ -27,9 +31,22 @@ from crosslm.runs.baseline import logistic_regression, together
 from crosslm.support.quiet import quiet_libraries
 
 
-def of_config(config: Config) -> dict[str, dict[str, float]]:
+class Remembering:
+    """An encoder that reads each text once: test rows are the same for every seed, and pooled ones are each client's."""
+
+    def __init__(self, config: Config) -> None:
+        folder = model_folder(config.selection.encoder, cache_folder(None))
+        self.encoder, self.known = SentenceEncoder(folder, resolve_device(config.device)), {}
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """``(texts, dimensions)``."""
+        fresh = [text for text in dict.fromkeys(texts) if text not in self.known]
+        self.known |= zip(fresh, self.encoder.encode(fresh).cpu() if fresh else (), strict=True)
+        return torch.stack([self.known[text] for text in texts])
+
+
+def of_config(config: Config, encoder: Remembering) -> dict[str, dict[str, float]]:
     """Each client's accuracy by its own rows, and by all clients' rows."""
-    encoder = SentenceEncoder(model_folder(config.selection.encoder, cache_folder(None)), resolve_device(config.device))
     split = load_split(config)
     of_all = logistic_regression(together(split.private), encoder)
     return {
@@ -51,9 +68,13 @@ def main() -> None:
     quiet_libraries()
     origin, scale = provenance(), load_scale(arguments.scale)
     choice = choose(scale, (), (), (), None, "test", arguments.data_dir)
-    figures = {"demo": {"0": of_config(load("demo", data_dir=str(prepare_data(cache_folder(None)))))}}
+    demo = load("demo", data_dir=str(prepare_data(cache_folder(None))))
+    encoder = Remembering(demo)
+    figures = {"demo": {"0": of_config(demo, encoder)}}
     for task in choice.tasks:
-        figures[task] = {str(seed): of_config(choice.config(task, "paper", seed, {})) for seed in range(scale.seeds)}
+        figures[task] = {
+            str(seed): of_config(choice.config(task, "paper", seed, {}), encoder) for seed in range(scale.seeds)
+        }
         print(task, json.dumps(figures[task]), flush=True)
     keep("logistic", origin | {"figures": figures})
 
