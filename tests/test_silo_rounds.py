@@ -131,6 +131,30 @@ def test_what_a_silo_keeps_is_for_its_owner_alone_whoever_starts_it(silo):
     assert silo.state.stat().st_mode & 0o777 == 0o700
 
 
+def test_a_silo_has_no_copy_of_its_rows_and_needs_what_it_keeps_no_longer_than_the_run(silo, federated, models, shell):
+    """As docs/privacy.md says of what may be deleted."""
+    _, download = answer(silo, Config.model_validate(federated), models)
+    silo.install(silo.settings.experiment, 0, [encode(download)])
+    silo.nothing_more()
+    silo.confirm()
+    written = [path for path in silo.kit.rglob("*") if path.is_file() and path.name != silo.settings.data.train]
+    assert {"upload-0000.safetensors", "download-0000.safetensors", "model.safetensors"} <= {
+        path.name for path in written
+    }
+    for sentence in silo.private().texts:
+        assert not [path for path in written if sentence.encode() in path.read_bytes()]
+    for path in silo.state.glob("*.safetensors"):
+        path.unlink()
+    (silo.kit / silo.settings.data.train).unlink()
+    assert "round 0: complete: the enhanced classifier is installed" in shell("status", silo.kit)[1]
+    said = []
+    silo_processes.run_silo(Silo(silo.kit, silo.cache), said.append)
+    assert said == ["silo silo-0: all 1 rounds that it agreed to are complete"]
+    assert SLM.load_trained(str(silo.state / "slm")).predict_proba(["a good day"]).shape == (1, 2)
+    code, _, err = shell("predict", silo.kit, stdin="a good day\n")
+    assert (code, "download-0000.safetensors cannot be read" in err) == (2, True)
+
+
 def test_a_silo_that_starts_again_has_its_classifier_back(silo, monkeypatch):
     """One that was killed between moving the old folder aside and naming the new one."""
     change(silo.kit, runtime_port=free_ports(1)[0])
