@@ -11,6 +11,7 @@ import pytest
 import torch
 from of_federations import answer, change, free_ports, from_kit, turn
 
+from crosslm.cli.federation import _bytes
 from crosslm.client import Client
 from crosslm.config import AcceptanceConfig, Config, IntakeConfig, PrivacyConfig
 from crosslm.errors import (
@@ -90,6 +91,32 @@ def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, 
         "carrier Flower adds of its own",
     ):
         assert line in out
+
+
+def test_the_dry_run_says_what_a_person_reads_first_and_then_every_tensor(silo, shell):
+    names = {"good": "Gebäude", "bad": "schön\u200b"}
+    data = silo.settings.data.model_copy(update={"label_names": names})
+    change(silo.kit, labels=("Gebäude", "schön\u200b"), data=data)
+    promised = Silo(silo.kit, silo.cache).would_send()
+    code, out, _ = shell("client", silo.kit, "--dry-run")
+    assert code == 0
+    lines = out.splitlines()
+    total = f"{len(promised['tensors'])} tensors of {promised['tensor_bytes']} bytes"
+    assert lines[0].startswith("silo silo-0 would send to localhost:9400: these fields, and " + total)
+    assert 'field   labels  ["Gebäude", "schön\\u200b"]' in lines  # what is not shown is not hidden
+    assert 'field   architecture.model_type  "bert"' in lines
+    assert "field   architecture.label2id.schön\\u200b  1" in lines
+    kinds = [line.split()[0] for line in lines]
+    tensors = [place for place, kind in enumerate(kinds) if kind == "tensor"]
+    assert {lines[place].split()[1] for place in tensors} == set(promised["tensors"])
+    assert kinds.index("question") < tensors[0]
+    assert tensors == list(range(tensors[0], tensors[0] + len(promised["tensors"])))
+    assert lines[-1] == "Nothing was sent."
+
+
+@pytest.mark.parametrize(("size", "words"), [(256, "256 bytes"), (97_953_800, "97953800 bytes (98.0 MB)")])
+def test_sizes_are_in_megabytes_too(size, words):
+    assert _bytes(size) == words
 
 
 def test_the_classifier_in_use_is_whole_whenever_the_silo_dies(silo, federated, models, monkeypatch):
