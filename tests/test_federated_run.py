@@ -353,6 +353,27 @@ def test_a_kit_and_a_run_that_goes_on_are_told_from_a_finished_run(blind, tmp_pa
     assert f"crosslm status {folder.parent}" in out.replace("\n", "")
 
 
+def test_a_server_keeps_as_much_as_docs_deploy_says(seeing):
+    """Of two silos with one upload each and a last return: U of ``How large`` is each one's own."""
+    spool = Spool(seeing.parent / "spool")
+    uploads = [arrival.bytes for arrival in spool.arrivals()]
+    spool.close()
+    kept = sum(path.stat().st_size for path in (seeing.parent / "spool").glob("*.safetensors"))
+    assert kept == pytest.approx(sum(uploads) * (2 * 1 + 1), rel=0.05)
+    checkpoints = Checkpoints(RunDir(seeing))
+    records = [checkpoints.read(number) for number in checkpoints.numbers()]
+    assert len(records) == 2 * 1 + 1
+    adapters = [len(checkpoints.get(record["adapter"])) for record in records]
+    assert len(set(adapters)) == 1
+    assert (seeing / "llm" / "adapter_model.safetensors").stat().st_size == pytest.approx(adapters[0], rel=0.25)
+    for record, size in zip(records[1:], uploads, strict=True):
+        assert len(checkpoints.get(record["state"]["optimizer"])) == pytest.approx(2 * adapters[0], rel=0.25)  # headers
+        assert len(checkpoints.get(record["state"]["download"])) == pytest.approx(size, rel=0.05)
+    classifiers = [path.stat().st_size for path in (seeing / "slm").glob("*/model.safetensors")]
+    assert len(classifiers) == len(uploads)
+    assert sum(classifiers) < sum(uploads)  # which have a tokenizer and fields beside the weights
+
+
 def test_when_a_run_is_over_nothing_needs_the_uploads_the_downloads_or_the_checkpoints(blind, tmp_path, shell):
     """As docs/privacy.md says of what may be deleted."""
     kit = tmp_path / "kit"

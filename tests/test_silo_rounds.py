@@ -182,6 +182,20 @@ def test_a_silo_has_no_copy_of_its_rows_and_needs_what_it_keeps_no_longer_than_t
     assert (code, "download-0000.safetensors cannot be read" in err) == (2, True)
 
 
+@pytest.mark.parametrize(("dtype", "more"), [("float32", 0), ("float16", 1)])
+def test_a_silo_keeps_as_much_as_docs_deploy_says(silo, federated, models, dtype, more):
+    change(silo.kit, wire_dtype=dtype)
+    silo = Silo(silo.kit, silo.cache)
+    _, download = answer(silo, Config.model_validate(federated), models)
+    silo.install(silo.settings.experiment, 0, [encode(download)])
+    sizes = {path.name: path.stat().st_size for path in silo.state.glob("*.safetensors")}
+    assert len(sizes) == 2 + more
+    assert sizes["download-0000.safetensors"] == pytest.approx(sizes["upload-0000.safetensors"], rel=0.05)
+    weights = (silo.state / "slm" / "model.safetensors").stat().st_size
+    assert sizes.get("trained-0000.safetensors", weights) >= weights
+    assert silo.would_send()["tensor_bytes"] == pytest.approx(weights / (1 + more), rel=0.1)
+
+
 def test_a_silo_that_starts_again_has_its_classifier_back(silo, monkeypatch):
     """One that was killed between moving the old folder aside and naming the new one."""
     change(silo.kit, runtime_port=free_ports(1)[0])
