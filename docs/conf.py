@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from reference import commands_page, configuration_page
+from reference import commands_page, configuration_page, kits_page
 
 import crosslm
 
@@ -22,7 +22,8 @@ autodoc_member_order = "bysource"
 autodoc_mock_imports = ["opacus", "flwr"]  # of extras
 napoleon_use_rtype = False
 
-for name, text in (("configuration", configuration_page()), ("commands", commands_page())):
+pages = {"configuration": configuration_page(), "kits": kits_page(), "commands": commands_page()}
+for name, text in pages.items():
     page = Path(__file__).parent / "reference" / f"{name}.md"
     page.parent.mkdir(exist_ok=True)
     if not page.exists() or page.read_text() != text:  # Sphinx builds again only what is newer

@@ -1,4 +1,4 @@
-"""Pages of the reference that are written from the code: the configuration and the commands."""
+"""Pages of the reference that are written from the code: the configuration, the kits and the commands."""
 
 import json
 from typing import Any
@@ -10,6 +10,8 @@ from typer.cli import get_docs_for_click
 
 from crosslm.cli.main import app
 from crosslm.config import PRESETS, Config
+from crosslm.federation.kit_toml import in_kit
+from crosslm.federation.kits import SERVER_FILE, SILO_FILE, ServerSettings, SiloSettings
 
 
 def configuration_page() -> str:
@@ -32,6 +34,46 @@ def configuration_page() -> str:
         for section in models_in(field.annotation):
             parts += section_page(name, section, many=field.annotation is not section)
     return "\n".join(parts) + "\n"
+
+
+KITS = """\
+# Kits
+
+The two settings files of [separate machines](../deploy.md), which `crosslm provision` writes. A key of `silo.toml` that
+has a counterpart in the [configuration](configuration.md) begins with its value, and is the silo's own from then on:
+the server cannot change it. `crosslm doctor KIT` and every other command refuse a wrong key or value by name. A silo
+reads its file anew for each request of the server, so that what is mended counts from the next one on; a new `server`
+or `runtime_port`, and all of `server.toml`, from the next start of `crosslm client` or `crosslm server`.
+
+| in the configuration | in `silo.toml` |
+| --- | --- |
+| `id`, `train`, `test` under `[[clients]]` | `id`; `train` and `test` under `[data]` |
+| `text_column`, `label_column`, `label_names`, `skip_labels` under `[data]` | the same under `[data]` |
+| `labels` under `[task]` | `labels` |
+| `seed`, `device` | `seed`, `device` |
+| `participations`, `closing` under `[federation]` | `max_participations`, `closing` |
+| one of `models` under `[slm]`, by the seed or by `model` under `[[clients]]` | `[slm]` |
+| `max_length`, `freeze_embeddings` under `[slm]` | `max_length`, `freeze_embeddings` |
+| `[slm.private]` | `[fit]` |
+| `[acceptance]`, `[intake]`, `[privacy]` | the same |
+| `encoder` under `[selection]` | `encoder` |
+| none | `experiment`, `server`, `runtime_port`, `wire_dtype`; `dir` under `[data]` is the kit |
+
+The server's kit has the rest of the configuration as `config.toml`, beside `server.toml`.
+"""
+
+
+def kits_page() -> str:
+    """Every key of ``server.toml`` and ``silo.toml``, as :func:`configuration_page` has those of the configuration."""
+    parts = list[str]()
+    for name, kind in ((SILO_FILE, SiloSettings), (SERVER_FILE, ServerSettings)):
+        about = plain(kind.__doc__).partition(": ")[2]
+        parts += ["", f"## {name}", "", about[:1].upper() + about[1:], "", *fields_of(kind)]
+        for key, field in kind.model_fields.items():
+            for section in models_in(field.annotation):
+                about = plain(field.description or section.__doc__)
+                parts += ["", f"### `[{key}]`", "", about, "", *fields_of(section)]
+    return KITS + in_kit("\n".join(parts)) + "\n"
 
 
 def section_page(

@@ -60,7 +60,7 @@ LAYERS = [
         "preflight.memory",
         "preflight.starter",
     },
-    {"federation.tokenizer_rules", "federation.leaving", "federation.hashed_files"},
+    {"federation.tokenizer_rules", "federation.leaving", "federation.hashed_files", "federation.kit_toml"},
     {"federation.intake", "federation.arrivals_journal"},
     {"federation.local", "runs.checkpoint"},
     {"runs.preparation", "runs.snapshot", "runs.tracking"},

@@ -128,6 +128,17 @@ def test_a_silo_sees_that_another_federation_answers(kits, federated, shell, ser
     assert "was not signed by the authority in" in "\n".join(lines(out, "error"))
 
 
+def test_a_server_may_have_another_port_with_the_same_certificate(kits, shell, serving):
+    """As docs/deploy.md says: it is for a name alone."""
+    port = free_port()
+    change(kits / "server", address=f"localhost:{port}")
+    change(kits / "silos" / "silo-0", server=f"localhost:{port}")
+    serving(kits / "server", port)
+    assert "answers with a certificate of this federation" in shell("doctor", kits / "silos" / "silo-0")[1]
+    code, out, _ = shell("doctor", kits / "server")
+    assert (code, "error   server.crt" in out) == (0, False)
+
+
 def test_a_port_that_is_taken_and_one_that_the_server_itself_has(kits, shell, serving):
     with socket.create_server(("127.0.0.1", read_server(kits / "server").superlink_port)):
         code, out, _ = shell("doctor", kits / "server")

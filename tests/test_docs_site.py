@@ -12,6 +12,7 @@ import typer.main
 import crosslm
 from crosslm.cli.main import app
 from crosslm.config import Config
+from crosslm.federation.kits import ServerSettings, SiloSettings
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
@@ -85,6 +86,20 @@ def test_the_configuration_reference_has_every_field_with_its_meaning(reference)
     assert "## `[evaluation.judge]`" in page
     private = page.partition("## `[slm.private]`")[2]  # whose defaults are not those of the same table elsewhere
     assert "- **`patience`** (integer, ≥ 0; default `3`)" in private.partition("## `[slm.synthetic]`")[0]
+
+
+def test_the_reference_of_kits_has_every_key_with_its_meaning(reference):
+    page = reference.kits_page()
+    assert (DOCS / "reference" / "kits.md").read_text() == page, "run make docs"
+    silo, server = page.partition("## silo.toml")[2].split("## server.toml")
+    for text, kind in ((silo, SiloSettings), (server, ServerSettings)):
+        for section, key, field in sections(kind):
+            assert not section or f"### `[{section.removesuffix('.')}]`" in text
+            meaning = reference.plain(field.description).replace("slm.private", "fit")
+            assert re.search(rf"- \*\*`{key}`\*\* \(.*\)\n  {re.escape(meaning)}\n", text), f"{section}{key}"
+    assert "| `[slm.private]` | `[fit]` |" in page
+    assert '- **`wire_dtype`** (`"float32"` or `"float16"`; default `"float32"`)' in silo
+    assert "- **`superlink_port`** (integer, > 0, < 65536; default `9091`)" in server
 
 
 def test_the_command_reference_has_every_command_and_option(reference):

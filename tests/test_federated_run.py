@@ -27,7 +27,9 @@ from crosslm.federation.exchange import close, serve
 from crosslm.federation.flower import server_app
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.payload import split
+from crosslm.federation.flower.server_processes import ServerProcesses
 from crosslm.federation.intake import Intake
+from crosslm.federation.kits import ServerSettings, dump
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
 from crosslm.federation.spool import ENDED, MOST_TRIES, Spool
@@ -349,6 +351,54 @@ def test_a_kit_and_a_run_that_goes_on_are_told_from_a_finished_run(blind, tmp_pa
     assert code == 0
     assert "crosslm run" not in out
     assert f"crosslm status {folder.parent}" in out.replace("\n", "")
+
+
+def test_a_server_keeps_as_much_as_docs_deploy_says(seeing):
+    """Of two silos with one upload each and a last return: U of ``How large`` is each one's own."""
+    spool = Spool(seeing.parent / "spool")
+    uploads = [arrival.bytes for arrival in spool.arrivals()]
+    spool.close()
+    kept = sum(path.stat().st_size for path in (seeing.parent / "spool").glob("*.safetensors"))
+    assert kept == pytest.approx(sum(uploads) * (2 * 1 + 1), rel=0.05)
+    checkpoints = Checkpoints(RunDir(seeing))
+    records = [checkpoints.read(number) for number in checkpoints.numbers()]
+    assert len(records) == 2 * 1 + 1
+    adapters = [len(checkpoints.get(record["adapter"])) for record in records]
+    assert len(set(adapters)) == 1
+    assert (seeing / "llm" / "adapter_model.safetensors").stat().st_size == pytest.approx(adapters[0], rel=0.25)
+    for record, size in zip(records[1:], uploads, strict=True):
+        assert len(checkpoints.get(record["state"]["optimizer"])) == pytest.approx(2 * adapters[0], rel=0.25)  # headers
+        assert len(checkpoints.get(record["state"]["download"])) == pytest.approx(size, rel=0.05)
+    classifiers = [path.stat().st_size for path in (seeing / "slm").glob("*/model.safetensors")]
+    assert len(classifiers) == len(uploads)
+    assert sum(classifiers) < sum(uploads)  # which have a tokenizer and fields beside the weights
+
+
+def test_when_a_run_is_over_nothing_needs_the_uploads_the_downloads_or_the_checkpoints(blind, tmp_path, shell):
+    """As docs/privacy.md says of what may be deleted."""
+    kit = tmp_path / "kit"
+    shutil.copytree(blind.parent, kit)
+    (kit / "server.toml").write_text(dump(ServerSettings(experiment="tiny-1", address="localhost:9400")))
+    spool = Spool(kit / "spool")
+    spool.note("finished", "")
+    spool.close()
+    gone = list((kit / "spool").glob("*.safetensors"))
+    assert len(gone) == 3 + 2 + 2  # uploads, one of which is none; what two silos got, and what they got in the end
+    for path in gone:
+        path.unlink()
+    shutil.rmtree(kit / "run" / "checkpoints")
+    _, out, _ = shell("status", kit)
+    assert out.startswith("tiny-1 at localhost:9400: complete")
+    assert next(line.split()[:3] for line in out.splitlines() if "silo-0" in line) == ["silo-0", "0", "delivered"]
+    assert "complete, 0 arrivals done" in shell("status", kit / "run")[1]
+    for command in (("report",), ("evaluate",), ("generate", "-n", 1), ("predict", "--client", "silo-1")):
+        code, _, err = shell(command[0], kit / "run", *command[1:], stdin="a good day\n")
+        assert code == 0, err
+    code, _, err = shell("export", kit / "run", tmp_path / "out")
+    assert (code, err) == (0, "")
+    for name in ("server.crt", "server.key", "ca.crt"):
+        (kit / name).write_text("")
+    assert ServerProcesses(kit, print).spool.fact("finished") == ""  # by which crosslm server asks nobody again
 
 
 def test_a_quarantined_upload_is_an_event_with_its_figures(tables, local, tmp_path):

@@ -56,7 +56,8 @@ from crosslm.federation.flower.payload import joined, split
 from crosslm.federation.flower.replies import answer_in
 from crosslm.federation.flower.silo_processes import run_silo
 from crosslm.federation.kit_texts import server_readme, silo_readme
-from crosslm.federation.kits import SILO_FILE, dump, read_server, read_silo, server_config, silo_names
+from crosslm.federation.kit_toml import in_kit
+from crosslm.federation.kits import SERVER_FILE, SILO_FILE, dump, read_server, read_silo, server_config, silo_names
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
 from crosslm.federation.silo import Silo
@@ -65,6 +66,7 @@ from crosslm.models.slm import SLM
 from crosslm.records import Download
 from crosslm.runs import rundir
 from crosslm.runs.rundir import RunDir
+from crosslm.sections.section import Section
 from crosslm.support.files import PART, parts_of, write_whole
 
 # Flower writes these where a message is made; a plain process has to say what run it is in
@@ -98,6 +100,51 @@ def test_kits_hold_what_each_party_needs_and_no_secret_of_another(kits):
         assert held in ([], [path]), f"{path} holds the secret of {held}"
         if held:
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def keys_of(section, table=""):
+    """Each key of a settings file, with its table."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from keys_of(value, name)
+        else:
+            yield table, name, field
+
+
+def with_comments_taken_in(text):
+    """What a file says when each of its comments that is a key with a value is none any more."""
+    return re.sub(r"^# (?=\w+ = (?!WHOLE NUMBER|NUMBER|\"\.{3}\"|\"mean\")|\[)", "", text, flags=re.M)
+
+
+@pytest.mark.parametrize(
+    ("kit", "name", "read"), [("server", SERVER_FILE, read_server), ("silos/silo-1", SILO_FILE, read_silo)]
+)
+def test_a_settings_file_has_every_key_that_may_be_set_below_what_it_means(kits, kit, name, read):
+    settings, text = read(kits / kit), (kits / kit / name).read_text()
+    tables = dict(zip(*[iter(["", *re.split(r"^\[(\w+)\]\n", text, flags=re.M)])] * 2, strict=True))
+    for table, key, field in keys_of(settings):
+        assert field.description, f"{table}.{key} has no docstring"
+        found = re.search(rf"^((?:# .*\n)+)(?:# )?(?:{key} = |\[{table}\.{key}\])", tables[table], flags=re.M)
+        assert found, f"{table}.{key}"
+        said = found[1].replace("# ", "").replace("\n", " ").strip()
+        assert said == in_kit(field.description).replace("``", "").replace("\n", " "), f"{table}.{key}"
+    assert type(settings).model_validate(tomllib.loads(with_comments_taken_in(text))) == settings
+    assert "slm.private" not in text
+
+
+def test_a_key_that_is_a_comment_in_a_kit_can_be_set(kits):
+    file = kits / "silos" / "silo-0" / SILO_FILE
+    text = file.read_text()
+    assert read_silo(file.parent).privacy == PrivacyConfig()
+    for line, value in (("# hide_counts = false", "hide_counts = true"), ('# test = "..."', 'test = "more.csv"')):
+        assert line in text
+        text = text.replace(line, value)
+    text = text.replace("# max_shared_words = WHOLE NUMBER", "max_shared_words = 8")
+    file.write_text(text.replace("# [data.label_names]\n", '[data.label_names]\nminus = "bad"\n'))
+    settings = read_silo(file.parent)
+    assert settings.privacy == PrivacyConfig(hide_counts=True, max_shared_words=8)
+    assert (settings.data.test, settings.data.label_names) == ("more.csv", {"minus": "bad"})
 
 
 def test_a_configuration_that_has_changed_since_is_told_and_not_taken(kits, federated):

@@ -705,9 +705,22 @@ def test_parts_of_a_federation_that_are_away_are_named(kits, federated):
         provision(config, "localhost:9400", kits)
 
 
+@pytest.mark.parametrize(
+    ("unit", "what"),
+    [("server/crosslm-server.service", "server"), ("silos/silo-0/crosslm-silo.service", "silo silo-0")],
+)
+def test_systemd_gives_a_user_without_a_home_a_cache(kits, unit, what):
+    parsed = configparser.ConfigParser(interpolation=None)  # systemd has % of its own
+    parsed.read(kits / unit)
+    assert parsed["Unit"]["Description"] == f"crosslm {what}"
+    service = parsed["Service"]
+    assert (service["CacheDirectory"], service["CacheDirectoryMode"]) == ("crosslm", "0700")
+    assert service["Environment"] == "CROSSLM_CACHE=%C/crosslm"  # %C: where systemd makes it
+
+
 @pytest.mark.parametrize("unit", ["server/crosslm-server.service", "silos/silo-0/crosslm-silo.service"])
 def test_systemd_starts_again_what_died_and_not_what_is_complete_or_wrong(kits, unit):
-    parsed = configparser.ConfigParser()
+    parsed = configparser.ConfigParser(interpolation=None)
     parsed.read(kits / unit)
     assert parsed["Service"]["Restart"] == "on-failure"
     assert parsed["Service"]["RestartPreventExitStatus"].split() == ["2", "130"]

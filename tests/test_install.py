@@ -25,7 +25,7 @@ def commands(text, start):
 
 
 (ACTIVATE,) = commands(README, "source")
-BUILD, INSTALL = commands(DEPLOY, "pip")
+BUILD, INSTALL, GATHER, INSTALL_OFFLINE = commands(DEPLOY, "pip")
 
 
 def pip(command, folder, *more, python=sys.executable):
@@ -61,6 +61,17 @@ def test_the_wheel_of_the_clone_is_installed_with_its_extra(clone):
     told = pip(INSTALL, clone, "--dry-run")
     assert f"Would install crosslm-{crosslm.__version__}" in told
     assert "does not provide the extra" not in told
+
+
+def test_what_a_connected_machine_gathers_is_installed_on_one_that_reaches_no_index(clone, tmp_path):
+    """Of crosslm alone, since all that it needs would be copied; what is here stands for the rest."""
+    shutil.copytree(clone / "dist", tmp_path / "dist")
+    shutil.copy(clone / "constraints.txt", tmp_path)
+    pip(GATHER, tmp_path, "--no-deps")
+    shutil.rmtree(tmp_path / "dist")
+    told = pip(INSTALL_OFFLINE, tmp_path, "--no-deps", "--dry-run", "--ignore-installed")
+    assert f"Would install crosslm-{crosslm.__version__}" in told
+    assert re.search(r"\[(.*)\]", GATHER)[1] == re.search(r"\[(.*)\]", INSTALL_OFFLINE)[1]
 
 
 def test_what_the_wheel_installs_works_once_activated(clone, tmp_path):

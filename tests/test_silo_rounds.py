@@ -11,6 +11,7 @@ import pytest
 import torch
 from of_federations import answer, change, free_ports, from_kit, turn
 
+from crosslm.cli.federation import _bytes
 from crosslm.client import Client
 from crosslm.config import AcceptanceConfig, Config, IntakeConfig, PrivacyConfig
 from crosslm.errors import (
@@ -92,6 +93,32 @@ def test_the_dry_run_lists_every_field_of_every_answer(silo, federated, models, 
         assert line in out
 
 
+def test_the_dry_run_says_what_a_person_reads_first_and_then_every_tensor(silo, shell):
+    names = {"good": "Gebäude", "bad": "schön\u200b"}
+    data = silo.settings.data.model_copy(update={"label_names": names})
+    change(silo.kit, labels=("Gebäude", "schön\u200b"), data=data)
+    promised = Silo(silo.kit, silo.cache).would_send()
+    code, out, _ = shell("client", silo.kit, "--dry-run")
+    assert code == 0
+    lines = out.splitlines()
+    total = f"{len(promised['tensors'])} tensors of {promised['tensor_bytes']} bytes"
+    assert lines[0].startswith("silo silo-0 would send to localhost:9400: these fields, and " + total)
+    assert 'field   labels  ["Gebäude", "schön\\u200b"]' in lines  # what is not shown is not hidden
+    assert 'field   architecture.model_type  "bert"' in lines
+    assert "field   architecture.label2id.schön\\u200b  1" in lines
+    kinds = [line.split()[0] for line in lines]
+    tensors = [place for place, kind in enumerate(kinds) if kind == "tensor"]
+    assert {lines[place].split()[1] for place in tensors} == set(promised["tensors"])
+    assert kinds.index("question") < tensors[0]
+    assert tensors == list(range(tensors[0], tensors[0] + len(promised["tensors"])))
+    assert lines[-1] == "Nothing was sent."
+
+
+@pytest.mark.parametrize(("size", "words"), [(256, "256 bytes"), (97_953_800, "97953800 bytes (98.0 MB)")])
+def test_sizes_are_in_megabytes_too(size, words):
+    assert _bytes(size) == words
+
+
 def test_the_classifier_in_use_is_whole_whenever_the_silo_dies(silo, federated, models, monkeypatch):
     """What came is on the disk before its folder, and the folder before the decision."""
     change(silo.kit, max_participations=2)
@@ -129,6 +156,44 @@ def test_what_a_silo_keeps_is_for_its_owner_alone_whoever_starts_it(silo):
     finally:
         os.umask(before)
     assert silo.state.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_silo_has_no_copy_of_its_rows_and_needs_what_it_keeps_no_longer_than_the_run(silo, federated, models, shell):
+    """As docs/privacy.md says of what may be deleted."""
+    _, download = answer(silo, Config.model_validate(federated), models)
+    silo.install(silo.settings.experiment, 0, [encode(download)])
+    silo.nothing_more()
+    silo.confirm()
+    written = [path for path in silo.kit.rglob("*") if path.is_file() and path.name != silo.settings.data.train]
+    assert {"upload-0000.safetensors", "download-0000.safetensors", "model.safetensors"} <= {
+        path.name for path in written
+    }
+    for sentence in silo.private().texts:
+        assert not [path for path in written if sentence.encode() in path.read_bytes()]
+    for path in silo.state.glob("*.safetensors"):
+        path.unlink()
+    (silo.kit / silo.settings.data.train).unlink()
+    assert "round 0: complete: the enhanced classifier is installed" in shell("status", silo.kit)[1]
+    said = []
+    silo_processes.run_silo(Silo(silo.kit, silo.cache), said.append)
+    assert said == ["silo silo-0: all 1 rounds that it agreed to are complete"]
+    assert SLM.load_trained(str(silo.state / "slm")).predict_proba(["a good day"]).shape == (1, 2)
+    code, _, err = shell("predict", silo.kit, stdin="a good day\n")
+    assert (code, "download-0000.safetensors cannot be read" in err) == (2, True)
+
+
+@pytest.mark.parametrize(("dtype", "more"), [("float32", 0), ("float16", 1)])
+def test_a_silo_keeps_as_much_as_docs_deploy_says(silo, federated, models, dtype, more):
+    change(silo.kit, wire_dtype=dtype)
+    silo = Silo(silo.kit, silo.cache)
+    _, download = answer(silo, Config.model_validate(federated), models)
+    silo.install(silo.settings.experiment, 0, [encode(download)])
+    sizes = {path.name: path.stat().st_size for path in silo.state.glob("*.safetensors")}
+    assert len(sizes) == 2 + more
+    assert sizes["download-0000.safetensors"] == pytest.approx(sizes["upload-0000.safetensors"], rel=0.05)
+    weights = (silo.state / "slm" / "model.safetensors").stat().st_size
+    assert sizes.get("trained-0000.safetensors", weights) >= weights
+    assert silo.would_send()["tensor_bytes"] == pytest.approx(weights / (1 + more), rel=0.1)
 
 
 def test_a_silo_that_starts_again_has_its_classifier_back(silo, monkeypatch):

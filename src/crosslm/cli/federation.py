@@ -70,7 +70,7 @@ def server(kit: KitArgument, environment: EnvironmentOption = False) -> None:
 def client(
     kit: KitArgument,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print every tensor and field that would leave; send nothing.")
+        bool, typer.Option("--dry-run", help="Print every field and tensor that would leave; send nothing.")
     ] = False,
     environment: EnvironmentOption = False,
     cache_dir: CacheOption = None,
@@ -178,21 +178,21 @@ def _plain(words: str) -> Text:
 
 
 def _dry_run(kit: Path) -> None:
-    """Print every tensor and field that would leave."""
+    """Print every field and tensor that would leave: the fields first, which are fewer and say more."""
     quiet_libraries()
     from crosslm.federation.leaving import CARRIER, QUESTION
     from crosslm.federation.silo import Silo
     from crosslm.models.sources import cache_folder
 
-    found = Silo(kit, cache_folder()).would_send()
+    silo = Silo(kit, cache_folder())
+    found = silo.would_send()
     tensors, fields = found["tensors"], found["fields"]
     assert isinstance(tensors, dict)
     assert isinstance(fields, dict)
-    for name, entry in tensors.items():
-        shape = "x".join(map(str, entry["shape"])) or "scalar"
-        _say(f"tensor  {name}  {shape}  {entry['dtype']}  {entry['bytes']} bytes")
+    total = f"{len(tensors)} tensors of {_bytes(found['tensor_bytes'])}"
+    _say(f"silo {silo.settings.id} would send to {silo.settings.server}: these fields, and {total}, which are below")
     for name, value in fields.items():
-        _say(f"field   {name}  {json.dumps(value)}")
+        _say_field(name, value)
     names, answers = found["metrics_after_training"], found["answers"]
     assert isinstance(names, list)
     assert isinstance(answers, dict)
@@ -202,9 +202,27 @@ def _dry_run(kit: Path) -> None:
     _say("metrics.accepted is 0 if what came back is worse on held-out private rows, and so is a fact about these rows")
     _say(f"carrier {CARRIER}")
     _say(f"question {QUESTION}")
-    _say(f"{len(tensors)} tensors of {found['tensor_bytes']} bytes, and these fields, answers and questions.")
+    for name, entry in tensors.items():
+        shape = "x".join(map(str, entry["shape"])) or "scalar"
+        _say(f"tensor  {name}  {shape}  {entry['dtype']}  {_bytes(entry['bytes'])}")
+    _say(f"{total}, and these fields, answers and questions.")
     _say("Nothing else leaves.")
     _say("Nothing was sent.")
+
+
+def _say_field(name: str, value: object) -> None:
+    """A field as JSON; one of several, each in a line of its own."""
+    if isinstance(value, dict) and value:
+        for part, inner in value.items():
+            _say_field(f"{name}.{part}", inner)
+        return
+    line = f"field   {name}  {json.dumps(value, ensure_ascii=False)}"
+    # what a terminal would not show, in an escape of JSON's
+    _say("".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in line))
+
+
+def _bytes(size: int) -> str:
+    return f"{size} bytes" + (f" ({size / 1e6:.1f} MB)" if size >= 1e5 else "")
 
 
 def _print_environment(kit: Path) -> None:

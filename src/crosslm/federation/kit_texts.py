@@ -26,6 +26,7 @@ UNIT = """\
 # systemd unit: copy to /etc/systemd/system, set WorkingDirectory to this kit and, if crosslm is in a virtual
 # environment, ExecStart to the whole path of that crosslm; make a user crosslm that the kit belongs to, or name
 # another one under User; then: systemctl enable --now {name}
+# (Converted models are kept in /var/cache/crosslm, which systemd makes for that user, who needs no home folder.)
 [Unit]
 Description=crosslm {what}
 After=network-online.target
@@ -34,6 +35,9 @@ Wants=network-online.target
 [Service]
 User=crosslm
 UMask=0077
+CacheDirectory=crosslm
+CacheDirectoryMode=0700
+Environment=CROSSLM_CACHE=%C/crosslm
 WorkingDirectory=/srv/crosslm/{folder}
 ExecStart=/usr/bin/env crosslm {command} .
 # a run that is complete (0), a setting that is wrong (2) or Ctrl-C (130): starting again does not help
@@ -131,7 +135,8 @@ def start_script(command: str) -> str:
 
 def systemd_unit(name: str, command: str, folder: str) -> str:
     """The systemd unit NAME.service of a kit that lies in a folder of this name."""
-    return UNIT.format(name=name, what=f"{command} {folder}", folder=folder, command=command)
+    what = "server" if command == "server" else f"silo {folder}"
+    return UNIT.format(name=name, what=what, folder=folder, command=command)
 
 
 def _extras(needs: list[str]) -> str:

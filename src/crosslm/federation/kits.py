@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from crosslm.config import (
@@ -24,6 +23,7 @@ from crosslm.config import (
 )
 from crosslm.config_file import causes, explain, load
 from crosslm.errors import FederationError
+from crosslm.federation.kit_toml import commented
 from crosslm.runs.folders import KIT_FILE, SILO_KIT_FILE, kits_in
 from crosslm.runs.rundir import LOCK
 from crosslm.sections.privacy import NO_ACCEPTANCE
@@ -48,12 +48,12 @@ def is_kit(folder: Path) -> bool:
 
 
 class ServerSettings(Section):
-    """``server.toml``: where the server listens and which experiment it runs."""
+    """``server.toml``: where the server listens and which experiment it runs; ``config.toml`` beside it is the rest."""
 
     experiment: str
     """Name of this federation with a random part; silos answer to no other."""
     address: str = Field(pattern=r"^[^\s:/]+:\d{1,5}$")
-    """HOST:PORT that silos connect to."""
+    """HOST:PORT that silos connect to, which is ``server`` in their kits. The server's certificate is for this HOST."""
     bind: str = "0.0.0.0"
     """Address of this machine that the gateway listens on."""
     superlink_port: Port = 9091
@@ -71,9 +71,11 @@ class SiloData(Section):
     """File of other labelled rows, of which nothing is learned: ``crosslm status`` says what the classifier makes of
     them before and after each round. Told to nobody else. Not set, or not there: not measured."""
     text_column: str = "text"
+    """Column that holds the text."""
     label_column: str = "label"
+    """Column that holds the label's name."""
     label_names: dict[str, str] = Field(default={})
-    """The label for each name that the file has another name for."""
+    """The label for each name that the file has another name for: ``neg = "negative"``."""
     skip_labels: tuple[str, ...] = ()
     """Labels of the file whose rows are left out; ``""`` for rows without one."""
 
@@ -87,13 +89,17 @@ class SiloSettings(Section):
     """``silo.toml``: all that a silo decides for itself. The server cannot change any of it."""
 
     id: str
+    """The name that the server knows this silo's key by: not to be changed."""
     experiment: str
     """The federation that this silo takes part in; requests of any other are refused."""
     server: str = Field(pattern=r"^[^\s:/]+:\d{1,5}$")
     """HOST:PORT of the server's gateway."""
     labels: tuple[str, ...] = Field(min_length=2)
+    """What texts are told apart by: the same in the same order at the server and at each silo."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """What is drawn by chance in training here is drawn from it, but for the noise and the coins of DP-SGD."""
     device: Device = "auto"
+    """``auto`` (CUDA if there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
     runtime_port: Port = 9094
     """Port on the loopback interface for Flower's SuperNode; each silo on a machine needs its own."""
     wire_dtype: Literal["float32", "float16"] = "float32"
@@ -106,17 +112,22 @@ class SiloSettings(Section):
     (``federation.closing``)."""
     data: SiloData
     slm: SLMSpec
+    """The classifier that is trained here."""
     max_length: Positive = 128
+    """Tokens of a text that the classifier reads."""
     freeze_embeddings: bool = False
+    """Train all but the word vectors, which would tell which words were in the rows (docs/privacy.md)."""
     fit: FitConfig = FitConfig()
-    """Step 1: training on the private rows."""
+    """Step 1: training on the private rows; in the configuration ``private`` under ``[slm]``."""
     acceptance: AcceptanceConfig = AcceptanceConfig()
     """Whether an SLM that comes back is tried on held-out private rows before it is installed."""
     intake: IntakeConfig = IntakeConfig()
     """Bounds of what may come back."""
     privacy: PrivacyConfig = PrivacyConfig()
-    """DP-SGD in step 1, what is told of the class counts, and the leak check, whose encoder is ``encoder``."""
+    """DP-SGD in step 1, what is told of the class counts, and the leak check (its encoder is named above)."""
     encoder: str = SelectionConfig().encoder
+    """Sentence transformer of the leak check; used with ``privacy.max_shared_words`` or ``privacy.max_similarity``
+    alone."""
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:
@@ -180,11 +191,8 @@ def held(kit: Path) -> Iterator[None]:
 
 
 def dump(settings: Section) -> str:
-    """Settings as TOML; of ``privacy`` what is not as it is by itself, so that nothing looks as if it were in force."""
-    fields = settings.model_dump(mode="json", exclude_none=True)
-    if isinstance(settings, SiloSettings):
-        fields["privacy"] = settings.privacy.model_dump(mode="json", exclude_defaults=True)
-    return tomli_w.dumps(fields)
+    """Settings as TOML, with what each key means; of ``privacy`` what was not set are comments."""
+    return commented(settings, quiet=("privacy",))
 
 
 def _read(kit: Path, name: str, kind: type[Kit]) -> Kit:

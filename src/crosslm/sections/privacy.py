@@ -46,7 +46,7 @@ class PrivacyConfig(Section):
     count_epsilon: Annotated[float, Field(gt=0)] = 0.5
     """Part of ``epsilon`` that noisy class counts take."""
     canaries: Annotated[int, Field(ge=0)] = 0
-    """Plant so many sentences of random words in each client's rows, for ``crosslm audit``."""
+    """Plant so many sentences of random words in each client's rows, for ``crosslm audit``; in one process alone."""
     max_shared_words: Annotated[int, Field(gt=0)] | None = None
     """A client takes no SLM back that was trained on a text that has more words in a row from one of its private
     texts (characters, of a script without spaces: Chinese, Japanese, Thai, Lao, Khmer, Burmese). Not set: any. Not with
