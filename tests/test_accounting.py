@@ -96,6 +96,22 @@ def test_one_upload_more_than_was_planned_is_refused_unless_the_budget_is_raised
     assert 9.98 < second["dp/epsilon"] <= 10
 
 
+def test_a_training_that_fails_has_spent_its_part(slm, monkeypatch):
+    made = training()
+
+    def fails(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("crosslm.privacy.private_fit.dp_sgd", fails)
+        with pytest.raises(MemoryError):
+            made.fit(slm, EXAMPLES, FIT, 0, lambda _: None)
+    told = made.fit(slm, EXAMPLES, FIT, 0, lambda _: None)
+    assert told["dp/epsilon"] == pytest.approx(true_epsilon([told, told]))
+    with pytest.raises(ConfigError, match=r"was set for 2 upload\(s\) and is spent"):
+        made.fit(slm, EXAMPLES, FIT, 0, lambda _: None)
+
+
 def test_a_small_budget_is_not_taken_for_a_spent_one(slm):
     first = upload(slm, epsilon=0.12)
     assert upload(slm, [first], epsilon=0.12)["dp/epsilon"] <= 0.12

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 import tomli_w
@@ -17,6 +18,7 @@ from crosslm.cli.audit import overlap_table
 from crosslm.client import Client
 from crosslm.config import Config, FitConfig, PrivacyConfig
 from crosslm.data.examples import Examples
+from crosslm.data.split import Split
 from crosslm.errors import ConfigError, DataError, RunError
 from crosslm.experiment import run_local
 from crosslm.html_report import page
@@ -190,6 +192,13 @@ def test_the_attacked_rows_are_disjoint_and_have_the_members_labels():
     assert scarce.others.class_counts(2) == [15, 5]
     with pytest.raises(DataError, match="an audit needs 20 private rows and 40 held-out ones"):
         attack_rows(members, pool.take(range(20)), 0)
+
+
+def test_others_are_rows_that_no_client_has():
+    private = {"north": Examples(["x", "y"], [0, 1]), "south": Examples(["z"], [0])}
+    tests = {"north": Examples(["x", "z", "t"], [0, 0, 1])}
+    split = Split(private, tests, Examples([], []), judge=Examples(["y", "j", "t"], [1, 0, 0]))
+    assert _Audit._held_out(SimpleNamespace(split=split), "north") == Examples(["t", "j"], [1, 0])
 
 
 def test_an_overfitted_classifier_is_found_out_and_a_fresh_one_is_not(models):

@@ -29,7 +29,7 @@ from crosslm.federation.flower import gateway, questions, server_processes, silo
 from crosslm.federation.flower.exchange import FlowerExchange
 from crosslm.federation.flower.silo_processes import run_silo
 from crosslm.federation.local import arrival_order
-from crosslm.federation.messages import encode
+from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.silo import Silo
 from crosslm.federation.silo_news import closing_outcome
 from crosslm.federation.spool import OVER, Spool
@@ -597,6 +597,21 @@ def test_a_silo_tries_it_against_what_it_has_and_only_after_its_round(silo, fede
     assert not differs(tried[0], had)
     assert not differs(silo.slm().model.state_dict(), had)
     assert "worse (0.750 before, 0.250 with it, on 4 held-out rows)" in closing_outcome(silo.closed)
+
+
+def test_what_a_later_round_brings_takes_the_place_of_what_came_in_the_end(silo, monkeypatch):
+    change(silo.kit, closing=True, max_participations=2)
+    silo, experiment = Silo(silo.kit, silo.cache), silo.settings.experiment
+    upload = decode_upload(silo.upload(experiment, 0).read_bytes())
+    silo.not_used(experiment, 0, "none")
+    monkeypatch.setattr(Client, "_try", lambda *_: Decision(True, 0))
+    weights = {name: value * 2 if value.is_floating_point() else value for name, value in upload.slm.weights.items()}
+    came = dataclasses.replace(echo(upload), slm=dataclasses.replace(upload.slm, weights=weights))
+    silo.close(experiment, 0, [encode(came)])
+    assert not differs(silo.slm().model.state_dict(), weights)
+    later = decode_upload(silo.upload(experiment, 1).read_bytes()).slm.weights
+    silo.not_used(experiment, 1, "none")
+    assert not differs(silo.slm().model.state_dict(), later)
 
 
 def staying(silo, monkeypatch, closing=True):

@@ -197,6 +197,7 @@ def test_a_client_shut_out_by_a_rollback_leaves_no_trace(small_file, small, tmp_
     monkeypatch.setattr("crosslm.cli.recovery.finish", lambda *_, **__: None)
     assert command("rollback", target, "--client", other, "--output", tmp_path / "again")[0] == 0
     assert RunDir(tmp_path / "again").rolled_back_from() == ["run", target.name]
+    assert RunDir(tmp_path / "again").barred() == sorted([first, other])  # who was shut out first stays so
 
     code, _, err = command("rollback", tmp_path / "run", "--client", "nobody")
     assert code == 2

@@ -17,6 +17,7 @@ from crosslm.data.split import balanced_sample, dirichlet_split, load_split
 from crosslm.data.split import test_rows as rows_to_test
 from crosslm.data.texts import load_examples, readable_lines
 from crosslm.errors import DataError
+from crosslm.evaluate import nlu_rows
 from crosslm.runs.preparation import public_texts
 
 LABELS = ("bad", "good")
@@ -362,6 +363,32 @@ def test_clients_with_their_own_files(settings, data_folder):
     split = load_split(Config.model_validate(settings))
     assert (len(split.private["a"]), len(split.private["b"]), len(split.judge)) == (60, 20, 0)
     assert (len(split.tests["a"]), len(split.tests["b"])) == (20, 20)
+
+
+def test_clients_with_their_own_files_have_no_more_rows_than_is_set(settings, data_folder):
+    settings["data"] |= {"rows_per_client": 15}
+    settings["data"].pop("train")
+    settings["clients"] = [{"id": "a", "train": "train.csv"}, {"id": "b", "train": "test.csv"}]
+    split = load_split(Config.model_validate(settings))
+    assert [len(rows) for rows in split.private.values()] == [15, 15]
+
+
+def test_a_judge_with_a_file_of_its_own_has_no_more_rows_than_is_set(settings):
+    settings["data"] |= {"judge": "test.csv", "judge_rows": 5}
+    assert len(load_split(Config.model_validate(settings)).judge) == 5
+
+
+def test_every_seed_is_measured_on_the_same_rows(config):
+    few = {
+        "data": config.data.model_copy(update={"test_rows": 6}),
+        "evaluation": config.evaluation.model_copy(update={"nlu_rows": 4}),
+    }
+    seeds = [config.model_copy(update={"seed": seed, **few}) for seed in (1, 2, 3)]
+    first, *others = [load_split(each).test for each in seeds]
+    assert others == [first] * 2 == [rows_to_test(each, pytest.fail) for each in seeds[1:]]
+    everything = load_split(config).test
+    first, *others = [nlu_rows(each, everything) for each in seeds]
+    assert others == [first] * 2
 
 
 def test_a_clients_own_test_rows_are_balanced_too(settings, data_folder):

@@ -248,6 +248,13 @@ def test_bad_input_ends_with_code_2_before_anything_is_written_or_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_data_are_looked_for_where_data_dir_says(command, config_file, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    code, _, err = command("run", config_file, "--data-dir", elsewhere, "--output", tmp_path / "run")
+    assert code == 2
+    assert f"{elsewhere / 'test.csv'}: no such file" in err
+
+
 def test_labels_that_the_next_word_cannot_tell_apart_end_with_code_2(command, settings, tmp_path):
     settings["task"]["verbalizer"] = {"bad": "good day", "good": "good"}
     path = tmp_path / "bad.toml"

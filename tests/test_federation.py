@@ -36,7 +36,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from crosslm.config import AcceptanceConfig, Config, FederationConfig, PrivacyConfig, merged
+from crosslm.config import AcceptanceConfig, Config, FederationConfig, PrivacyConfig, SLMSpec, merged
 from crosslm.errors import (
     ConfigError,
     DataError,
@@ -57,13 +57,22 @@ from crosslm.federation.flower.replies import answer_in
 from crosslm.federation.flower.silo_processes import run_silo
 from crosslm.federation.kit_texts import server_readme, silo_readme
 from crosslm.federation.kit_toml import in_kit
-from crosslm.federation.kits import SERVER_FILE, SILO_FILE, dump, read_server, read_silo, server_config, silo_names
+from crosslm.federation.kits import (
+    SERVER_FILE,
+    SILO_FILE,
+    SiloData,
+    SiloSettings,
+    dump,
+    read_server,
+    read_silo,
+    server_config,
+    silo_names,
+)
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
 from crosslm.federation.silo import Silo
 from crosslm.federation.spool import MOST_TRIES, OVER, WORK, Spool
 from crosslm.models.slm import SLM
-from crosslm.records import Download
 from crosslm.runs import rundir
 from crosslm.runs.rundir import RunDir
 from crosslm.sections.section import Section
@@ -186,6 +195,52 @@ def test_the_server_kit_has_the_run_and_the_silo_kit_its_own_settings(kits, fede
     assert (kits / "silos" / "silo-1" / "start.sh").stat().st_mode & stat.S_IXUSR
     assert "crosslm client ." in (kits / "silos" / "silo-1" / "start.sh").read_text()
     assert "def " not in (kits / "server" / "app" / "pyproject.toml").read_text()
+
+
+def test_a_silos_kit_has_all_that_the_configuration_sets_for_it(federated, tmp_path):
+    federated |= {
+        "seed": 5,
+        "acceptance": {"margin": 0.5},
+        "privacy": {"hide_counts": True, "max_shared_words": 6},
+        "intake": {"max_rms": 7.0},
+        "federation": {"participations": 3, "closing": True},
+    }
+    federated["slm"] |= {"max_length": 17, "freeze_embeddings": True, "private": {"epochs": 5}}
+    names = {"text_column": "t", "label_column": "l", "label_names": {"minus": "bad"}, "skip_labels": ("none",)}
+    federated["data"] |= names
+    federated["clients"][1]["test"] = "own.csv"
+    config = Config.model_validate(federated)
+    silo = read_silo(provision(config, "localhost:9400", tmp_path / "kits")[2])
+    assert silo == SiloSettings(
+        id="silo-1",
+        experiment=read_server(tmp_path / "kits" / "server").experiment,
+        server="localhost:9400",
+        labels=config.task.labels,
+        seed=5,
+        device="cpu",
+        runtime_port=9095,
+        max_participations=3,
+        closing=True,
+        data=SiloData(train="silo-1.csv", test="own.csv", **names),
+        slm=SLMSpec(model=federated["clients"][1]["model"]),
+        max_length=17,
+        freeze_embeddings=True,
+        fit=config.slm.private,
+        acceptance=config.acceptance,
+        intake=config.intake,
+        privacy=config.privacy,
+        encoder=config.selection.encoder,
+    )
+    usual = [name for name, field in SiloSettings.model_fields.items() if getattr(silo, name) == field.default]
+    assert usual == ["wire_dtype"]  # of what has its usual value nobody would see that it is not handed over
+
+
+def test_provision_takes_what_is_set_beside_the_configuration(shell, federated, tmp_path):
+    file, kits = tmp_path / "run.toml", tmp_path / "kits"
+    file.write_text(tomli_w.dumps(federated))
+    code, _, err = shell("provision", file, "--address", "localhost:9400", "--output", kits, "--set", "seed=9")
+    assert (code, err) == (0, "")
+    assert {read_silo(kit).seed for kit in (kits / "silos").iterdir()} == {9}
 
 
 @pytest.mark.parametrize(
@@ -393,6 +448,15 @@ def test_an_upload_counts_once_however_often_it_comes(tmp_path):
     assert not list((tmp_path / "spool").glob("*.part*"))
 
 
+def test_a_spool_is_for_its_owner_alone(tmp_path):
+    before = os.umask(0o022)  # Flower's own commands set none
+    try:
+        Spool(tmp_path / "spool").close()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "spool").stat().st_mode & 0o777 == 0o700
+
+
 def test_uploads_are_served_in_order_of_arrival_and_none_is_lost_by_a_restart(tmp_path):
     spool = Spool(tmp_path / "spool")
     for silo in ("slow", "fast"):
@@ -570,25 +634,52 @@ def test_a_silo_decides_what_it_answers(silo):
     assert not (silo.state / "receipts").exists()
 
 
-@pytest.mark.parametrize("what", ["other tensors", "not finite", "other labels", "another length", "another silo"])
-def test_what_comes_back_is_checked(silo, federated, models, what):
-    upload, download = answer(silo, Config.model_validate(federated), models)
-    weights, labels, client = dict(download.slm.weights), download.slm.labels, "silo-0"
-    length = upload.slm.max_length
-    name = "classifier.weight"
-    if what == "other tensors":
-        weights[name] = weights[name][:, :8].clone()
-    elif what == "not finite":
-        weights[name] = weights[name] * float("nan")
-    elif what == "other labels":
-        labels = tuple(reversed(labels))
-    elif what == "another length":
-        length -= 1
+HEAD = "classifier.weight"
+ANOTHER_MODEL = "has another architecture, tokenizer, label order or maximum length"
+
+
+def words_exchanged(tokenizer):
+    """A tokenizer that reads one word where another is written."""
+    whole = json.loads(tokenizer["tokenizer.json"])
+    words = whole["model"]["vocab"]
+    words["good"], words["bad"] = words["bad"], words["good"]
+    return tokenizer | {"tokenizer.json": json.dumps(whole)}
+
+
+@pytest.mark.parametrize(
+    ("part", "change_of", "why"),
+    [
+        ("weights", lambda weights: weights | {HEAD: weights[HEAD][:, :8].clone()}, rf"{HEAD}' has the shape \[2, 8\]"),
+        ("weights", lambda weights: weights | {HEAD: weights[HEAD] * float("nan")}, f"{HEAD} is not finite"),
+        ("labels", lambda labels: labels[::-1], "its id2label is .*, which is not its labels"),
+        ("max_length", lambda length: length - 1, ANOTHER_MODEL),
+        ("architecture", lambda architecture: architecture | {"hidden_act": "relu"}, ANOTHER_MODEL),
+        ("tokenizer", words_exchanged, ANOTHER_MODEL),
+        ("client_id", lambda _: "silo-1", "it says that it is of client 'silo-1'"),
+        ("client_round", lambda _: 1, "asked to install round 0, got the download of round 1"),
+    ],
+    ids=[
+        "other tensors",
+        "not finite",
+        "other labels",
+        "another length",
+        "another architecture",
+        "another tokenizer",
+        "another silo",
+        "another round",
+    ],
+)
+def test_what_comes_back_is_checked(silo, part, change_of, why):
+    upload = decode_upload(silo.upload(silo.settings.experiment, 0).read_bytes())
+    learned = {name: value * 2 if value.is_floating_point() else value for name, value in upload.slm.weights.items()}
+    download = dataclasses.replace(echo(upload), slm=dataclasses.replace(upload.slm, weights=learned))
+    if hasattr(download, part):
+        wrong = dataclasses.replace(download, **{part: change_of(getattr(download, part))})
     else:
-        client = "silo-1"
-    state = type(upload.slm)(upload.slm.architecture, upload.slm.tokenizer, labels, length, weights)
-    with pytest.raises((FederationError, UploadError), match="silo-0"):
-        silo.install(silo.settings.experiment, 0, [encode(Download(client, 0, 1, {}, state))])
+        slm = dataclasses.replace(download.slm, **{part: change_of(getattr(download.slm, part))})
+        wrong = dataclasses.replace(download, slm=slm)
+    with pytest.raises((FederationError, UploadError), match=f"silo-0: .*{why}"):
+        silo.install(silo.settings.experiment, 0, [encode(wrong)])
     assert silo.installed == 1  # the round is complete, with the SLM that was trained here
     kept = silo.slm().model.state_dict()
     assert all(weight.equal(upload.slm.weights[name]) for name, weight in kept.items())
@@ -1173,6 +1264,18 @@ def test_a_silo_that_refuses_may_be_mended_and_the_server_learns_no_more(exchang
     assert line.fails_since is None
 
 
+def test_a_silo_that_does_not_hear_of_its_refusal_is_not_told_for_ever(exchange, kits):
+    exchange.grid.online = ["silo-0"]
+    turn(exchange, 2)
+    exchange.receive()
+    exchange.refuse("silo-0", 0, UploadError("no"))
+    change(kits / "silos" / "silo-0", experiment="another")  # it refuses whatever it is asked
+    assert [arrival.silo for arrival in exchange.carrier.untold()] == ["silo-0"]
+    turn(exchange, 2)
+    assert exchange.grid.pushed[-1] == ("silo-0", "train.not_used", 0)
+    assert exchange.carrier.untold() == []
+
+
 def test_the_run_ends_without_a_silo_that_is_not_mended(exchange, kits, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("crosslm.federation.flower.exchange.time.monotonic", lambda: now[0])
@@ -1414,10 +1517,10 @@ def test_a_run_ends_by_time(exchange, kits, monkeypatch):
     exchange.config = exchange.carrier.config = FederationConfig(deadline_minutes=1, participations=2)
     for _ in range(2):
         exchange.send(echo(exchange.receive()))
-    assert not exchange.finished()
-    later = time.time() + 120
-    monkeypatch.setattr("crosslm.federation.flower.exchange.time.time", lambda: later)
-    assert exchange.finished()
+    started = float(exchange.spool.fact("started"))
+    for seconds, is_over in ((59, False), (61, True)):
+        monkeypatch.setattr("crosslm.federation.flower.exchange.time.time", lambda now=started + seconds: now)
+        assert exchange.finished() == is_over
 
 
 def test_an_upload_that_comes_while_the_end_is_looked_for_is_served(exchange, monkeypatch):
@@ -1661,8 +1764,27 @@ def test_a_key_that_others_can_read_is_told_at_the_start(kits, shell, monkeypatc
     monkeypatch.setattr("crosslm.federation.flower.silo_processes.run_silo", lambda *_: None)
     kit = kits / "silos" / "silo-0"
     assert "chmod" not in shell("client", kit)[1]
-    (kit / "silo.key").chmod(0o644)
-    assert f"warning: {kit / 'silo.key'} can be read by others" in shell("client", kit)[1].replace("\n", "")
+    for mode in (0o640, 0o604):
+        (kit / "silo.key").chmod(mode)
+        assert f"warning: {kit / 'silo.key'} can be read by others" in shell("client", kit)[1].replace("\n", "")
+
+
+@pytest.mark.parametrize("kit", ["server", "silos/silo-0"])
+def test_what_a_kits_command_and_its_processes_write_is_for_its_owner_alone(kits, shell, monkeypatch, kit):
+    seen = []
+
+    def run(*_):
+        seen.append(os.umask(0o022))
+        return []
+
+    monkeypatch.setattr("crosslm.federation.flower.silo_processes.run_silo", run)
+    monkeypatch.setattr("crosslm.federation.flower.server_processes.ServerProcesses.run", run)
+    before = os.umask(0o022)
+    try:
+        shell("server" if kit == "server" else "client", kits / kit)
+    finally:
+        os.umask(before)
+    assert seen == [0o077]
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.EAGAIN, 75), (errno.ENOMEM, 75), (errno.EACCES, 2)])

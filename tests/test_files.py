@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crosslm.errors import RunError
-from crosslm.runs.rundir import RunDir
+from crosslm.runs.rundir import METRICS, RunDir
 from crosslm.support import files
 from crosslm.support.files import ASIDE, clear_partial, made_beside, replace_folder
 from crosslm.support.writing import made_anew
@@ -119,6 +119,14 @@ def test_a_folder_made_beside_another_has_a_name_that_nothing_has(tmp_path):
     with pytest.raises(RuntimeError), made_beside(tmp_path / "other"):
         raise RuntimeError("half")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
+
+
+def test_events_are_on_the_disk_before_a_checkpoint_counts_them(tmp_path, monkeypatch):
+    run, synced = RunDir(tmp_path), []
+    run.event("note", message="x")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor)))
+    assert run.keep_events() == (tmp_path / METRICS).stat().st_size
+    assert [file.st_ino for file in synced] == [(tmp_path / METRICS).stat().st_ino]
 
 
 def test_a_folder_that_cannot_be_made_anew_is_named_and_what_fails_in_it_is_not_put_down_to_it(tmp_path):

@@ -214,7 +214,7 @@ def test_honest_clients_pass_though_many_labels_of_the_probe_are_wrong(settings,
 
 
 @pytest.mark.parametrize("attack", ["flipped labels", "constant", "copy", "copy with noise"])
-@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
 def test_an_attacker_is_stopped_whenever_it_comes(settings, honest, hostile, attack, place):
     if attack.startswith("copy") and place == 0:
         pytest.skip("there is nothing to copy yet")
@@ -255,6 +255,25 @@ def test_disagreement_with_the_others_alone_is_a_reason(settings, honest, hostil
     opposed.fixed = Examples(gate.fixed.texts, [1 - label for label in gate.fixed.labels])  # the probe itself is wrong
     with pytest.raises(QuarantineError, match="its correlation with 3 others is -"):
         judged(opposed, hostile["flipped labels"])
+
+
+def test_one_label_in_more_of_the_texts_than_allowed_alone_is_a_reason(settings, honest):
+    with pytest.raises(
+        QuarantineError, match=r"quarantined: it finds one label in \d\d\.\d% of the texts; 30\.0% are allowed; look"
+    ):
+        judged(gate_for(settings, max_share=0.3), honest["north"])
+
+
+def test_a_client_that_comes_again_is_no_copy_of_itself(settings, honest):
+    gate = gate_for(settings)
+    gate.accepted(judged(gate, honest["north"]), honest["north"], pool_of(PROBE))
+    assert judged(gate, dataclasses.replace(honest["north"], client_round=1)).figures["auc"] > 0.5
+
+
+def test_no_more_texts_of_the_last_pool_are_probed_with_than_the_gate_has(settings, honest):
+    gate = gate_for(settings, texts=10)
+    gate.accepted(judged(gate, honest["north"]), honest["north"], pool_of(PROBE))
+    assert gate.latest == PROBE.take(range(10))
 
 
 def test_a_small_probe_refuses_only_what_is_plainly_bad(settings, honest, hostile):

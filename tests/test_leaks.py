@@ -33,6 +33,8 @@ def test_a_shared_sequence_stops_the_return_and_quotes_nothing():
     with pytest.raises(LeakError, match="1 of 2 synthetic texts share more than 3 words in a row") as caught:
         check.check(["fine", "Yesterday MRS JONES came in; on a horse"])
     assert "at most 5" in str(caught.value)
+    with pytest.raises(LeakError, match="at most 4"):  # one word more than is allowed
+        check.check(["Mrs Jones came in"])
     assert not any(word in str(caught.value) for word in ("Jones", "JONES", "horse", "arm"))
 
 

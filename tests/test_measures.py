@@ -8,7 +8,9 @@ import torch
 from crosslm.evaluate import confusion_counts, distinct_ngrams
 from crosslm.records import Receipt, SyntheticSet, SyntheticText
 from crosslm.runs import arrivals
+from crosslm.runs.measures import LLMMeter
 from crosslm.server import StepRecord
+from crosslm.support.progress import Progress
 
 
 def written(*texts):
@@ -77,6 +79,14 @@ def test_the_judges_agreement_is_that_of_all_drafts_together():
     assert arrivals.judge_measures(says_good, record) == pytest.approx({"judge/drafts": 0.5, "judge/pool": 0.25})
     record.drafts = []
     assert arrivals.judge_measures(says_good, record) == {"judge/pool": 0.25}
+
+
+def test_as_many_tokens_count_for_the_perplexity_as_are_set(config, task):
+    few = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"perplexity_tokens": 3})})
+    tokenizer = SimpleNamespace(encode=lambda text, **_: text.split())
+    llm = SimpleNamespace(tokenizer=tokenizer, perplexity=lambda _, most, __: float(most))
+    meter = LLMMeter(None, few, task, Progress(), None, "one two three four")
+    assert meter.reading(llm, "before") == {"perplexity": 3.0}
 
 
 def test_few_selected_texts_are_warned_of_below_half_of_those_wanted(config):

@@ -350,6 +350,20 @@ def test_with_anchors_the_llm_stays_nearer_to_the_original_elsewhere(models, con
     assert divergence(10.0) < 0.7 * divergence(0.0)
 
 
+def test_gradients_are_clipped_to_the_norm_that_is_set(models, config, task):
+    server, norms = server_for(config, task, models, max_grad_norm=1e-3), []
+    drafts = synthesize(server.llm, task, config.synthesis, 4, 1)
+
+    def norm(*_):
+        gradients = [parameter.grad for parameter in server.llm.trainable_parameters()]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    server.optimizer.register_step_pre_hook(norm)
+    told = server.update_llm(drafts, torch.ones(4), 0)
+    assert all(entry["gradient_norm"] > 1e-3 for entry in told)  # as it was before
+    assert norms == [pytest.approx(1e-3, rel=0.01)] * len(told)
+
+
 def test_an_update_that_does_nothing_is_an_error(models, config, task):
     server = server_for(config, task, models, gamma_language_modeling=0.0, gamma_kl=0.0)
     drafts = synthesize(server.llm, task, config.synthesis, 4, 1)
@@ -718,4 +732,7 @@ def test_frozen_embeddings_stay_frozen_on_the_server_and_after_the_return(models
     slm = SLM.load(str(models / "bert"), task.labels, 32, 0, freeze_embeddings=True)
     client = Client("north", EXAMPLES, slm, config.slm.private, 0)
     client.install(download)
+    again = client.train()
+    assert torch.equal(again.slm.weights[table], upload.slm.weights[table])
+    client.restore(again.slm, 1, again.class_counts, [again.metrics])  # as in a run that goes on
     assert torch.equal(client.train().slm.weights[table], upload.slm.weights[table])
