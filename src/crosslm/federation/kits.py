@@ -27,7 +27,7 @@ from crosslm.errors import FederationError
 from crosslm.runs.folders import KIT_FILE, SILO_KIT_FILE, kits_in
 from crosslm.runs.rundir import LOCK
 from crosslm.sections.privacy import NO_ACCEPTANCE
-from crosslm.sections.section import Device, Positive, Section
+from crosslm.sections.section import Device, Encoding, Positive, Section
 from crosslm.sections.task import check_columns
 from crosslm.support.commands import command
 from crosslm.support.files import alone, missing
@@ -72,6 +72,8 @@ class SiloData(Section):
     them before and after each round. Told to nobody else. Not set, or not there: not measured."""
     text_column: str = "text"
     label_column: str = "label"
+    encoding: Encoding = "utf-8"
+    """Of CSV and JSONL files, by a name that Python knows it by: a spreadsheet on Windows may write ``cp1252``."""
     label_names: dict[str, str] = Field(default={})
     """The label for each name that the file has another name for."""
     skip_labels: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 from transformers import AutoConfig
 
-from crosslm.config import Config, FitConfig, PrivacyConfig
+from crosslm.config import Config, DataConfig, FitConfig, PrivacyConfig
 from crosslm.data.examples import Examples
 from crosslm.data.split import SAMPLE, load_split, not_independent, seen_before
 from crosslm.data.texts import load_examples
@@ -29,15 +29,17 @@ def data(config: Config, private_rows: dict[str, Examples]) -> Iterator[tuple[Fi
         config: of the run.
         private_rows: gets the rows of each client, if all can be read.
     """
-    named: list[tuple[str, str, str, str | None]] = []  # a file of test rows has no client
+    named: list[tuple[str, str, str, DataConfig, str | None]] = []  # a file of test rows has no client
     for silo in config.clients:
-        named.append((f"client {silo.id}", f"clients.{silo.id}.train", silo.train, silo.id))
+        own = config.data_of(silo)
+        named.append((f"client {silo.id}", f"clients.{silo.id}.train", silo.train, own, silo.id))
         if silo.test:
-            named.append((f"client {silo.id}, test", f"clients.{silo.id}.test", silo.test, None))
+            named.append((f"client {silo.id}, test", f"clients.{silo.id}.test", silo.test, own, None))
+    named.append(("data.test", "data.test", str(config.data.test), config.data, None))
     failed = False
-    for subject, key, name, client in [*named, ("data.test", "data.test", str(config.data.test), None)]:
+    for subject, key, name, how, client in named:
         try:
-            loaded = load_examples(name, config.data, config.task.labels, key)
+            loaded = load_examples(name, how, config.task.labels, key)
         except DataError as error:
             failed = True
             yield Finding("error", subject, str(error)), client

@@ -19,6 +19,19 @@ def _known_device(name: str) -> str:
 Device = Annotated[str, AfterValidator(_known_device)]
 
 
+def _known_encoding(name: str) -> str:
+    try:
+        "a".encode(name)
+    except (LookupError, ValueError) as error:
+        raise ValueError(
+            "must be an encoding of text that Python knows, like utf-8, cp1252 (Windows in Western Europe) or utf-16"
+        ) from error
+    return name
+
+
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
+
+
 class Section(BaseModel):
     """A part of the configuration: cannot be changed, knows no other keys than its own."""
 
