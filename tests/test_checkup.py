@@ -246,6 +246,13 @@ def test_doctor_looks_at_the_texts_of_a_server(kits, shell):
     assert error.startswith("error   gate.public_texts: ")
 
 
+def test_of_a_server_the_test_rows_tell_the_language(kits, shell):
+    rows = "".join(f"qzxv wkjp {row},{'good' if row % 2 else 'bad'}\n" for row in range(60))
+    (kits / "server" / "test.csv").write_text("text,label\n" + rows)
+    out = shell("doctor", kits / "server")[1]
+    assert any("so that it was hardly made for their language" in line for line in lines(out, "warning")), out
+
+
 def test_doctor_looks_at_a_silos_test_rows(kits, shell):
     kit = kits / "silos" / "silo-0"
     change(kit, data=read_silo(kit).data.model_copy(update={"test": "mine.csv"}))
