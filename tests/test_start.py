@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from crosslm.cli.main import EXTRAS
 from crosslm.config import PRESETS, Config
 from crosslm.config_file import load
 from crosslm.errors import ConfigError, ModelError, RunError
+from crosslm.models.pooling import made_by_mean
+from crosslm.models.sources import model_folder
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
 from crosslm.models.vocabulary import trimmable_tokenizer
 from crosslm.preflight import doctor, machine, memory, rows, starter
@@ -193,6 +196,8 @@ def test_a_pipe_is_not_asked(start):
         (("--verbalizer", "urgent=kind", "--verbalizer", "routine=kind"), "start with the same token"),
         (("--client", "../up"), "--client '../up': must start with a letter or digit"),
         (("--client", "test"), "--client 'test': must start with a letter or digit"),
+        (("--client", "münchen"), "64 at most, all of them ASCII: no ü or é)"),
+        (("--client", "mean"), "--client 'mean': must not be 'mean' nor end with '.partial'"),
         (("--name", "my task"), "--name 'my task': must start"),
         (("--slm", "./none"), "--slm = './none': no such model folder"),
     ],
@@ -202,6 +207,28 @@ def test_what_cannot_be_is_refused_before_anything_is_written(start, tmp_path, a
     assert code == 2
     assert message in err
     assert not (tmp_path / "tickets").exists()
+
+
+@pytest.mark.parametrize("given", [("--client", "münchen"), ("--client", "a", "--client", "a"), ("--name", "my task")])
+def test_a_name_is_refused_before_a_model_is_made_ready(start, monkeypatch, given):
+    for name in ("check_model", "model_folder"):
+        monkeypatch.setattr(f"crosslm.models.sources.{name}", refuse)
+    code, _, err = start(*given)
+    assert code == 2
+    assert err.startswith(f"error: {given[0]} '{given[1]}'")
+
+
+@pytest.mark.parametrize("what", ["run", "provision"])
+def test_the_name_of_a_silo_is_refused_before_anything_is_loaded(shell, workplace, tmp_path, monkeypatch, what):
+    monkeypatch.setattr("crosslm.models.sources.model_folder", refuse)
+    text = (workplace / "tickets.toml").read_text().replace('id = "north"', 'id = "münchen"')
+    (tmp_path / "tickets.toml").write_text(text)
+    address = ("--address", "localhost:1") if what == "provision" else ()
+    code, _, err = shell(what, tmp_path / "tickets.toml", *address, "--output", tmp_path / "out")
+    assert code == 2
+    assert "clients.0.id: must start with a letter or digit, go on with these or . _ - (64 at most" in err
+    assert "found 'münchen'" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_label_is_no_task(start):
@@ -284,6 +311,45 @@ def test_the_demo_models_get_what_suits_them(models):
     tables = tomllib.loads(text)
     assert tables["llm"]["vocabulary_texts"] == [starter.DEMO_SLM]
     assert tables["slm"]["freeze_embeddings"]
+
+
+def test_a_sentence_encoder_of_ones_own_gets_what_suits_the_demos(start, shell, models, tmp_path):
+    """Of pooling, rates and patience; beside it the LLM keeps its whole vocabulary, since it may be of any language."""
+    code, _, err = start("--slm", models / "encoder")
+    assert code == 0, err
+    config = load(tmp_path / "tickets" / "tickets.toml")
+    begun = starter.Start("x", {"bad": "", "good": ""}, ["a", "b"])
+    task = starter.draft(begun, load_tokenizer(str(models / "gemma3"), "x"))
+    demo = tomllib.loads(starter.as_toml(begun, task))
+    assert [spec.pooling for spec in config.slm.models] == ["mean"] == [demo["slm"]["models"][0]["pooling"]]
+    for step in ("private", "synthetic"):
+        fit = getattr(config.slm, step)
+        assert {name: getattr(fit, name) for name in demo["slm"][step]} == demo["slm"][step]
+    fill(tmp_path / "tickets")
+    assert shell("doctor", tmp_path / "tickets" / "tickets.toml")[0] == 0
+    other = starter.as_toml(replace(begun, slm=str(models / "encoder")), task)
+    assert "vocabulary_texts" not in tomllib.loads(other)["llm"]
+    assert "# vocabulary_texts = [" in other
+
+
+def test_only_a_bert_made_for_the_mean_of_its_tokens_is_taken_for_one(models, tmp_path):
+    found = {name: made_by_mean(str(models / name)) for name in ("encoder", "bert", "distilbert")}
+    assert found == {"encoder": True, "bert": False, "distilbert": False}
+    assert made_by_mean(model_folder(starter.DEMO_SLM, tmp_path))
+    folder = tmp_path / "encoder"
+    shutil.copytree(models / "encoder", folder)
+    for pooling, is_mean in (
+        ('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}', False),
+        ('{"pooling_mode": "cls"}', False),
+        ('{"pooling_mode_mean_tokens": true}', True),
+        ("no JSON", False),
+    ):
+        (folder / "1_Pooling" / "config.json").write_text(pooling)
+        assert made_by_mean(str(folder)) == is_mean
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    assert made_by_mean(str(folder))
+    (folder / "config.json").write_text('{"model_type": "roberta"}')
+    assert not made_by_mean(str(folder))
 
 
 # -- the doctor ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from crosslm.sections.federation import (
 from crosslm.sections.method import EvaluationConfig, RewardConfig, SelectionConfig, SynthesisConfig
 from crosslm.sections.models import FitConfig, LLMConfig, SLMConfig, SLMSpec
 from crosslm.sections.privacy import NO_ACCEPTANCE, PrivacyConfig
-from crosslm.sections.section import Device, Section
+from crosslm.sections.section import Device, Name, Section
 from crosslm.sections.task import ClientConfig, DataConfig, TaskConfig, check_columns
 
 __all__ = [
@@ -71,7 +71,7 @@ WHOLE = "# Written by crosslm, whole: no preset lies under this file. What it la
 class Config(Section):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: Name
     """Of the task; run folders are called after it."""
     preset: Preset = "recommended"
     """What lies under the file: the paper's method, or ours with what we think better."""

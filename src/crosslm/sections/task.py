@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from crosslm.sections.section import Encoding, Positive, Section
+from crosslm.sections.section import Encoding, Name, Positive, Section
 from crosslm.support.files import PARTIAL
 
 
@@ -62,7 +62,7 @@ def _said(words: str | tuple[str, ...] | None) -> bool:
 class ClientConfig(Section):
     """One silo with a file of its own."""
 
-    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    id: Name
     """The silo's name in reports and folders."""
     train: str
     """Private labelled text, in ``data.dir``."""
