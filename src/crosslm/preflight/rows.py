@@ -25,6 +25,7 @@ MANY_UNKNOWN, MANY_CUT = 0.05, 0.5  # shares of tokens and texts from which on t
 MANY_TOKENS = (
     1.6  # for a word: 1.0 to 1.2 in English with a model that knows it, 1.6 to 2.5 in others with one that not
 )
+OFF_BATCH = 0.2  # of the rows; nearer to all of them a batch is what was measured
 NO_WORD = re.compile(r"[\W\d_]+")
 
 
@@ -103,7 +104,15 @@ def count_rows(subject: str, source: str, examples: Examples, labels: Sequence[s
 
 
 def budget(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int, who: str) -> Iterator[Finding]:
-    """Whether a client can keep to ``privacy.epsilon``, and ``privacy.delta`` means anything with so many rows."""
+    """Whether a client can keep to ``privacy.epsilon``, and its batches and ``privacy.delta`` suit so many rows."""
+    if privacy.epsilon and privacy.trained_layers == 0 and abs(fit.batch_size - rows) > OFF_BATCH * rows:
+        yield Finding(
+            "warning",
+            "privacy",
+            f"{who}: slm.private.batch_size = {fit.batch_size} with {rows} rows: a head alone was measured with "
+            f"batches of all rows (docs/privacy.md); set it to {rows}, which between machines is "
+            "fit.batch_size in silo.toml",
+        )
     if privacy.epsilon and find_spec("opacus") is None:
         return  # which is said once
     try:
