@@ -278,6 +278,7 @@ def workplace(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         kind="request",
         llm=str(models / "gemma3"),
         slm=str(models / "bert"),
+        has_mean=False,
         encoder=str(models / "encoder"),
     )
     task = draft(start, load_tokenizer(start.llm, start.llm))

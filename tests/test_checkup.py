@@ -11,7 +11,7 @@ import pytest
 import tomli_w
 
 import crosslm
-from crosslm.config import AcceptanceConfig, Config, IntakeConfig, PrivacyConfig, SLMSpec
+from crosslm.config import AcceptanceConfig, Config, FitConfig, IntakeConfig, PrivacyConfig, SLMSpec
 from crosslm.errors import CrosslmError
 from crosslm.federation import checkup
 from crosslm.federation import provision as provision_module
@@ -257,6 +257,13 @@ def test_doctor_looks_at_the_texts_of_a_server(kits, shell):
     assert error.startswith("error   gate.public_texts: ")
 
 
+def test_of_a_server_the_test_rows_tell_the_language(kits, shell):
+    rows = "".join(f"qzxv wkjp {row},{'good' if row % 2 else 'bad'}\n" for row in range(60))
+    (kits / "server" / "test.csv").write_text("text,label\n" + rows)
+    out = shell("doctor", kits / "server")[1]
+    assert any("so that it was hardly made for their language" in line for line in lines(out, "warning")), out
+
+
 def test_doctor_looks_at_a_silos_test_rows(kits, shell):
     kit = kits / "silos" / "silo-0"
     change(kit, data=read_silo(kit).data.model_copy(update={"test": "mine.csv"}))
@@ -311,6 +318,19 @@ def test_a_silos_budget_is_looked_at_beside_its_rows(kits, shell):
     code, out, _ = shell("doctor", kit)
     assert code == 2
     assert any("silo silo-0: privacy.epsilon = 0.01 cannot be kept" in line for line in lines(out, "error"))
+
+
+@pytest.mark.parametrize(("batch", "layers", "told"), [(200, 0, True), (4, 0, True), (16, 0, False), (200, 1, False)])
+def test_a_batch_that_is_not_of_all_rows_is_told_where_the_head_alone_is_trained(kits, shell, batch, layers, told):
+    kit = kits / "silos" / "silo-0"  # of 15 rows
+    private = PrivacyConfig(epsilon=8.0, trained_layers=layers)
+    change(kit, privacy=private, acceptance=AcceptanceConfig(), fit=FitConfig(batch_size=batch))
+    out = shell("doctor", kit)[1]
+    message = (
+        f"privacy: silo silo-0: slm.private.batch_size = {batch} with 15 rows: a head alone was measured with batches "
+        "of all rows (docs/privacy.md); set it to 15, which between machines is fit.batch_size in silo.toml"
+    )
+    assert any(message in line for line in lines(out, "warning")) == told, out
 
 
 def test_a_server_looks_for_the_trackers_that_its_configuration_asks_for(kits, shell, monkeypatch):

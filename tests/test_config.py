@@ -272,7 +272,7 @@ def put(section, key, value):
             (lambda tables, name=name: tables.update(clients=[{"id": name, "train": "x"}]), rf"0: id must {why}")
             for name, why in (("mean", "not be 'mean'"), ("north.partial", "not end with '.partial'"))
         ),
-        (lambda tables: tables.update(name="../up"), r"name: .*pattern"),
+        (lambda tables: tables.update(name="../up"), r"name: must start with a letter or digit, go on"),
         (put("llm", "learning_rate", float("nan")), r"llm.learning_rate: .*finite"),
     ],
 )

@@ -65,7 +65,8 @@ def test_rows_without_text_or_not_utf8_are_left_out_counted_and_named(tmp_path, 
     assert loaded.examples == Examples(["fine", "poor"], [1, 0])
     empty, broken = loaded.warnings()
     assert empty.endswith("x.csv: 2 rows (2, 4) left out: no text")
-    assert broken.endswith("x.csv: 1 row (3) left out: not UTF-8; save the file as UTF-8")
+    windows = 'or if it is of Windows say data.encoding = "cp1252"'
+    assert broken.endswith(f"x.csv: 1 row (3) left out: not UTF-8; save the file as UTF-8, {windows}")
 
 
 def test_blank_lines_above_the_names_of_columns_do_no_harm(tmp_path, data):
@@ -96,6 +97,138 @@ def test_a_file_of_another_encoding_is_named_as_such(tmp_path, data):
         book.writestr("xl/workbook.xml", "")
     with pytest.raises(DataError, match=r"z\.csv: is a spreadsheet's own file .* save as CSV UTF-8"):
         load_examples("z.csv", data, LABELS)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-16", "utf-8", "UTF8", "utf-8-sig"])
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl.gz"])
+def test_a_file_is_read_in_the_encoding_that_is_named(tmp_path, encoding, name):
+    text = as_csv(ROWS) if name == "x.csv" else '{"text": "über", "label": "good"}\n'
+    content = text.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    loaded = load_examples(name, DataConfig(dir=str(tmp_path), test="x", encoding=encoding), LABELS)
+    assert loaded.examples.texts[-1] == "über"
+    assert not loaded.warnings()
+
+
+def test_rows_that_are_not_of_the_named_encoding_are_left_out_too(tmp_path):
+    data = DataConfig(dir=str(tmp_path), test="x", encoding="cp1252")
+    (tmp_path / "x.csv").write_bytes(b"text,label\nfine,good\nno \x81,bad\npoor,bad\n")
+    loaded = load_examples("x.csv", data, LABELS)
+    assert loaded.examples == Examples(["fine", "poor"], [1, 0])
+    assert loaded.warnings()[0].endswith(
+        "1 row (2) left out: not cp1252; save the file as UTF-8, or name its own in data.encoding"
+    )
+    (tmp_path / "x.csv").write_bytes("text,label\ncafé,bad\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"x\.csv: is UTF-16 and must be UTF-8 or cp1252; save it so"):
+        load_examples("x.csv", data, LABELS)
+    (tmp_path / "x.csv").write_bytes(b"\xff\xfet")
+    with pytest.raises(
+        DataError, match=r"x\.csv: is not utf-16, as data.encoding says: .*; name its own there, or save"
+    ):
+        load_examples("x.csv", data.model_copy(update={"encoding": "utf-16"}), LABELS)
+
+
+def test_utf8_under_the_name_of_another_encoding_is_doubted_and_with_its_mark_is_read_as_it_is(tmp_path):
+    data = DataConfig(dir=str(tmp_path), test="x", encoding="cp1252")
+    (tmp_path / "x.csv").write_text(as_csv(ROWS), encoding="utf-8")
+    [doubt] = load_examples("x.csv", data, LABELS).warnings()
+    told = (
+        'x.csv: read as cp1252, and its letters look like UTF-8: they may be wrong; if so, say data.encoding = "utf-8"'
+    )
+    assert doubt.endswith(told)
+    (tmp_path / "x.csv").write_text(as_csv(ROWS), encoding="utf-8-sig")
+    loaded = load_examples("x.csv", data, LABELS)
+    assert loaded.examples.texts[-1] == "über"
+    assert not loaded.warnings()
+
+
+def test_windows_is_no_remedy_where_other_rows_are_utf8_or_the_bytes_are_not_its_own(tmp_path, data):
+    for line in ("über,good\n".encode(), b"no \x81,good\n"):
+        (tmp_path / "x.csv").write_bytes(b"text,label\ncaf\xe9,good\nfine,good\npoor,bad\n" + line)
+        [broken] = load_examples("x.csv", data, LABELS).warnings()
+        assert broken.endswith("not UTF-8; save the file as UTF-8")
+
+
+def test_a_label_that_is_lost_with_rows_of_another_encoding_is_an_error(tmp_path):
+    data = DataConfig(dir=str(tmp_path), test="x", label_names={"Geb": "Gebäude"})
+    labels = ("Kfz", "Gebäude")
+    for theirs in ("Gebäude", "Geb"):  # in bytes of its own the label cannot be read either
+        rows = f"text,label\nBlech,Kfz\nDächer,{theirs}\nWände,{theirs}\nÖl,Kfz\n"
+        (tmp_path / "x.csv").write_bytes(rows.encode("cp1252"))
+        with pytest.raises(DataError) as caught:
+            load_examples("x.csv", data, labels)
+        assert str(caught.value).endswith(
+            "x.csv: 2 rows (2, 3) labelled 'Gebäude' must be read, or none of that label is left: "
+            'not UTF-8; save the file as UTF-8, or if it is of Windows say data.encoding = "cp1252"'
+        )
+    with (tmp_path / "x.csv").open("ab") as file:
+        file.write(b"Keller,Geb\n")
+    assert len(load_examples("x.csv", data, labels).examples) == 2
+    read = load_examples("x.csv", data.model_copy(update={"encoding": "cp1252"}), labels)
+    assert read.examples.class_counts(2) == [2, 3]
+
+
+def test_a_name_of_a_column_in_another_encoding_is_told_as_such(tmp_path, data):
+    (tmp_path / "x.csv").write_bytes("Geschäft,label\nfine,good\n".encode("cp1252"))
+    with pytest.raises(DataError) as caught:
+        load_examples("x.csv", data, LABELS)
+    assert str(caught.value).endswith(
+        "no column 'text'; its columns are: Gesch\ufffdft, label; not UTF-8; save the file as UTF-8, or if it is of "
+        'Windows say data.encoding = "cp1252"; or name yours in data.text_column'
+    )
+
+
+@pytest.mark.parametrize("encoding", ["cp1253x", "hex", "", "a\0b"])
+def test_an_encoding_that_there_is_not_is_refused_with_the_configuration(settings, encoding):
+    settings["data"]["encoding"] = encoding
+    with pytest.raises(ValidationError, match="must be an encoding of text that Python knows, like utf-8, cp1252"):
+        Config.model_validate(settings)
+
+
+def test_each_silos_files_may_have_columns_and_an_encoding_of_their_own(settings, data_folder):
+    (data_folder / "a.csv").write_bytes("Meldung;,Sparte,text\nHügel,good,x\nfein,bad,y\n".encode("cp1252"))
+    (data_folder / "a-test.csv").write_bytes("Meldung;,Sparte\nTür,good\n".encode("cp1252"))
+    (data_folder / "b.jsonl").write_text('{"text": "grün", "kind": "bad"}\n{"text": "rot", "kind": "good"}\n')
+    own = {"text_column": "Meldung;", "label_column": "Sparte", "encoding": "cp1252"}
+    a = {"id": "a", "train": "a.csv", "test": "a-test.csv", **own}
+    b = {"id": "b", "train": "b.jsonl", "label_column": "kind"}
+    settings["data"] = {"dir": str(data_folder), "test": "test.csv"}
+    split = load_split(Config.model_validate(settings | {"clients": [a, b]}))
+    assert split.private == {"a": Examples(["Hügel", "fein"], [1, 0]), "b": Examples(["grün", "rot"], [0, 1])}
+    assert split.tests["a"] == Examples(["Tür"], [1])
+    del b["label_column"]
+    with pytest.raises(DataError) as caught:
+        load_split(Config.model_validate(settings | {"clients": [a, b]}))
+    assert str(caught.value).endswith(
+        "b.jsonl: row 1 has no column 'label'; its columns are: text, kind; name yours in clients.b.label_column "
+        '(or data.label_column, for all silos without their own), or say data.skip_labels = [""] to leave out rows '
+        "without a label"
+    )
+    a["text_column"] = "Text"
+    with pytest.raises(
+        DataError, match=r"a\.csv: no column 'Text'; .*; name yours in clients\.a\.text_column \(or data"
+    ):
+        load_split(Config.model_validate(settings | {"clients": [a, b]}))
+
+
+def test_a_silos_own_columns_must_be_two(settings, data_folder):
+    settings["data"] = {"dir": str(data_folder), "test": "test.csv"}
+    clients = [{"id": "a", "train": "a.csv", "text_column": "label"}]
+    with pytest.raises(
+        ValidationError, match=r"clients\.a: text_column and label_column must be two .* 'label' for both"
+    ):
+        Config.model_validate(settings | {"clients": clients})
+
+
+@pytest.mark.parametrize(("label", "kind"), [(["bad", "good"], "a list"), ({"a": 1}, "an object")])
+def test_a_row_has_one_label(tmp_path, data, label, kind):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "fine", "label": label}) + "\n")
+    with pytest.raises(DataError) as caught:
+        load_examples("x.jsonl", data, LABELS)
+    assert str(caught.value).endswith(
+        f"x.jsonl: row 1 has {kind} in the column 'label', and a row has one label: write that one, or where a text "
+        "may have several make a task of yes and no for each"
+    )
 
 
 def test_spaces_around_names_of_columns_and_labels_do_not_count(tmp_path, data):
@@ -420,15 +553,16 @@ def test_an_empty_silo_is_refused_and_one_of_a_single_class_warned_of(settings, 
 
 def test_rows_and_lines_that_are_left_out_are_told_of_every_file(settings, data_folder):
     told = []
-    (data_folder / "some.csv").write_bytes(b"text,label\nfine,good\ncaf\xe9,bad\n")
+    (data_folder / "some.csv").write_bytes(b"text,label\nfine,good\ncaf\xe9,bad\npoor,bad\n")
     settings["gate"] = {"public_texts": "some.csv"}
     settings["data"]["test"] = "some.csv"
     config = Config.model_validate(settings)
-    assert len(public_texts(config, told.append)) == len(rows_to_test(config, told.append)) == 1
-    left_out = "some.csv: 1 row (2) left out: not UTF-8; save the file as UTF-8"
+    assert len(public_texts(config, told.append)) == len(rows_to_test(config, told.append)) == 2
+    windows = 'or if it is of Windows say data.encoding = "cp1252"'
+    left_out = f"some.csv: 1 row (2) left out: not UTF-8; save the file as UTF-8, {windows}"
     assert [line.split("/")[-1] for line in told] == [left_out] * 2
-    assert readable_lines(data_folder / "some.csv", told.append) == ["text,label", "fine,good"]
-    assert told[-1].endswith("some.csv: 1 of 3 lines left out: not UTF-8")
+    assert readable_lines(data_folder / "some.csv", told.append) == ["text,label", "fine,good", "poor,bad"]
+    assert told[-1].endswith("some.csv: 1 of 4 lines left out: not UTF-8")
 
 
 def test_too_few_rows_for_judge_and_clients_names_the_field(config):

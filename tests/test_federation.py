@@ -317,6 +317,18 @@ def test_a_silo_reads_labels_under_the_names_that_its_file_has(federated, tmp_pa
     assert Silo(kit, tmp_path / "cache").private().class_counts(2) == list(counts)
 
 
+def test_a_silos_own_columns_and_encoding_go_into_its_kit(federated, tmp_path):
+    federated["clients"][0] |= {"text_column": "Meldung", "label_column": "Sparte", "encoding": "cp1252"}
+    federated["data"]["encoding"] = "latin-1"
+    provision(Config.model_validate(federated), "localhost:9400", tmp_path / "kits")
+    kits = [tmp_path / "kits" / "silos" / f"silo-{number}" for number in (0, 1)]
+    own, other = (read_silo(kit).data for kit in kits)
+    assert (own.text_column, own.label_column, own.encoding) == ("Meldung", "Sparte", "cp1252")
+    assert (other.text_column, other.label_column, other.encoding) == ("text", "label", "latin-1")
+    (kits[0] / "silo-0.csv").write_bytes("Meldung,Sparte\nHügel – fein,good\nTür,bad\n".encode("cp1252"))
+    assert Silo(kits[0], tmp_path / "cache").private().texts == ["Hügel – fein", "Tür"]
+
+
 def test_a_silo_is_added_without_touching_the_others(kits, federated):
     before = {path: path.read_bytes() for path in kits.rglob("*") if path.is_file()}
     federated["clients"].append({"id": "late", "train": "silo-0.csv"})

@@ -7,20 +7,25 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import BAD, GOOD, TINY_AMOUNTS, sentences
-from transformers import AutoConfig, AutoModel, BertConfig, Gemma3TextConfig, MistralConfig
+from transformers import AutoConfig, AutoModel, BertConfig, BertTokenizerFast, Gemma3TextConfig, MistralConfig
 
 from crosslm.cli import main as cli
 from crosslm.cli.main import EXTRAS
-from crosslm.config import PRESETS
+from crosslm.config import PRESETS, Config
 from crosslm.config_file import load
 from crosslm.errors import ConfigError, ModelError, RunError
+from crosslm.models.pooling import made_by_mean
+from crosslm.models.sources import model_folder
 from crosslm.models.tokens import load_tokenizer, verbalizer_ids
-from crosslm.preflight import doctor, machine, memory, starter
+from crosslm.models.vocabulary import trimmable_tokenizer
+from crosslm.preflight import doctor, machine, memory, rows, starter
+from crosslm.runs.preparation import original_llm
 from crosslm.task import Task
 
 ROOT = Path(__file__).parents[1]
@@ -191,6 +196,8 @@ def test_a_pipe_is_not_asked(start):
         (("--verbalizer", "urgent=kind", "--verbalizer", "routine=kind"), "start with the same token"),
         (("--client", "../up"), "--client '../up': must start with a letter or digit"),
         (("--client", "test"), "--client 'test': must start with a letter or digit"),
+        (("--client", "münchen"), "64 at most, all of them ASCII: no ü or é)"),
+        (("--client", "mean"), "--client 'mean': must not be 'mean' nor end with '.partial'"),
         (("--name", "my task"), "--name 'my task': must start"),
         (("--slm", "./none"), "--slm = './none': no such model folder"),
     ],
@@ -200,6 +207,28 @@ def test_what_cannot_be_is_refused_before_anything_is_written(start, tmp_path, a
     assert code == 2
     assert message in err
     assert not (tmp_path / "tickets").exists()
+
+
+@pytest.mark.parametrize("given", [("--client", "münchen"), ("--client", "a", "--client", "a"), ("--name", "my task")])
+def test_a_name_is_refused_before_a_model_is_made_ready(start, monkeypatch, given):
+    for name in ("check_model", "model_folder"):
+        monkeypatch.setattr(f"crosslm.models.sources.{name}", refuse)
+    code, _, err = start(*given)
+    assert code == 2
+    assert err.startswith(f"error: {given[0]} '{given[1]}'")
+
+
+@pytest.mark.parametrize("what", ["run", "provision"])
+def test_the_name_of_a_silo_is_refused_before_anything_is_loaded(shell, workplace, tmp_path, monkeypatch, what):
+    monkeypatch.setattr("crosslm.models.sources.model_folder", refuse)
+    text = (workplace / "tickets.toml").read_text().replace('id = "north"', 'id = "münchen"')
+    (tmp_path / "tickets.toml").write_text(text)
+    address = ("--address", "localhost:1") if what == "provision" else ()
+    code, _, err = shell(what, tmp_path / "tickets.toml", *address, "--output", tmp_path / "out")
+    assert code == 2
+    assert "clients.0.id: must start with a letter or digit, go on with these or . _ - (64 at most" in err
+    assert "found 'münchen'" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_label_is_no_task(start):
@@ -282,6 +311,45 @@ def test_the_demo_models_get_what_suits_them(models):
     tables = tomllib.loads(text)
     assert tables["llm"]["vocabulary_texts"] == [starter.DEMO_SLM]
     assert tables["slm"]["freeze_embeddings"]
+
+
+def test_a_sentence_encoder_of_ones_own_gets_what_suits_the_demos(start, shell, models, tmp_path):
+    """Of pooling, rates and patience; beside it the LLM keeps its whole vocabulary, since it may be of any language."""
+    code, _, err = start("--slm", models / "encoder")
+    assert code == 0, err
+    config = load(tmp_path / "tickets" / "tickets.toml")
+    begun = starter.Start("x", {"bad": "", "good": ""}, ["a", "b"])
+    task = starter.draft(begun, load_tokenizer(str(models / "gemma3"), "x"))
+    demo = tomllib.loads(starter.as_toml(begun, task))
+    assert [spec.pooling for spec in config.slm.models] == ["mean"] == [demo["slm"]["models"][0]["pooling"]]
+    for step in ("private", "synthetic"):
+        fit = getattr(config.slm, step)
+        assert {name: getattr(fit, name) for name in demo["slm"][step]} == demo["slm"][step]
+    fill(tmp_path / "tickets")
+    assert shell("doctor", tmp_path / "tickets" / "tickets.toml")[0] == 0
+    other = starter.as_toml(replace(begun, slm=str(models / "encoder")), task)
+    assert "vocabulary_texts" not in tomllib.loads(other)["llm"]
+    assert "# vocabulary_texts = [" in other
+
+
+def test_only_a_bert_made_for_the_mean_of_its_tokens_is_taken_for_one(models, tmp_path):
+    found = {name: made_by_mean(str(models / name)) for name in ("encoder", "bert", "distilbert")}
+    assert found == {"encoder": True, "bert": False, "distilbert": False}
+    assert made_by_mean(model_folder(starter.DEMO_SLM, tmp_path))
+    folder = tmp_path / "encoder"
+    shutil.copytree(models / "encoder", folder)
+    for pooling, is_mean in (
+        ('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}', False),
+        ('{"pooling_mode": "cls"}', False),
+        ('{"pooling_mode_mean_tokens": true}', True),
+        ("no JSON", False),
+    ):
+        (folder / "1_Pooling" / "config.json").write_text(pooling)
+        assert made_by_mean(str(folder)) == is_mean
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    assert made_by_mean(str(folder))
+    (folder / "config.json").write_text('{"model_type": "roberta"}')
+    assert not made_by_mean(str(folder))
 
 
 # -- the doctor ----------------------------------------------------------------------------------
@@ -506,6 +574,62 @@ def test_what_a_classifier_cannot_read_of_its_texts_is_told(shell, workplace, tm
     assert "(routine 58, urgent 2); fewer than 10 of urgent: add more" in out
     out = shell(*command, "--set", "slm.max_length=4000")[1]
     assert "the 64 tokens that its classifier reads of each" in out  # it has no more
+
+
+def test_a_model_that_was_hardly_made_for_the_rows_language_is_told(shell, workplace, tmp_path):
+    for name in ("north", "south", "test"):
+        words = "".join(f"qzxv wkjp {row},{'urgent' if row % 2 else 'routine'}\n" for row in range(60))
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + words)
+    command = ("doctor", workplace / "tickets.toml", "--data-dir", tmp_path)
+    out = shell(*command)[1]
+    assert re.search(
+        r"llm\.model: it takes \d\.\d tokens for a word of the rows, so that it was hardly made for their language: "
+        r"name one that was; if there is none, raise synthesis\.max_new_tokens \(\d+ tokens are some \d+ words\)",
+        out,
+    ), out
+
+
+@pytest.mark.parametrize(("word", "rate"), [("well", 1.0), ("unwell", 2.0)])
+def test_how_many_tokens_a_classifier_takes_for_a_word(tmp_path, word, rate):
+    vocabulary = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "[PAD]": 3, "un": 4, "##well": 5, "well": 6, "1": 7, ",": 8}
+    BertTokenizerFast(vocab=vocabulary, model_max_length=12).save_pretrained(tmp_path)
+    BertConfig(max_position_embeddings=12).save_pretrained(tmp_path)
+    found = [str(finding) for finding in rows.reading("client a", str(tmp_path), 10, [f"{word}, 1, 1"] * 3)]
+    told = (
+        "client a: its classifier takes 2.0 tokens for a word of its texts, so that it was hardly made for their "
+        "language: name one that was in slm.models, and in selection.encoder; if there is none, raise slm.max_length "
+        "(10 tokens are some 5 words)"
+    )
+    assert found == ([told] if rate >= rows.MANY_TOKENS else [])
+
+
+def test_where_a_script_has_no_spaces_a_character_is_a_word():
+    assert rows.tokens_a_word(len, ["我需要帮助。", "你好 12"]) == pytest.approx(1)
+    assert rows.tokens_a_word(lambda text: 2 * len(text.split()), ["Über 12 Öfen, oder?"]) == 2.0
+
+
+def test_a_vocabulary_that_was_trimmed_to_another_language_is_told(models, settings, tmp_path):
+    (tmp_path / "public.txt").write_text("a good day\n")
+    settings["data"]["dir"] = str(tmp_path)
+    settings["llm"] |= {"model": str(models / "gemma3"), "vocabulary_texts": ["public.txt"]}
+    config = Config.model_validate(settings)
+    texts = sentences(GOOD, 5)
+    folder = config.llm.model
+    tokenizer, description = trimmable_tokenizer(folder)
+    found = list(doctor.language(config, folder, tokenizer, description, texts, tmp_path))
+    assert [finding.subject for finding in found] == ["llm.vocabulary_texts"], found
+    assert re.fullmatch(
+        r"it takes \d\.\d tokens for a word of the rows, and 1\.\d with its whole vocabulary: leave "
+        r"llm\.vocabulary_texts out, or name text of their language there",
+        found[0].message,
+    )
+    made = original_llm(
+        config, tmp_path, lambda _: None
+    )  # once it is made its own tokenizer is asked, which counts alike
+    assert Path(made).parent == tmp_path / "models"
+    assert list(doctor.language(config, folder, tokenizer, description, texts, tmp_path)) == found
+    whole = config.model_copy(update={"llm": config.llm.model_copy(update={"vocabulary_texts": ()})})
+    assert not list(doctor.language(whole, folder, tokenizer, {}, texts, tmp_path))
 
 
 def test_little_memory_and_little_disk_are_warned_of(shell, workplace, monkeypatch):

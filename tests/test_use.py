@@ -130,6 +130,19 @@ def test_labels_under_the_names_of_the_data_count_as_theirs(shell, workplace, tm
     assert told[0][2] == told[1][2] != ""
 
 
+def test_the_columns_are_those_of_the_clients_own_rows(shell, workplace, tmp_path):
+    shutil.copytree(workplace / "runs" / "tickets-1", tmp_path / "run")
+    config = tmp_path / "run" / "config.toml"
+    given = tomllib.loads(config.read_text())
+    given["clients"][1] |= {"text_column": "body", "label_column": "kind"}
+    config.write_text(tomli_w.dumps(given))
+    rows = (workplace / "test.csv").read_text().replace("text,label", "body,kind")
+    (tmp_path / "test.csv").write_text(rows)
+    code, out, err = shell("predict", tmp_path / "run", "--client", "south", tmp_path / "test.csv")
+    assert (code, out.splitlines()[0].split(",")[:2]) == (0, ["body", "kind"])
+    assert "rows that have a label" in err
+
+
 def test_labels_that_the_task_does_not_know_are_told_since_they_do_not_count(shell, workplace, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(workplace / "runs" / "tickets-1", run)

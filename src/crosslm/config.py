@@ -20,8 +20,8 @@ from crosslm.sections.federation import (
 from crosslm.sections.method import EvaluationConfig, RewardConfig, SelectionConfig, SynthesisConfig
 from crosslm.sections.models import FitConfig, LLMConfig, SLMConfig, SLMSpec
 from crosslm.sections.privacy import NO_ACCEPTANCE, PrivacyConfig
-from crosslm.sections.section import Device, Section
-from crosslm.sections.task import ClientConfig, DataConfig, TaskConfig
+from crosslm.sections.section import Device, Name, Section
+from crosslm.sections.task import ClientConfig, DataConfig, TaskConfig, check_columns
 
 __all__ = [
     "PRESETS",
@@ -71,7 +71,7 @@ WHOLE = "# Written by crosslm, whole: no preset lies under this file. What it la
 class Config(Section):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: Name
     """Of the task; run folders are called after it."""
     preset: Preset = "recommended"
     """What lies under the file: the paper's method, or ours with what we think better."""
@@ -127,10 +127,25 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _two_columns_of_each_client(self) -> Self:
+        for client in self.clients:
+            data = self.data_of(client)
+            try:
+                check_columns(data.text_column, data.label_column)
+            except ValueError as error:
+                raise ValueError(f"clients.{client.id}: {error}") from error
+        return self
+
+    @model_validator(mode="after")
     def _no_acceptance_under_dp(self) -> Self:
         if self.privacy.epsilon is not None and self.acceptance.enabled:
             raise ValueError(NO_ACCEPTANCE)
         return self
+
+    def data_of(self, client: ClientConfig) -> DataConfig:
+        """How a client's own files are read: as ``[data]`` says, but for what the client says itself."""
+        own = {"text_column": client.text_column, "label_column": client.label_column, "encoding": client.encoding}
+        return self.data.model_copy(update={name: value for name, value in own.items() if value is not None})
 
     @property
     def texts_in_the_end(self) -> tuple[int, int]:

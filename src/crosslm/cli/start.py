@@ -35,7 +35,11 @@ def init(
     ] = [],  # noqa: B006  typer's way
     clients: Annotated[
         list[str],
-        typer.Option("--client", metavar="NAME", help="A silo, once for each. [default: north and south]"),
+        typer.Option(
+            "--client",
+            metavar="NAME",
+            help="A silo, once for each: ASCII letters, digits and . _ - after the first. [default: north and south]",
+        ),
     ] = [],  # noqa: B006
     kind: Annotated[
         str | None, typer.Option("--kind", help="What the texts are, in the singular: review, support request.")
@@ -65,29 +69,33 @@ def init(
             "standard input is not a terminal that could be asked; give --label NAME=DESCRIPTION for each"
         )
     quiet_libraries()
+    from crosslm.models.pooling import made_by_mean
     from crosslm.models.sources import cache_folder, check_model, model_folder
     from crosslm.models.tokens import load_tokenizer
-    from crosslm.preflight.starter import DEMO_LLM, DEMO_SLM, Start, draft, is_its_name, write_start
+    from crosslm.preflight.starter import DEMO_LLM, DEMO_SLM, Start, check_names, draft, is_its_name, write_start
 
+    name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", folder.absolute().name).strip("-._") or "task"
+    check_names(folder, name, clients)  # before anything is asked or loaded
     llm, slm, encoder = (_anywhere(model) for model in (llm or DEMO_LLM, slm or DEMO_SLM, encoder or DEMO_SLM))
     for key, model in (("--slm", slm), ("--encoder", encoder), ("--llm", llm)):
-        check_model(model, key)  # before anything is asked
-    again = ""
+        check_model(model, key)
+    again, cache = "", cache_folder(cache_dir)
     if not labels:
         labels, kind = _asked(kind)
         answers = [f"--kind={kind}", *(f"--label={label}" for label in labels)]
         again = f"\nYour answers, to give them again: {in_shell(*answers)}"
     start = Start(
-        name or re.sub(r"[^A-Za-z0-9._-]+", "-", folder.absolute().name).strip("-._") or "task",
+        name,
         _pairs("--label", labels),
         clients or ["north", "south"],
         kind or "text",
         llm,
         slm,
+        made_by_mean(model_folder(slm, cache, _say)),
         encoder,
         _pairs("--verbalizer", verbalizers),
     )
-    tokenizer = load_tokenizer(model_folder(llm, cache_folder(cache_dir), _say), llm)
+    tokenizer = load_tokenizer(model_folder(llm, cache, _say), llm)
     try:
         task = draft(start, tokenizer)
         written = write_start(folder, start, task)

@@ -76,7 +76,7 @@ def predict(
         typer.Option("--format", help="Of the input. [default: by the file's name; text, one a line, without a file]"),
     ] = None,
     text_column: Annotated[
-        str | None, typer.Option("--text-column", help="Column to classify. [default: data.text_column of the run]")
+        str | None, typer.Option("--text-column", help="Column to classify. [default: the one of its training rows]")
     ] = None,
     as_jsonl: Annotated[
         bool, typer.Option("--jsonl", help="Write JSONL, which is the default for JSONL; CSV otherwise.")
@@ -219,7 +219,7 @@ def _classifier(folder: Path, client: str, own: bool) -> "tuple[SLM, DataConfig 
             markup=False,
             soft_wrap=True,
         )
-    return slm, run.config.data
+    return slm, next((run.config.data_of(silo) for silo in run.config.clients if silo.id == client), run.config.data)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from crosslm.support.files import partial_of
 from crosslm.support.writing import writing
 
 Row = dict[str, object]
+UTF_8 = "utf-8"
 NOT_UTF8 = "\ufffd"
 """What stands in the place of bytes that are not UTF-8."""
 SHOWN, SHOWN_WORDS = 40, 3  # letters and words of what an error shows as the name of a label or column
@@ -59,11 +60,20 @@ def _is_gzipped(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-def content_of(path: Path) -> bytes:
+def is_utf8(encoding: str) -> bool:
+    """Whether an encoding is UTF-8, under whichever of its names, with a mark at the beginning or not."""
+    return codecs.lookup(encoding).name in (UTF_8, "utf-8-sig")
+
+
+def content_of(path: Path, encoding: str = UTF_8) -> bytes:
     """The bytes of a text file, unpacked if it is gzipped.
 
+    Args:
+        path: of the file.
+        encoding: that it is to have.
+
     Raises:
-        DataError: it cannot be read, or is UTF-16 or a spreadsheet's own file.
+        DataError: it cannot be read, or is a spreadsheet's own file, or UTF-16 where it is to be something else.
     """
     try:
         content = path.read_bytes()
@@ -74,8 +84,10 @@ def content_of(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read; is the file whole, and yours to read? {error}") from error
     if content.startswith(b"PK\x03\x04"):
         raise DataError(f"{path}: is a spreadsheet's own file (or a ZIP archive) and must be text: save as CSV UTF-8")
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path}: is UTF-16 and must be UTF-8; save it so (in a spreadsheet: CSV UTF-8)")
+    is_wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not is_wide:
+        wanted = "UTF-8" if is_utf8(encoding) else f"UTF-8 or {encoding}"
+        raise DataError(f"{path}: is UTF-16 and must be {wanted}; save it so (in a spreadsheet: CSV UTF-8)")
     return content
 
 
@@ -179,7 +191,7 @@ def write_rows(rows: Iterable[Row], kind: RowFormat, path: Path | None) -> int:
 
 def _readable(lines: Iterable[str], on_broken: Callable[[], None]) -> Iterator[str]:
     for line in lines:
-        whole = _without_surrogates(line)
+        whole = without_surrogates(line)
         if whole != line:
             on_broken()
         yield whole
@@ -188,7 +200,7 @@ def _readable(lines: Iterable[str], on_broken: Callable[[], None]) -> Iterator[s
 def _encodable(row: Row, on_broken: Callable[[], None]) -> Row:
     """A row without bytes that are not UTF-8 and halves of characters, in whatever depth."""
     written = json.dumps(row, ensure_ascii=False)
-    whole = _without_surrogates(written)
+    whole = without_surrogates(written)
     if whole == written:
         return row
     on_broken()
@@ -196,7 +208,8 @@ def _encodable(row: Row, on_broken: Callable[[], None]) -> Row:
     return mended
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
+    """A text with a mark in the place of what could not be decoded, so that it can be shown and written."""
     return "".join(NOT_UTF8 if "\ud800" <= letter <= "\udfff" else letter for letter in text)
 
 

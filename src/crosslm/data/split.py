@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from crosslm.config import Config
+from crosslm.config import Config, DataConfig
 from crosslm.data.examples import Examples
 from crosslm.data.hub import HUB
 from crosslm.data.texts import is_there, load_examples
@@ -40,7 +40,7 @@ def load_split(config: Config) -> Split:
     data, labels = config.data, config.task.labels
     warnings: list[str] = []
 
-    def rows(name: str, key: str) -> Examples:
+    def rows(name: str, key: str, data: DataConfig = data) -> Examples:
         loaded = load_examples(name, data, labels, key)
         warnings.extend(loaded.warnings())
         return loaded.examples
@@ -52,10 +52,11 @@ def load_split(config: Config) -> Split:
     test = measured_on(rows(str(data.test), "data.test"))
     judge = rows(data.judge, "data.judge") if data.judge else Examples([], [])
     if config.clients:
-        private = {client.id: rows(client.train, f"clients.{client.id}.train") for client in config.clients}
+        own = {client.id: config.data_of(client) for client in config.clients}
+        private = {silo.id: rows(silo.train, f"clients.{silo.id}.train", own[silo.id]) for silo in config.clients}
         tests = {
-            client.id: measured_on(rows(client.test, f"clients.{client.id}.test")) if client.test else test
-            for client in config.clients
+            silo.id: measured_on(rows(silo.test, f"clients.{silo.id}.test", own[silo.id])) if silo.test else test
+            for silo in config.clients
         }
         if data.rows_per_client:
             private = {

@@ -1,5 +1,6 @@
 """Texts from files: labelled ones in CSV or JSONL, and plain ones."""
 
+import codecs
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,20 +14,26 @@ from crosslm.config_file import nearest, packaged
 from crosslm.data.examples import Examples
 from crosslm.data.hub import HUB, hub_rows
 from crosslm.data.rows import (
+    NOT_UTF8,
+    UTF_8,
     check_not_empty,
     content_of,
     csv_rows,
     is_text,
+    is_utf8,
     json_rows,
     label_of,
     suffix_of,
     told_columns,
+    without_surrogates,
 )
 from crosslm.errors import DataError
 from crosslm.support.files import expanded
 
 ANY_KEY = "the configuration"
 NAMED_ROWS = 5
+WINDOWS = "cp1252"
+"""What programs on Windows write in Western Europe and America, if not UTF-8."""
 OWN_TEXT = "package:crosslm"
 """The name of a plain text that is installed with crosslm: a page of English on many matters."""
 
@@ -41,33 +48,40 @@ class Loaded:
     """Numbers of rows without text: the first one below the names of columns is 1, however many lines each has."""
     no_string: list[int] = field(default_factory=list)
     """Those of JSON whose text is a number, say."""
-    not_utf8: list[int] = field(default_factory=list)
+    undecoded: list[int] = field(default_factory=list)
+    """Those that are not of ``data.encoding``."""
+    why_undecoded: str = ""
+    """What they are not, and what to do."""
+    looks_otherwise: str = ""
+    """What makes it doubtful that the file is of ``data.encoding``, and what to do."""
     skipped: dict[str, list[int]] = field(default_factory=dict)
     """Those of ``data.skip_labels``, by label."""
 
     def warnings(self) -> list[str]:
-        """A line for each kind of row that was left out."""
+        """A line for each kind of row that was left out, and one where the encoding is doubtful."""
         kinds = (
             ("no text", self.empty),
             ("the text is no string; write it in quotes", self.no_string),
-            ("not UTF-8; save the file as UTF-8", self.not_utf8),
+            (self.why_undecoded, self.undecoded),
         )
         skipped = [(f"labelled {label!r}" if label else "no label", rows) for label, rows in self.skipped.items()]
-        return [f"{self.source}: {_counted(rows)} left out: {why}" for why, rows in (*kinds, *skipped) if rows]
+        told = [f"{self.source}: {_counted(rows)} left out: {why}" for why, rows in (*kinds, *skipped) if rows]
+        return [*told, *([f"{self.source}: {self.looks_otherwise}"] if self.looks_otherwise else [])]
 
 
 def load_examples(name: str, data: DataConfig, labels: Sequence[str], key: str = ANY_KEY) -> Loaded:
-    """Rows of one file or hub dataset; rows without text or that are not UTF-8 are left out and counted.
+    """Rows of one file or hub dataset; rows without text or of another encoding are left out and counted.
 
     Args:
         name: CSV, CSV.gz or JSONL file in ``data.dir`` (``x.csv`` also finds ``x.csv.gz``), or
             ``hf:DATASET[/CONFIG]:SPLIT``.
-        data: folder, column names, and what the data call the labels (``label_names``).
+        data: folder, column names, encoding, and what the data call the labels (``label_names``).
         labels: the task's label names; a hub dataset's numbered labels are named by its features.
         key: where the name stands in the configuration, for the message.
 
     Raises:
-        DataError: not found, a column is missing, a label is not the task's, or rows are there and none can be used.
+        DataError: not found, a column is missing, a label is not the task's, rows are there and none can be used, or
+            all rows of a label are of another encoding.
     """
     source, rows = hub_rows(name, data) if name.startswith(HUB) else _file_rows(name, data, key)
     loaded = Loaded(Examples([], []), source)
@@ -75,18 +89,20 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str], key: str =
     named = {theirs.strip(): ours.strip() for theirs, ours in data.label_names.items()}
     skip = {label.strip() for label in data.skip_labels}
     unknown: dict[str, list[int]] = {}
+    undecoded: list[tuple[str, str]] = []
     has_labels, bare = False, None  # of JSON a row may lack the key
     for number, row in rows:
         if data.text_column not in row:
-            raise _no_column(source, number, row, data.text_column, data)
+            raise _no_column(source, number, row, data.text_column, data, key)
         has_labels = has_labels or data.label_column in row
         if not has_labels:
-            bare = bare or _no_column(source, number, row, data.label_column, data)
+            bare = bare or _no_column(source, number, row, data.label_column, data, key)
             if "" not in skip:
                 raise DataError(f'{bare}, or say data.skip_labels = [""] to leave out rows without a label')
         text, label = row[data.text_column], row.get(data.label_column)
         if any(isinstance(value, str) and _is_broken(value) for value in (text, label)):
-            loaded.not_utf8.append(number)
+            loaded.undecoded.append(number)
+            undecoded.append((f"{text} {label}", label_of(label)))
             continue
         if not isinstance(text, str) or not text.strip():
             (loaded.empty if text is None or isinstance(text, str) else loaded.no_string).append(number)
@@ -95,6 +111,12 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str], key: str =
         if told in skip:
             loaded.skipped.setdefault(told, []).append(number)
             continue
+        if isinstance(label, list | dict):
+            raise DataError(
+                f"{source}: row {number} has {'a list' if isinstance(label, list) else 'an object'} in the column "
+                f"{data.label_column!r}, and a row has one label: write that one, or where a text may have several "
+                "make a task of yes and no for each"
+            )
         if not told:
             raise DataError(
                 f"{source}: row {number} has a text and no label: are there too few fields, or an unclosed quote in it "
@@ -113,8 +135,12 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str], key: str =
             f"{source}: {_of_labels(unknown, labels)}; the task's labels are {list(labels)}; correct the file, say "
             "in data.label_names which of them it is, or leave its rows out by data.skip_labels"
         )
+    loaded.why_undecoded = _why_undecoded([row for row, _ in undecoded], loaded.examples.texts, data, key)
+    loaded.looks_otherwise = _looks_otherwise(loaded.examples.texts, data, key)
     if not loaded.examples and (why := loaded.warnings()):
         raise DataError(f"{'; '.join(why)}; no row is left, and it must have some")
+    places = {name: index.get(named.get(name, name)) for name in (*index, *named)}
+    _check_none_is_lost(loaded, [_meant(label, places) for _, label in undecoded], labels)
     return loaded
 
 
@@ -137,42 +163,149 @@ def _shown(label: str) -> str:
     return f"the label {label!r}"
 
 
-def _no_column(source: str, number: int, row: Iterable[str], wanted: str, data: DataConfig) -> DataError:
-    return DataError(f"{source}: row {number} has no column {wanted!r}; its columns are: {_columns(row, wanted, data)}")
+def _check_none_is_lost(loaded: Loaded, undecoded: Sequence[int | None], labels: Sequence[str]) -> None:
+    """Find out that no label is left out with rows of another encoding: only those of its words may have an umlaut.
+
+    Args:
+        loaded: rows that are left, and the numbers of those that are not.
+        undecoded: the label of each row of another encoding, if it can be told.
+        labels: of the task.
+
+    Raises:
+        DataError: one is.
+    """
+    left = set(loaded.examples.labels)
+    for label in dict.fromkeys(undecoded):
+        if label is not None and label not in left:
+            rows = [number for number, of in zip(loaded.undecoded, undecoded, strict=True) if of == label]
+            raise DataError(
+                f"{loaded.source}: {_counted(rows)} labelled {labels[label]!r} must be read, or none of that label is "
+                f"left: {loaded.why_undecoded}"
+            )
 
 
-def _columns(found: Iterable[str], wanted: str, data: DataConfig) -> str:
-    key = "text_column" if wanted == data.text_column else "label_column"
-    return told_columns(found, f"name yours in data.{key}")
+def _why_undecoded(rows: Sequence[str], others: Sequence[str], data: DataConfig, key: str) -> str:
+    """What rows are not, and what to do.
+
+    Args:
+        rows: text and label of those that are not of ``data.encoding``.
+        others: texts that are.
+        data: as it is.
+        key: of the file in the configuration.
+    """
+    if not is_utf8(data.encoding):
+        return f"not {data.encoding}; save the file as UTF-8, or name its own in {_named_in('encoding', key)}"
+    is_mixed = any(not text.isascii() for text in others)  # read as another, those would be garbled
+    if is_mixed or not all(map(_is_of_windows, rows)):
+        return "not UTF-8; save the file as UTF-8"
+    windows = _named_in("encoding", key, f' = "{WINDOWS}"')
+    return f"not UTF-8; save the file as UTF-8, or if it is of Windows say {windows}"
+
+
+def _is_of_windows(row: str) -> bool:
+    """Whether what is not UTF-8 in a row can be read as what Windows writes."""
+    try:
+        row.encode(UTF_8, "surrogateescape").decode(WINDOWS)
+    except UnicodeError:
+        return False
+    return True
+
+
+def _looks_otherwise(texts: Sequence[str], data: DataConfig, key: str) -> str:
+    """What makes it doubtful that texts are of ``data.encoding``: read as UTF-8, most of them are text too."""
+    foreign = [text for text in texts if not text.isascii()]
+    if is_utf8(data.encoding) or not foreign or 2 * sum(_is_utf8_of(text, data) for text in foreign) < len(foreign):
+        return ""
+    return f"read as {data.encoding}, and its letters look like UTF-8: they may be wrong; if so, say " + _named_in(
+        "encoding", key, ' = "utf-8"'
+    )
+
+
+def _is_utf8_of(text: str, data: DataConfig) -> bool:
+    try:
+        text.encode(data.encoding).decode(UTF_8)
+    except UnicodeError:
+        return False
+    return True
+
+
+def _meant(label: str, known: Mapping[str, int | None]) -> int | None:
+    """Which label of the task a row of another encoding has, if its ASCII letters tell: they are the same in most."""
+    if not _is_broken(label):
+        return known.get(label)
+    alike = {place for name, place in known.items() if _outline(name) == _outline(label)}
+    return alike.pop() if len(alike) == 1 else None
+
+
+def _outline(label: str) -> str:
+    return "".join(letter if letter.isascii() else NOT_UTF8 for letter in label)
+
+
+def _named_in(field: str, key: str, value: str = "") -> str:
+    """Where a field of ``[data]`` is said for a file: of a silo's own file in its own table, too.
+
+    Args:
+        field: of ``[data]`` and of ``[[clients]]``.
+        key: of the file in the configuration.
+        value: what is to be said.
+    """
+    if not key.startswith("clients."):
+        return f"data.{field}{value}"
+    return f"{key.rpartition('.')[0]}.{field}{value} (or data.{field}, for all silos without their own)"
+
+
+def _no_column(source: str, number: int, row: Iterable[str], wanted: str, data: DataConfig, key: str) -> DataError:
+    told = _columns(row, wanted, data, key)
+    return DataError(f"{source}: row {number} has no column {wanted!r}; its columns are: {told}")
+
+
+def _columns(found: Iterable[str], wanted: str, data: DataConfig, key: str) -> str:
+    columns = list(found)
+    how = f"name yours in {_named_in('text_column' if wanted == data.text_column else 'label_column', key)}"
+    if any(map(_is_broken, columns)):
+        how = f"{_why_undecoded(columns, (), data, key)}; or {how}"
+    return told_columns(map(without_surrogates, columns), how)
 
 
 def _file_rows(name: str, data: DataConfig, key: str) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
     path = find_file(name, data, key)
-    text = read_text(path)
+    text = read_text(path, data.encoding)
     kind = suffix_of(path)
     if kind == ".csv":
-        return str(path), csv_rows(io.StringIO(text, newline=""), str(path), partial(_check_header, path, data))
+        return str(path), csv_rows(io.StringIO(text, newline=""), str(path), partial(_check_header, path, data, key))
     if kind == ".jsonl":
         return str(path), json_rows(text.split("\n"), str(path))
     raise DataError(f"{path}: must be .csv, .csv.gz, .jsonl or .jsonl.gz (in a spreadsheet: save as CSV UTF-8)")
 
 
-def _check_header(path: Path, data: DataConfig, header: list[str]) -> None:
+def _check_header(path: Path, data: DataConfig, key: str, header: list[str]) -> None:
     check_not_empty(str(path), header)
     for column in (data.text_column, data.label_column):
         if column not in header:
-            raise DataError(f"{path}: no column {column!r}; its columns are: {_columns(header, column, data)}")
+            raise DataError(f"{path}: no column {column!r}; its columns are: {_columns(header, column, data, key)}")
         if header.count(column) > 1:
             raise DataError(f"{path}: has the column {column!r} twice; give each a name of its own")
 
 
-def read_text(path: Path) -> str:
-    """A file's text, unpacked if it is gzipped; bytes that are not UTF-8 become lone surrogates.
+def read_text(path: Path, encoding: str = UTF_8) -> str:
+    """A file's text, unpacked if it is gzipped; bytes that are not of its encoding become lone surrogates.
+
+    Args:
+        path: of the file.
+        encoding: of it, unless it begins with the mark of UTF-8.
 
     Raises:
-        DataError: it cannot be read, or is UTF-16 or a spreadsheet's own file.
+        DataError: it cannot be read, is a spreadsheet's own file, or UTF-16 where it is to be something else, or is of
+            another encoding in such a way that no row of it can be read.
     """
-    return content_of(path).decode("utf-8-sig", "surrogateescape")
+    content = content_of(path, encoding)
+    marked = content.startswith(codecs.BOM_UTF8)
+    try:
+        return content.decode("utf-8-sig" if marked or is_utf8(encoding) else encoding, "surrogateescape")
+    except UnicodeError as error:
+        raise DataError(
+            f"{path}: is not {encoding}, as data.encoding says: {error}; name its own there, or save it as UTF-8"
+        ) from error
 
 
 def readable_lines(path: Path, warn: Callable[[str], None]) -> list[str]:

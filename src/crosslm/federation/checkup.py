@@ -27,7 +27,7 @@ from crosslm.federation.silo_state import SiloState
 from crosslm.models.sources import check_model, model_folder
 from crosslm.preflight import doctor, machine
 from crosslm.preflight.machine import Finding
-from crosslm.preflight.rows import budget, count_rows, reading
+from crosslm.preflight.rows import LOOKED_AT, budget, count_rows, reading
 from crosslm.runs.preparation import (
     check_slm,
     check_upload,
@@ -85,12 +85,13 @@ def _server(kit: Path, settings: ServerSettings, cache: Path, on_news: News) -> 
         yield Finding("error", "silos", f"{kit / 'silos'} has no public key of a silo: make the kits again")
     yield machine.device(config.device)
     yield from doctor.trackers(config)
-    yield _test_rows(kit)
+    texts: list[str] = []
+    yield _test_rows(kit, texts)
     yield from _texts(config)
     named, folders = {"llm.model": config.llm.model, "selection.encoder": config.selection.encoder}, dict[str, str]()
     yield from doctor.find_models(named, folders, cache, on_news)
     if config.llm.model in folders:
-        yield from doctor.language_model(config, folders[config.llm.model])
+        yield from doctor.language_model(config, folders[config.llm.model], texts, cache)
     if set(folders) == set(named.values()):
         encoder = folders[config.selection.encoder]
         slms = [_here(spec.model, cache, encoder) for spec in client_specs(config, silos).values()]
@@ -162,8 +163,8 @@ def _classifier(settings: SiloSettings, folder: str) -> Finding:
     return Finding("ok", "slm", f"trains {describe_spec(settings.slm)}")
 
 
-def _test_rows(kit: Path) -> Finding:
-    """Test rows are wanted on the server, and not needed."""
+def _test_rows(kit: Path, texts: list[str]) -> Finding:
+    """Test rows are wanted on the server, and not needed; ``texts`` gets some of theirs, if they are there."""
     config = server_config(kit)
     name = str(config.data.test)
     if not is_there(name, config.data):
@@ -173,6 +174,7 @@ def _test_rows(kit: Path) -> Finding:
         loaded = load_examples(name, config.data, config.task.labels)
     except DataError as error:
         return Finding("error", "data.test", str(error))
+    texts += loaded.examples.texts[:LOOKED_AT]
     return count_rows("data.test", loaded.source, loaded.examples, config.task.labels, test=True)
 
 

@@ -27,7 +27,7 @@ from crosslm.federation.kit_toml import commented
 from crosslm.runs.folders import KIT_FILE, SILO_KIT_FILE, kits_in
 from crosslm.runs.rundir import LOCK
 from crosslm.sections.privacy import NO_ACCEPTANCE
-from crosslm.sections.section import Device, Positive, Section
+from crosslm.sections.section import Device, Encoding, Positive, Section
 from crosslm.sections.task import check_columns
 from crosslm.support.commands import command
 from crosslm.support.files import alone, missing
@@ -74,6 +74,8 @@ class SiloData(Section):
     """Column that holds the text."""
     label_column: str = "label"
     """Column that holds the label's name."""
+    encoding: Encoding = "utf-8"
+    """Of CSV and JSONL files, by a name that Python knows it by: a spreadsheet on Windows may write ``cp1252``."""
     label_names: dict[str, str] = Field(default={})
     """The label for each name that the file has another name for: ``neg = "negative"``."""
     skip_labels: tuple[str, ...] = ()

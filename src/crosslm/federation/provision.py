@@ -218,7 +218,7 @@ def _silo_kit(kit: Path, settings: SiloSettings, server: Path) -> None:
 
 
 def _silo_settings(config: Config, client: ClientConfig, server: ServerSettings, place: int) -> SiloSettings:
-    spec = client_specs(config, [client.id])[client.id]
+    spec, data = client_specs(config, [client.id])[client.id], config.data_of(client)
     return SiloSettings(
         id=client.id,
         experiment=server.experiment,
@@ -232,10 +232,11 @@ def _silo_settings(config: Config, client: ClientConfig, server: ServerSettings,
         data=SiloData(
             train=client.train,
             test=client.test,
-            text_column=config.data.text_column,
-            label_column=config.data.label_column,
-            label_names=config.data.label_names,
-            skip_labels=config.data.skip_labels,
+            text_column=data.text_column,
+            label_column=data.label_column,
+            encoding=data.encoding,
+            label_names=data.label_names,
+            skip_labels=data.skip_labels,
         ),
         slm=spec,
         max_length=config.slm.max_length,

@@ -141,6 +141,7 @@ class SiloState:
             test=data.test or data.train,
             text_column=data.text_column,
             label_column=data.label_column,
+            encoding=data.encoding,
             label_names=data.label_names,
             skip_labels=data.skip_labels,
         )

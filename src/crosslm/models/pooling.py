@@ -6,11 +6,14 @@ by one more layer of BERT's own kind with weights made for it, so what leaves a 
 checks, the same folder for ``AutoModelForSequenceClassification``.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.models.bert.modeling_bert import BertForSequenceClassification, BertLayer
+from transformers.utils import cached_file
 
 from crosslm.errors import ModelError
 
@@ -28,6 +31,28 @@ def check_pooling(model_type: str, who: str) -> None:
     """
     if model_type != "bert":
         raise ModelError(f"{who}: pooling = 'mean' needs a model of the type bert, not {model_type}; leave it out")
+
+
+def made_by_mean(folder: str) -> bool:
+    """Whether a model is a sentence encoder whose vectors are the mean of its tokens, and can have the mean layer.
+
+    Args:
+        folder: of it, or its hub id.
+    """
+    found = _read(
+        folder, "1_Pooling/config.json"
+    )  # of sentence-transformers; the second is how newer versions write it
+    is_mean = found.get("pooling_mode_mean_tokens") is True or found.get("pooling_mode") == "mean"
+    return is_mean and _read(folder, "config.json").get("model_type") == "bert"
+
+
+def _read(folder: str, name: str) -> dict[str, Any]:
+    try:
+        path = cached_file(folder, name)
+        found = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it is not there, or no JSON
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @torch.no_grad()

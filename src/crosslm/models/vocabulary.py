@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from crosslm.errors import ModelError
@@ -66,7 +67,7 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
     with loading(f"{folder!r} cannot be loaded as a language model"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     before = len(model.get_input_embeddings().weight), model.num_parameters()
-    kept = _tokens_to_keep(description, tokenizer, model, texts)
+    kept = _tokens_to_keep(description, tokenizer, _special_ids(model), before[0], texts)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ModelError(f"{folder!r}: its head has a bias, which crosslm does not support; choose another model")
     _cut_rows(model, kept)
@@ -81,6 +82,24 @@ def trim_vocabulary(folder: str, texts: Iterable[str], output: Path) -> Trimmed:
     with writing(output, ELSEWHERE):
         replace_folder(output, write)
     return Trimmed(before[0], len(kept), before[1], model.num_parameters())
+
+
+def trimmed_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, description: dict[str, Any], texts: Iterable[str]
+) -> Tokenizer:
+    """How a model that :func:`trim_vocabulary` makes would cut texts into tokens, without loading or writing one.
+
+    Args:
+        tokenizer: of the whole model.
+        description: of it, both as :func:`trimmable_tokenizer` gives them.
+        texts: as there.
+
+    Raises:
+        ModelError: the texts are empty.
+    """
+    kept = _tokens_to_keep(description, tokenizer, set(), len(tokenizer), texts)
+    cut: Tokenizer = Tokenizer.from_str(json.dumps(_cut_tokenizer(description, kept)))
+    return cut
 
 
 def trimmable_tokenizer(folder: str) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
@@ -143,25 +162,38 @@ def tokenizer_words(folder: str) -> list[str]:
 
 
 def _tokens_to_keep(
-    description: dict[str, Any], tokenizer: PreTrainedTokenizerBase, model: Any, texts: Iterable[str]
+    description: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    special: set[int],
+    size: int,
+    texts: Iterable[str],
 ) -> list[int]:
-    """Ids of the tokens to keep, ascending; a token's place in it becomes its new id."""
+    """Ids of the tokens to keep, ascending; a token's place in it becomes its new id.
+
+    Args:
+        description: of the tokenizer.
+        tokenizer: itself.
+        special: ids that the model names, besides those that the tokenizer does.
+        size: ids that the model knows.
+        texts: what it is to read and write.
+    """
     bpe = description["model"]
     vocabulary: dict[str, int] = bpe["vocab"]
     names = {index: token for token, index in vocabulary.items()}
-    used: set[int] = set()
-    for text in texts:
-        used.update(tokenizer.encode(text, add_special_tokens=False))
+    given = list(texts)
+    used = (
+        {index for ids in tokenizer(given, add_special_tokens=False)["input_ids"] for index in ids} if given else set()
+    )
     if not used:
         raise ModelError("the texts whose tokens are to be kept are empty; name a text file with words in it")
     ranks = {merge: rank for rank, merge in enumerate(map(_pair, bpe["merges"]))}
     needed = {part for index in used if index in names for part in _parts(names[index], ranks)}
     alphabet = _alphabet(bpe)
     kept = used | {vocabulary[part] for part in needed | alphabet if part in vocabulary}
-    kept |= set(tokenizer.all_special_ids) | _special_ids(model)
+    kept |= set(tokenizer.all_special_ids) | special
     kept |= {token["id"] for token in description["added_tokens"] if token["content"].isspace()}
     kept |= _punctuation(vocabulary, ranks)
-    return sorted(index for index in kept if 0 <= index < len(model.get_input_embeddings().weight))
+    return sorted(index for index in kept if 0 <= index < size)
 
 
 def _punctuation(vocabulary: dict[str, int], ranks: dict[tuple[str, str], int]) -> set[int]:

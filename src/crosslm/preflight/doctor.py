@@ -1,10 +1,13 @@
 """What would stop a run, or make it disappoint, found before it starts."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig
+from tokenizers import Tokenizer
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from crosslm.config import Config, PrivacyConfig, SLMSpec
 from crosslm.config_file import load
@@ -15,7 +18,7 @@ from crosslm.federation.intake import Intake
 from crosslm.models.causal import check_causal
 from crosslm.models.sources import PREFIX, check_model, model_folder, resolve_device
 from crosslm.models.tokens import check_room, load_tokenizer, verbalizer_ids
-from crosslm.models.vocabulary import trimmable_tokenizer
+from crosslm.models.vocabulary import trim_folder, trimmable_tokenizer, trimmed_tokenizer
 from crosslm.preflight import machine, rows
 from crosslm.preflight.machine import Finding
 from crosslm.preflight.memory import Shape, available, estimate, in_gib
@@ -25,6 +28,7 @@ from crosslm.runs.preparation import (
     check_upload,
     client_specs,
     describe_spec,
+    kept_texts,
 )
 from crosslm.runs.tracking import wanted
 from crosslm.task import Task
@@ -124,7 +128,8 @@ def models(
     yield from find_models(named, folders, cache, on_news)
     yield from vocabulary_texts(config)
     if config.llm.model in folders:
-        yield from language_model(config, folders[config.llm.model])
+        texts = [text for examples in private_rows.values() for text in examples.texts[: rows.LOOKED_AT]]
+        yield from language_model(config, folders[config.llm.model], texts, cache)
     if config.selection.encoder in folders:
         yield from sentence_encoder(folders[config.selection.encoder])
     specs = {client: spec for client, spec in client_specs(config, clients).items() if spec.model in folders}
@@ -178,21 +183,27 @@ def find_models(
         yield Finding("ok", "model", f"{key} = {name}")
 
 
-def language_model(config: Config, folder: str) -> Iterator[Finding]:
+def language_model(config: Config, folder: str, texts: Sequence[str], cache: Path) -> Iterator[Finding]:
     """Whether the LLM is of a kind that crosslm can use, and its vocabulary can be trimmed where that is asked for.
 
-    And whether its tokenizer tells the labels' words apart by their first tokens, and prompts leave room.
+    And whether its tokenizer tells the labels' words apart by their first tokens, prompts leave room, and it was made
+    for the language of the rows.
+
+    Args:
+        config: of the run.
+        folder: of the LLM.
+        texts: of rows, if any are there.
+        cache: where trimmed models are kept.
     """
     task = Task.from_config(config.task)
     try:
         check_causal(folder, config.llm.model)
-        if config.llm.vocabulary_texts:
-            trimmable_tokenizer(folder)
+        whole = trimmable_tokenizer(folder) if config.llm.vocabulary_texts else None
     except CrosslmError as error:
         yield Finding("error", "llm.model", str(error))
         return
     try:
-        tokenizer = load_tokenizer(folder, config.llm.model)
+        tokenizer, description = whole or (load_tokenizer(folder, config.llm.model), {})
         yield Finding("ok", "tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens")
         found = verbalizer_ids(tokenizer, task)
         check_room(folder, tokenizer, task, config.synthesis.max_new_tokens)
@@ -208,6 +219,50 @@ def language_model(config: Config, folder: str) -> Iterator[Finding]:
     if several:
         message = f"several tokens for {', '.join(several)}: classification by the LLM takes a pass for each label"
         yield Finding("warning", "verbalizers", f"{message}; a shorter word is faster")
+    yield from language(config, folder, tokenizer, description, texts, cache)
+
+
+def language(
+    config: Config,
+    folder: str,
+    tokenizer: PreTrainedTokenizerBase,
+    description: dict[str, Any],
+    texts: Sequence[str],
+    cache: Path,
+) -> Iterator[Finding]:
+    """Whether the LLM was made for the language of texts, and still knows it when its vocabulary is trimmed.
+
+    Args:
+        config: of the run.
+        folder: of the LLM.
+        tokenizer: of the LLM, whole.
+        description: of it, if it is to be trimmed.
+        texts: in the language; nothing is said without any.
+        cache: where trimmed models are kept.
+    """
+    if not texts:
+        return
+    whole = used = partial(_tokens, tokenizer)
+    try:
+        if kept := kept_texts(config, cache, lambda _: None):
+            made = trim_folder(folder, kept, cache)
+            if (made / "config.json").is_file():
+                used = partial(_tokens, load_tokenizer(str(made), config.llm.model))
+            else:
+                used = partial(_tokens_trimmed, trimmed_tokenizer(tokenizer, description, kept))
+    except CrosslmError:
+        return  # a text that is not there has been told
+    rate = rows.tokens_a_word(used, texts)
+    if rate >= rows.MANY_TOKENS:
+        yield rows.writing(config, rate, rows.tokens_a_word(whole, texts))
+
+
+def _tokens_trimmed(tokenizer: Tokenizer, text: str) -> int:
+    return len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(tokenizer.encode(text, add_special_tokens=False))
 
 
 def sentence_encoder(folder: str) -> Iterator[Finding]:

@@ -1,11 +1,13 @@
 """What files of labelled rows hold, whether it is enough, and how a classifier reads it."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 
 from transformers import AutoConfig
 
-from crosslm.config import Config, FitConfig, PrivacyConfig
+from crosslm.algorithm.overlap import words
+from crosslm.config import Config, DataConfig, FitConfig, PrivacyConfig
 from crosslm.data.examples import Examples
 from crosslm.data.split import SAMPLE, load_split, not_independent, seen_before
 from crosslm.data.texts import load_examples
@@ -20,6 +22,11 @@ FEW_ROWS = 10  # of a label; fewer teach a classifier little
 FEW_TEST_ROWS = 50  # of which each is two points of accuracy
 LOOKED_AT = 200  # of a client's texts, for how its classifier reads them
 MANY_UNKNOWN, MANY_CUT = 0.05, 0.5  # shares of tokens and texts from which on that is told
+MANY_TOKENS = (
+    1.6  # for a word: 1.0 to 1.2 in English with a model that knows it, 1.6 to 2.5 in others with one that not
+)
+OFF_BATCH = 0.2  # of the rows; nearer to all of them a batch is what was measured
+NO_WORD = re.compile(r"[\W\d_]+")
 
 
 def data(config: Config, private_rows: dict[str, Examples]) -> Iterator[tuple[Finding, str | None]]:
@@ -29,15 +36,17 @@ def data(config: Config, private_rows: dict[str, Examples]) -> Iterator[tuple[Fi
         config: of the run.
         private_rows: gets the rows of each client, if all can be read.
     """
-    named: list[tuple[str, str, str, str | None]] = []  # a file of test rows has no client
+    named: list[tuple[str, str, str, DataConfig, str | None]] = []  # a file of test rows has no client
     for silo in config.clients:
-        named.append((f"client {silo.id}", f"clients.{silo.id}.train", silo.train, silo.id))
+        own = config.data_of(silo)
+        named.append((f"client {silo.id}", f"clients.{silo.id}.train", silo.train, own, silo.id))
         if silo.test:
-            named.append((f"client {silo.id}, test", f"clients.{silo.id}.test", silo.test, None))
+            named.append((f"client {silo.id}, test", f"clients.{silo.id}.test", silo.test, own, None))
+    named.append(("data.test", "data.test", str(config.data.test), config.data, None))
     failed = False
-    for subject, key, name, client in [*named, ("data.test", "data.test", str(config.data.test), None)]:
+    for subject, key, name, how, client in named:
         try:
-            loaded = load_examples(name, config.data, config.task.labels, key)
+            loaded = load_examples(name, how, config.task.labels, key)
         except DataError as error:
             failed = True
             yield Finding("error", subject, str(error)), client
@@ -95,7 +104,15 @@ def count_rows(subject: str, source: str, examples: Examples, labels: Sequence[s
 
 
 def budget(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int, who: str) -> Iterator[Finding]:
-    """Whether a client can keep to ``privacy.epsilon``, and ``privacy.delta`` means anything with so many rows."""
+    """Whether a client can keep to ``privacy.epsilon``, and its batches and ``privacy.delta`` suit so many rows."""
+    if privacy.epsilon and privacy.trained_layers == 0 and abs(fit.batch_size - rows) > OFF_BATCH * rows:
+        yield Finding(
+            "warning",
+            "privacy",
+            f"{who}: slm.private.batch_size = {fit.batch_size} with {rows} rows: a head alone was measured with "
+            f"batches of all rows (docs/privacy.md); set it to {rows}, which between machines is "
+            "fit.batch_size in silo.toml",
+        )
     if privacy.epsilon and find_spec("opacus") is None:
         return  # which is said once
     try:
@@ -106,8 +123,46 @@ def budget(rows: int, fit: FitConfig, privacy: PrivacyConfig, uploads: int, who:
         yield from [Finding("warning", "privacy", doubt)] if doubt else []
 
 
+def tokens_a_word(count: Callable[[str], int], texts: Iterable[str]) -> float:
+    """How many tokens a tokenizer makes of a word: the fewer, the more of its texts' language it was made from.
+
+    Numbers and punctuation do not count, since of these every language has as many. Where a script puts no spaces
+    between words a character counts as one.
+
+    Args:
+        count: how many tokens a text has.
+        texts: to be looked at.
+    """
+    told = [NO_WORD.sub(" ", text).strip() for text in texts]
+    return sum(map(count, told)) / max(1, sum(len(words(text)) for text in told))
+
+
+def writing(config: Config, rate: float, without: float) -> Finding:
+    """That the LLM's tokenizer hardly knows the words of the clients' texts.
+
+    Args:
+        config: of the run.
+        rate: tokens for a word with the vocabulary that it will have.
+        without: with its whole vocabulary.
+    """
+    found, key = f"it takes {rate:.1f} tokens for a word of the rows", "llm.vocabulary_texts"
+    if without < MANY_TOKENS:
+        message = (
+            f"{found}, and {without:.1f} with its whole vocabulary: leave {key} out, or name text of their language"
+        )
+        return Finding("warning", key, f"{message} there")
+    trimmed = f"leave {key} out, and " if config.llm.vocabulary_texts else ""
+    tokens = config.synthesis.max_new_tokens
+    return Finding(
+        "warning",
+        "llm.model",
+        f"{found}, so that it was hardly made for their language: name one that was; if there is none, {trimmed}raise "
+        f"synthesis.max_new_tokens ({tokens} tokens are some {tokens / rate:.0f} words)",
+    )
+
+
 def reading(who: str, folder: str, max_length: int, texts: Sequence[str]) -> Iterator[Finding]:
-    """Whether a classifier's tokenizer knows the words of its texts, and how many it reads to their ends.
+    """Whether a classifier's tokenizer knows the words of its texts, and as such, and how many it reads to their ends.
 
     Args:
         who: has the texts.
@@ -128,6 +183,15 @@ def reading(who: str, folder: str, max_length: int, texts: Sequence[str]) -> Ite
             "warning",
             who,
             f"{unknown:.0%} of the tokens of its texts are unknown to its classifier: choose one of their language",
+        )
+    rate = tokens_a_word(lambda text: len(tokenizer.encode(text, add_special_tokens=False)), texts)
+    if unknown < MANY_UNKNOWN and rate >= MANY_TOKENS:
+        yield Finding(
+            "warning",
+            who,
+            f"its classifier takes {rate:.1f} tokens for a word of its texts, so that it was hardly made for their "
+            "language: name one that was in slm.models, and in selection.encoder; if there is none, raise "
+            f"slm.max_length ({longest} tokens are some {longest / rate:.0f} words)",
         )
     cut = sum(len(tokenizer.encode(text)) > longest for text in texts)
     if cut >= MANY_CUT * len(texts):

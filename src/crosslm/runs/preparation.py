@@ -193,6 +193,26 @@ def original_llm(config: Config, cache: Path, on_news: Callable[[str], None]) ->
         CrosslmError: a text is not there, or the model is not, the task's words do not fit it (:func:`check_words`), or
             its vocabulary cannot be trimmed.
     """
+    texts = kept_texts(config, cache, on_news)
+    folder = model_folder(config.llm.model, cache, on_news)
+    check_causal(folder, config.llm.model)
+    if texts:
+        if not trim_folder(folder, texts, cache).is_dir():
+            check_words(config, folder)  # trimming takes half a minute, and leaves the task's words whole
+        try:
+            folder = cached_trim(folder, texts, cache, on_news)
+        except ModelError as error:
+            raise ModelError(f"{error}\nSet llm.vocabulary_texts = [] to keep the whole vocabulary.") from error
+    check_words(config, folder)
+    return folder
+
+
+def kept_texts(config: Config, cache: Path, on_news: Callable[[str], None]) -> list[str]:
+    """What the LLM's vocabulary is trimmed to: the task's words and ``llm.vocabulary_texts``; nothing keeps it whole.
+
+    Raises:
+        CrosslmError: a text is not there.
+    """
     texts: list[str] = []
     for name in config.llm.vocabulary_texts:
         if name.startswith(PREFIX):
@@ -202,18 +222,7 @@ def original_llm(config: Config, cache: Path, on_news: Callable[[str], None]) ->
             texts += readable_lines(
                 find_file(name, config.data, "llm.vocabulary_texts"), lambda line: on_news(f"warning: {line}")
             )
-    folder = model_folder(config.llm.model, cache, on_news)
-    check_causal(folder, config.llm.model)
-    if texts:
-        texts = [*task_texts(Task.from_config(config.task)), *texts]
-        if not trim_folder(folder, texts, cache).is_dir():
-            check_words(config, folder)  # trimming takes half a minute, and leaves the task's words whole
-        try:
-            folder = cached_trim(folder, texts, cache, on_news)
-        except ModelError as error:
-            raise ModelError(f"{error}\nSet llm.vocabulary_texts = [] to keep the whole vocabulary.") from error
-    check_words(config, folder)
-    return folder
+    return [*task_texts(Task.from_config(config.task)), *texts] if texts else []
 
 
 def task_texts(task: Task) -> list[str]:

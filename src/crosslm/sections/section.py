@@ -19,6 +19,33 @@ def _known_device(name: str) -> str:
 Device = Annotated[str, AfterValidator(_known_device)]
 
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+OF_A_NAME = "start with a letter or digit, go on with these or . _ - (64 at most, all of them ASCII: no ü or é)"
+"""What a name that folders are called by must do, in words."""
+
+
+def _a_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError(f"must {OF_A_NAME}")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_a_name)]
+
+
+def _known_encoding(name: str) -> str:
+    try:
+        "a".encode(name)
+    except (LookupError, ValueError) as error:
+        raise ValueError(
+            "must be an encoding of text that Python knows, like utf-8, cp1252 (Windows in Western Europe) or utf-16"
+        ) from error
+    return name
+
+
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
+
+
 class Section(BaseModel):
     """A part of the configuration: cannot be changed, knows no other keys than its own."""
 

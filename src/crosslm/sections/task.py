@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from crosslm.sections.section import Positive, Section
+from crosslm.sections.section import Encoding, Name, Positive, Section
 from crosslm.support.files import PARTIAL
 
 
@@ -62,12 +62,18 @@ def _said(words: str | tuple[str, ...] | None) -> bool:
 class ClientConfig(Section):
     """One silo with a file of its own."""
 
-    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    id: Name
     """The silo's name in reports and folders."""
     train: str
     """Private labelled text, in ``data.dir``."""
     test: str | None = None
     """The silo's own test file; without it ``data.test`` is used."""
+    text_column: str | None = None
+    """Column of the silo's own files that holds the text; without it ``data.text_column`` is used."""
+    label_column: str | None = None
+    """The same of the label."""
+    encoding: Encoding | None = None
+    """Of the silo's own files; without it ``data.encoding`` is used."""
     model: str | None = None
     """The silo's own SLM; without it one of ``slm.models`` is drawn from the seed."""
     num_hidden_layers: Positive | None = None
@@ -112,6 +118,9 @@ class DataConfig(Section):
     """Column that holds the text."""
     label_column: str = "label"
     """Column that holds the label's name."""
+    encoding: Encoding = "utf-8"
+    """Of CSV and JSONL files, by a name that Python knows it by: a spreadsheet on Windows may write ``cp1252``. A file
+    that begins with the mark of UTF-8 is read as that."""
     label_names: dict[str, str] = Field(default={})
     """The task's label for each name that the data have another name for: ``{ neg = "negative" }``."""
     skip_labels: tuple[str, ...] = ()
