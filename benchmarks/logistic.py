@@ -32,7 +32,7 @@ from crosslm.support.quiet import quiet_libraries
 
 
 class Remembering:
-    """An encoder that reads each text once: test rows are the same for every seed, and pooled ones are each client's."""
+    """An encoder that reads each text once: test rows are the same for every seed, pooled rows are the clients'."""
 
     def __init__(self, config: Config) -> None:
         folder = model_folder(config.selection.encoder, cache_folder(None))
@@ -72,9 +72,8 @@ def main() -> None:
     encoder = Remembering(demo)
     figures = {"demo": {"0": of_config(demo, encoder)}}
     for task in choice.tasks:
-        figures[task] = {
-            str(seed): of_config(choice.config(task, "paper", seed, {}), encoder) for seed in range(scale.seeds)
-        }
+        seeds = range(scale.seeds)
+        figures[task] = {str(seed): of_config(choice.config(task, "paper", seed, {}), encoder) for seed in seeds}
         print(task, json.dumps(figures[task]), flush=True)
     keep("logistic", origin | {"figures": figures})
 
