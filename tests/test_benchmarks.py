@@ -20,6 +20,7 @@ from crosslm.experiment import run_local
 from crosslm.models import graph_decoding
 from crosslm.models import llm as llm_module
 from crosslm.models.slm import SLM
+from crosslm.runs.baseline import baselines
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -424,3 +425,26 @@ def test_which_texts_step_5_learns_from_is_measured_and_gone_on_with(settings, t
     assert "half of each, judged by the trained; 2 epochs in batches of 4, 0.001" in "\n".join(
         results.texts_section([figures])
     )
+
+
+def test_a_logistic_regression_is_measured_on_the_rows_of_each_client(settings, tmp_path, monkeypatch):
+    logistic, config = loaded("logistic", monkeypatch), Config.model_validate(settings)
+    monkeypatch.setenv("CROSSLM_CACHE", str(tmp_path))
+    encoder, read = logistic.Remembering(config), []
+    plain = encoder.encoder.encode
+    monkeypatch.setattr(encoder.encoder, "encode", lambda texts: read.append(len(texts)) or plain(texts))
+    found = logistic.of_config(config, encoder)
+    assert logistic.of_config(config, encoder) == found  # and reads no text again
+    assert sum(read) == len(encoder.known)
+    expected = baselines(config, tmp_path)
+    for client in ("client-0", "client-1"):
+        keys = {"alone": "logistic", "balanced": "logistic_balanced", "together": "logistic_together"}
+        assert found[client] == {ours: expected[client][theirs] for ours, theirs in keys.items()}
+
+
+def test_the_table_has_the_mean_over_clients_seeds_and_tasks(monkeypatch):
+    table = loaded("logistic_table", monkeypatch)
+    first = {"0": {"a": {"alone": 0.5}, "b": {"alone": 0.7}}, "1": {"a": {"alone": 0.8}, "b": {"alone": 0.8}}}
+    figures = {task: {"0": {"a": {"alone": 0.3}}} for task in table.TASKS} | {"sst2": first}
+    # of the first (0.6 + 0.8) / 2, and with three of 0.3 in all (0.7 + 0.9) / 4
+    assert table.logistic_means({"figures": figures}, "alone") == pytest.approx([0.7, 0.3, 0.3, 0.3, 0.4])
