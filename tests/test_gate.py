@@ -27,6 +27,7 @@ from crosslm.gate import Gate
 from crosslm.models.slm import SLM
 from crosslm.records import SyntheticSet, SyntheticText
 from crosslm.runs.measures import measure_slm
+from crosslm.runs.snapshot import gate_bytes, restore_gate
 
 # -- the statistics --------------------------------------------------------------------------
 
@@ -274,6 +275,16 @@ def test_no_more_texts_of_the_last_pool_are_probed_with_than_the_gate_has(settin
     gate = gate_for(settings, texts=10)
     gate.accepted(judged(gate, honest["north"]), honest["north"], pool_of(PROBE))
     assert gate.latest == PROBE.take(range(10))
+
+
+def test_what_a_gate_remembers_is_there_after_a_stop(settings, honest):
+    gate, again = gate_for(settings), gate_for(settings)
+    for name in ("north", "south"):
+        gate.accepted(judged(gate, honest[name]), honest[name], pool_of(PROBE))
+    restore_gate(again, gate_bytes(gate))
+    assert again.latest == PROBE
+    assert list(again.references) == ["north", "south"]
+    assert all(torch.equal(value, gate.references[name]) for name, value in again.references.items())
 
 
 def test_a_small_probe_refuses_only_what_is_plainly_bad(settings, honest, hostile):
