@@ -102,10 +102,10 @@ def test_a_training_that_fails_has_spent_its_part(slm, monkeypatch):
     def fails(*_):
         raise MemoryError
 
-    with monkeypatch.context() as patch:
-        patch.setattr("crosslm.privacy.private_fit.dp_sgd", fails)
-        with pytest.raises(MemoryError):
-            made.fit(slm, EXAMPLES, FIT, 0, lambda _: None)
+    monkeypatch.setattr("crosslm.privacy.private_fit.dp_sgd", fails)
+    with pytest.raises(MemoryError):
+        made.fit(slm, EXAMPLES, FIT, 0, lambda _: None)
+    monkeypatch.setattr("crosslm.privacy.private_fit.dp_sgd", lambda *_: None)  # what it learns costs nothing
     told = made.fit(slm, EXAMPLES, FIT, 0, lambda _: None)
     assert told["dp/epsilon"] == pytest.approx(true_epsilon([told, told]))
     with pytest.raises(ConfigError, match=r"was set for 2 upload\(s\) and is spent"):
@@ -235,6 +235,14 @@ def test_a_budget_that_no_noise_keeps_is_refused_before_a_run(settings, tmp_path
         prepare(config, tmp_path / "cache", lambda _: None)
     found = [finding for finding, _ in rows.data(config, {}) if finding.subject == "privacy"]
     assert [finding.level for finding in found] == ["error", "error"]
+
+
+def test_the_budget_is_looked_at_for_all_uploads_before_a_run(settings, tmp_path, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr("crosslm.runs.preparation.check_budget", lambda *given: looked_at.append(given[3:]))
+    settings["federation"] = {"participations": 3}
+    prepare(Config.model_validate(settings), tmp_path / "cache", lambda _: None)
+    assert looked_at == [(3, "client client-0"), (3, "client client-1")]
 
 
 def test_counts_that_were_told_stay_paid_for(slm):

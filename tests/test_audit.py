@@ -78,9 +78,12 @@ def test_a_private_run_tells_its_bound_and_is_audited(private_run, tmp_path, mon
         assert "loss" not in uploads[client]
         assert f"{client} {bound['epsilon']:.2f}" in privacy_line(summary)
 
+    asked = []
+    monkeypatch.setattr("crosslm.models.sources.cache_folder", lambda given: asked.append(given) or given)
     monkeypatch.setattr("sys.argv", ["crosslm", "audit", str(run), "--shadows", "2", "--cache-dir", str(tmp_path)])
     cli.app(standalone_mode=False)
     out = capsys.readouterr().out
+    assert asked == [str(tmp_path)]
     assert "Membership inference" in out
     assert "Canaries" in out
     figures = json.loads((run / "audit.json").read_text())

@@ -97,6 +97,14 @@ def test_so_many_of_its_texts_are_the_original_llms(models, config, task, share,
     assert closing.pool.samples == [*latest.samples[:of_latest], *original.samples[:of_original]]
 
 
+def test_a_share_of_the_texts_is_no_text_less_for_a_products_last_digit(config):
+    section = config.federation.model_copy(update={"closing_original": 0.29, "closing_texts": 100})
+    selection = config.selection.model_copy(update={"pool": 100})
+    config = config.model_copy(update={"federation": section, "selection": selection})
+    assert 0.29 * 100 < 29  # in binary
+    assert config.texts_in_the_end == (29, 71)
+
+
 def test_judges_are_weighed_by_what_they_make_of_the_original_llms_texts(models, config, task, uploads, monkeypatch):
     learned, asked = [], []
     train = server_module.train_on_synthetic

@@ -450,6 +450,17 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_still_serves(config, st
     assert contents(stopped) == contents(tmp_path / "whole")
 
 
+def test_what_is_damaged_of_a_checkpoint_is_whole_once_it_is_kept_again(tmp_path):
+    checkpoints = Checkpoints(RunDir(tmp_path))
+    name = checkpoints.put(b"weights")
+    (blob,) = (tmp_path / "checkpoints" / "blobs").iterdir()
+    blob.write_bytes(b"weigh")
+    with pytest.raises(RunError, match="damaged"):
+        checkpoints.get(name)
+    assert checkpoints.put(b"weights") == name
+    assert checkpoints.get(name) == b"weights"
+
+
 @pytest.mark.parametrize("lost", ["all", "half", "file", "other lines"])
 def test_events_that_a_checkpoint_knows_of_and_that_are_gone_are_not_gone_on_without(config, stopped, tmp_path, lost):
     path = stopped / "metrics.jsonl"

@@ -4,6 +4,7 @@ import json
 import tomllib
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tomli_w
@@ -20,10 +21,13 @@ from crosslm.errors import CollapseError
 from crosslm.experiment import run_local
 from crosslm.models.llm import LLM
 from crosslm.models.slm import SLM
+from crosslm.records import Upload
 from crosslm.runs import reevaluate
 from crosslm.runs.checkpoint import Checkpoints
+from crosslm.runs.journal import RunJournal
 from crosslm.runs.naming import last_seeds, last_unfinished, next_free
 from crosslm.runs.rundir import RunDir
+from crosslm.support.progress import Progress
 from crosslm.synthesis import synthesize
 
 
@@ -349,6 +353,15 @@ def test_an_upload_that_cannot_be_used_is_an_event_of_the_run(config, tmp_path, 
     summary = run_local(config, tmp_path / "run", tmp_path)
     assert set(summary["slm"]["crosslm"]) == {"client-0", "mean"}
     assert "client client-1: its weight" in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_counts_in_a_clients_own_order_of_labels_are_the_tasks_in_the_run(models, config, task, tmp_path):
+    slm = SLM.load(str(models / "bert"), tuple(reversed(task.labels)), 32, 0)
+    journal = RunJournal(config, None, RunDir(tmp_path), None, SimpleNamespace(task=task), Progress())
+    journal.accuracy["standalone"]["north"] = 0.5  # it has come before, and is not measured
+    journal.uploaded(Upload("north", 1, (3, 7), {}, slm.to_state()))
+    (event,) = RunDir(tmp_path).events()
+    assert event["class_counts"] == [7, 3]
 
 
 def test_an_llm_that_breaks_on_a_clients_rewards_is_an_event_of_the_run(config, tmp_path, monkeypatch):

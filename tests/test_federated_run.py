@@ -33,6 +33,7 @@ from crosslm.federation.kits import ServerSettings, dump
 from crosslm.federation.messages import decode_upload, encode
 from crosslm.federation.provision import provision
 from crosslm.federation.spool import ENDED, MOST_TRIES, Spool
+from crosslm.federation.summary import _with_mean
 from crosslm.html_report.collect import RunView
 from crosslm.html_report.findings import findings
 from crosslm.html_report.page import render
@@ -211,6 +212,11 @@ def test_without_test_rows_nothing_is_made_up(blind, local):
     assert summary["not_delivered"] == ["silo-1"]
     assert summary["not_uploaded"] == {"late": "no answer in time; asked again in 60 s"}
     assert [arrival["state"] for arrival in summary["arrivals"]].count("refused") == 1
+
+
+def test_a_mean_is_that_of_all_who_were_served_or_none():
+    assert _with_mean(["a", "b"], {"a": 0.5, "b": 1.0, "c": 0.0}) == {"a": 0.5, "b": 1.0, "mean": 0.75}
+    assert _with_mean(["a", "b"], {"a": 0.5}) == {"a": 0.5, "b": None, "mean": None}
 
 
 def test_the_report_says_what_is_known_and_what_is_not(blind, shell):

@@ -22,11 +22,12 @@ from crosslm.algorithm.agreement import (
 from crosslm.client import Client
 from crosslm.config import Config, FitConfig
 from crosslm.data.examples import Examples
-from crosslm.errors import QuarantineError, UploadError
+from crosslm.errors import ConfigError, QuarantineError, UploadError
 from crosslm.gate import Gate
 from crosslm.models.slm import SLM
 from crosslm.records import SyntheticSet, SyntheticText
 from crosslm.runs.measures import measure_slm
+from crosslm.runs.snapshot import gate_bytes, restore_gate
 
 # -- the statistics --------------------------------------------------------------------------
 
@@ -270,10 +271,31 @@ def test_a_client_that_comes_again_is_no_copy_of_itself(settings, honest):
     assert judged(gate, dataclasses.replace(honest["north"], client_round=1)).figures["auc"] > 0.5
 
 
+def test_a_gate_opens_with_so_many_of_the_originals_texts_and_all_public_ones(settings):
+    config = Config.model_validate(settings | {"gate": {"enabled": True, "texts": 50}})
+    public = PROBE.take(range(20))
+    gate = Gate.open(config, pool_of(PROBE), public)
+    assert gate.fixed == PROBE.take([*range(50), *range(20)])
+    assert gate.count == 70
+    with pytest.raises(ConfigError, match=r"gate: all texts to probe with have one label; raise selection\.pool"):
+        Gate.open(config, pool_of(public), public)
+    assert Gate.open(Config.model_validate(settings), pool_of(PROBE), public) is None
+
+
 def test_no_more_texts_of_the_last_pool_are_probed_with_than_the_gate_has(settings, honest):
     gate = gate_for(settings, texts=10)
     gate.accepted(judged(gate, honest["north"]), honest["north"], pool_of(PROBE))
     assert gate.latest == PROBE.take(range(10))
+
+
+def test_what_a_gate_remembers_is_there_after_a_stop(settings, honest):
+    gate, again = gate_for(settings), gate_for(settings)
+    for name in ("north", "south"):
+        gate.accepted(judged(gate, honest[name]), honest[name], pool_of(PROBE))
+    restore_gate(again, gate_bytes(gate))
+    assert again.latest == PROBE
+    assert list(again.references) == ["north", "south"]
+    assert all(torch.equal(value, gate.references[name]) for name, value in again.references.items())
 
 
 def test_a_small_probe_refuses_only_what_is_plainly_bad(settings, honest, hostile):

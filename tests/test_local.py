@@ -121,6 +121,14 @@ def test_what_is_returned_is_installed_and_trained_on_next_time(clients, monkeyp
     assert all(torch.equal(value, weights[name]) for name, value in returned[0][1].slm.weights.items())
 
 
+def test_each_training_of_each_client_has_a_seed_of_its_own(clients, monkeypatch):
+    seeds = set()
+    monkeypatch.setattr(SLM, "fit", lambda slm, rows, fit, seed, *_, **__: seeds.add(seed) or {})
+    for client in clients * 2:
+        client.train()
+    assert len(seeds) == 6
+
+
 @pytest.mark.parametrize("error", [MemoryError("full"), KeyboardInterrupt()])
 def test_a_training_that_fails_leaves_the_slm_as_it_was(clients, monkeypatch, error):
     client, epoch, calls = clients[0], SLM._epoch, []

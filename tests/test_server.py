@@ -425,6 +425,7 @@ def test_an_llm_that_breaks_in_a_step_is_taken_back_and_the_upload_refused(model
 
 def test_an_slm_that_cannot_be_trained_is_refused_and_changes_nothing(models, config, task, uploads, monkeypatch):
     """One that is too large for this machine, say, must not end the server, which would begin with it again."""
+    config = config.model_copy(update={"reward": config.reward.model_copy(update={"teachers": 2})})
     server, (north, south) = server_for(config, task, models), uploads
     server.step(north)
     before = server.llm.fingerprint()
@@ -432,13 +433,18 @@ def test_an_slm_that_cannot_be_trained_is_refused_and_changes_nothing(models, co
     def fails(*_):
         raise RuntimeError("CUDA out of memory")
 
+    def is_out(_):
+        raise UploadError("client north: it cannot classify")
+
     with monkeypatch.context() as patched:
         patched.setattr(SLM, "fit", fails)
+        patched.setattr(server.teachers.members["north"], "read", is_out)
         with pytest.raises(
             UploadError, match=r"client south: its SLM cannot be trained: RuntimeError: CUDA out of mem"
         ):
             server.step(south)
     assert (server.llm.fingerprint(), server.steps) == (before, 1)
+    assert list(server.teachers.members) == ["north"]  # who failed in a step that was taken back judges on
 
 
 def test_an_slm_that_breaks_in_step_5_is_refused_and_changes_nothing(models, config, task, upload, monkeypatch):

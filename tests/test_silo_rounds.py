@@ -149,6 +149,16 @@ def test_the_classifier_in_use_is_whole_whenever_the_silo_dies(silo, federated, 
     assert (used / "model.safetensors").read_bytes() != before
 
 
+def test_nothing_is_there_to_send_without_its_receipt(silo, monkeypatch):
+    def dies(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Silo, "_receipt", dies)
+    with pytest.raises(OSError, match="No space"):
+        silo.upload(silo.settings.experiment, 0)
+    assert not list(silo.state.glob("upload-*"))
+
+
 def test_what_a_silo_keeps_is_for_its_owner_alone_whoever_starts_it(silo):
     before = os.umask(0o022)  # Flower's own commands set none
     try:

@@ -283,6 +283,17 @@ def test_soft_labels_are_learned_whatever_the_order_of_the_outputs(uploads, conf
     torch.testing.assert_close(slm.losses(rows, targets.flip(1)), expected)
 
 
+def test_step_5_of_each_upload_has_a_seed_of_its_own(uploads, config):
+    seeds, pool = set(), SyntheticSet([SyntheticText("a day", 0, "", (1,), (2,), 0)])
+    slm = SimpleNamespace(
+        fit=lambda texts, fit, seed, *_: seeds.add(seed) or {}, is_finite=lambda: True, interpolate=lambda *_: None
+    )
+    north, south, _ = uploads
+    for upload in (north, dataclasses.replace(north, client_round=1), south):
+        train_on_synthetic(slm, pool, [0], None, upload, config, Progress(), "")
+    assert len(seeds) == 3
+
+
 def test_step_5_learns_the_probabilities_if_asked_to(models, config, task, uploads):
     returned = {}
     for soft in (False, True):
