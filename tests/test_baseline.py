@@ -122,6 +122,10 @@ def test_a_silo_finds_out_before_it_takes_part(silo, data_folder, command, monke
     assert code == 2
     assert "--set and --data-dir are not for a kit; change its files" in err
     assert (kit / SILO_FILE).is_file()
+    for folder in (kit.parent.parent, kit.parent.parent / "server"):
+        code, _, err = command("baseline", folder)
+        assert code == 2
+        assert f"{folder}: is not a silo's kit; give one, which has a silo.toml, or a configuration" in err
 
 
 def test_dp_without_opacus_is_said_before_anything_is_trained(settings, monkeypatch, tmp_path):

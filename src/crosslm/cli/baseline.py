@@ -46,9 +46,10 @@ def baseline(
     """
     quiet_libraries()
     from crosslm.cli.display import display_for
-    from crosslm.federation.kits import SILO_FILE
+    from crosslm.federation.kits import SILO_FILE, is_kit
     from crosslm.models.sources import cache_folder
     from crosslm.runs.baseline import baselines
+    from crosslm.runs.folders import kits_in
 
     cache, display = cache_folder(cache_dir), display_for(console)
     if (Path(config) / SILO_FILE).is_file():
@@ -57,6 +58,8 @@ def baseline(
         from crosslm.federation.self_audit import baseline_of_silo
 
         found = baseline_of_silo(Path(config), cache, display)
+    elif is_kit(Path(config)) or kits_in(Path(config)):
+        raise ConfigError(f"{config}: is not a silo's kit; give one, which has a {SILO_FILE}, or a configuration")
     else:
         found = baselines(load(config, tuple(overrides), data_dir), cache, display)
     console.print(baseline_table(found))

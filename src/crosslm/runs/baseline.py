@@ -29,8 +29,8 @@ ITERATIONS = 1000
 def baselines(config: Config, cache: Path, display: Display | None = None) -> dict[str, dict[str, Any]]:
     """Each client's accuracies by itself and with all rows together, on the test rows that a run measures it on.
 
-    Step 1 is as in a run of this configuration, from the same seed: under DP within the same bound, though nothing
-    leaves. Nothing is written, and no LLM is needed.
+    Step 1 is as in a run of this configuration, from the same seed, under DP by DP-SGD; what all rows together reach is
+    always without DP. Nothing is written, and no LLM is needed.
 
     Args:
         config: of a run.
