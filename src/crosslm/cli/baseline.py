@@ -74,12 +74,12 @@ def baseline_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     table.add_column()
     for client in clients:
         table.add_column(Text(client), justify="right")
-    for key, name in COUNTS.items():
-        table.add_row(name, *(str(found[client].get(key, "")) for client in clients))
+    for key, title in COUNTS.items():
+        table.add_row(title, *(str(found[client].get(key, "")) for client in clients))
     table.add_section()
-    for key, name in NAMES.items():
+    for key, title in NAMES.items():
         if key in found[clients[0]]:
-            table.add_row(name, *(f"{found[client][key]:.3f}" for client in clients))
+            table.add_row(title, *(f"{found[client][key]:.3f}" for client in clients))
     return table
 
 
