@@ -680,7 +680,7 @@ def results_page(loaded: dict[str, dict]) -> str:
     lines += remarks("findings") + remarks("trust")
     if "reproduce" in loaded:
         lines += reproduction_section(loaded["reproduce"], sorted(path.stem for path in PLOTS.glob("*.svg")))
-        lines += logistic_section(loaded["logistic"], loaded["reproduce"], loaded["demo-as-init"])
+        lines += logistic_section(loaded["logistic"], loaded["reproduce"], loaded[DEMO], loaded["demo-as-init"])
     lines += remarks("remarks")
     lines += ["## Single runs and fields", "", ONE_SEED, ""]
     for name, title in NAMES.items():
