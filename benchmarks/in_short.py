@@ -12,7 +12,7 @@ TEXT = """\
 - **Is it the LLM's learning?** Hardly. CrossLM ends {slm_gain_vs_data_free_kd} above Data-free KD, which has
   the same judges and as many texts of the LLM as it was. What helps are the judges.
 - **Beside the simplest thing.** A logistic regression on frozen vectors of the same sentence encoder, which
-  a silo fits to its own rows in seconds, is right on {regression[alone]:.3f} in the mean of the four datasets,
+  a silo fits to its own rows, is right on {regression[alone]:.3f} in the mean of the four datasets,
   and on {regression[balanced]:.3f} where each label counts alike ("Beside a logistic regression").
 - **A good classifier gains nothing.** The demo with classifiers as `crosslm init` writes them (a sentence
   encoder with the mean of its tokens; pools of 384 texts), one seed: {as_init[standalone][mean]:.3f} before,

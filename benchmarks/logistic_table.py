@@ -3,7 +3,7 @@
 from statistics import fmean
 from typing import Any
 
-TASKS = {"sst2": "SST-2", "imdb": "IMDb", "ag_news": "AG News", "yahoo_answers": "Yahoo! Answers"}
+DEMO = "demo"
 ROWS = {
     "Standalone (on all private rows, as under preset paper)": "Standalone (BERT's own head)",
     "preset recommended: Data-free KD": "Data-free KD, preset recommended",
@@ -20,8 +20,9 @@ def logistic_means(kept: dict[str, Any], which: str) -> list[float]:
         which: ``alone``, each client's own rows, ``balanced``, each label alike, or ``together``.
     """
     means = [
-        fmean(fmean(client[which] for client in seed.values()) for seed in kept["figures"][task].values())
-        for task in TASKS
+        fmean(fmean(client[which] for client in seed.values()) for seed in seeds.values())
+        for task, seeds in kept["figures"].items()
+        if task != DEMO
     ]
     return [*means, fmean(means)]
 
@@ -37,6 +38,7 @@ def logistic_section(
         demo_run: the demo.
         as_init: the demo with classifiers as `crosslm init` writes them.
     """
+    columns = report["tables"]["4"]["columns"]
     ours = {row["name"]: row["cells"] for row in report["tables"]["4"]["rows"] if row["by"] == "ours"}
     rows = {
         "**logistic regression, each silo's own rows**": logistic_means(kept, "alone"),
@@ -44,7 +46,7 @@ def logistic_section(
         **{shown: [cell["value"] for cell in ours[name]] for name, shown in ROWS.items()},
         "logistic regression, all rows": logistic_means(kept, "together"),
     }
-    (demo,) = kept["figures"]["demo"].values()
+    (demo,) = kept["figures"][DEMO].values()
     slm, demo_crosslm = as_init["summary"]["slm"], demo_run["summary"]["slm"]["crosslm"]["mean"]
     alone, even = (fmean(client[which] for client in demo.values()) for which in ("alone", "balanced"))
     return [
@@ -52,13 +54,13 @@ def logistic_section(
         "",
         "scikit-learn's logistic regression, with its own settings, on the vectors of the sentence encoder that the "
         "SLMs are made of (MiniLM, frozen): the same private rows, test rows and seeds as in Table 4, no exchange and "
-        "no LLM, seconds of a processor. `python benchmarks/logistic.py`; `crosslm baseline` does it for your rows.",
+        "no LLM. `python benchmarks/logistic.py`; `crosslm baseline` does it for your rows.",
         "",
-        "| | " + " | ".join([*TASKS.values(), "Average"]) + " |",
-        "| --- |" + " ---: |" * (len(TASKS) + 1),
+        "| | " + " | ".join(columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
         *(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |" for name, values in rows.items()),
         "",
-        f"In the demo's silos, where the more frequent label has 55 to 64 % of the rows, it is right on {alone:.3f} by "
+        f"In the demo's silos, where the shares of the labels are nearer to even, it is right on {alone:.3f} by "
         f"each silo's own ({even:.3f} where each label counts alike); the demo's CrossLM on {demo_crosslm:.3f}, "
         f"classifiers as `crosslm init` writes them on {slm['standalone']['mean']:.3f} by themselves "
         f"and on {slm['crosslm']['mean']:.3f} after CrossLM (one run of each).",

@@ -599,7 +599,7 @@ which three seeds make too narrow):
 
 The second row is what the LLM's learning from the clients adds to classifiers: {clear}. Of {clients} clients
 {losers} end worse, by at most {worst:.1f} points. A logistic regression on
-a sentence encoder's vectors, fitted in seconds to a silo's own rows, each label counting alike, reaches {balanced:.3f}
+a sentence encoder's vectors, fitted to a silo's own rows, each label counting alike, reaches {balanced:.3f}
 in that mean, where CrossLM reaches {crosslm:.3f}: see what you have by `crosslm baseline` first. The price is the LLM's
 perplexity on other text, which rises by {growth:.0f} % where it rises most.
 [docs/results.md](docs/results.md) has each dataset, the paper's own figures, and where it brings nothing."""

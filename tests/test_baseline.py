@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 import torch
-from of_federations import change, federated, kits, silo  # noqa: F401  fixtures
+from of_federations import change
 
 from crosslm.cli.baseline import advice
 from crosslm.config import AcceptanceConfig, Config, PrivacyConfig
@@ -101,7 +101,7 @@ def test_what_the_figures_say(logistic, more, said):
     assert all(words in line for words, line in zip(said, lines, strict=True))
 
 
-def test_a_silo_finds_out_before_it_takes_part(silo, data_folder, command, monkeypatch, tmp_path):  # noqa: F811
+def test_a_silo_finds_out_before_it_takes_part(silo, data_folder, command, monkeypatch, tmp_path):
     kit = silo.kit
     with pytest.raises(DataError, match=r"silo silo-0: has no rows to measure on: name a file as data\.test in silo"):
         baseline_of_silo(kit, tmp_path / "cache")

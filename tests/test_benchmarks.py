@@ -445,6 +445,7 @@ def test_a_logistic_regression_is_measured_on_the_rows_of_each_client(settings, 
 def test_the_table_has_the_mean_over_clients_seeds_and_tasks(monkeypatch):
     table = loaded("logistic_table", monkeypatch)
     first = {"0": {"a": {"alone": 0.5}, "b": {"alone": 0.7}}, "1": {"a": {"alone": 0.8}, "b": {"alone": 0.8}}}
-    figures = {task: {"0": {"a": {"alone": 0.3}}} for task in table.TASKS} | {"sst2": first}
+    others = {task: {"0": {"a": {"alone": 0.3}}} for task in ("imdb", "ag_news", "yahoo_answers")}
+    figures = {"demo": {"0": {"a": {"alone": 0.9}}}, "sst2": first, **others}
     # of the first (0.6 + 0.8) / 2, and with three of 0.3 in all (0.7 + 0.9) / 4
     assert table.logistic_means({"figures": figures}, "alone") == pytest.approx([0.7, 0.3, 0.3, 0.3, 0.4])

@@ -39,9 +39,8 @@ def made_by_mean(folder: str) -> bool:
     Args:
         folder: of it, or its hub id.
     """
-    found = _read(
-        folder, "1_Pooling/config.json"
-    )  # of sentence-transformers; the second is how newer versions write it
+    found = _read(folder, "1_Pooling/config.json")  # of sentence-transformers
+    # the second is how newer versions write it
     is_mean = found.get("pooling_mode_mean_tokens") is True or found.get("pooling_mode") == "mean"
     return is_mean and _read(folder, "config.json").get("model_type") == "bert"
 

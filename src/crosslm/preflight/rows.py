@@ -22,9 +22,7 @@ FEW_ROWS = 10  # of a label; fewer teach a classifier little
 FEW_TEST_ROWS = 50  # of which each is two points of accuracy
 LOOKED_AT = 200  # of a client's texts, for how its classifier reads them
 MANY_UNKNOWN, MANY_CUT = 0.05, 0.5  # shares of tokens and texts from which on that is told
-MANY_TOKENS = (
-    1.6  # for a word: 1.0 to 1.2 in English with a model that knows it, 1.6 to 2.5 in others with one that not
-)
+MANY_TOKENS = 1.6  # for a word: English takes 1.0 to 1.2 of a model that knows it, other languages 1.6 to 2.5
 OFF_BATCH = 0.2  # of the rows; nearer to all of them a batch is what was measured
 NO_WORD = re.compile(r"[\W\d_]+")
 
