@@ -33,6 +33,7 @@ LAYERS = [
     {"algorithm.rewards", "algorithm.losses", "algorithm.selection", "algorithm.agreement"}
     | {"algorithm.membership", "algorithm.overlap", "algorithm.soft_labels", "algorithm.verbalizer"}
     | {"algorithm.per_label"},
+    {"data.encodings"},
     {"data.texts", "data.demo", "models.sources", "models.encoder", "models.head", "models.tokens"},
     {"data.split", "models.vocabulary"},
     {"models.architecture"},

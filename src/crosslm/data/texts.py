@@ -11,10 +11,10 @@ from typing import Any
 
 from crosslm.config import DataConfig
 from crosslm.config_file import nearest, packaged
+from crosslm.data.encodings import is_broken, looks_otherwise, meant_label, named_in, why_undecoded
 from crosslm.data.examples import Examples
 from crosslm.data.hub import HUB, hub_rows
 from crosslm.data.rows import (
-    NOT_UTF8,
     UTF_8,
     check_not_empty,
     content_of,
@@ -32,8 +32,6 @@ from crosslm.support.files import expanded
 
 ANY_KEY = "the configuration"
 NAMED_ROWS = 5
-WINDOWS = "cp1252"
-"""What programs on Windows write in Western Europe and America, if not UTF-8."""
 OWN_TEXT = "package:crosslm"
 """The name of a plain text that is installed with crosslm: a page of English on many matters."""
 
@@ -100,7 +98,7 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str], key: str =
             if "" not in skip:
                 raise DataError(f'{bare}, or say data.skip_labels = [""] to leave out rows without a label')
         text, label = row[data.text_column], row.get(data.label_column)
-        if any(isinstance(value, str) and _is_broken(value) for value in (text, label)):
+        if any(isinstance(value, str) and is_broken(value) for value in (text, label)):
             loaded.undecoded.append(number)
             undecoded.append((f"{text} {label}", label_of(label)))
             continue
@@ -135,12 +133,12 @@ def load_examples(name: str, data: DataConfig, labels: Sequence[str], key: str =
             f"{source}: {_of_labels(unknown, labels)}; the task's labels are {list(labels)}; correct the file, say "
             "in data.label_names which of them it is, or leave its rows out by data.skip_labels"
         )
-    loaded.why_undecoded = _why_undecoded([row for row, _ in undecoded], loaded.examples.texts, data, key)
-    loaded.looks_otherwise = _looks_otherwise(loaded.examples.texts, data, key)
+    loaded.why_undecoded = why_undecoded([row for row, _ in undecoded], loaded.examples.texts, data, key)
+    loaded.looks_otherwise = looks_otherwise(loaded.examples.texts, data, key)
     if not loaded.examples and (why := loaded.warnings()):
         raise DataError(f"{'; '.join(why)}; no row is left, and it must have some")
     places = {name: index.get(named.get(name, name)) for name in (*index, *named)}
-    _check_none_is_lost(loaded, [_meant(label, places) for _, label in undecoded], labels)
+    _check_none_is_lost(loaded, [meant_label(label, places) for _, label in undecoded], labels)
     return loaded
 
 
@@ -184,76 +182,6 @@ def _check_none_is_lost(loaded: Loaded, undecoded: Sequence[int | None], labels:
             )
 
 
-def _why_undecoded(rows: Sequence[str], others: Sequence[str], data: DataConfig, key: str) -> str:
-    """What rows are not, and what to do.
-
-    Args:
-        rows: text and label of those that are not of ``data.encoding``.
-        others: texts that are.
-        data: as it is.
-        key: of the file in the configuration.
-    """
-    if not is_utf8(data.encoding):
-        return f"not {data.encoding}; save the file as UTF-8, or name its own in {_named_in('encoding', key)}"
-    is_mixed = any(not text.isascii() for text in others)  # read as another, those would be garbled
-    if is_mixed or not all(map(_is_of_windows, rows)):
-        return "not UTF-8; save the file as UTF-8"
-    windows = _named_in("encoding", key, f' = "{WINDOWS}"')
-    return f"not UTF-8; save the file as UTF-8, or if it is of Windows say {windows}"
-
-
-def _is_of_windows(row: str) -> bool:
-    """Whether what is not UTF-8 in a row can be read as what Windows writes."""
-    try:
-        row.encode(UTF_8, "surrogateescape").decode(WINDOWS)
-    except UnicodeError:
-        return False
-    return True
-
-
-def _looks_otherwise(texts: Sequence[str], data: DataConfig, key: str) -> str:
-    """What makes it doubtful that texts are of ``data.encoding``: read as UTF-8, most of them are text too."""
-    foreign = [text for text in texts if not text.isascii()]
-    if is_utf8(data.encoding) or not foreign or 2 * sum(_is_utf8_of(text, data) for text in foreign) < len(foreign):
-        return ""
-    return f"read as {data.encoding}, and its letters look like UTF-8: they may be wrong; if so, say " + _named_in(
-        "encoding", key, ' = "utf-8"'
-    )
-
-
-def _is_utf8_of(text: str, data: DataConfig) -> bool:
-    try:
-        text.encode(data.encoding).decode(UTF_8)
-    except UnicodeError:
-        return False
-    return True
-
-
-def _meant(label: str, known: Mapping[str, int | None]) -> int | None:
-    """Which label of the task a row of another encoding has, if its ASCII letters tell: they are the same in most."""
-    if not _is_broken(label):
-        return known.get(label)
-    alike = {place for name, place in known.items() if _outline(name) == _outline(label)}
-    return alike.pop() if len(alike) == 1 else None
-
-
-def _outline(label: str) -> str:
-    return "".join(letter if letter.isascii() else NOT_UTF8 for letter in label)
-
-
-def _named_in(field: str, key: str, value: str = "") -> str:
-    """Where a field of ``[data]`` is said for a file: of a silo's own file in its own table, too.
-
-    Args:
-        field: of ``[data]`` and of ``[[clients]]``.
-        key: of the file in the configuration.
-        value: what is to be said.
-    """
-    if not key.startswith("clients."):
-        return f"data.{field}{value}"
-    return f"{key.rpartition('.')[0]}.{field}{value} (or data.{field}, for all silos without their own)"
-
-
 def _no_column(source: str, number: int, row: Iterable[str], wanted: str, data: DataConfig, key: str) -> DataError:
     told = _columns(row, wanted, data, key)
     return DataError(f"{source}: row {number} has no column {wanted!r}; its columns are: {told}")
@@ -261,9 +189,9 @@ def _no_column(source: str, number: int, row: Iterable[str], wanted: str, data: 
 
 def _columns(found: Iterable[str], wanted: str, data: DataConfig, key: str) -> str:
     columns = list(found)
-    how = f"name yours in {_named_in('text_column' if wanted == data.text_column else 'label_column', key)}"
-    if any(map(_is_broken, columns)):
-        how = f"{_why_undecoded(columns, (), data, key)}; or {how}"
+    how = f"name yours in {named_in('text_column' if wanted == data.text_column else 'label_column', key)}"
+    if any(map(is_broken, columns)):
+        how = f"{why_undecoded(columns, (), data, key)}; or {how}"
     return told_columns(map(without_surrogates, columns), how)
 
 
@@ -315,7 +243,7 @@ def readable_lines(path: Path, warn: Callable[[str], None]) -> list[str]:
         DataError: it cannot be read, or has no text.
     """
     everything = [line for line in read_text(path).splitlines() if line.strip()]
-    lines = [line for line in everything if not _is_broken(line)]
+    lines = [line for line in everything if not is_broken(line)]
     if len(lines) < len(everything):
         warn(f"{path}: {len(everything) - len(lines)} of {len(everything)} lines left out: not UTF-8")
     if not lines:
@@ -332,7 +260,7 @@ def whole_text(path: Path) -> str:
     text = read_text(path)
     if not text.strip():
         raise DataError(f"{path}: has no text; it must hold some in UTF-8")
-    if broken := [number for number, line in enumerate(text.splitlines(), start=1) if _is_broken(line)]:
+    if broken := [number for number, line in enumerate(text.splitlines(), start=1) if is_broken(line)]:
         raise DataError(f"{path}: line {broken[0]} is not UTF-8; write the file anew as UTF-8, or without that line")
     return text
 
@@ -371,10 +299,6 @@ def find_file(name: str, data: DataConfig, key: str = ANY_KEY) -> Path:
         f"{path}: no such file; set data.dir or --data-dir to the folder that it is in, or name another file in "
         f"{key}{hint if is_packaged else ''}"
     )
-
-
-def _is_broken(value: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _counted(rows: list[int]) -> str:
