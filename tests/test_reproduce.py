@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -410,10 +411,18 @@ def soon(condition):
     return condition()
 
 
+@pytest.fixture
+def imported_once(monkeypatch):
+    """Processes that come of one which has imported everything; two tests have them as they are, for 10 s each."""
+    monkeypatch.setattr(jobs, "START", "forkserver")
+    multiprocessing.set_forkserver_preload([jobs.__name__])
+
+
 def lines_of(cells, work, jobs=2):
     return sorted(line for lines in side_by_side(cells, work, Silent(), jobs) for line in lines)
 
 
+@pytest.mark.usefixtures("imported_once")
 def test_what_begins_with_a_runs_llm_comes_after_it_in_the_same_process(tmp_path):
     work = Recording(None, tmp_path, None, commit="of whoever started it")
     assert lines_of([*THREE[:2], BOTH[1], THREE[2]], work) == []
@@ -423,6 +432,7 @@ def test_what_begins_with_a_runs_llm_comes_after_it_in_the_same_process(tmp_path
     assert {own for *_, own in done} == {"True"}  # a process names the commit that it has loaded
 
 
+@pytest.mark.usefixtures("imported_once")
 def test_a_process_that_dies_takes_no_other_cell_with_it(tmp_path):
     died = "its process ended with code 9; what it printed says why; if memory was short, try fewer --jobs"
     assert lines_of([*THREE, BOTH[1]], Dying(None, tmp_path, None)) == [
@@ -433,12 +443,14 @@ def test_a_process_that_dies_takes_no_other_cell_with_it(tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("imported_once")
 def test_what_no_cell_can_be_done_with_ends_all(tmp_path):
     with pytest.raises(RunError, match="choose another --output"):
         lines_of(BOTH, Failing(None, tmp_path, None), jobs=1)
     assert (tmp_path / "begun").read_text() == "paper\n"
 
 
+@pytest.mark.usefixtures("imported_once")
 def test_what_ends_the_command_ends_its_processes(tmp_path):
     doing = side_by_side(BOTH, Sleeping(None, tmp_path, None), Silent(), 2)
     assert next(doing) == []

@@ -8,8 +8,10 @@ model folder in the cache.
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache as remember
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -161,7 +163,7 @@ def lock_of(folder: Path) -> Path:
 
 
 def _convert(module: str, package: Package, folder: Path, on_news: Callable[[str], None]) -> None:
-    on_news(f"Converting {package.file} once into {folder} (about two minutes). Licence: {package.licence}")
+    on_news(f"Converting {package.file} once into {folder} (a minute or two). Licence: {package.licence}")
 
     def write(work: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)  # of a process that died
@@ -169,8 +171,9 @@ def _convert(module: str, package: Package, folder: Path, on_news: Callable[[str
         gguf = work / package.file
         import_module(module).assemble(gguf)
         _check_sha256(gguf, package.sha256)
-        tokenizer = AutoTokenizer.from_pretrained(str(work), gguf_file=package.file)
-        model = AutoModelForCausalLM.from_pretrained(str(work), gguf_file=package.file, dtype=torch.float32)
+        with _gguf_read_once():
+            tokenizer = AutoTokenizer.from_pretrained(str(work), gguf_file=package.file)
+            model = AutoModelForCausalLM.from_pretrained(str(work), gguf_file=package.file, dtype=torch.float32)
         # the weights are plain now; without these two lines save_pretrained refuses them as quantised
         model.hf_quantizer = None
         del model.config.quantization_config
@@ -180,6 +183,19 @@ def _convert(module: str, package: Package, folder: Path, on_news: Callable[[str
         seal(work)
 
     replace_folder(folder, write)
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Have a GGUF file read once: for configuration, tokenizer and weights all its tokens would be read anew."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = remember(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _files(key: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,6 +29,8 @@ from crosslm.support.provenance import commit, machine, versions
 from crosslm.support.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
+
+START: Literal["spawn", "forkserver"] = "spawn"  # what has used CUDA cannot be forked
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class _Processes:
         return failed
 
     def _start(self, part: list[Cell]) -> tuple[BaseProcess, Connection] | None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START)
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_do_part, args=(part, self._work, self._threads, sender), daemon=True)
         # an interrupt from a terminal goes to all its processes; they are ended by this one
