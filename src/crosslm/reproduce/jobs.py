@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -30,7 +30,7 @@ from crosslm.support.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
 
-START: Literal["spawn", "forkserver"] = "spawn"  # what has used CUDA cannot be forked
+PROCESSES = multiprocessing.get_context("spawn")  # what has used CUDA cannot be forked
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,8 @@ class _Processes:
         return failed
 
     def _start(self, part: list[Cell]) -> tuple[BaseProcess, Connection] | None:
-        context = multiprocessing.get_context(START)
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_do_part, args=(part, self._work, self._threads, sender), daemon=True)
+        receiver, sender = PROCESSES.Pipe(duplex=False)
+        process = PROCESSES.Process(target=_do_part, args=(part, self._work, self._threads, sender), daemon=True)
         # an interrupt from a terminal goes to all its processes; they are ended by this one
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         with self._lock:
