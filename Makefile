@@ -47,7 +47,7 @@ format: $(VENV)/.dev               ## mend what can be mended by itself
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev                ## measure speed and memory again (an hour); ARGS="--quick" for minutes, ARGS=--keep to write benchmarks/results/, TRL=PYTHON of an environment with trl and peft
-	@failed=; for script in generation "update $(if $(TRL),--trl $(TRL))" families leads selection slm arrival federation; do \
+	@failed=; for script in generation "update $(if $(TRL),--trl $(TRL))" families leads selection slm busy arrival federation; do \
 		set -- $$script; name=$$1; shift; $(BIN)/python benchmarks/$$name.py "$$@" $(ARGS) || failed="$$failed $$name"; done; \
 		test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 

@@ -3,11 +3,13 @@
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import tomli_w
 import torch
@@ -178,6 +180,45 @@ def test_the_update_is_measured_and_checked(quick, monkeypatch):
 
     with pytest.raises(SystemExit, match=r"do not agree.*: losses, whole vocabulary, ours_float32"):
         quick("update", spoil)
+
+
+def test_a_busy_machine_is_measured_and_checked(quick, monkeypatch, capsys):
+    seconds = iter([10.0, 12.0, 60.0, 20.0])
+    written = dict.fromkeys(("idle", "idle_ours", "busy", "busy_ours"), "same")
+    asked = []
+
+    def measured(side, texts):
+        asked.append((side, texts))
+        return next(seconds), written[side]
+
+    figures = quick("busy", lambda module: monkeypatch.setattr(module, "measured", measured))
+    assert asked == [(side, 8) for side in written]
+    ratios = ("ratio_idle", "ratio_busy", "slower_when_busy", "slower_when_busy_as_it_is")
+    assert [figures[name] for name in ratios] == [0.83, 3.0, 1.67, 6.0]
+    seconds, written["busy"] = iter([10.0, 12.0, 60.0, 20.0]), "others"
+    with pytest.raises(SystemExit, match=r"do not agree.*: different texts: 1"):
+        quick("busy")
+
+    busy = importlib.import_module("busy")
+    capsys.readouterr()
+    found = []
+    for texts in (2, 2, 3):
+        busy.work(texts)
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0][1] == found[1][1] != found[2][1]
+    assert min(took for took, _ in found) > 0
+
+
+def test_neighbours_keep_cores_busy_and_go(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    busy = importlib.import_module("busy")
+    this = psutil.Process()
+    before = {child.pid for child in this.children()}
+    with busy.neighbours(2):
+        others = [child for child in this.children() if child.pid not in before]
+        assert len(others) == 2
+        assert len({os.getsid(other.pid) for other in others} | {os.getsid(0)}) == 3
+    assert not any(other.is_running() for other in others)
 
 
 def test_selection_is_measured_and_checked(quick, monkeypatch):

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from crosslm import errors
 from crosslm.cli import main as cli
+from crosslm.cli.main import SPINS
 from crosslm.cli.runs import _somebody_reads
 from crosslm.cli.stopping import StopRequest
 from crosslm.config_file import load
@@ -407,6 +408,23 @@ def test_a_terminal_without_unicode_still_gets_the_tables(workplace, monkeypatch
     assert not end.value.code
     plain.flush()
     assert "Standalone" in plain.buffer.getvalue().decode("ascii")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "found"),
+    [
+        ({}, SPINS),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
+)
+def test_threads_wait_briefly_unless_somebody_has_chosen(chosen, found, monkeypatch):
+    """Where another process wants a core, threads that turn while they wait make a command several times slower."""
+    monkeypatch.setattr(os, "environ", {**chosen})
+    seen = []
+    monkeypatch.setattr(cli, "app", lambda: seen.append(os.environ.get("GOMP_SPINCOUNT")))
+    cli.main()
+    assert seen == [found]
 
 
 def test_a_reader_that_goes_away_is_no_error(workplace, shell, monkeypatch):

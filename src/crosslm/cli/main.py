@@ -3,6 +3,7 @@
 import atexit
 import errno
 import io
+import os
 import signal
 import sys
 from typing import Annotated
@@ -41,6 +42,8 @@ EXTRAS = {
 """Packages that a command may find missing, and what brings them."""
 PASSING = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Of the operating system's errors those by which a machine is short of something now and may not be later."""
+SPINS = "1000"
+"""Turns in which a thread of OpenMP waits for the others before it lets go of its core (benchmarks/busy.py)."""
 
 
 class _PlainHelp(TyperCommand):
@@ -67,6 +70,8 @@ def main() -> None:
     So is a package that is not there, if one of the extras brings it. A :class:`PassingError` ends with 75, and so does
     what a machine is short of.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
