@@ -70,7 +70,7 @@ def contents(folder):
 def small(settings):
     """Two clients that arrive twice each, with everything that has a state switched on."""
     fit = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "patience": 0}
-    settings["slm"] |= {"private": fit | {"epochs": 16, "learning_rate": 5e-3}, "synthetic": fit, "weigh_judges": True}
+    settings["slm"] |= {"private": fit | {"epochs": 8, "learning_rate": 1e-2}, "synthetic": fit, "weigh_judges": True}
     settings["llm"] |= {"samples": 4, "iterations": 2, "gamma_anchor": 0.5, "anchors": 2}
     settings["selection"] |= {"pool": 6}
     settings["synthesis"] |= {"max_new_tokens": 6}
