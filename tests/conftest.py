@@ -191,9 +191,8 @@ TASK = {
 }
 
 
-@pytest.fixture
-def data_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
+def write_data(folder: Path) -> Path:
+    """Rows of both labels, and a text without."""
     folder.mkdir()
     rows = [f'"{text}",{label}' for label, words in (("good", GOOD), ("bad", BAD)) for text in sentences(words)]
     rows = rows[::2] + rows[1::2]
@@ -204,7 +203,11 @@ def data_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(models: Path, data_folder: Path) -> dict:
+def data_folder(tmp_path: Path) -> Path:
+    return write_data(tmp_path / "data")
+
+
+def smallest(models: Path, data_folder: Path) -> dict:
     """A configuration, as TOML tables, of the smallest run that does everything."""
     fit = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "patience": 0}
     return {
@@ -232,6 +235,11 @@ def settings(models: Path, data_folder: Path) -> dict:
         "gate": {"enabled": False},  # models this small write nothing that a label could be read from
         "evaluation": {"nlu_rows": 10, "nlg_samples": 6, "perplexity_text": "plain.txt", "perplexity_tokens": 200},
     }
+
+
+@pytest.fixture
+def settings(models: Path, data_folder: Path) -> dict:
+    return smallest(models, data_folder)
 
 
 @pytest.fixture
