@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import zipfile
-from types import SimpleNamespace
 
 import pytest
 import uvicorn
@@ -120,13 +119,28 @@ def request(silo):
     return Message(RecordDict({"request": ConfigRecord(fields)}), 1, "train.upload", ttl=3600)
 
 
+@pytest.fixture
 def answered(node):
     """Whether a task was there for the silo's process, as it asks for one."""
-    client = tasks.RuntimeHttpClient.from_server_address(node.address, True, None, [])
-    try:
-        return tasks.take_one(client, node.address)
-    finally:
-        client.close()
+    client, answers = (
+        tasks.RuntimeHttpClient.from_server_address(node.address, True, None, []),
+        tasks.Answers(node.address),
+    )
+    yield lambda: tasks.take_one(client, answers)
+    answers.end()
+    client.close()
+
+
+def starting(monkeypatch, code):
+    """Another process than the one that answers; gives those that were started."""
+    popen, started = tasks.subprocess.Popen, []
+
+    def start(_, **given):
+        started.append(popen([sys.executable, "-c", code], **given))
+        return started[-1]
+
+    monkeypatch.setattr(tasks.subprocess, "Popen", start)
+    return started
 
 
 def test_flower_itself_would_run_what_the_server_sends(tmp_path, monkeypatch):
@@ -139,10 +153,10 @@ def test_flower_itself_would_run_what_the_server_sends(tmp_path, monkeypatch):
     assert written.exists()
 
 
-def test_code_that_the_server_sends_is_not_run_and_not_even_unpacked(node, silo, tmp_path):
+def test_code_that_the_server_sends_is_not_run_and_not_even_unpacked(node, silo, answered, tmp_path):
     written = tmp_path / "canary"
     node.receives(request(silo), canary(written))
-    assert answered(node)
+    assert answered()
     assert not written.exists()
     assert not list(silo.kit.rglob("evil*"))
     assert silo.doing()["now"] == "refused"
@@ -151,26 +165,54 @@ def test_code_that_the_server_sends_is_not_run_and_not_even_unpacked(node, silo,
     assert len(node.state.get_messages_legacy(is_reply=True)) == 1
 
 
-def test_the_genuine_app_is_answered_by_the_installed_crosslm(node, silo):
+def test_the_genuine_app_is_answered_by_the_installed_crosslm(node, silo, answered):
     node.receives(request(silo), bundle(GENUINE))
-    assert answered(node)
+    assert answered()
     assert node.reply().metadata.message_type == "train.upload"
     assert (silo.state / "upload-0000.safetensors").exists()
     assert not list(silo.kit.rglob("pyproject.toml"))  # it is not unpacked either
-    assert not answered(node)
+    assert not answered()
 
 
-def test_when_the_process_that_answers_dies_so_does_the_one_that_started_it(node, silo, monkeypatch):
+def test_when_the_process_that_answers_dies_so_does_the_one_that_started_it(node, silo, answered, monkeypatch):
     """The SuperNode would wait for the rest of the answer for ever; the silo starts both again."""
     node.receives(request(silo), bundle(GENUINE))
-    run = tasks.subprocess.run
-    killed = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
-    monkeypatch.setattr(tasks.subprocess, "run", lambda _, **given: run(killed, **given))
+    starting(monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(SystemExit, match="answers a message of the server ended with code -9"):
-        answered(node)
+        answered()
 
 
-def test_the_supernode_hears_that_a_task_is_worked_on_for_as_long_as_it_is(node, silo, monkeypatch):
+def test_one_process_answers_what_comes_soon_after_and_none_is_left_for_long(monkeypatch):
+    code = "import sys\nfor token in sys.stdin: print(token, end='', file=sys.stderr); print('done', flush=True)"
+    started = starting(monkeypatch, code)
+    answers = tasks.Answers("127.0.0.1:1")
+    answers.end()  # there is none yet
+    for token in ("one", "two"):
+        answers.answer(token)
+        answers.rest()
+    assert len(started) == 1
+    started[0].kill()  # while nothing was asked of it
+    started[0].wait()
+    answers.answer("three")
+    assert len(started) == 2
+    monkeypatch.setattr(tasks, "REST", 0.0)
+    answers.rest()
+    assert started[1].returncode == 0
+    answers.answer("four")
+    assert len(started) == 3
+    answers.end()
+    assert started[2].returncode == 0
+
+
+def test_each_task_is_answered_before_it_is_called_done(monkeypatch):
+    said, done = [], io.StringIO()
+    monkeypatch.setattr(answer, "answer", lambda *given: said.append((given, done.getvalue())))
+    answer.answer_each("127.0.0.1:1", io.StringIO("one\ntwo\n"), done)
+    assert said == [(("127.0.0.1:1", "one"), ""), (("127.0.0.1:1", "two"), "done\n")]
+    assert done.getvalue() == "done\ndone\n"
+
+
+def test_the_supernode_hears_that_a_task_is_worked_on_for_as_long_as_it_is(node, silo, answered, monkeypatch):
     """It would give the task up else, and training takes longer than its patience."""
     monkeypatch.setattr("flwr.supercore.heartbeat.HEARTBEAT_DEFAULT_INTERVAL", HEARTBEAT_CALL_TIMEOUT + 0.1)
     heard, state = [], type(node.state)
@@ -184,20 +226,19 @@ def test_the_supernode_hears_that_a_task_is_worked_on_for_as_long_as_it_is(node,
         while len(heard) < 3:
             assert time.monotonic() < end, "no sign of life has come"
             time.sleep(0.02)
-        return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(tasks.subprocess, "run", trains)
+    monkeypatch.setattr(tasks.Answers, "answer", trains)
     node.receives(request(silo), bundle(GENUINE))
-    assert answered(node)
+    assert answered()
     assert len(set(heard)) == 1
     before = len(heard)
     time.sleep(0.5)
     assert len(heard) == before
 
 
-def test_tasks_of_other_kinds_are_not_taken(node, silo, tmp_path):
+def test_tasks_of_other_kinds_are_not_taken(node, silo, answered, tmp_path):
     node.receives(request(silo), canary(tmp_path / "canary"), TaskType.AGENT_APP)
-    assert not answered(node)
+    assert not answered()
 
 
 def zipped(**files):

@@ -1,4 +1,4 @@
-"""One task of the SuperNode: the answer to one message of the server, in a process of its own.
+"""Tasks of the SuperNode: the answers to messages of the server, one after the other, in a process of their own.
 
 Flower's own ``flwr-clientapp`` unpacks the app bundle that the server sends and imports what its settings
 name, so that whoever holds the server runs code at every silo. Here a bundle is looked at, never
@@ -10,7 +10,9 @@ otherwise ends this process with an error, and cannot make it install anything.
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TextIO
 
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode, SubStatus
@@ -54,6 +56,20 @@ def answer(address: str, token: str) -> None:
         client.close()
 
 
+def answer_each(address: str, tokens: Iterable[str], done: TextIO) -> None:
+    """Answer tasks until no more come.
+
+    Args:
+        address: HOST:PORT of the SuperNode's interface on this machine.
+        tokens: of each task, a line.
+        done: gets a line after each.
+    """
+    for token in tokens:
+        answer(address, token.strip())
+        done.write("done\n")
+        done.flush()
+
+
 def _most_bytes() -> int:
     """Of what comes, by the silo's own settings; the application says what is wrong with these."""
     try:
@@ -83,4 +99,6 @@ def answer_to(message: Message, context: Context, bundle: bytes) -> Message:
 
 if __name__ == "__main__":
     start_parent_process_monitor(os.getppid())
-    answer(sys.argv[1], sys.stdin.read())
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what any library prints goes to the log
+    answer_each(sys.argv[1], sys.stdin, said)
