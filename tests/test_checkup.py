@@ -13,8 +13,7 @@ import tomli_w
 import crosslm
 from crosslm.config import AcceptanceConfig, Config, FitConfig, IntakeConfig, PrivacyConfig, SLMSpec
 from crosslm.errors import CrosslmError
-from crosslm.federation import checkup
-from crosslm.federation import provision as provision_module
+from crosslm.federation import certificates, checkup
 from crosslm.federation.kits import SERVER_FILE, SILO_FILE, dump, held, read_server, read_silo, server_config
 from crosslm.federation.provision import provision
 from crosslm.preflight import machine
@@ -162,12 +161,17 @@ def test_a_port_that_is_taken_and_one_that_the_server_itself_has(kits, shell, se
     [(0, 2, "error   server.crt: has expired on "), (10, 0, "warning server.crt: expires in 9 days, on ")],
 )
 def test_certificates_that_end(federated, shell, tmp_path, monkeypatch, days, code, message):
-    monkeypatch.setattr(provision_module, "VALID_DAYS", days)
+    monkeypatch.setattr(certificates, "VALID_DAYS", days)
+    monkeypatch.setattr(certificates, "AUTHORITY_DAYS", days)
     kits = made(federated, tmp_path / "kits")
     found, out, _ = shell("doctor", kits / "server")
     assert found == code
     assert message in out
     assert message.replace("server.crt", "ca.crt") in out
+    again = "where the kits were made, give crosslm provision FEDERATION.toml --output KITS --renew"
+    assert sum(again in line for line in out.splitlines()) == 2
+    out = shell("doctor", kits / "silos" / "silo-0")[1]
+    assert sum("ca.crt: " in line and again in line for line in out.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -192,7 +196,8 @@ def test_a_certificate_for_another_name_and_no_silo(kits, shell):
         path.unlink()
     code, out, _ = shell("doctor", kits / "server")
     assert code == 2
-    assert "is for 127.0.0.1, localhost, and silos connect to server.example.org" in out
+    assert "is for 127.0.0.1, localhost, and silos connect to server.example.org: they refuse it; where the" in out
+    assert "give crosslm provision FEDERATION.toml --output KITS --renew --address server.example.org:" in out
     assert "has no public key of a silo" in out
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from crosslm.cli.app import CacheOption, ConfigArgument, DataDirOption, SetOption, app, console
 from crosslm.config_file import load
+from crosslm.errors import FederationError
 from crosslm.support.commands import command
 from crosslm.support.files import expanded
 from crosslm.support.plain import plain, plain_lines
@@ -28,8 +29,18 @@ KitArgument = Annotated[Path, typer.Argument(metavar="KIT", help="Folder that cr
 @app.command()
 def provision(
     config: ConfigArgument,
-    address: Annotated[str, typer.Option("--address", metavar="HOST:PORT", help="Where silos will reach the server.")],
     output: Annotated[Path, typer.Option("--output", help="Folder for the kits.")],
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="HOST:PORT", help="Where silos will reach the server.")
+    ] = None,
+    renew: Annotated[
+        bool,
+        typer.Option(
+            "--renew",
+            help="Make a new certificate for the server of the federation in --output, and say what is to be brought "
+            "to whom; with --address for another name or port.",
+        ),
+    ] = False,
     overrides: SetOption = [],  # noqa: B006  typer's way
     data_dir: DataDirOption = None,
 ) -> None:
@@ -38,9 +49,18 @@ def provision(
     The configuration is that of `crosslm run`, with a [[clients]] table for each silo. Run again with more
     clients to add silos.
     """
+    read = load(config, tuple(overrides), data_dir)
+    if renew:
+        from crosslm.federation.renewal import renew as make_anew
+
+        for line in make_anew(read, address, output):
+            _say(line)
+        return
+    if address is None:
+        raise FederationError("--address HOST:PORT must be given: where silos will reach the server")
     from crosslm.federation.provision import provision as make
 
-    for kit in make(load(config, tuple(overrides), data_dir), address, output, _say):
+    for kit in make(read, address, output, _say):
         _say(f"made {kit}")
     _say(f"Keep {output / 'authority'} to yourself; give each silo its folder in {output / 'silos'} by a safe way.")
 

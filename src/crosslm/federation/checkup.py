@@ -37,9 +37,12 @@ from crosslm.runs.preparation import (
     public_texts,
 )
 from crosslm.runs.rundir import LOCK
+from crosslm.support.commands import command
 from crosslm.support.files import is_held
 
 FEW_DAYS = 30
+AGAIN = f"where the kits were made, give {command('provision', 'FEDERATION.toml', '--output', 'KITS', '--renew')}"
+"""What makes new certificates; it says what is to be brought here."""
 News = Callable[[str], None]
 
 
@@ -245,8 +248,8 @@ def _server_certificate(kit: Path, settings: ServerSettings) -> Iterator[Finding
     known = {*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))}
     host = settings.address.rpartition(":")[0]
     if host not in known:
-        message = f"is for {', '.join(sorted(known))}, and silos connect to {host}: they refuse it; provision again"
-        yield Finding("error", "server.crt", message)
+        message = f"is for {', '.join(sorted(known))}, and silos connect to {host}: they refuse it"
+        yield Finding("error", "server.crt", f"{message}; {AGAIN} --address {settings.address}")
 
 
 def _dates(subject: str, begin: datetime.datetime, end: datetime.datetime) -> Finding:
@@ -255,10 +258,10 @@ def _dates(subject: str, begin: datetime.datetime, end: datetime.datetime) -> Fi
     if now < begin:
         return Finding("error", subject, f"is valid from {begin:%Y-%m-%d %H:%M} UTC on; look at this machine's clock")
     if now > end:
-        return Finding("error", subject, f"has expired on {end:%Y-%m-%d}; run crosslm provision with another --output")
+        return Finding("error", subject, f"has expired on {end:%Y-%m-%d}; {AGAIN}")
     days = (end - now).days
     if days < FEW_DAYS:
-        message = f"expires in {days} days, on {end:%Y-%m-%d}; if the run takes longer, provision again"
+        message = f"expires in {days} days, on {end:%Y-%m-%d}; if the run takes longer, {AGAIN}"
         return Finding("warning", subject, message)
     return Finding("ok", subject, f"valid until {end:%Y-%m-%d}")
 

@@ -5,8 +5,6 @@ Run once, by whoever sets the federation up. The private key of the authority st
 again.
 """
 
-import datetime
-import ipaddress
 import os
 import re
 import secrets
@@ -15,12 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from crosslm.config import ClientConfig, Config
 from crosslm.errors import FederationError
+from crosslm.federation.certificates import authority_certificate, new_key, pem, server_certificate
 from crosslm.federation.kit_texts import FLOWER_APP, server_readme, silo_readme, start_script, systemd_unit
 from crosslm.federation.kits import (
     SERVER_FILE,
@@ -35,7 +33,6 @@ from crosslm.federation.kits import (
 from crosslm.runs.preparation import client_specs
 from crosslm.support.files import PARTIAL, partial_of, replace_folder
 
-VALID_DAYS = 825
 ADDRESS = re.compile(r"[A-Za-z0-9_.-]+:[0-9]{1,5}")
 FIRST_RUNTIME_PORT = 9094
 
@@ -61,14 +58,14 @@ def provision(
     """
     if not config.clients:
         raise FederationError(f"{config.name}: name each silo in a [[clients]] table; data.train is for one machine")
-    if not ADDRESS.fullmatch(address) or not 0 < int(address.rpartition(":")[2]) < 65536:
-        raise FederationError(f"address {address!r}: must be HOST:PORT, the place that silos connect to, in ASCII")
+    check_address(address)
     server, made = output / "server", []
     if (server / SERVER_FILE).exists():
         settings = read_server(server)
         if not settings.experiment.startswith(config.name + "-") or settings.address != address:
             raise FederationError(
-                f"{output}: holds the kits of {settings.experiment} at {settings.address}; choose another --output"
+                f"{output}: holds the kits of {settings.experiment} at {settings.address}; choose another --output, or "
+                "--renew that federation with its new --address"
             )
         _check_fits(config, server)
         if others := _others(config, server):
@@ -99,6 +96,16 @@ def provision(
             raise
         made.append(kit)
     return made
+
+
+def check_address(address: str) -> None:
+    """Find out that silos can connect to an address.
+
+    Raises:
+        FederationError: it is not HOST:PORT.
+    """
+    if not ADDRESS.fullmatch(address) or not 0 < int(address.rpartition(":")[2]) < 65536:
+        raise FederationError(f"address {address!r}: must be HOST:PORT, the place that silos connect to, in ASCII")
 
 
 def _check_fits(config: Config, server: Path) -> None:
@@ -153,43 +160,19 @@ def _whole(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 def _authority(folder: Path) -> None:
-    key = ec.generate_private_key(ec.SECP384R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "crosslm federation authority")])
-    certificate = (
-        _certificate(name, name, key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_may_sign_certificates(), critical=True)  # without it Python 3.13 trusts nothing that it signs
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA384())
-    )
-    _secret(folder / "ca.key", _private(key))
-    _file(folder / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM))
-
-
-def _may_sign_certificates() -> x509.KeyUsage:
-    others = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
-    no = dict.fromkeys((*others, "encipher_only", "decipher_only"), False)
-    return x509.KeyUsage(key_cert_sign=True, crl_sign=True, **no)
+    key = new_key()
+    write_secret(folder / "ca.key", pem(key))
+    _file(folder / "ca.crt", pem(authority_certificate(key)))
 
 
 def _server_kit(kit: Path, settings: ServerSettings, config: Config, authority: Path) -> None:
     ca_key = serialization.load_pem_private_key((authority / "ca.key").read_bytes(), None)
     ca = x509.load_pem_x509_certificate((authority / "ca.crt").read_bytes())
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
-    key = ec.generate_private_key(ec.SECP384R1())
-    host = settings.address.partition(":")[0]
-    names = [_general_name(name) for name in dict.fromkeys((host, "localhost", "127.0.0.1"))]
-    certificate = (
-        _certificate(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host[:64])]), ca.subject, key.public_key())
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-        .sign(ca_key, hashes.SHA384())
-    )
+    key = new_key()
     _file(kit / "ca.crt", (authority / "ca.crt").read_bytes())
-    _file(kit / "server.crt", certificate.public_bytes(serialization.Encoding.PEM))
-    _secret(kit / "server.key", _private(key))
+    _file(kit / "server.crt", pem(server_certificate(settings.address, key.public_key(), ca_key, ca.subject)))
+    write_secret(kit / "server.key", pem(key))
     _text(kit / SERVER_FILE, dump(settings))
     here = config.data.model_copy(update={"dir": "."})  # what the server may see is put into its kit
     _text(kit / "config.toml", config.model_copy(update={"data": here}).dump())
@@ -201,12 +184,12 @@ def _server_kit(kit: Path, settings: ServerSettings, config: Config, authority: 
 
 
 def _silo_kit(kit: Path, settings: SiloSettings, server: Path) -> None:
-    key = ec.generate_private_key(ec.SECP384R1())
+    key = new_key()
     openssh = serialization.PrivateFormat.OpenSSH
     private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     _file(kit / "ca.crt", (server / "ca.crt").read_bytes())
-    _secret(kit / "silo.key", private)
+    write_secret(kit / "silo.key", private)
     _text(kit / SILO_FILE, dump(settings))
     needs = [settings.slm.model, settings.data.train, settings.data.test or ""]
     needs += [settings.encoder] if settings.privacy.checks_leaks else []
@@ -249,31 +232,6 @@ def _silo_settings(config: Config, client: ClientConfig, server: ServerSettings,
     )
 
 
-def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))  # clocks differ
-        .not_valid_after(now + datetime.timedelta(days=VALID_DAYS))
-    )
-
-
-def _general_name(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)
-
-
-def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
-    pkcs8 = serialization.PrivateFormat.PKCS8
-    return key.private_bytes(serialization.Encoding.PEM, pkcs8, serialization.NoEncryption())
-
-
 def _start_files(kit: Path, command: str, name: str, folder: str) -> None:
     _text(kit / "start.sh", start_script(command))
     (kit / "start.sh").chmod(0o755)
@@ -289,7 +247,8 @@ def _file(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def _secret(path: Path, data: bytes) -> None:
+def write_secret(path: Path, data: bytes) -> None:
+    """Write a new file that its owner alone can read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:

@@ -194,7 +194,7 @@ def listen(kit: Path, settings: ServerSettings) -> socket.socket:
         listening.close()
         raise FederationError(
             f"{kit / SERVER_FILE}: cannot listen on {settings.bind}:{port} (bind, and the port of address): "
-            f"{error.strerror}; end the program that has this port, or give another address to crosslm provision"
+            f"{error.strerror}; end the program that has this port, or give crosslm provision --renew another --address"
         ) from error
     return listening
 

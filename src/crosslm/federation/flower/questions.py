@@ -61,8 +61,9 @@ def greet(address: str, ca: Path) -> None:
                 f"{time.strftime('%Y-%m-%d %H:%M')}; set it right"
             ) from error
         raise FederationError(
-            f"the certificate of {address} was not signed by the authority in {ca}, or is for another name "
-            f"({error.verify_message}); is this kit of the same federation as the server's?"
+            f"the certificate of {address} was not signed by the authority in {ca}, or is for another name, or a "
+            f"certificate has expired ({error.verify_message}); is this kit of the same federation as the server's, "
+            "with the ca.crt and the server that the last crosslm provision --renew has named?"
         ) from error
 
 
