@@ -70,7 +70,7 @@ def main() -> None:
     if options.work:
         work(options.work)
         return
-    texts, repeats = (8, 1) if options.quick else (64, 3)
+    texts, repeats = (8, 1) if options.quick else (16, 3)
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     digests = set()
     for _ in range(repeats):
