@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,6 +116,17 @@ def test_half_precision_on_the_wire_changes_next_to_nothing_of_a_trained_minilm(
     sure = (exact[:, 0] - exact[:, 1]).abs() > 0.02
     assert sure.float().mean() > 0.8  # it has learned something that could be lost
     assert exact.argmax(dim=1)[sure].equal(changed.argmax(dim=1)[sure])
+
+
+def test_a_gguf_file_is_read_once_for_all_that_transformers_wants_of_it(monkeypatch):
+    read = []
+    library = SimpleNamespace(GGUFReader=lambda path: read.append(path) or [path])
+    reader = library.GGUFReader
+    monkeypatch.setitem(sys.modules, "gguf", library)
+    with sources._gguf_read_once():
+        assert library.GGUFReader("a.gguf") is library.GGUFReader("a.gguf")
+    assert read == ["a.gguf"]
+    assert library.GGUFReader is reader
 
 
 def test_a_model_package_whose_checksum_does_not_match_is_refused(monkeypatch, tmp_path):
