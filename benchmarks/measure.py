@@ -1,8 +1,9 @@
 """What the benchmarks share: timing two sides in turn, memory of a process of its own, and the last line.
 
-A time here is a ratio's half: both sides run in one process, in turn (TRL in its own, between two blocks of ours), so
-that a machine that is slow for a while is slow for both. Memory is the largest resident size of a process: of another
-one that does one thing (:func:`peak_of`), or of the script's own with all that it did (:func:`peak_memory`).
+A time here is a ratio's half: both sides run in one process, in turn (TRL in its own, between two blocks of ours, and
+each side of a busy machine), so that a machine that is slow for a while is slow for both. Memory is the largest
+resident size of a process: of another one that does one thing (:func:`peak_of`), or of the script's own with all that
+it did (:func:`peak_memory`).
 """
 
 import argparse

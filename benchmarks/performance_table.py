@@ -182,7 +182,8 @@ def performance(loaded: dict[str, dict], remarks: list[str]) -> str:
         "`pip install trl peft`; `make bench TRL=PYTHON` has it too) and `benchmarks/federation_live.py` (real "
         "processes) do not. "
         "Sides that are compared ran in turn in one process, but for TRL, which has a process of its own between two "
-        "blocks of ours, and for real processes, where four rounds of bare Flower came before ten of ours. A ratio of "
+        "blocks of ours, for the busy machine, where each side is a process, and for real processes, where four rounds "
+        "of bare Flower came before ten of ours. A ratio of "
         "times is a median over the repeats that the second table gives, the update's over two; an arrival and 100,000 "
         "and a million vectors ran once. A ratio of memory is of one run of each side in a process of its own. "
         "A figure that misses its goal is shown as it is.",

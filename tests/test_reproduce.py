@@ -413,7 +413,7 @@ def soon(condition):
 
 @pytest.fixture
 def imported_once(monkeypatch):
-    """Processes that come of one which has imported everything; two tests have them as they are, for 10 s each."""
+    """Processes that come of one which has imported everything; two other tests have them as they are."""
     monkeypatch.setattr(jobs, "PROCESSES", multiprocessing.get_context("forkserver"))
     multiprocessing.set_forkserver_preload([jobs.__name__])
 

@@ -51,6 +51,17 @@ from crosslm.support import provenance
 from crosslm.task import Task
 
 
+def test_the_scale_with_the_classifiers_that_init_writes_differs_in_them_alone():
+    whole, own = load_scale(), load_scale(Path(__file__).parents[1] / "benchmarks" / "as_init.toml")
+    slm = own.run.pop("slm")
+    assert slm.pop("weigh_judges")
+    (packaged,) = {json.dumps([dict(spec) for spec in load(task).slm.models], default=str) for task in own.tasks}
+    without = [{**model, "pooling": None} for model in slm.pop("models") if model["pooling"] == "mean"]
+    assert not slm
+    assert [{**spec, **model} == spec for spec, model in zip(json.loads(packaged), without, strict=True)] == [True] * 2
+    assert (own.run, own.task, own.tasks, own.seeds) == (whole.run, whole.task, whole.tasks, whole.seeds)
+
+
 def test_seeds_alone_are_drawn_where_rows_are_all_alike():
     # two seeds of 0 and 1: a replicate is 0, 1/2 or 1 with probabilities 1/4, 1/2, 1/4
     means = bootstrap([[np.zeros((1, 5))], [np.ones((1, 5))]], replicates=8000)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import os
 import sys
 import threading
 import time
@@ -210,6 +211,15 @@ def test_each_task_is_answered_before_it_is_called_done(monkeypatch):
     answer.answer_each("127.0.0.1:1", io.StringIO("one\ntwo\n"), done)
     assert said == [(("127.0.0.1:1", "one"), ""), (("127.0.0.1:1", "two"), "done\n")]
     assert done.getvalue() == "done\ndone\n"
+
+
+def test_what_a_library_prints_is_not_taken_for_an_answer(monkeypatch, capfd):
+    monkeypatch.setattr(answer, "start_parent_process_monitor", lambda _: None)
+    monkeypatch.setattr(answer, "answer", lambda *_: os.write(1, b"a loading bar\n"))
+    monkeypatch.setattr("sys.argv", ["answer", "127.0.0.1:1"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+    answer.main()
+    assert capfd.readouterr() == ("done\n", "a loading bar\n")
 
 
 def test_the_supernode_hears_that_a_task_is_worked_on_for_as_long_as_it_is(node, silo, answered, monkeypatch):

@@ -97,8 +97,13 @@ def answer_to(message: Message, context: Context, bundle: bytes) -> Message:
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, UNSAID), reply_to=message)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Answer tasks whose tokens come by the standard input; the standard output says which are done, and no more."""
     start_parent_process_monitor(os.getppid())
-    said = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what any library prints goes to the log
-    answer_each(sys.argv[1], sys.stdin, said)
+    with os.fdopen(os.dup(1), "w") as done:
+        os.dup2(2, 1)  # what any library prints goes to the log
+        answer_each(sys.argv[1], sys.stdin, done)
+
+
+if __name__ == "__main__":
+    main()
